@@ -1,0 +1,1 @@
+"""What runs on the device at inference: the DCT op, the networks, the engines."""

@@ -1,0 +1,108 @@
+"""The manifest of a model: what it is, what it eats, and what it was measured to do.
+
+One JSON document, checked by pydantic, never changed after publishing: the version of a model is
+the first 8 hex digits of this file's SHA-256.  Imports no torch, so that a backend may read it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Frozen, and an unknown name is an error: a typo must not become a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Sampling(Strict):
+    """Which frames of a clip are looked at."""
+
+    mode: Literal["uniform", "fps", "keyframes"] = "uniform"
+    max_frames: Annotated[int, Field(ge=1, le=300)] = 32
+    fps: Annotated[float, Field(gt=0, le=120)] | None = None
+    """Only for mode fps: frames looked at per second of video."""
+
+
+class Finder(Strict):
+    """How faces are looked for."""
+
+    long_side: Annotated[int, Field(ge=128, le=8192)] = 640
+    """Frames are reduced so that their longer side is this, never enlarged."""
+    min_face: Annotated[int, Field(ge=12, le=2000)] = 48
+    """Smallest face, in pixels of the source."""
+
+
+class InputContract(Strict):
+    """How a crop must be cut for this model; training's prepare and the worker both read it."""
+
+    size: Annotated[int, Field(ge=32, le=1024)] = 256
+    margin: Annotated[float, Field(ge=1.0, le=3.0)] = 1.3
+    """Side of the square crop over the longer side of the face's box."""
+    squeeze: bool = False
+    """True: the box itself, squeezed to a square (the paper's way); margin is then ignored."""
+    padding: Literal["edge", "zero"] = "edge"
+    colour: Literal["by_tag_untagged_601"] = "by_tag_untagged_601"
+    finder: Finder = Finder()
+    sampling: Sampling = Sampling()
+
+
+class Network(BaseModel):
+    """`build` names a network of kernels.networks; all else are its dimensions."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    build: str
+
+    @property
+    def dimensions(self) -> dict[str, Any]:
+        """What build(name, **dimensions) takes."""
+        return dict(self.model_extra or {})
+
+
+class Aggregation(Strict):
+    """How face scores become a track's, and tracks' the video's."""
+
+    track: Literal["top_half_mean", "mean", "trimmed_mean", "top_k_mean"] = "top_half_mean"
+    k: Annotated[int, Field(ge=1, le=300)] = 8
+    """Only for top_k_mean."""
+    min_faces: Annotated[int, Field(ge=1, le=300)] = 3
+    """A track with fewer sampled faces cannot decide alone."""
+    min_face_px: Annotated[int, Field(ge=1, le=2000)] = 48
+    """Faces smaller than this are shown but do not count."""
+
+
+class Calibration(Strict):
+    """P(forged) = sigmoid((logit − shift) / temperature)."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    shift: float = 0.0
+    fitted_on: str = "nothing"
+
+
+class Manifest(Strict):
+    """manifest.json."""
+
+    schema_: Literal["ralf.model/1"] = Field("ralf.model/1", alias="schema")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    network: Network
+    input: InputContract = InputContract()
+    files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    """SHA-256 of each file that belongs to the version."""
+    aggregation: Aggregation = Aggregation()
+    calibration: Calibration = Calibration()
+    thresholds: dict[str, Unit] = Field(default_factory=dict)
+    """Calibrated score at or above which a video is called forged, by policy: fpr_0.05, …"""
+    policy: str = "fpr_0.05"
+    """The threshold that decides; `low` is the score below which a video is called authentic."""
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    error_budget: dict[str, float] = Field(default_factory=lambda: {"logit": 0.05})
+    """The most that another engine's logit may differ from the FP32 reference's."""
+    trained: dict[str, Any] = Field(default_factory=dict)
+    untrained: bool = False
+    """True for weights that were never trained: every verdict then says so."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )

@@ -1,0 +1,1 @@
+"""Makes artifacts, offline: datasets on disk to a published model."""

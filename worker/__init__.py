@@ -1,0 +1,1 @@
+"""A job's walk from Redis to the verdict."""

@@ -1,0 +1,311 @@
+"""The wire format: what a backend sends and what it gets back.
+
+Job in, Verdict out, both JSON documents with a `schema` name, exported to docs/ as JSON Schema.
+Boxes are fractions of the displayed frame; times are whole milliseconds of the stream's own
+clock; every score is P(forged), 0 to 1.  Unknown fields are refused on the way in.
+Imports no torch: worker.client needs this file.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, ConfigDict, Field, model_validator
+
+from kernels.manifest import Sampling as ModelSampling
+from kernels.manifest import Strict, Unit
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Milliseconds = Annotated[int, Field(ge=0)]
+Priority = Literal["high", "default"]
+State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired", "quarantined"]
+ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "expired", "quarantined"})
+Label = Literal["likely_forged", "likely_authentic", "inconclusive", "no_faces"]
+
+
+class Span(Strict):
+    """A part of the clip, from start to end."""
+
+    start_ms: Milliseconds
+    end_ms: Milliseconds
+
+    @model_validator(mode="after")
+    def _forward(self) -> "Span":
+        if self.end_ms <= self.start_ms:
+            raise ValueError(f"end_ms {self.end_ms} should be after start_ms {self.start_ms}")
+        return self
+
+
+class Sampling(ModelSampling):
+    """Which frames are looked at; `spans` limits them to parts of the clip."""
+
+    spans: Annotated[tuple[Span, ...], Field(max_length=64)] = ()
+
+
+class Media(Strict):
+    """Where the upload lies."""
+
+    uri: Annotated[str, Field(min_length=1, max_length=4096)]
+    sha256: Sha256 | None = None
+    size_bytes: Annotated[int, Field(ge=0)] | None = None
+    content_type: Annotated[str, Field(max_length=200)] | None = None
+
+
+class Callback(Strict):
+    """Where the verdict is pushed; signed as Standard Webhooks 1.0 with the named secret."""
+
+    url: Annotated[str, Field(pattern=r"^https?://", max_length=2048)]
+    secret_id: Name = "default"
+    events: tuple[Literal["verdict.ready", "verdict.failed", "session.alert"], ...] = (
+        "verdict.ready",
+        "verdict.failed",
+        "session.alert",
+    )
+
+
+class EvidencePolicy(Strict):
+    """What pictures are kept for reviewers."""
+
+    thumbnails: bool = True
+    residuals: bool = True
+    retain: bool = True
+
+
+class SessionPart(Strict):
+    """This job is one numbered segment of a longer stream."""
+
+    session_id: Name
+    number: Annotated[int, Field(ge=0)]
+    offset_ms: Milliseconds
+    """Where the segment starts on the stream's clock."""
+    last: bool = False
+
+
+class EarlyStop(Strict):
+    """Stop looking once the verdict can no longer be doubted; the verdict says that it did."""
+
+    score: Unit = 0.99
+    after_faces: Annotated[int, Field(ge=1)] = 8
+
+
+class Job(Strict):
+    """One moderation job, as it lies in Redis."""
+
+    schema_: Literal["ralf.job/1"] = Field("ralf.job/1", alias="schema")
+    job_id: JobId
+    token: Annotated[str, Field(min_length=1, max_length=256)]
+    """The client's request token: the same token and body is the same job."""
+    media: Media
+    tag: Annotated[str, Field(max_length=256)] | None = None
+    """Echoed in the verdict."""
+    tenant: Name = "default"
+    priority: Priority = "default"
+    sampling: Sampling | None = None
+    """None is the model's own."""
+    max_tracks: Annotated[int, Field(ge=1, le=64)] = 16
+    deadline: AwareDatetime | None = None
+    callback: Callback | None = None
+    evidence: EvidencePolicy = EvidencePolicy()
+    session: SessionPart | None = None
+    stop_early: EarlyStop | None = None
+    model: Name | None = None
+    """Pin a model by name or name@version; None is the worker's own."""
+    traceparent: Annotated[str, Field(pattern=r"^[0-9a-f-]{55}$")] | None = None
+    submitted_at: AwareDatetime
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
+
+
+class Progress(Strict):
+    """What a running job has done so far."""
+
+    stage: Literal["queued", "fetch", "probe", "analyze", "finish"]
+    percent: Annotated[float, Field(ge=0, le=100)]
+    frames_done: int = 0
+    frames_total: int = 0
+    faces: int = 0
+    score: Unit | None = None
+    """The score of what has been seen so far."""
+
+
+class Box(Strict):
+    """Fractions of the displayed frame."""
+
+    left: Unit
+    top: Unit
+    right: Unit
+    bottom: Unit
+
+
+class Sample(Strict):
+    """One face in one frame."""
+
+    time_ms: Milliseconds
+    frame: int
+    box: Box
+    face_px: int
+    """Shorter side of the face's box, in source pixels."""
+    confidence: Unit
+    score: Unit
+    counted: bool = True
+    """False: too small to count."""
+
+
+class Track(Strict):
+    """One face followed through the clip."""
+
+    track_id: str
+    start_ms: Milliseconds
+    end_ms: Milliseconds
+    faces: int
+    score: Unit | None
+    """None where too few faces counted."""
+    score_max: Unit
+    decisive: bool
+    """Whether this track may decide the video."""
+    reason: str | None = None
+    """Why it may not."""
+    samples: tuple[Sample, ...]
+
+
+class Segment(Strict):
+    """A stretch of one track at or above the threshold."""
+
+    start_ms: Milliseconds
+    end_ms: Milliseconds
+    track_id: str
+    score: Unit
+    peak_ms: Milliseconds
+
+
+class Timeline(Strict):
+    """The clip in equal bins: its strongest score, None where nothing was scored."""
+
+    bin_ms: int
+    score: tuple[Unit | None, ...]
+    faces: tuple[int | None, ...]
+    """0: looked and found none; None: not sampled."""
+
+
+class Threshold(Strict):
+    """The policy that decided."""
+
+    policy: str
+    forged_at: Unit
+    """At or above: likely_forged."""
+    authentic_below: Unit
+    """Below: likely_authentic; between the two: inconclusive."""
+
+
+class MediaFacts(Strict):
+    """What the file is."""
+
+    sha256: Sha256
+    size_bytes: int
+    container: str
+    codec: str
+    pixel_format: str
+    duration_ms: Milliseconds
+    frame_rate: float
+    variable_rate: bool
+    frames: int
+    width: int
+    height: int
+    rotation: int
+    colour: str
+
+
+class Made(Strict):
+    """What the verdict was made with."""
+
+    ralf: str
+    model: str
+    version: str
+    manifest_sha256: Sha256
+    weights_sha256: Sha256
+    detectors: dict[str, Unit] = Field(default_factory=dict)
+    """An ensemble's members and their scores."""
+    engine: str
+    precision: str
+    device: str
+    decoder: str
+    colour_policy: str
+    sampling: Sampling
+    finder: dict[str, Any]
+    calibration: dict[str, Any]
+    aggregation: dict[str, Any]
+    frames_asked: int
+    frames_decoded: int
+    frames_replaced: int
+    faces: int
+    stages_ms: dict[str, float]
+    host: str
+    attempt: int = 1
+
+
+class Verdict(Strict):
+    """What Ralf says about one upload."""
+
+    schema_: Literal["ralf.verdict/1"] = Field("ralf.verdict/1", alias="schema")
+    job_id: JobId | None = None
+    tag: str | None = None
+    tenant: str | None = None
+    session: SessionPart | None = None
+    label: Label
+    score: Unit | None
+    """Calibrated P(forged) of the video; None with no_faces."""
+    reason: str
+    """One sentence: what decided."""
+    threshold: Threshold
+    tracks: tuple[Track, ...]
+    segments: tuple[Segment, ...]
+    timeline: Timeline
+    media: MediaFacts
+    made: Made
+    warnings: tuple[str, ...] = ()
+    partial: bool = False
+    """True for a verdict on what was seen so far, or when the walk stopped early."""
+    finished_at: datetime
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
+
+
+class Failure(Strict):
+    """How a job ended without a verdict."""
+
+    code: str
+    message: str
+    attempts: int = 1
+
+
+class Picture(Strict):
+    """One piece of evidence: a face, and where its residual is strong."""
+
+    track_id: str
+    time_ms: Milliseconds
+    score: Unit
+    face: str
+    """JPEG, base64."""
+    residual: str | None = None
+    """The residual drawn over the face; JPEG, base64."""
+
+
+class Evidence(Strict):
+    """The pictures of one verdict; the page reads these two documents and nothing else."""
+
+    schema_: Literal["ralf.evidence/1"] = Field("ralf.evidence/1", alias="schema")
+    pictures: tuple[Picture, ...] = ()
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
+
+
+def dump(document: Strict) -> str:
+    """The document as JSON, its schema name included, no spaces."""
+    return document.model_dump_json(by_alias=True)

@@ -1,0 +1,150 @@
+"""The tree of errors: what a job can die of, and what each death means for its retry.
+
+RalfError
+├─ JobError            a job's named end; `code` is what the verdict store and the metrics show
+│  ├─ Rejected         never retried: the same bytes will fail again
+│  │    FetchDenied HashMismatch UnreadableFile TooLarge TooLong TooManyPixels TooManyStreams
+│  │    ContainerUnsupported CodecUnsupported CorruptMedia NoVideoStream EncryptedMedia
+│  │    BadRequest DeadlinePassed
+│  ├─ Interrupted      retried with back-off: FetchFailed GpuOom GpuFatal
+│  └─ Crashed          counted, quarantined at the second: DecoderCrashed Hung WorkerLost
+├─ Infrastructure      not the job's fault: ModelUnavailable
+└─ ClientError         worker.client's own: IdempotencyConflict NotFound QueueUnavailable …
+Cancelled is not an error: it is how a running walk is told to stop.
+
+A message says what was expected, what came, and what to do. This file imports nothing.
+"""
+
+from typing import ClassVar
+
+
+class RalfError(Exception):
+    """Base of everything Ralf raises on purpose."""
+
+
+class Cancelled(Exception):  # noqa: N818 - an instruction, not an error
+    """The job was asked to stop."""
+
+
+class JobError(RalfError):
+    """A job's named end."""
+
+    code: ClassVar[str] = "job_error"
+
+
+class Rejected(JobError):
+    """Never retried."""
+
+
+class Interrupted(JobError):
+    """Retried with back-off."""
+
+
+class Crashed(JobError):
+    """Counted; the second one quarantines."""
+
+
+class FetchDenied(Rejected):
+    code = "fetch_denied"
+
+
+class HashMismatch(Rejected):
+    code = "hash_mismatch"
+
+
+class UnreadableFile(Rejected):
+    """A directory, a pipe, a file without permission, a missing file."""
+
+    code = "unreadable_file"
+
+
+class TooLarge(Rejected):
+    code = "too_large"
+
+
+class TooLong(Rejected):
+    code = "too_long"
+
+
+class TooManyPixels(Rejected):
+    code = "too_many_pixels"
+
+
+class TooManyStreams(Rejected):
+    code = "too_many_streams"
+
+
+class ContainerUnsupported(Rejected):
+    code = "container_unsupported"
+
+
+class CodecUnsupported(Rejected):
+    code = "codec_unsupported"
+
+
+class CorruptMedia(Rejected):
+    code = "corrupt_media"
+
+
+class NoVideoStream(Rejected):
+    code = "no_video_stream"
+
+
+class EncryptedMedia(Rejected):
+    code = "encrypted_media"
+
+
+class BadRequest(Rejected):
+    """The job's document itself is not valid."""
+
+    code = "bad_request"
+
+
+class DeadlinePassed(Rejected):
+    code = "deadline_passed"
+
+
+class FetchFailed(Interrupted):
+    code = "fetch_failed"
+
+
+class GpuOom(Interrupted):
+    code = "gpu_oom"
+
+
+class GpuFatal(Interrupted):
+    code = "gpu_fatal"
+
+
+class DecoderCrashed(Crashed):
+    code = "decoder_crashed"
+
+
+class Hung(Crashed):
+    """The job ran past its time, native code or not."""
+
+    code = "job_timeout"
+
+
+class WorkerLost(Crashed):
+    code = "worker_lost"
+
+
+class Infrastructure(RalfError):
+    """Not the job's fault."""
+
+
+class ModelUnavailable(Infrastructure):
+    """No model could be loaded; the message names what was sought and what is there."""
+
+
+def by_code() -> dict[str, type[JobError]]:
+    """Every job error that has a code of its own, by that code."""
+    found: dict[str, type[JobError]] = {}
+    queue: list[type[JobError]] = [Rejected, Interrupted, Crashed]
+    while queue:
+        kind = queue.pop()
+        queue.extend(kind.__subclasses__())
+        if "code" in vars(kind):
+            found[kind.code] = kind
+    return found

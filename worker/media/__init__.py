@@ -1,0 +1,1 @@
+"""The eyes: probe, decode, find. Knows nothing of jobs."""

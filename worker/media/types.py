@@ -1,0 +1,154 @@
+"""What passes between the stages, and the two protocols that make frames and faces.
+
+Frozen values that check themselves when made and print their shapes, not their pixels.
+n: frames   m: faces   h, w: height, width of the frame as displayed   s: side of a crop
+
+Times are float seconds on the stream's own presentation clock, its first frame at `start_s`
+subtracted, so that 0.0 is the first frame shown.  They live on the CPU even when pixels do not.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worker.contract import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a file is, found without decoding more than its first frame."""
+
+    path: str
+    size_bytes: int
+    container: str
+    """FFmpeg's short name, such as "mov,mp4,m4a,3gp,3g2,mj2"."""
+    codec: str
+    stream_index: int
+    coded_width: int
+    coded_height: int
+    width: int
+    """As displayed: after rotation and sample aspect ratio is ignored."""
+    height: int
+    rotation: int
+    """Degrees counter-clockwise to apply: 0, 90, 180 or 270."""
+    pixel_format: str
+    duration_s: float
+    frame_rate: float
+    """Average; 0.0 where the container does not know it."""
+    variable_rate: bool
+    frame_count: int
+    """Counted from packets, never the container's word."""
+    times_s: NDArray[np.float64] = field(repr=False)
+    """Presentation time of each frame in display order."""
+    keyframes: NDArray[np.int64] = field(repr=False)
+    """Indices into times_s."""
+    start_s: float
+    """The stream's own time of its first frame; times_s are relative to it."""
+    colour_space: str
+    """bt709, bt601, bt2020 … or "unspecified"."""
+    colour_range: str
+    """tv, pc or "unspecified"."""
+    interlaced: bool
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rotation not in (0, 90, 180, 270):
+            raise ValueError(f"rotation should be a quarter turn, got {self.rotation}")
+        if len(self.times_s) != self.frame_count:
+            raise ValueError(f"{len(self.times_s)} times for {self.frame_count} frames")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A probed file and the choice of frames wanted from it."""
+
+    probe: Probe
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A bounded chunk of one clip's frames, in time order."""
+
+    clip: Clip
+    pixels: Tensor = field(repr=False)  # u8 [n, 3, h, w] RGB, upright
+    times_s: NDArray[np.float64] = field(repr=False)  # [n]
+    indices: NDArray[np.int64] = field(repr=False)  # [n] frame number in display order
+    asked: int = 0
+    """How many frames sampling asked for up to and including this chunk's end."""
+    total: int = 0
+    """How many frames sampling asks for in the whole clip."""
+    replaced: int = 0
+    """How many of this chunk stand in for a neighbour that could not be decoded."""
+    decoder: str = "pyav"
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        n = len(self.times_s)
+        if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4 or self.pixels.shape[1] != 3:
+            raise ValueError(
+                f"pixels should be u8 [n,3,h,w], got {self.pixels.dtype} {tuple(self.pixels.shape)}"
+            )
+        if self.pixels.shape[0] != n or len(self.indices) != n:
+            raise ValueError(
+                f"{self.pixels.shape[0]} frames, {n} times, {len(self.indices)} indices"
+            )
+
+    def __len__(self) -> int:
+        return len(self.times_s)
+
+    def __repr__(self) -> str:
+        n, _, h, w = self.pixels.shape
+        span = f"{self.times_s[0]:.3f}–{self.times_s[-1]:.3f} s" if n else "empty"
+        return f"Frames({n} of {self.total}, {w}×{h}, {span}, {self.decoder})"
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Every face found in one chunk; m may be 0, which is an ordinary outcome."""
+
+    boxes: NDArray[np.float32]  # [m, 4] x0 y0 x1 y1 in pixels of the displayed frame
+    landmarks: NDArray[np.float32] = field(repr=False)  # [m, 5, 2] eyes, nose, mouth corners
+    confidence: NDArray[np.float32] = field(repr=False)  # [m]
+    frame: NDArray[np.int64] = field(repr=False)  # [m] row of the chunk's Frames
+
+    def __post_init__(self) -> None:
+        m = len(self.boxes)
+        shapes = (self.boxes.shape, self.landmarks.shape, self.confidence.shape, self.frame.shape)
+        if shapes != ((m, 4), (m, 5, 2), (m,), (m,)):
+            raise ValueError(f"faces disagree: {shapes}")
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __repr__(self) -> str:
+        return f"Faces({len(self)} in {len(np.unique(self.frame))} frames)"
+
+    @classmethod
+    def none(cls) -> "Faces":
+        """No face in the chunk."""
+        return cls(
+            boxes=np.zeros((0, 4), np.float32),
+            landmarks=np.zeros((0, 5, 2), np.float32),
+            confidence=np.zeros(0, np.float32),
+            frame=np.zeros(0, np.int64),
+        )
+
+
+class Decoder(Protocol):
+    """Clips in, bounded chunks of frames out; Frames say which clip and which time."""
+
+    name: str
+
+    def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]: ...
+
+
+class FaceFinder(Protocol):
+    """One chunk of frames in, its faces out."""
+
+    def find(self, frames: Frames) -> Faces: ...

@@ -1,0 +1,1 @@
+"""How jobs come and verdicts go. Knows nothing of pixels."""

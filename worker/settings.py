@@ -1,0 +1,142 @@
+"""One frozen Settings, read once from the environment.
+
+Each field is the environment variable RALF_<FIELD IN CAPITALS>; `ralf doctor` prints them all
+with their values. A value that does not parse is an error that names the variable.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
+
+GIB = 1024**3
+
+
+class SettingsError(ValueError):
+    """An environment variable holds what its field cannot take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an operator may change without touching code."""
+
+    # where things are
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_prefix: str = "ralf:"
+    models_dir: str = ""
+    """Where published models lie; empty means the models/ folder that ships with the code."""
+    model: str = "ralf-small"
+    work_dir: str = ""
+    """Fetched files and the child's socket; empty means a private folder under the system's."""
+
+    # the device
+    device: str = "auto"
+    threads: int = 0
+    """CPU threads of the child; 0 means one per core available."""
+
+    # what is refused before decoding
+    max_bytes: int = 2 * GIB
+    max_seconds: float = 4 * 3600.0
+    max_width: int = 8192
+    max_height: int = 4320
+    max_frame_rate: float = 300.0
+    max_streams: int = 64
+    max_frames: int = 300
+    """The most frames that any job may ask to sample."""
+    max_tracks: int = 16
+
+    # bounds of one walk
+    chunk_bytes: int = 256 * 1024**2
+    """Decoded pixels held at once."""
+
+    # one job's time: clamp(base + per_second * seconds of video, least, most)
+    timeout_base_s: float = 60.0
+    timeout_per_video_s: float = 0.5
+    timeout_least_s: float = 120.0
+    timeout_most_s: float = 1800.0
+
+    # retries, crashes
+    retries: int = 2
+    retry_delays_s: tuple[float, ...] = (15.0, 120.0)
+    quarantine_after: int = 2
+    child_max_jobs: int = 500
+    child_max_rss_ratio: float = 1.5
+    child_start_timeout_s: float = 120.0
+    hang_s: float = 60.0
+    """A child that reports no progress for so long, inside one job, is taken for hung."""
+    heartbeat_s: float = 10.0
+    heartbeat_ttl_s: float = 30.0
+    grace_s: float = 25.0
+    """After SIGTERM a job may run on for so long before it is handed back."""
+    reclaim_after_s: float = 15.0
+    janitor_every_s: float = 5.0
+
+    # how long things are kept
+    token_ttl_s: int = 7 * 86400
+    job_ttl_s: int = 30 * 86400
+    verdict_ttl_s: int = 30 * 86400
+    evidence_ttl_s: int = 7 * 86400
+    session_ttl_s: int = 86400
+    crash_ttl_s: int = 7 * 86400
+    stream_max_len: int = 100_000
+
+    # fetching and delivering
+    file_roots: tuple[str, ...] = ()
+    """Folders that file: URIs may name; none means file: is refused by the service."""
+    allow_private_addresses: bool = False
+    """Only for a closed network of your own and for tests: lifts the SSRF guard."""
+    fetch_hosts: tuple[str, ...] = ()
+    """If not empty, only these hosts (or .suffixes) may be fetched from."""
+    fetch_ports: tuple[int, ...] = (80, 443)
+    fetch_timeout_s: float = 300.0
+    fetch_redirects: int = 3
+    buckets: tuple[str, ...] = ()
+    """Allowed buckets as tenant=scheme://bucket; the tenant * is everyone."""
+    s3_endpoint: str = ""
+    gs_endpoint: str = ""
+    webhook_timeout_s: float = 20.0
+    webhook_secrets: tuple[str, ...] = ()
+    """secret_id=whsec_…; the same id twice means rotation: both sign."""
+    webhook_max_body: int = 20_000
+
+    # watching
+    http_host: str = "127.0.0.1"
+    http_port: int = 0
+    """/metrics, /healthz and /readyz; 0 turns them off."""
+    log_level: str = "info"
+    log_format: str = "auto"
+
+    extra: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":
+        """Read RALF_* once; unknown RALF_ names are refused so that a typo cannot hide."""
+        env = os.environ if environment is None else environment
+        hints = get_type_hints(cls)
+        known = {f"RALF_{f.name.upper()}": f.name for f in fields(cls) if f.name != "extra"}
+        values: dict[str, Any] = {}
+        for name, text in env.items():
+            if name in known:
+                values[known[name]] = _parse(name, text, hints[known[name]])
+            elif name.startswith("RALF_") and not name.startswith("RALF_X_"):
+                near = ", ".join(sorted(known))
+                raise SettingsError(f"{name} is not a setting of Ralf; known: {near}")
+        return cls(**values)
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() in {"1", "true", "yes", "on"}:
+            return True
+        if text.lower() in {"0", "false", "no", "off", ""}:
+            return False
+        raise SettingsError(f"{name} should be 1 or 0, got {text!r}")
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise SettingsError(f"{name} should be {kind.__name__}, got {text!r}") from None
+    inner = kind.__args__[0]
+    return tuple(_parse(name, part.strip(), inner) for part in text.split(",") if part.strip())
