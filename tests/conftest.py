@@ -21,6 +21,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _same_random_state():
     """No test leaves its seed to the next."""
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - libraries under test may use the global state
+    np.random.seed(0)
     torch.manual_seed(0)
     yield

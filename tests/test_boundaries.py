@@ -100,7 +100,7 @@ def test_every_import_follows_the_rooms():
     """train → worker → kernels, service → pipeline → media, and one owner a heavy library."""
     found = list(faults())
 
-    assert [] == found
+    assert found == []
 
 
 def test_the_walk_over_imports_sees_something():
@@ -112,7 +112,7 @@ def test_kernels_is_ours():
     """Hugging Face publishes a package of that name; it must not shadow ours."""
     import kernels
 
-    assert ROOT / "kernels" / "__init__.py" == Path(kernels.__file__)
+    assert Path(kernels.__file__) == ROOT / "kernels" / "__init__.py"
 
 
 def modules_after(statement: str) -> set[str]:

@@ -22,7 +22,7 @@ class RalfError(Exception):
     """Base of everything Ralf raises on purpose."""
 
 
-class Cancelled(Exception):  # noqa: N818 - an instruction, not an error
+class Cancelled(Exception):
     """The job was asked to stop."""
 
 
