@@ -18,9 +18,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_random_state():
+def _same_random_state() -> None:
     """No test leaves its seed to the next."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    yield
