@@ -1,0 +1,112 @@
+"""The pictures behind a verdict: the strongest faces of each track, and where they differ.
+
+Crops are kept as they were scored, a bounded number per track.  The residual is the network's own
+|x − rebuilt|, smoothed and laid over the face in one colour; all pictures of a verdict share one
+scale, so that a quiet face stays quiet beside a loud one.
+"""
+
+import base64
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from worker.contract import Picture
+
+PER_TRACK = 5
+QUALITY = 85
+QUIET = 8 / 255
+"""A residual below this everywhere is drawn as nothing rather than stretched to full heat."""
+HEAT = np.array([230, 97, 1], np.float32)  # orange reads on every skin and to the colour-blind
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A crop worth showing."""
+
+    track: int
+    time_s: float
+    logit: float
+    crop: Tensor  # u8 [3, s, s]
+
+
+class Gallery:
+    """Keeps the strongest few crops of each track as they stream by."""
+
+    def __init__(self, per_track: int = PER_TRACK) -> None:
+        self.per_track = per_track
+        self._kept: dict[int, list[Kept]] = {}
+
+    def offer(
+        self,
+        tracks: NDArray[np.int64],
+        times_s: NDArray[np.float64],
+        logits: NDArray[np.float32],
+        crops: Tensor,
+    ) -> None:
+        """Look at a chunk's crops; those stronger than what is kept replace it."""
+        for row in np.argsort(-logits, kind="stable"):
+            track = int(tracks[row])
+            if track < 0:
+                continue
+            kept = self._kept.setdefault(track, [])
+            candidate = Kept(track, float(times_s[row]), float(logits[row]), crops[row].clone())
+            kept.append(candidate)
+            kept.sort(key=lambda item: (-item.logit, item.time_s))
+            del kept[self.per_track :]
+
+    def of(self, tracks: Iterable[int]) -> list[Kept]:
+        """The kept crops of these tracks, strongest first within each."""
+        return [item for track in tracks for item in self._kept.get(track, [])]
+
+
+def jpeg(image: NDArray[np.uint8]) -> str:
+    """[h, w, 3] u8 → base64 JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def pictures(
+    kept: list[Kept], names: dict[int, str], scores: list[float], residuals: Tensor | None
+) -> tuple[Picture, ...]:
+    """Faces with, where the network can explain, the residual drawn over them.
+
+    residuals: [k, 3, s, s] in 0..1, one per kept crop.
+    """
+    heats = _heats(residuals) if residuals is not None and len(kept) else [None] * len(kept)
+    made = []
+    for item, score, heat in zip(kept, scores, heats, strict=True):
+        face = item.crop.permute(1, 2, 0).contiguous().numpy()
+        made.append(
+            Picture(
+                track_id=names[item.track],
+                time_ms=round(item.time_s * 1000),
+                score=score,
+                face=jpeg(face),
+                residual=None if heat is None else jpeg(_overlay(face, heat)),
+            )
+        )
+    return tuple(made)
+
+
+def _heats(residuals: Tensor) -> list[NDArray[np.float32]]:
+    """Residuals as maps in 0..1 on one scale."""
+    flat = residuals.detach().to(torch.float32).mean(1).numpy()  # [k, s, s]
+    sigma = flat.shape[-1] / 64
+    smooth = [gaussian_filter(one, sigma) for one in flat]
+    top = max(QUIET, *(float(np.quantile(one, 0.995)) for one in smooth))
+    return [np.clip(one / top, 0, 1).astype(np.float32) for one in smooth]
+
+
+def _overlay(face: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+    grey = face.astype(np.float32).mean(-1, keepdims=True)
+    alpha = (heat[..., None] ** 1.5) * 0.85
+    mixed: NDArray[np.uint8] = np.clip(grey * (1 - alpha) + HEAT * alpha, 0, 255).astype(np.uint8)
+    return mixed

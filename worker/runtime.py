@@ -1,0 +1,118 @@
+"""The one place that chooses CPU or GPU parts, and warms them.
+
+Parts are made once per process: the model is opened and checked against its golden file, the
+finder's nets are loaded, and one black frame goes through all of it, so that the first job pays
+nothing.  Asking for a device that is not there is an error, never a silent fallback.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import structlog
+import torch
+
+from kernels.artifact import Artifact, ArtifactError, resolve
+from kernels.engine import Engine, EngineError
+from kernels.engine import load as load_engine
+from kernels.manifest import Finder
+from worker.contract import Sampling
+from worker.errors import ModelUnavailable
+from worker.media.decode_pyav import PyavDecoder
+from worker.media.mtcnn import Mtcnn
+from worker.media.types import Decoder, FaceFinder
+from worker.settings import Settings
+
+log = structlog.get_logger()
+
+SHIPPED_MODELS = Path(__file__).resolve().parent.parent / "models"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What analyze() works with; one per process and model."""
+
+    settings: Settings
+    artifact: Artifact
+    engine: Engine
+    decoder: Decoder = field(repr=False)
+    finder: FaceFinder = field(repr=False)
+    finder_settings: Finder
+
+    @property
+    def finder_changed(self) -> bool:
+        """Whether the caller asked for another smallest face than the model's."""
+        return self.finder_settings != self.artifact.manifest.input.finder
+
+    @property
+    def default_sampling(self) -> Sampling:
+        """The sampling that this model was calibrated with."""
+        return Sampling(**self.artifact.manifest.input.sampling.model_dump())
+
+
+def models_dir(settings: Settings) -> Path:
+    """Where models are looked for: RALF_MODELS_DIR, else the folder that ships with the code."""
+    return Path(settings.models_dir) if settings.models_dir else SHIPPED_MODELS
+
+
+def cores(settings: Settings) -> int:
+    """CPU threads to use: RALF_THREADS, else what this process may run on."""
+    return settings.threads or len(os.sched_getaffinity(0))
+
+
+def load(
+    settings: Settings,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    min_face: int | None = None,
+) -> Parts:
+    """Open the model, build the parts for the device, and warm them.
+
+    min_face overrides the model's smallest face; verdicts made so are marked uncalibrated.
+    """
+    torch.set_num_threads(cores(settings))
+    device = device or settings.device
+    try:
+        artifact = resolve(models_dir(settings), model or settings.model)
+        engine = load_engine(artifact, device=device)
+    except (ArtifactError, EngineError) as error:
+        raise ModelUnavailable(str(error)) from error
+    finder = artifact.manifest.input.finder
+    if min_face is not None:
+        finder = finder.model_copy(update={"min_face": min_face})
+    parts = Parts(
+        settings=settings,
+        artifact=artifact,
+        engine=engine,
+        decoder=PyavDecoder(chunk_bytes=settings.chunk_bytes, threads=cores(settings)),
+        finder=Mtcnn(finder, device=engine.device),
+        finder_settings=finder,
+    )
+    warm(parts)
+    log.info(
+        "runtime.loaded",
+        model=f"{artifact.manifest.name}@{artifact.version}",
+        engine=engine.name,
+        precision=engine.precision,
+        device=engine.device,
+        decoder=parts.decoder.name,
+    )
+    return parts
+
+
+def warm(parts: Parts) -> None:
+    """One black crop through the network: kernels are chosen and memory is taken."""
+    size = parts.artifact.manifest.input.size
+    logits = parts.engine(torch.zeros((1, 3, size, size), dtype=torch.uint8))
+    if not np.isfinite(logits.numpy()).all():
+        raise ModelUnavailable(
+            f"{parts.artifact.manifest.name} gives {logits.tolist()} for a black crop; "
+            "expected a finite logit; publish the model again"
+        )
+
+
+def with_decoder(parts: Parts, decoder: Decoder) -> Parts:
+    """The same parts with another decoder."""
+    return replace(parts, decoder=decoder)
