@@ -1,0 +1,234 @@
+"""What a training run is: a frozen, complete Recipe and its parts.
+
+Nothing about a run lives elsewhere: network and dimensions, how crops are cut, which pictures are
+shown, losses and their weights, optimiser, schedule, precision, seed.  A recipe prints itself, is
+stored as JSON in every checkpoint, and is changed only by name with its types checked
+(train.recipe_text).  There is no configuration file to be merged over another.  Nonsense is
+refused when a part is made.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kernels.manifest import InputContract, Network
+from train.recipe_text import RecipeError
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise RecipeError(f"{name} should be from {low} to {high}, not {value}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise RecipeError(f"{name} should be {least} or more, not {value}")
+
+
+Family = str
+"""A way of making pseudo-forgeries, by its name in train.blend."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How crops are disturbed; each figure is a probability.
+
+    Real and forged of a pair are disturbed alike, so that quality never tells the label.
+    """
+
+    flip: float = 0.5
+    jpeg: float = 0.0
+    h264: float = 0.0
+    resize: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    colour: float = 0.0
+    margins: tuple[float, ...] = ()
+    """Crop margins drawn from, instead of the contract's one; () keeps the contract's."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jpeg", "h264", "resize", "blur", "noise", "colour"):
+            _between(f"augment.{name}", getattr(self, name), 0, 1)
+        for margin in self.margins:
+            _between("augment.margins", margin, 1, 3)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which pictures the network sees, and how a batch is put together."""
+
+    input: InputContract = field(default_factory=InputContract)
+    batch: int = 32
+    """Crops per step and process, half of them forged."""
+    pairing: Literal["balanced", "paired"] = "paired"
+    """balanced: as many forged as real, drawn apart; paired: each real beside its own forgery."""
+    frames: int = 8
+    """Frames a video gives to one epoch, drawn anew in each."""
+    evaluation_frames: int = 32
+    """Frames a video gives to evaluation, spread evenly, the same every time."""
+    augment: Augment = Augment()
+    families: tuple[Family, ...] = ()
+    """Pseudo-forgeries made from the reals; () uses only forgeries that are on disk."""
+    held_out: Family | None = None
+    """A family never trained on, used only to judge what generalises."""
+    blended_share: float = 1.0
+    """Of the forgeries in a batch, how many are made by blending where some are on disk too."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.batch", self.batch, 2)
+        if self.batch % 2:
+            raise RecipeError(f"data.batch {self.batch} should be even: half real, half forged")
+        _at_least("data.frames", self.frames, 1)
+        _at_least("data.evaluation_frames", self.evaluation_frames, 1)
+        _between("data.blended_share", self.blended_share, 0, 1)
+        if self.held_out is not None and self.held_out in self.families:
+            raise RecipeError(
+                f"data.held_out {self.held_out!r} is trained on too: take it out of data.families"
+            )
+
+
+@dataclass(frozen=True)
+class RalfLoss:
+    """The loss of RALF, equations 2 to 12 of the paper."""
+
+    kind: Literal["ralf"] = "ralf"
+    weight_rec: float = 0.1
+    weight_freq: float = 1.0
+    weight_adv: float = 0.1
+    weight_emb: float = 0.1
+    weight_con: float = 0.1
+    freq: Literal["difference", "magnitude"] = "difference"
+    """difference: |W(F(x~) − F(x))|, equation 5; magnitude: |W|F(x~)| − W|F(x)||, their code."""
+    freq_scale: Literal["unnormalised", "ortho"] = "unnormalised"
+    """The scale of the coefficients that weight_freq speaks of."""
+    freq_weighted: bool = True
+    """False: W is one everywhere (a row of the paper's Table 4)."""
+    radius_real: float = 0.05
+    radius_forged: float = 1.5
+    centre: Literal["epoch", "step"] = "step"
+    """When the centre of real faces moves: once an epoch to their mean, or each step a little."""
+    centre_momentum: float = 0.99
+    """Only for centre=step."""
+    centre_sums_forged: bool = False
+    """The upload's bug: the sum runs over all faces, the count over the real ones only."""
+    centre_keeps_graph: bool = False
+    """The upload's other bug: sums are not detached, so each step's graph lives for the epoch."""
+    alpha: Literal["epoch", "step", "one"] = "step"
+    """How the weight of the embedding loss grows from 0 to 1: by whole epochs, by steps, not."""
+    perceptual: Literal["vgg19", "vgg16"] = "vgg19"
+    con_pairs: bool = True
+    """Equation 6 for each real and the forgery made from it; False: of the two batch means."""
+    con_eps: float = 1e-3
+    """Keeps the ratio of equation 6 finite where a forgery is reconstructed well."""
+    rival_lr: float = 2e-4
+    """The discriminator's own Adam."""
+    rival_betas: tuple[float, float] = (0.5, 0.999)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.radius_real < self.radius_forged:
+            raise RecipeError(
+                f"loss.radius_real {self.radius_real} should be below "
+                f"loss.radius_forged {self.radius_forged}, neither negative"
+            )
+        _between("loss.centre_momentum", self.centre_momentum, 0, 1)
+
+
+@dataclass(frozen=True)
+class BceLoss:
+    """Binary cross entropy alone: for plain classifiers."""
+
+    kind: Literal["bce"] = "bce"
+    smoothing: float = 0.0
+    """Targets become smoothing/2 and 1 − smoothing/2."""
+
+    def __post_init__(self) -> None:
+        _between("loss.smoothing", self.smoothing, 0, 0.5)
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """How weights are moved."""
+
+    kind: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    """sgd takes the first as its momentum."""
+    weight_decay: float = 0.0
+    """adamw leaves vectors (biases, norms) and the frequency mask out of it."""
+    clip: float | None = 1.0
+    """Largest norm of the whole gradient; None does not clip."""
+    accumulate: int = 1
+    """Batches whose gradients are added before one step."""
+    ema: float | None = 0.999
+    """Decay of the moving average of the weights, which is what gets judged and published."""
+
+    def __post_init__(self) -> None:
+        _at_least("optimiser.accumulate", self.accumulate, 1)
+        if self.lr <= 0:
+            raise RecipeError(f"optimiser.lr should be above 0, not {self.lr}")
+        if self.ema is not None:
+            _between("optimiser.ema", self.ema, 0, 1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, and how fast at which time."""
+
+    epochs: int = 30
+    steps: int | None = None
+    """Optimiser steps in all; overrides epochs."""
+    shape: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises from 0."""
+    floor: float = 0.01
+    """Where the cosine ends, as a share of the rate."""
+    evaluate_every: int = 1
+    """Epochs between looks at the validation split."""
+    patience: int | None = None
+    """Looks without a better one before the run stops early; None never stops."""
+    select: Literal["auc", "bce"] = "auc"
+    """What on the validation split says which weights are best; test is never looked at."""
+
+    def __post_init__(self) -> None:
+        _at_least("schedule.epochs", self.epochs, 1)
+        _at_least("schedule.evaluate_every", self.evaluate_every, 1)
+        if self.steps is not None:
+            _at_least("schedule.steps", self.steps, 1)
+        _between("schedule.warmup", self.warmup, 0, 1)
+        _between("schedule.floor", self.floor, 0, 1)
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where first weights come from."""
+
+    backbone: str | None = "imagenet"
+    """imagenet (from timm's hub), a safetensors file with timm's names, or None: random."""
+    perceptual: str | None = "imagenet"
+    """imagenet (from torchvision's hub), a safetensors file with torchvision's names, or None."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run."""
+
+    name: str
+    network: Network
+    loss: RalfLoss | BceLoss
+    data: Data = Data()
+    optimiser: Optimiser = Optimiser()
+    schedule: Schedule = Schedule()
+    init: Init = Init()
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """What products are computed in; weights and their steps stay FP32.  bf16 falls back to fp32,
+    said in the log, on a processor that has no bf16 in hardware."""
+    seed: int = 0
+    notes: tuple[str, ...] = field(default=(), repr=False)
+    """Why the choices are what they are; goes on the card."""
+
+    def __post_init__(self) -> None:
+        size = self.network.dimensions.get("size")
+        if size is not None and size != self.data.input.size:
+            raise RecipeError(
+                f"network.size {size} and data.input.size {self.data.input.size} should be the "
+                "same: set both"
+            )
