@@ -1,0 +1,127 @@
+"""Keep chosen frequencies of an image: DCT, mask, inverse DCT; the op `ralf::destruct`.
+
+With the orthonormal basis D the transform of an image x is X = D x D^T, so what a mask M keeps
+is D^T (M * X) D: four small matrix products and one multiplication.  No FFT: matrix products
+run on every device, in half precision, and survive export to ONNX.
+
+`destruct` takes pixels, u8 or floats in 0..1, and works in the mask's dtype on values moved to
+-1/2..1/2: the mean alone makes a coefficient of n/2, for u8 pixels up to 255 n, and 65,280 at
+n = 256 is a hair under the largest FP16 number (65,504).  A constant c has the one coefficient
+c n, so c * M[0, 0] put back afterwards is exact.
+
+Numerics, on a CPU, 12 planes of u8 noise and a uniformly random mask: maximal error against the
+same in FP64, and what the first transform of a white u8 image without centring comes to in FP16.
+
+    n      FP32      FP16      FP16, not centred    bf16      white u8
+    64     2.3e-7    5.3e-4    6.6e-4               5.4e-3    16,320
+    255    4.2e-7    6.3e-4    1.4e-3               4.7e-3    65,024
+    256    4.1e-7    7.2e-4    1.1e-3               6.6e-3    65,280
+    299    3.9e-7    6.5e-4    1.1e-3               5.5e-3    infinite
+
+Half a step of an 8-bit pixel is 2.0e-3: FP16 stays below, bf16 does not, so the networks run
+this part in FP32 where they run in bf16.
+
+The op is opaque to torch.compile and torch.export, so that a fused kernel can take its place;
+`destruct_reference` is what it means, in plain torch, and what export decomposes it to.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+CENTRE = 0.5
+_bases: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def basis(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthonormal DCT-II matrix D [size, size]: row k is frequency k.  Made in FP64."""
+    key = (size, dtype, device)
+    if key not in _bases:
+        # A real tensor for any later caller, even where the first one traces for export or runs
+        # in inference mode.
+        with _disable_current_modes(), torch.inference_mode(False):
+            _bases[key] = _make_basis(size).to(device, dtype)
+    return _bases[key]
+
+
+def _make_basis(size: int) -> Tensor:
+    frequency = torch.arange(size, dtype=torch.float64)[:, None]
+    position = torch.arange(size, dtype=torch.float64)[None, :]
+    matrix = torch.cos(math.pi * (2 * position + 1) * frequency / (2 * size))
+    scale = torch.full((size, 1), math.sqrt(2 / size), dtype=torch.float64)
+    scale[0] = math.sqrt(1 / size)
+    return matrix * scale
+
+
+def _bases_of(image: Tensor) -> tuple[Tensor, Tensor]:
+    height, width = image.shape[-2:]
+    return (
+        basis(height, image.dtype, image.device),
+        basis(width, image.dtype, image.device),
+    )
+
+
+def dct2(image: Tensor) -> Tensor:
+    """Orthonormal 2-D DCT-II of [..., h, w], in the image's own (floating) dtype."""
+    rows, columns = _bases_of(image)
+    return rows @ image @ columns.mT
+
+
+def idct2(spectrum: Tensor) -> Tensor:
+    """Inverse of dct2."""
+    rows, columns = _bases_of(spectrum)
+    return rows.mT @ spectrum @ columns
+
+
+def centred(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels of 0..1, or u8 of 0..255, as -1/2..1/2."""
+    if image.dtype == torch.uint8:
+        # Exact in FP16 until the division; the other way round would round twice.
+        return (image.to(dtype) - 255 * CENTRE) / 255
+    return image.to(dtype) - CENTRE
+
+
+def destruct_reference(image: Tensor, mask: Tensor) -> Tensor:
+    """What ralf::destruct means, in plain torch; image [..., h, w], mask [h, w] of 0..1."""
+    kept = idct2(dct2(centred(image, mask.dtype)) * mask)
+    return kept + CENTRE * mask[0, 0]
+
+
+@torch.library.custom_op("ralf::destruct", mutates_args=())
+def destruct(image: Tensor, mask: Tensor) -> Tensor:
+    """The image without the frequencies that the mask (0..1) takes away, in the mask's dtype."""
+    if image.shape[-2:] != mask.shape or not mask.is_floating_point():
+        raise ValueError(
+            f"mask should be floating [h, w] of the image {tuple(image.shape)}, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    return destruct_reference(image, mask)
+
+
+@destruct.register_fake
+def _destruct_shape(image: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty(image.shape, dtype=mask.dtype, device=image.device)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _destruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The operator is its own adjoint; the mask's share is the product of both spectra."""
+    image, mask = ctx.saved_tensors
+    spectrum = dct2(grad)
+    to_image = to_mask = None
+    if ctx.needs_input_grad[0]:
+        to_image = idct2(spectrum * mask).to(image.dtype)
+    if ctx.needs_input_grad[1]:
+        products = spectrum * dct2(centred(image, mask.dtype))
+        to_mask = products.reshape(-1, *mask.shape).sum(0)
+        to_mask[0, 0] += CENTRE * grad.sum()
+    return to_image, to_mask
+
+
+destruct.register_autograd(_destruct_backward, setup_context=_keep_for_backward)
