@@ -1,0 +1,153 @@
+"""The three small networks of MTCNN (Zhang et al. 2016), with the weights facenet-pytorch carries.
+
+P-Net slides over a picture and names places where a face may be; R-Net looks at each place again
+at 24×24 and throws most of them out; O-Net looks at the rest at 48×48 and adds five landmarks.
+How they are chained is worker/media/mtcnn.py; this file knows pictures of one size only.
+
+Each network gives the *logit* of a face rather than two probabilities: the softmax of two numbers
+is the sigmoid of their difference.  Inputs are RGB, float, (u8 − 127.5) / 128, as in training.
+
+The weights are read from the installed facenet-pytorch 2.5.3 (MIT) without importing the package,
+as tensors only: nothing in the files is executed.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Net = Literal["pnet", "rnet", "onet"]
+
+
+class WeightsMissing(RuntimeError):
+    """The package that carries the finder's weights is not installed, or not whole."""
+
+
+def _column_first(x: Tensor) -> Tensor:
+    """[m,c,h,w] → [m, w·h·c]: the order in which the dense layers' weights were trained."""
+    return x.permute(0, 3, 2, 1).flatten(1)
+
+
+def _face_logit(pair: Tensor) -> Tensor:
+    """[m,2,…] scores of (no face, face) → [m,…] logit of P(face)."""
+    return pair[:, 1] - pair[:, 0]
+
+
+class PNet(nn.Module):
+    """Proposals: each output cell judges the 12×12 window that starts at twice its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 10, 3)
+        self.prelu1 = nn.PReLU(10)
+        self.pool1 = nn.MaxPool2d(2, 2, ceil_mode=True)
+        self.conv2 = nn.Conv2d(10, 16, 3)
+        self.prelu2 = nn.PReLU(16)
+        self.conv3 = nn.Conv2d(16, 32, 3)
+        self.prelu3 = nn.PReLU(32)
+        self.conv4_1 = nn.Conv2d(32, 2, 1)
+        self.conv4_2 = nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[n,3,h,w] → logit [n,h',w'], box offsets [n,4,h',w'] in units of the window."""
+        x = self.pool1(self.prelu1(self.conv1(x)))
+        x = self.prelu2(self.conv2(x))
+        x = self.prelu3(self.conv3(x))
+        return _face_logit(self.conv4_1(x)), self.conv4_2(x)
+
+
+class RNet(nn.Module):
+    """Refinement at 24×24."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 28, 3)
+        self.prelu1 = nn.PReLU(28)
+        self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.conv2 = nn.Conv2d(28, 48, 3)
+        self.prelu2 = nn.PReLU(48)
+        self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.conv3 = nn.Conv2d(48, 64, 2)
+        self.prelu3 = nn.PReLU(64)
+        self.dense4 = nn.Linear(576, 128)
+        self.prelu4 = nn.PReLU(128)
+        self.dense5_1 = nn.Linear(128, 2)
+        self.dense5_2 = nn.Linear(128, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[m,3,24,24] → logit [m], box offsets [m,4] in units of the box."""
+        x = self.pool1(self.prelu1(self.conv1(x)))
+        x = self.pool2(self.prelu2(self.conv2(x)))
+        x = self.prelu3(self.conv3(x))
+        x = self.prelu4(self.dense4(_column_first(x)))
+        return _face_logit(self.dense5_1(x)), self.dense5_2(x)
+
+
+class ONet(nn.Module):
+    """The last word at 48×48, with landmarks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3)
+        self.prelu1 = nn.PReLU(32)
+        self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.conv2 = nn.Conv2d(32, 64, 3)
+        self.prelu2 = nn.PReLU(64)
+        self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.conv3 = nn.Conv2d(64, 64, 3)
+        self.prelu3 = nn.PReLU(64)
+        self.pool3 = nn.MaxPool2d(2, 2, ceil_mode=True)
+        self.conv4 = nn.Conv2d(64, 128, 2)
+        self.prelu4 = nn.PReLU(128)
+        self.dense5 = nn.Linear(1152, 256)
+        self.prelu5 = nn.PReLU(256)
+        self.dense6_1 = nn.Linear(256, 2)
+        self.dense6_2 = nn.Linear(256, 4)
+        self.dense6_3 = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[m,3,48,48] → logit [m], box offsets [m,4], landmarks [m,5,2] as fractions of the box."""
+        x = self.pool1(self.prelu1(self.conv1(x)))
+        x = self.pool2(self.prelu2(self.conv2(x)))
+        x = self.pool3(self.prelu3(self.conv3(x)))
+        x = self.prelu4(self.conv4(x))
+        x = self.prelu5(self.dense5(_column_first(x)))
+        points = self.dense6_3(x).unflatten(1, (2, 5)).transpose(1, 2)  # five x, then five y
+        return _face_logit(self.dense6_1(x)), self.dense6_2(x), points
+
+
+class Cascade(NamedTuple):
+    """The three networks, in the order a picture meets them."""
+
+    pnet: PNet
+    rnet: RNet
+    onet: ONet
+
+
+def weights_path(net: Net) -> Path:
+    """Where facenet-pytorch keeps one network's weights; the package itself is not imported."""
+    spec = find_spec("facenet_pytorch")
+    if spec is None or not spec.submodule_search_locations:
+        raise WeightsMissing(
+            "the face finder's weights come with facenet-pytorch, which is not installed; "
+            "run: pip install facenet-pytorch==2.5.3"
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / "data" / f"{net}.pt"
+    if not path.is_file():
+        raise WeightsMissing(
+            f"facenet-pytorch is installed but {path.name} is not in its data folder; "
+            "run: pip install --force-reinstall --no-deps facenet-pytorch==2.5.3"
+        )
+    return path
+
+
+def pretrained(device: str | torch.device = "cpu") -> Cascade:
+    """The cascade with its weights, ready to infer: FP32, channels-last, no gradients."""
+    cascade = Cascade(PNet(), RNet(), ONet())
+    for net, network in zip(("pnet", "rnet", "onet"), cascade, strict=True):
+        weights = torch.load(weights_path(net), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        network.load_state_dict(weights)
+        network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return cascade

@@ -1,0 +1,338 @@
+"""Find faces: MTCNN's cascade as one batched program, over all frames of a chunk at once.
+
+    frames → reduced copy → integral picture ┬→ pyramid → P-Net → candidates → NMS
+                                             ├→ 24×24 crops → R-Net → NMS
+                                             └→ 48×48 crops → O-Net → NMS → faces
+
+The idea.  MTCNN resizes by area: each output pixel is the mean of a window of whole input pixels.
+So every resize it asks for, levels of the pyramid and crops of candidates alike, is a difference
+of four corners of one integral picture.  It is made once a frame, in integers, hence exactly; all
+crops of all frames are then one gather, with no loop over boxes.  The networks meet the pixels
+that facenet-pytorch's own loop would show them, so both find the same faces.
+
+Size.  Faces are sought on a copy whose longer side is `finder.long_side`; only crops are cut from
+full resolution.  Where `finder.min_face` would be smaller than P-Net's window of 12 pixels on that
+copy, the copy is as much larger as it takes: reducing first and enlarging after costs P-Net the
+same and shows it less.  Frames are never enlarged.
+
+Boxes and landmarks come back in pixels of the source.  Boxes may reach over the frame's edges.
+FP32 throughout: in bf16, P-Net and R-Net gain nothing on a CPU (measured: slower), and faces near
+a threshold change.  Memory is bounded: frames go through a few at a time, candidates in batches,
+and a frame has at most MOST_CANDIDATES of them.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from kernels.manifest import Finder
+from kernels.networks.mtcnn import pretrained
+from worker.media.types import Faces, Frames
+
+WINDOW, STRIDE = 12, 2  # P-Net's view, and the step between two of its cells
+FACTOR = 0.709  # from one level of the pyramid to the next: half the area
+ACCEPT = (0.6, 0.7, 0.7)  # least P(face) after P-, R- and O-Net
+PIXELS_A_PASS = 8 * 640 * 360  # of reduced copies: eight 1080p frames
+CROPS_A_PASS = 512
+MOST_CANDIDATES = 4096  # of one frame after P-Net; a crowd of 100 faces gives some 1,500
+
+
+class Level(NamedTuple):
+    """One scale of the pyramid: the copy shrunk by `scale` to height × width."""
+
+    scale: float
+    height: int
+    width: int
+
+
+class Candidates(NamedTuple):
+    """Boxes under way; k of them, in pixels of the reduced copy."""
+
+    boxes: Tensor  # f32 [k, 4]
+    score: Tensor  # f32 [k]
+    frame: Tensor  # i64 [k]
+
+    def take(self, rows: Tensor) -> "Candidates":
+        """Those rows, in that order."""
+        return Candidates(self.boxes[rows], self.score[rows], self.frame[rows])
+
+
+def reduced_size(height: int, width: int, finder: Finder) -> tuple[int, int]:
+    """Height and width of the copy that faces are sought on."""
+    longest = max(height, width, 1)
+    scale = min(1.0, max(finder.long_side / longest, WINDOW / finder.min_face))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def pyramid(height: int, width: int, min_face: float) -> list[Level]:
+    """The levels at which a face of `min_face` pixels or more fills P-Net's window."""
+    levels = []
+    scale = WINDOW / min_face
+    side = min(height, width) * scale
+    while side >= WINDOW:
+        levels.append(Level(scale, int(height * scale + 1), int(width * scale + 1)))
+        scale, side = scale * FACTOR, side * FACTOR
+    return levels
+
+
+def integral(pixels: Tensor) -> Tensor:
+    """u8 [n,3,h,w] → i32 [n,h+1,w+1,3]: the sum of all pixels above and to the left.
+
+    Sums of a whole 8k frame wrap around; differences of them do not care, as long as one window's
+    own sum fits, which is any window under 8 million pixels.
+    """
+    sums = pixels.permute(0, 2, 3, 1).cumsum(2, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+    return F.pad(sums, (0, 0, 1, 0, 1, 0))
+
+
+def _windows(length: Tensor | int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First and one-past-last input pixel of each of `count` outputs over `length` inputs."""
+    steps = torch.arange(count, device=device)
+    if isinstance(length, Tensor):
+        length = length[:, None]
+    return steps * length // count, ((steps + 1) * length + count - 1) // count
+
+
+def _normalised(sums: Tensor, area: Tensor) -> Tensor:
+    """Window sums [k,y,x,3] over their areas [·,y,x,1] → network input [k,3,y,x], channels-last."""
+    return ((sums / area - 127.5) * 0.0078125).permute(0, 3, 1, 2)
+
+
+def shrink(sums: Tensor, height: int, width: int) -> Tensor:
+    """Integral pictures [n,h+1,w+1,3] → the pictures at height × width, normalised."""
+    y0, y1 = _windows(sums.shape[1] - 1, height, sums.device)
+    x0, x1 = _windows(sums.shape[2] - 1, width, sums.device)
+    rows = sums.index_select(1, y1) - sums.index_select(1, y0)
+    windows = rows.index_select(2, x1) - rows.index_select(2, x0)
+    return _normalised(windows, ((y1 - y0)[:, None] * (x1 - x0))[None, :, :, None])
+
+
+def crops(sums: Tensor, frame: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Squares [k,3,side,side], normalised, from corners i64 [k,4] x0 y0 x1 y1 within the copy."""
+    _, height, width, _ = sums.shape
+    x0, x1 = _windows(corners[:, 2] - corners[:, 0], side, sums.device)
+    y0, y1 = _windows(corners[:, 3] - corners[:, 1], side, sums.device)
+    area = (y1 - y0)[:, :, None] * (x1 - x0)[:, None, :]
+    x0, x1 = (x + corners[:, :1] for x in (x0, x1))
+    y0, y1 = ((y + corners[:, 1:2] + frame[:, None] * height) * width for y in (y0, y1))
+    flat = sums.view(-1, 3)
+
+    def at(y: Tensor, x: Tensor) -> Tensor:
+        places = y[:, :, None] + x[:, None, :]
+        return flat.index_select(0, places.flatten()).view(*places.shape, 3)
+
+    return _normalised(at(y1, x1) - at(y0, x1) - at(y1, x0) + at(y0, x0), area[..., None])
+
+
+def _squared(boxes: Tensor) -> Tensor:
+    """Each box as the square around its centre with its longer side."""
+    size = boxes[:, 2:] - boxes[:, :2]
+    side = size.amax(1, keepdim=True)
+    start = boxes[:, :2] + size * 0.5 - side * 0.5
+    return torch.cat([start, start + side], 1)
+
+
+def _moved(boxes: Tensor, offsets: Tensor) -> Tensor:
+    """Boxes corrected by R- or O-Net; the pixel grid is counted with both ends in."""
+    size = boxes[:, 2:] - boxes[:, :2] + 1
+    return boxes + offsets * size.repeat(1, 2)
+
+
+def _corners(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The pixels a box covers, i64 [k,4] within the picture, and whether there are any [k].
+
+    Boxes count from one and hold both ends, as facenet-pytorch's do.
+    """
+    whole = boxes.trunc().long()
+    start = whole[:, :2].clamp(min=1) - 1
+    end = torch.minimum(whole[:, 2:], whole.new_tensor([width, height]))
+    some = (end > start).all(1)
+    start = torch.minimum(start, end.clamp(min=1) - 1)
+    return torch.cat([start, torch.maximum(end, start + 1)], 1), some
+
+
+def smallest_wins(found: Candidates, threshold: float) -> NDArray[np.bool_]:
+    """Greedy NMS by overlap over the *smaller* box, every frame at once; True where a box stays.
+
+    A box is dropped when a kept, better one of its frame overlaps it.  Repeating "dropped when any
+    better box not dropped overlaps" until nothing changes gives the same answer without walking
+    over boxes: the best is settled in the first round, and each round settles at least one more.
+    """
+    boxes, score, frame = (t.cpu().numpy() for t in found)
+    keep = np.ones(len(boxes), bool)
+    for rows in _framewise(frame):
+        rows = rows[np.argsort(-score[rows], kind="stable")]
+        mine = boxes[rows]
+        area = np.prod(mine[:, 2:] - mine[:, :2] + 1, axis=1)
+        start = np.maximum(mine[:, None, :2], mine[None, :, :2])
+        end = np.minimum(mine[:, None, 2:], mine[None, :, 2:])
+        shared = np.prod(np.maximum(end - start + 1, 0), axis=2)
+        beats = np.triu(shared > threshold * np.minimum(area[:, None], area[None]), 1)
+        stays = np.ones(len(rows), bool)
+        while not np.array_equal(stays, now := ~(beats & stays[:, None]).any(0)):
+            stays = now
+        keep[rows] = stays
+    return keep
+
+
+def _framewise(frame: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Rows of each frame that has any."""
+    order = np.argsort(frame, kind="stable")
+    yield from (rows for rows in np.split(order, np.flatnonzero(np.diff(frame[order])) + 1))
+
+
+class Windows(NamedTuple):
+    """Every cell of every level's P-Net output, in one row: P of them."""
+
+    levels: tuple[Level, ...]
+    boxes: Tensor  # f32 [P, 4] what the cell looks at, in pixels of the reduced copy
+    level: Tensor  # i64 [P]
+
+
+@lru_cache(maxsize=16)
+def _all_windows(height: int, width: int, min_face: float, device: torch.device) -> Windows:
+    levels = tuple(pyramid(height, width, min_face))
+    boxes, level = [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)]
+    for number, (scale, rows, columns) in enumerate(levels):
+        # A 3×3 convolution, a 2×2 pooling that rounds up, and two more 3×3 convolutions.
+        y = torch.arange((rows - 2 + 1) // 2 - 4).float()
+        x = torch.arange((columns - 2 + 1) // 2 - 4).float()
+        cells = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).view(-1, 2) * STRIDE
+        start, end = ((cells + 1) / scale).floor(), ((cells + WINDOW) / scale).floor()
+        boxes.append(torch.cat([start, end], 1))
+        level.append(torch.full((len(cells),), number))
+    return Windows(levels, torch.cat(boxes).to(device), torch.cat(level).to(device))
+
+
+class Mtcnn:
+    """Finds the faces of a chunk of frames; the same code on CPU and CUDA."""
+
+    name = "mtcnn"
+
+    def __init__(self, finder: Finder, device: str | torch.device = "cpu") -> None:
+        self.finder = finder
+        self.device = torch.device(device)
+        self.nets = pretrained(self.device)
+
+    @torch.inference_mode()
+    def find(self, frames: Frames) -> Faces:
+        """Every face of the chunk: frame by frame, the most confident first within one."""
+        n, _, height, width = frames.pixels.shape
+        rows, columns = reduced_size(height, width, self.finder)
+        least = self.finder.min_face * max(rows, columns) / max(height, width, 1)
+        zoom = np.array([width / columns, height / rows], np.float32)
+        at_once = max(1, PIXELS_A_PASS // (rows * columns))
+        found = [
+            self._pass(self.reduced(frames.pixels[first : first + at_once]), least, zoom, first)
+            for first in range(0, n, at_once)
+        ]
+        if not found:
+            return Faces.none()
+        return Faces(
+            boxes=np.concatenate([faces.boxes for faces in found]),
+            landmarks=np.concatenate([faces.landmarks for faces in found]),
+            confidence=np.concatenate([faces.confidence for faces in found]),
+            frame=np.concatenate([faces.frame for faces in found]),
+        )
+
+    def reduced(self, pixels: Tensor) -> Tensor:
+        """u8 [n,3,h,w] → the copy that faces are sought on, u8 on the finder's device."""
+        size = reduced_size(pixels.shape[2], pixels.shape[3], self.finder)
+        pixels = pixels.to(self.device, non_blocking=True)
+        if size == tuple(pixels.shape[2:]):
+            return pixels
+        if pixels.is_cuda:  # torch has no 8-bit kernel for this on CUDA
+            smaller = F.interpolate(pixels.float(), size=size, mode="bilinear", antialias=True)
+            return smaller.round_().clamp_(0, 255).to(torch.uint8)
+        return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+
+    def _pass(self, copy: Tensor, least: float, zoom: NDArray[np.float32], first: int) -> Faces:
+        """The faces on a few reduced copies, in pixels of the source."""
+        sums = integral(copy)
+        found, landmarks = self._judge(sums, self._refine(sums, self._propose(sums, least)))
+        keep = smallest_wins(found, 0.7)
+        boxes, score, frame, points = (t.cpu().numpy()[keep] for t in (*found, landmarks))
+        order = np.lexsort((-score, frame))
+        return Faces(
+            boxes=(boxes * np.tile(zoom, 2))[order],
+            landmarks=(points * zoom)[order],
+            confidence=score[order],
+            frame=frame[order] + first,
+        )
+
+    def _propose(self, sums: Tensor, least: float) -> Candidates:
+        """P-Net over the pyramid; NMS within each level, then across the levels of a frame."""
+        n, height, width = sums.shape[0], sums.shape[1] - 1, sums.shape[2] - 1
+        windows = _all_windows(height, width, least, sums.device)
+        logits, offsets = [sums.new_zeros((n, 0))], [sums.new_zeros((n, 4, 0))]
+        for level in windows.levels:
+            logit, offset = self.nets.pnet(shrink(sums, level.height, level.width))
+            logits.append(logit.flatten(1))
+            offsets.append(offset.flatten(2))
+        probability = torch.cat(logits, 1).sigmoid()
+        frame, cell = (probability >= ACCEPT[0]).nonzero().unbind(1)
+        found = Candidates(windows.boxes[cell], probability[frame, cell], frame)
+        offset = torch.cat(offsets, 2)[frame, :, cell]
+
+        chosen = _strongest(found, MOST_CANDIDATES)
+        found, offset, level_of = found.take(chosen), offset[chosen], windows.level[cell[chosen]]
+        alone = batched_nms(*found[:2], found.frame * len(windows.levels) + level_of, 0.5)
+        found, offset = found.take(alone), offset[alone]
+        alone = batched_nms(*found, 0.7)
+        found, offset = found.take(alone), offset[alone]
+        size = (found.boxes[:, 2:] - found.boxes[:, :2]).repeat(1, 2)
+        return found._replace(boxes=_squared(found.boxes + offset * size))
+
+    def _refine(self, sums: Tensor, found: Candidates) -> Candidates:
+        """R-Net over every candidate of every frame."""
+        corners, some = _corners(found.boxes, sums.shape[1] - 1, sums.shape[2] - 1)
+        answers = [
+            self.nets.rnet(crops(sums, found.frame[batch], corners[batch], 24))
+            for batch in _batches(len(corners))
+        ]
+        logit, offset = (torch.cat(part) for part in zip(*answers, strict=True))
+        found = found._replace(score=logit.sigmoid())
+        passed = ((found.score > ACCEPT[1]) & some).nonzero().flatten()
+        found, offset = found.take(passed), offset[passed]
+        alone = batched_nms(*found, 0.7)
+        found, offset = found.take(alone), offset[alone]
+        return found._replace(boxes=_squared(_moved(found.boxes, offset)))
+
+    def _judge(self, sums: Tensor, found: Candidates) -> tuple[Candidates, Tensor]:
+        """O-Net over what is left: the faces, before the last NMS, and their landmarks."""
+        corners, some = _corners(found.boxes, sums.shape[1] - 1, sums.shape[2] - 1)
+        answers = [
+            self.nets.onet(crops(sums, found.frame[batch], corners[batch], 48))
+            for batch in _batches(len(corners))
+        ]
+        logit, offset, points = (torch.cat(part) for part in zip(*answers, strict=True))
+        found = found._replace(score=logit.sigmoid())
+        passed = ((found.score > ACCEPT[2]) & some).nonzero().flatten()
+        found, offset, points = found.take(passed), offset[passed], points[passed]
+        start = found.boxes[:, None, :2]
+        landmarks = start - 1 + points * (found.boxes[:, None, 2:] - start + 1)
+        return found._replace(boxes=_moved(found.boxes, offset)), landmarks
+
+
+def _batches(count: int) -> Iterator[slice]:
+    """Bounded runs over `count` rows; one empty run where there are none."""
+    yield from (slice(i, i + CROPS_A_PASS) for i in range(0, max(count, 1), CROPS_A_PASS))
+
+
+def _strongest(found: Candidates, most: int) -> Tensor:
+    """Rows of the best `most` of each frame, in the order they came; nearly always all of them."""
+    everyone = torch.arange(len(found.frame), device=found.frame.device)
+    if len(everyone) <= most:
+        return everyone
+    order = found.score.argsort(descending=True, stable=True)
+    order = order[found.frame[order].argsort(stable=True)]
+    frame = found.frame[order]
+    rank = everyone - torch.searchsorted(frame, frame)
+    return order[rank < most].sort().values
