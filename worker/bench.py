@@ -1,0 +1,110 @@
+"""`ralf bench scan`: the walk against the plain way, side by side in one run.
+
+The plain way is what one writes first: decode every frame in order, facenet-pytorch's own MTCNN
+with its defaults frame by frame at full resolution, crop and resize each face, the network in FP32
+one frame's faces at a time.  Both look at the same frames and run the same weights.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kernels.bench import Record, interleave, machine
+from kernels.engine_torch import reference_network
+from kernels.manifest import InputContract
+from worker.contract import Sampling
+from worker.media.decode_pyav import PyavDecoder, plan
+from worker.media.probe import probe
+from worker.media.types import Clip
+from worker.pipeline import Ask, analyze
+from worker.runtime import Parts, load
+from worker.settings import Settings
+
+SAMPLE = Path("demo/out/clips/six_faces.mp4")
+
+
+def run_scan(args: argparse.Namespace) -> int:
+    """Print the record; the ratio is what counts."""
+    clip = Path(args.clip) if args.clip else SAMPLE
+    if not clip.is_file():
+        print(
+            f"ralf bench scan: no clip at {clip}; name one, or make the samples with `make demo`",
+            file=sys.stderr,
+        )
+        return 2
+    settings = Settings.from_environment()
+    parts = load(settings, model=args.model, device="cpu")
+    sampling = Sampling(mode="uniform", max_frames=args.frames)
+    plain = PlainWay(parts, sampling)
+    found: dict[str, Any] = {}
+
+    def ours() -> None:
+        verdict, _ = analyze(clip, parts, ask=Ask(sampling=sampling))
+        found["faces"], found["stages_ms"] = verdict.made.faces, verdict.made.stages_ms
+
+    def theirs() -> None:
+        found["plain_faces"] = plain(clip)
+
+    timings = interleave({"ralf": ours, "plain": theirs}, repeats=args.repeats)
+    facts = probe(clip, settings)
+    record = Record(
+        theme="scan",
+        machine=machine(),
+        conditions={
+            "clip": f"{facts.codec} {facts.width}×{facts.height}, {facts.duration_s:.2f} s",
+            "frames": args.frames,
+            "model": f"{parts.artifact.manifest.name}@{parts.artifact.version}",
+            "network": parts.artifact.manifest.network.model_dump(),
+            "precision": parts.engine.precision,
+            "threads": torch.get_num_threads(),
+        },
+        timings=timings,
+        ratios={"plain / ralf": round(timings["plain"].median_s / timings["ralf"].median_s, 2)},
+        facts=found,
+    )
+    print(record.dump())
+    return 0
+
+
+class PlainWay:
+    """Stock parts, put together without a thought for speed; faces found is what it returns."""
+
+    def __init__(self, parts: Parts, sampling: Sampling) -> None:
+        from facenet_pytorch import MTCNN
+
+        self.finder = MTCNN(keep_all=True, device="cpu")
+        self.network = reference_network(parts.artifact)
+        self.contract: InputContract = parts.artifact.manifest.input
+        self.sampling, self.settings = sampling, parts.settings
+
+    @torch.no_grad()
+    def __call__(self, clip: Path) -> int:
+        found = probe(clip, self.settings)
+        wanted = set(plan(Clip(found, self.sampling)).tolist())
+        every = Sampling(mode="uniform", max_frames=300)
+        faces = 0
+        # every frame is decoded, as the plain way does, and all but the wanted are thrown away
+        for chunk in PyavDecoder(chunk_bytes=64 * 2**20).decode([Clip(found, every)]):
+            for row, index in enumerate(chunk.indices.tolist()):
+                if index not in wanted:
+                    continue
+                image = Image.fromarray(chunk.pixels[row].permute(1, 2, 0).numpy())
+                boxes, _ = self.finder.detect(image)
+                if boxes is None:
+                    continue
+                crops = torch.stack([self._crop(image, box) for box in boxes])
+                self.network(crops)
+                faces += len(boxes)
+        return faces
+
+    def _crop(self, image: Image.Image, box: np.ndarray[Any, Any]) -> torch.Tensor:
+        centre, side = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max() * self.contract.margin
+        x, y = centre - side / 2
+        crop = image.crop((round(x), round(y), round(x + side), round(y + side)))
+        resized = crop.resize((self.contract.size,) * 2, Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

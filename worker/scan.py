@@ -1,0 +1,197 @@
+"""`ralf scan`: files on disk, verdicts on the terminal, pages for people.
+
+One bad file does not stop the others; the exit code is the worst that happened.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from worker.contract import Evidence, Sampling, Verdict, dump
+from worker.errors import JobError
+from worker.pipeline import Ask, Partial, analyze
+from worker.report import page
+from worker.runtime import Parts, load
+from worker.settings import Settings
+
+WORDS = {
+    "likely_forged": ("likely forged", "bold red"),
+    "likely_authentic": ("likely authentic", "bold cyan"),
+    "inconclusive": ("inconclusive", "bold yellow"),
+    "no_faces": ("no faces", "bold"),
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command's body; returns the exit code."""
+    files = [Path(name) for name in args.files]
+    settings = Settings.from_environment()
+    if args.models:
+        settings = replace(settings, models_dir=args.models)
+    report = _report_target(args.report, len(files))
+    parts = load(settings, model=args.model, device=args.device, min_face=args.min_face)
+    ask = Ask(sampling=_sampling(args, parts))
+    worst = 0
+    for file in files:
+        try:
+            with _bar(file, quiet=args.quiet or args.json and not sys.stderr.isatty()) as show:
+                verdict, evidence = analyze(file, parts, ask=ask, progress=show)
+        except JobError as error:
+            print(f"ralf: {file}: {error.code}: {error}", file=sys.stderr)
+            worst = max(worst, 4)
+            continue
+        _show(file, verdict, as_json=args.json)
+        if report is not None:
+            _write_page(report(file), verdict, evidence)
+        worst = max(worst, _failed_on(args.fail_on, verdict))
+    return worst
+
+
+def _failed_on(policy: str | None, verdict: Verdict) -> int:
+    forged = verdict.label == "likely_forged"
+    doubtful = verdict.label != "likely_authentic"
+    return int((policy == "forged" and forged) or (policy == "inconclusive" and doubtful))
+
+
+def _usage(message: str) -> SystemExit:
+    print(f"ralf scan: {message}", file=sys.stderr)
+    return SystemExit(2)
+
+
+def _sampling(args: argparse.Namespace, parts: Parts) -> Sampling | None:
+    """The model's own sampling with what the command line changes; None where it changes none."""
+    if args.sampling is None and args.max_frames is None:
+        return None
+    wanted = parts.default_sampling.model_dump()
+    if args.max_frames is not None:
+        most = parts.settings.max_frames
+        if not 1 <= args.max_frames <= most:
+            raise _usage(f"--max-frames should be 1 to {most}, got {args.max_frames}")
+        wanted["max_frames"] = args.max_frames
+    if args.sampling is not None:
+        mode, _, rate = args.sampling.partition(":")
+        if mode not in ("uniform", "keyframes", "fps") or (mode == "fps") != bool(rate):
+            raise _usage(f"--sampling should be uniform, keyframes or fps:N, got {args.sampling}")
+        wanted["mode"] = mode
+        try:
+            wanted["fps"] = float(rate) if rate else None
+            return Sampling(**wanted)
+        except ValueError:
+            raise _usage(f"--sampling fps:N wants 0 < N ≤ 120, got {rate}") from None
+    return Sampling(**wanted)
+
+
+def _report_target(target: str | None, count: int) -> Callable[[Path], Path] | None:
+    """Where each file's page goes; refuses a place that cannot be written before any work."""
+    if target is None:
+        return None
+    place = Path(target)
+    if count > 1 or place.is_dir() or target.endswith("/"):
+        if place.is_file():
+            raise _usage(f"--report wants a folder for several files, {target} is a file")
+        place.mkdir(parents=True, exist_ok=True)
+        return lambda file: place / f"{file.name}.html"
+    if not place.parent.is_dir():
+        raise _usage(f"--report: there is no folder {place.parent}")
+    return lambda _file: place
+
+
+def _write_page(place: Path, verdict: Verdict, evidence: Evidence) -> None:
+    """Whole or not at all."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=place.parent, prefix=".ralf-", suffix=".html", delete=False
+    ) as file:
+        try:
+            file.write(page(verdict, evidence))
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(place)
+    print(f"page: {place}", file=sys.stderr)
+
+
+@contextmanager
+def _bar(file: Path, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
+    if quiet or not sys.stderr.isatty():
+        yield lambda _partial: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(file.name, total=None, note="")
+
+        def show(partial: Partial) -> None:
+            at = partial.progress
+            score = "" if at.score is None else f", score {at.score:.2f}"
+            progress.update(
+                task,
+                completed=at.frames_done,
+                total=at.frames_total,
+                note=f"{at.faces} faces{score}",
+            )
+
+        yield show
+
+
+def clock(ms: int) -> str:
+    """Milliseconds as m:ss.mmm."""
+    return f"{ms // 60000}:{ms // 1000 % 60:02d}.{ms % 1000:03d}"
+
+
+def _show(file: Path, verdict: Verdict, *, as_json: bool) -> None:
+    if as_json:
+        print(dump(verdict), flush=True)
+        return
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    word, style = WORDS[verdict.label]
+    score = "" if verdict.score is None else f"  score {verdict.score:.3f}"
+    line = Text.assemble(f"{file}: ", (word, style), score)
+    line.append(f"  (forged at {verdict.threshold.forged_at:.3f}, {verdict.threshold.policy})")
+    console.print(line)
+    console.print(Text(f"  {verdict.reason}"))
+    if verdict.tracks:
+        console.print(_tracks(verdict))
+    for warning in verdict.warnings:
+        console.print(Text(f"  ! {warning}"))
+    made, media = verdict.made, verdict.media
+    console.print(
+        Text(
+            f"  {media.codec} {media.width}×{media.height}, {clock(media.duration_ms)}; "
+            f"{made.frames_decoded} of {made.frames_asked} frames, {made.faces} faces; "
+            f"{made.model}@{made.version}, {made.engine} {made.precision} on {made.device}; "
+            + ", ".join(f"{stage} {ms / 1000:.2f} s" for stage, ms in made.stages_ms.items()),
+            style="dim",
+        )
+    )
+
+
+def _tracks(verdict: Verdict) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for name in ("  face", "from", "to", "samples", "score", "strongest", ""):
+        table.add_column(name, justify="left" if name in ("  face", "") else "right")
+    for track in verdict.tracks:
+        table.add_row(
+            f"  {track.track_id}",
+            clock(track.start_ms),
+            clock(track.end_ms),
+            str(track.faces),
+            "–" if track.score is None else f"{track.score:.3f}",
+            f"{track.score_max:.3f}",
+            track.reason or "",
+        )
+    return table
