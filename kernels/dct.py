@@ -98,7 +98,9 @@ def destruct(image: Tensor, mask: Tensor) -> Tensor:
             f"mask should be floating [h, w] of the image {tuple(image.shape)}, "
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
-    return destruct_reference(image, mask)
+    # Autocast reaches into an op's body, and would run the products in bf16.
+    with torch.autocast(image.device.type, enabled=False):
+        return destruct_reference(image, mask)
 
 
 @destruct.register_fake

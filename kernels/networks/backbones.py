@@ -1,0 +1,174 @@
+"""Classifier backbones: timm's networks, cut into a stem, the rest, and a one-logit head.
+
+The cut is where RALF merges its guide: for Xception after conv1-bn1-relu-conv2-bn2-relu, for the
+others after the first convolution with its norm and activation; all at half the input's size.
+
+Initial weights come from a safetensors file in timm's names or from timm's hub.  They were
+learnt on photographs, and RALF feeds the stem residuals: non-negative, near zero.  They go in
+as they are, unscaled, as in the paper.  Every stem's first convolution has no bias and a batch
+norm behind it, which takes up the other scale and offset once its statistics are those of
+residuals: so train with the norms in training mode, and never freeze the stem's statistics.
+
+The only file that imports timm.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Pool = Literal["max", "mean"]
+
+
+class NetworkError(ValueError):
+    """A network cannot be built or filled as asked; the message says what would do."""
+
+
+class Family(NamedTuple):
+    """How one of timm's networks is cut."""
+
+    timm_name: str
+    stem: tuple[str, ...]
+    head: str
+
+
+FAMILIES: dict[str, Family] = {
+    "xception": Family("legacy_xception", ("conv1", "bn1", "act1", "conv2", "bn2", "act2"), "fc"),
+    "resnet18": Family("resnet18", ("conv1", "bn1", "act1"), "fc"),
+    "resnet50": Family("resnet50", ("conv1", "bn1", "act1"), "fc"),
+    "tf_efficientnet_lite0": Family("tf_efficientnet_lite0", ("conv_stem", "bn1"), "classifier"),
+}
+
+
+def family(backbone: str) -> Family:
+    """How the named backbone is cut."""
+    if backbone not in FAMILIES:
+        raise NetworkError(f"backbone should be one of {', '.join(FAMILIES)}, got {backbone!r}")
+    return FAMILIES[backbone]
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype that a module's weights are in, and so its input must be."""
+    return next(module.parameters()).dtype
+
+
+def unit(crops: Tensor) -> Tensor:
+    """u8 crops as FP32 of 0..1; floats are taken to be that already."""
+    return crops.float() / 255 if crops.dtype == torch.uint8 else crops.float()
+
+
+class Backbone(nn.Module):
+    """stem → rest → global pooling → one logit.  Keys are timm's behind `stem.` and `rest.`."""
+
+    def __init__(self, backbone: str, pool: Pool = "max") -> None:
+        super().__init__()
+        if pool not in ("max", "mean"):
+            raise NetworkError(f"pool should be max or mean, got {pool!r}")
+        self.family = family(backbone)
+        self.pool = pool
+        network = timm.create_model(self.family.timm_name, pretrained=False, num_classes=1)
+        parts = OrderedDict(network.named_children())
+        self.head = nn.Linear(int(network.num_features), 1)
+        for name in (self.family.head, "global_pool"):
+            del parts[name]
+        self.stem = nn.Sequential(OrderedDict((name, parts.pop(name)) for name in self.family.stem))
+        self.rest = nn.Sequential(parts)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The stem's (merged) features [B, c, h, w] → logits [B], the head in FP32."""
+        maps = self.rest(features)
+        pooled = maps.amax((2, 3)) if self.pool == "max" else maps.float().mean((2, 3))
+        logits: Tensor = self.head(pooled.to(dtype_of(self.head)))
+        return logits.squeeze(1).float()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images [B, 3, h, w] as the stem wants them → logits [B]."""
+        return self.classify(self.stem(image.to(dtype_of(self.stem))))
+
+
+class Classifier(nn.Module):
+    """The backbone alone on the plain crop, scaled to −1..1: the baseline RALF is compared with."""
+
+    def __init__(self, *, backbone: str = "xception", size: int = 256, pool: Pool = "max") -> None:
+        super().__init__()
+        self.size = size
+        self.backbone = Backbone(backbone, pool)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB → logits [m] of being forged."""
+        logits: Tensor = self.backbone(unit(crops) * 2 - 1)
+        return logits
+
+    def lower(self, dtype: torch.dtype) -> "Classifier":
+        """The convolutions in a smaller dtype; what must stay exact stays in FP32."""
+        lower_backbone(self.backbone, dtype)
+        return self
+
+
+def lower_backbone(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Stem and rest in a smaller dtype; one logit costs nothing, so the head stays."""
+    backbone.stem.to(dtype)
+    backbone.rest.to(dtype)
+
+
+def load_backbone(
+    backbone: Backbone, weights: Path | str | None = None, pretrained: bool = False
+) -> tuple[str, ...]:
+    """Fill the backbone from a file, or from timm's hub; the names left as they were (the head).
+
+    A file's head is taken when it, too, has one output.  Anything else that is missing, unknown
+    or of another shape is an error: a half-loaded backbone trains, badly, without a word.
+    """
+    if weights is None and not pretrained:
+        raise NetworkError(
+            "no initial weights: give a safetensors file in timm's names, or ask for timm's own"
+        )
+    source = _from_file(Path(weights)) if weights is not None else _from_hub(backbone.family)
+    where = weights if weights is not None else f"timm's {backbone.family.timm_name}"
+    mine = backbone.state_dict()
+    filled = {_own_name(backbone, name): tensor for name, tensor in source.items()}
+    if filled.get("head.weight", mine["head.weight"]).shape != mine["head.weight"].shape:
+        filled = {name: t for name, t in filled.items() if not name.startswith("head.")}
+    # Counters of batches seen: some files leave them out, and nothing at inference reads them.
+    left = sorted(n for n in mine.keys() - filled.keys() if "num_batches" not in n)
+    missing = [n for n in left if not n.startswith("head.")]
+    unknown = sorted(filled.keys() - mine.keys())
+    shapes = [n for n in filled.keys() & mine.keys() if filled[n].shape != mine[n].shape]
+    if missing or unknown or shapes:
+        raise NetworkError(
+            f"{where} is not {backbone.family.timm_name}: missing {missing[:3]}, "
+            f"unknown {unknown[:3]}, of another shape {sorted(shapes)[:3]}"
+        )
+    backbone.load_state_dict({**mine, **{n: t.to(mine[n].dtype) for n, t in filled.items()}})
+    return tuple(left)
+
+
+def _own_name(backbone: Backbone, timms: str) -> str:
+    first, _, last = timms.partition(".")
+    if first == backbone.family.head:
+        return f"head.{last}"
+    return f"{'stem' if first in backbone.family.stem else 'rest'}.{timms}"
+
+
+def _from_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise NetworkError(f"no weights at {path}; expected a safetensors file in timm's names")
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+def _from_hub(chosen: Family) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = timm.create_model(
+            chosen.timm_name, pretrained=True
+        ).state_dict()
+    except (OSError, RuntimeError) as error:  # no network, or the hub refuses
+        raise NetworkError(
+            f"timm could not fetch the weights of {chosen.timm_name} ({error}); "
+            "fetch them where there is a network and give the safetensors file instead"
+        ) from error
+    return tensors

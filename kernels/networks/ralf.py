@@ -1,0 +1,137 @@
+"""RALF: take frequencies out of a face, put authentic ones back, judge by what that changed.
+
+    crops ─▶ destruct ─▶ destroyed ─▶ reconstruct ─▶ rebuilt
+      x                     │                           │
+      └──── |x − destroyed| ┴─▶ guide stem ─▶ attention │
+      └──── |x − rebuilt| ──────▶ main stem ──── × ◀────┘ ─▶ rest ─▶ global pool ─▶ one logit
+
+The mask is one learnt matrix for all three colours, half open at the start.  A real face should
+come back as it was; a forged one should not, and the guide says where something was taken out.
+Equations are those of the paper (eq. 1 for the destructor); the logit is of *forged*, where the
+paper's is of real.
+
+Numerics.  Images, residuals, mask and head are FP32 whatever the convolutions run in: the
+residual is a small difference of two large numbers, so it is taken first and rounded after.
+
+m: faces   s: side of a crop   c: base
+"""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.dct import destruct
+from kernels.networks.backbones import (
+    Backbone,
+    NetworkError,
+    Pool,
+    dtype_of,
+    load_backbone,
+    lower_backbone,
+    unit,
+)
+from kernels.networks.reconstructor import Reconstructor
+
+
+class Trace(NamedTuple):
+    """Everything training looks at, FP32."""
+
+    image: Tensor  # [m, 3, s, s] 0..1
+    destroyed: Tensor  # [m, 3, s, s]
+    rebuilt: Tensor  # [m, 3, s, s]
+    embedding: Tensor  # [m, 4c] mean of the deepest encoder's map
+    attention: Tensor  # [m, 1, ~s/2, ~s/2] 0..1; ones where unguided
+    logit: Tensor  # [m] of being forged
+
+
+class Explanation(NamedTuple):
+    """What a reviewer may see, FP32."""
+
+    destroyed: Tensor  # [m, 3, s, s] about 0..1
+    rebuilt: Tensor  # [m, 3, s, s] about 0..1
+    residual: Tensor  # [m, 3, s, s] |x − rebuilt|
+    attention: Tensor  # [m, 1, ~s/2, ~s/2] 0..1
+
+
+class SpatialAttention(nn.Module):
+    """CBAM's: where to look, from the largest and the mean channel at each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        summary = torch.cat((features.amax(1, keepdim=True), features.mean(1, keepdim=True)), 1)
+        weights: Tensor = self.conv(summary).sigmoid()
+        return weights
+
+
+class Ralf(nn.Module):
+    """The detector; its dimensions are what the manifest's `network` holds."""
+
+    def __init__(
+        self,
+        *,
+        base: int = 32,
+        blocks: int = 8,
+        backbone: str = "xception",
+        size: int = 256,
+        pool: Pool = "max",
+        guided: bool = True,
+    ) -> None:
+        super().__init__()
+        if size < 32 or size % 4:
+            raise NetworkError(f"size should be a multiple of 4, at least 32, got {size}")
+        self.size = size
+        self.mask = nn.Parameter(torch.zeros(size, size))  # before the sigmoid
+        self.reconstructor = Reconstructor(base, blocks)
+        self.classifier = Backbone(backbone, pool)
+        self.guide = deepcopy(self.classifier.stem) if guided else None
+        self.attention = SpatialAttention() if guided else None
+
+    def trace(self, crops: Tensor) -> Trace:
+        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and all that is made of them."""
+        image = unit(crops)
+        destroyed = destruct(crops, self.mask.float().sigmoid())
+        rebuilt, encoded = self.reconstructor(destroyed)
+        dtype = dtype_of(self.classifier.stem)
+        features = self.classifier.stem((image - rebuilt).abs().to(dtype))
+        if self.guide is not None and self.attention is not None:
+            attention = self.attention(self.guide((image - destroyed).abs().to(dtype)))
+            features = features * attention
+        else:
+            attention = torch.ones_like(features[:, :1])
+        logit = self.classifier.classify(features)
+        embedding = encoded.float().mean((2, 3))
+        return Trace(image, destroyed, rebuilt, embedding, attention.float(), logit)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB → logits [m] of being forged."""
+        return self.trace(crops).logit
+
+    def explain(self, crops: Tensor) -> Explanation:
+        """What was taken, what came back, where they differ, and where the guide points."""
+        trace = self.trace(crops)
+        residual = (trace.image - trace.rebuilt).abs()
+        return Explanation(trace.destroyed, trace.rebuilt, residual, trace.attention)
+
+    def lower(self, dtype: torch.dtype) -> "Ralf":
+        """The convolutions in a smaller dtype; mask and head stay in FP32."""
+        self.reconstructor.to(dtype)
+        lower_backbone(self.classifier, dtype)
+        for part in (self.guide, self.attention):
+            if part is not None:
+                part.to(dtype)
+        return self
+
+    def initialise(
+        self, weights: Path | str | None = None, pretrained: bool = False
+    ) -> tuple[str, ...]:
+        """Fill the classifier as load_backbone does, and the guide's stem like the main one."""
+        left = load_backbone(self.classifier, weights, pretrained)
+        if self.guide is not None:
+            self.guide.load_state_dict(self.classifier.stem.state_dict())
+        return left
