@@ -256,7 +256,7 @@ class Verdict(Strict):
     session: SessionPart | None = None
     label: Label
     score: Unit | None
-    """Calibrated P(forged) of the video; None with no_faces."""
+    """Calibrated P(forged) of the video; None with no_faces, and where no track may decide."""
     reason: str
     """One sentence: what decided."""
     threshold: Threshold

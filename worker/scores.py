@@ -1,0 +1,152 @@
+"""Every scored face of a clip, the level that stands for a track, and the calibrated score.
+
+A track's level is the mean of the k largest logits among its m faces that count:
+    top_half_mean  k = ⌈m/2⌉        the default
+    mean           k = m
+    trimmed_mean   k = m − ⌊m/5⌋    without the lowest fifth
+    top_k_mean     k = min(K, m)
+Why the top: a blurred, turned or covered face hides a forgery but does not make one, so errors lie
+mostly at the low end.  Why still a mean: one bad frame must not decide.
+
+More forged evidence never lowers a level, because k grows by 0 or 1 when m grows by 1:
+  - raising a logit never lowers a sum of the k largest;
+  - a new face at or above the level L leaves at least k·L over k, or k·L + L over k + 1;
+  - for the same reason a new face that is itself at or above a threshold never takes a level from
+    above that threshold to below it, even where the face is below L.
+Trimming at both ends would break the second (eight 0 and one 9, then a 1: 1.0 falls to 0.125), so
+trimmed_mean trims the low end only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.manifest import Aggregation, Calibration
+from worker.contract import Verdict
+
+DIGITS = 6
+"""Scores are rounded before they are compared, so that what is shown is what decided."""
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scores:
+    """Every scored face: one row each, in any order."""
+
+    time_s: Floats  # [m]
+    frame: Ints  # [m] frame number in display order
+    box: Floats  # [m, 4] x0 y0 x1 y1 in pixels of the displayed frame
+    face_px: Floats  # [m] shorter side of the face's box
+    confidence: Floats  # [m] the finder's
+    track: Ints  # [m]
+    logit: Floats  # [m] uncalibrated, positive is forged
+
+    def __post_init__(self) -> None:
+        m = len(self.logit)
+        for name in ("time_s", "frame", "face_px", "confidence", "track", "logit"):
+            shape = np.shape(getattr(self, name))
+            if shape != (m,):
+                raise ValueError(f"{name} should have shape ({m},) as logit has, got {shape}")
+        if np.shape(self.box) != (m, 4):
+            raise ValueError(f"box should have shape ({m}, 4), got {np.shape(self.box)}")
+        for name in ("time_s", "box", "face_px", "confidence", "logit"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name} should be finite; a NaN or infinity cannot be judged")
+
+    def __len__(self) -> int:
+        return len(self.logit)
+
+    def __repr__(self) -> str:
+        return f"Scores({len(self)} faces, {len(np.unique(self.track))} tracks)"
+
+    @classmethod
+    def none(cls) -> "Scores":
+        """No face scored, which is an ordinary outcome."""
+        return cls(
+            time_s=np.zeros(0),
+            frame=np.zeros(0, np.int64),
+            box=np.zeros((0, 4)),
+            face_px=np.zeros(0),
+            confidence=np.zeros(0),
+            track=np.zeros(0, np.int64),
+            logit=np.zeros(0),
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence["Scores"]) -> "Scores":
+        """The rows of all parts; tracks of the same number are the same face."""
+        parts = parts or (cls.none(),)
+        return cls(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+        )
+
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Scores":
+        """Only these rows, in this order."""
+        return Scores(**{name: getattr(self, name)[rows] for name in COLUMNS})
+
+
+COLUMNS = ("time_s", "frame", "box", "face_px", "confidence", "track", "logit")
+
+
+def level(logits: Floats, aggregation: Aggregation) -> float:
+    """The logit that stands for a track; see the module for what each aggregation keeps."""
+    m = len(logits)
+    if m == 0:
+        raise ValueError("a level needs at least one logit, got none")
+    kept = {
+        "top_half_mean": (m + 1) // 2,
+        "mean": m,
+        "trimmed_mean": m - m // 5,
+        "top_k_mean": min(aggregation.k, m),
+    }[aggregation.track]
+    return math.fsum(np.sort(logits)[m - kept :]) / kept
+
+
+def calibrated(logits: Floats, calibration: Calibration) -> Floats:
+    """P(forged) of each logit, rounded as it is shown."""
+    z = (np.asarray(logits, np.float64) - calibration.shift) / calibration.temperature
+    rounded: Floats = np.round(0.5 * (1.0 + np.tanh(0.5 * z)), DIGITS)  # never overflows
+    return rounded
+
+
+def shown(score: float, *marks: float) -> str:
+    """The score in three digits, or in as many as keep it on its side of every mark."""
+    if 0 < score < 0.0005:
+        return "<0.001"
+    if score >= 0.9995:
+        return ">0.999"
+    for digits in range(3, DIGITS):
+        text = f"{score:.{digits}f}"
+        if all((float(text) >= mark) == (score >= mark) for mark in marks):
+            return text
+    return f"{score:.{DIGITS}f}"
+
+
+def scores_of(verdict: Verdict, calibration: Calibration) -> tuple[Scores, Floats]:
+    """The Scores and looks that a stored verdict still holds, for a fold that has only that.
+
+    Logits come back within the rounding of the scores (±13.8 at most); looks to half a bin.
+    """
+    rows = [(int(track.track_id[1:]), s) for track in verdict.tracks for s in track.samples]
+    across, down = verdict.media.width, verdict.media.height
+    edge = 0.5 * 10.0**-DIGITS
+    odds = np.clip([s.score for _, s in rows], edge, 1 - edge)
+    line = verdict.timeline
+    looks = [
+        (place + 0.5) * line.bin_ms / 1000 for place, n in enumerate(line.faces) if n is not None
+    ]
+    boxes = [(s.box.left, s.box.top, s.box.right, s.box.bottom) for _, s in rows]
+    return Scores(
+        time_s=np.array([s.time_ms / 1000 for _, s in rows], np.float64),
+        frame=np.array([s.frame for _, s in rows], np.int64),
+        box=np.array(boxes, np.float64).reshape(-1, 4) * (across, down, across, down),
+        face_px=np.array([s.face_px for _, s in rows], np.float64),
+        confidence=np.array([s.confidence for _, s in rows], np.float64),
+        track=np.array([track for track, _ in rows], np.int64),
+        logit=np.log(odds / (1 - odds)) * calibration.temperature + calibration.shift,
+    ), np.array(looks, np.float64)

@@ -1,0 +1,299 @@
+"""Scores in, judgement out: tracks, segments, timeline, one score and one label.
+
+    face logits ─▶ a level per track ─▶ calibrated ─▶ video = strongest decisive track ─▶ label
+
+What a level is, and why more forged evidence never lowers it, stands in worker/scores.py; the
+maximum over tracks keeps that, since a further face or track only enters a maximum.
+
+A track with fewer than min_faces counted faces has no score and may not decide.  Where no track
+may, the video is `inconclusive` and has no score: a number from one tiny face would be taken for
+more than it is.
+
+Pure: numpy and the contract.  The order of the rows means nothing, so the Scores of many segments
+of one stream can be put together (`Scores.concat`) and judged again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from kernels.manifest import Aggregation, Calibration, Manifest
+from worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
+from worker.scores import Floats, Ints, Scores, calibrated, level, scores_of, shown
+from worker.timeline import Record, segments_of, timeline_of
+
+__all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "scores_of", "threshold_for"]
+
+MAX_TRACKS = 16
+MAX_SAMPLES = 300
+"""Listed per track; all are judged."""
+MAX_SEGMENTS = 240
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """The parts of a Verdict that come from the scores, under the same names."""
+
+    label: Label
+    score: float | None
+    reason: str
+    threshold: Threshold
+    tracks: tuple[Track, ...]
+    segments: tuple[Segment, ...]
+    timeline: Timeline
+    warnings: tuple[str, ...]
+    track_names: Mapping[int, str]
+    """The listed tracks' names by their number in the Scores."""
+
+
+def threshold_for(thresholds: Mapping[str, float], policy: str) -> Threshold:
+    """The manifest's threshold of that policy; 0.5 where the model brings none at all."""
+    if not thresholds:
+        return Threshold(policy="none", forged_at=0.5, authentic_below=0.5)
+    if policy not in thresholds or policy == "low":
+        have = ", ".join(sorted(set(thresholds) - {"low"})) or "none"
+        raise ValueError(f"the model has no threshold for policy {policy!r}; it has: {have}")
+    forged_at = thresholds[policy]
+    low = thresholds.get("low", forged_at)
+    # A stricter or laxer policy may lie on the other side of `low`: then there is no grey band.
+    return Threshold(policy=policy, forged_at=forged_at, authentic_below=min(low, forged_at))
+
+
+def judge(
+    scores: Scores,
+    looked_s: Floats,
+    *,
+    width: int,
+    height: int,
+    duration_s: float,
+    manifest: Manifest,
+    max_tracks: int = MAX_TRACKS,
+) -> Judgement:
+    """Judge a clip by what its model's manifest says; looked_s are the times of all sampled frames.
+
+    The boxes of the scores are in pixels of a frame of width × height.  Every track is judged;
+    the max_tracks strongest are listed.
+    """
+    judgement = judge_by(
+        scores,
+        looked_s,
+        width=width,
+        height=height,
+        duration_s=duration_s,
+        calibration=manifest.calibration,
+        aggregation=manifest.aggregation,
+        threshold=threshold_for(manifest.thresholds, manifest.policy),
+        max_tracks=max_tracks,
+    )
+    if manifest.thresholds:
+        return judgement
+    unset = "no_threshold: the model brings no thresholds; 0.5 was used, which nothing supports"
+    return replace(judgement, warnings=(unset, *judgement.warnings))
+
+
+def judge_by(
+    scores: Scores,
+    looked_s: Floats,
+    *,
+    width: int,
+    height: int,
+    duration_s: float,
+    calibration: Calibration,
+    aggregation: Aggregation,
+    threshold: Threshold,
+    max_tracks: int = MAX_TRACKS,
+) -> Judgement:
+    """The same from its parts, as a stored verdict has them: for a fold without the model."""
+    record = Record.of(scores, looked_s, duration_s, calibration, aggregation.min_face_px)
+    sightings = [
+        _Sighting.of(f"t{place}", rows, record, aggregation)
+        for place, rows in enumerate(_by_first_appearance(record.scores), 1)
+    ]
+    label, score, reason = _decide(sightings, threshold, len(record.looks_ms))
+    segments = [
+        segment
+        for sighting in sightings
+        if sighting.score is not None
+        for segment in segments_of(sighting.name, sighting.votes, record, threshold.forged_at)
+    ]
+    listed = _strongest(sightings, [s.rank for s in sightings], max_tracks)
+    kept = _strongest(segments, [s.score for s in segments], MAX_SEGMENTS)
+    return Judgement(
+        label=label,
+        score=score,
+        reason=reason,
+        threshold=threshold,
+        tracks=tuple(sighting.track(record, width, height) for sighting in listed),
+        segments=tuple(sorted(kept, key=lambda s: (s.start_ms, s.track_id))),
+        timeline=timeline_of(record),
+        warnings=(
+            *_small_warnings(record, aggregation),
+            *_undecided_warnings(sightings, record, label, threshold),
+            *_bound_warnings("tracks", len(listed), len(sightings)),
+            *_bound_warnings("segments", len(kept), len(segments)),
+        ),
+        track_names={int(record.scores.track[s.rows[0]]): s.name for s in listed},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sighting:
+    """One track while it is judged."""
+
+    name: str
+    rows: Ints
+    """Of the record, in time order."""
+    votes: Ints
+    """Those of its rows that count."""
+    score: float | None
+    score_max: float
+    reason: str | None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        rows: Ints,
+        record: Record,
+        aggregation: Aggregation,
+    ) -> "_Sighting":
+        votes = rows[record.counted[rows]]
+        score, reason = None, None
+        if len(votes) >= aggregation.min_faces:
+            stands = level(record.scores.logit[votes], aggregation)
+            score = float(calibrated(np.array([stands]), record.calibration)[0])
+        else:
+            reason = _too_little(len(rows), len(votes), aggregation)
+        return cls(name, rows, votes, score, float(record.probability[rows].max()), reason)
+
+    @property
+    def rank(self) -> float:
+        """Decisive tracks come before the others, each by strength."""
+        return self.score_max - 1 if self.score is None else self.score + 1
+
+    def track(self, record: Record, width: int, height: int) -> Track:
+        """The track as the contract has it, its samples thinned to what may be listed."""
+        return Track(
+            track_id=self.name,
+            start_ms=int(record.time_ms[self.rows[0]]),
+            end_ms=int(record.time_ms[self.rows[-1]]),
+            faces=len(self.rows),
+            score=self.score,
+            score_max=self.score_max,
+            decisive=self.score is not None,
+            reason=self.reason,
+            samples=tuple(
+                _sample(record, row, width, height)
+                for row in _thinned(self.rows, record.scores.logit)
+            ),
+        )
+
+
+def _by_first_appearance(scores: Scores) -> list[Ints]:
+    """The rows of each track; the record's order puts two that begin together left to right."""
+    _, first = np.unique(scores.track, return_index=True)
+    return [np.flatnonzero(scores.track == scores.track[row]) for row in np.sort(first)]
+
+
+def _strongest(items: Sequence[T], strength: Sequence[float], most: int) -> list[T]:
+    """At most so many, the strongest, in the order they came."""
+    best = sorted(range(len(items)), key=lambda place: -strength[place])[:most]
+    return [items[place] for place in sorted(best)]
+
+
+def _thinned(rows: Ints, logit: Floats) -> list[int]:
+    """At most MAX_SAMPLES rows: even over the track, the strongest of each part."""
+    parts = np.array_split(rows, min(len(rows), MAX_SAMPLES))
+    return [int(part[np.argmax(logit[part])]) for part in parts]
+
+
+def _sample(record: Record, row: int, width: int, height: int) -> Sample:
+    scores = record.scores
+    left, top, right, bottom = np.clip(scores.box[row] / (width, height, width, height), 0, 1)
+    return Sample(
+        time_ms=int(record.time_ms[row]),
+        frame=int(scores.frame[row]),
+        box=Box(
+            left=round(float(left), 5),
+            top=round(float(top), 5),
+            right=round(float(right), 5),
+            bottom=round(float(bottom), 5),
+        ),
+        face_px=round(float(scores.face_px[row])),
+        confidence=round(float(np.clip(scores.confidence[row], 0, 1)), 4),
+        score=float(record.probability[row]),
+        counted=bool(record.counted[row]),
+    )
+
+
+def _too_little(faces: int, votes: int, aggregation: Aggregation) -> str:
+    need = f"{aggregation.min_faces} are needed"
+    if votes == faces:
+        return f"only {_count(faces, 'face')} sampled, {need}"
+    return f"{votes} of {_count(faces, 'face')} at least {aggregation.min_face_px} px, {need}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _decide(
+    sightings: Sequence[_Sighting], threshold: Threshold, looks: int
+) -> tuple[Label, float | None, str]:
+    """The label, the score and the sentence that says what decided."""
+    if not looks:
+        return "inconclusive", None, "No frame could be looked at."
+    if not sightings:
+        return "no_faces", None, f"No face was found in {_count(looks, 'frame')}."
+    decisive = [(s.score, s) for s in sightings if s.score is not None]
+    if not decisive:
+        best = max(sightings, key=lambda s: len(s.votes))
+        return "inconclusive", None, f"No face can decide: {best.name} has {best.reason}."
+    score, strongest = max(decisive, key=lambda pair: pair[0])
+    who = (
+        f"{strongest.name}, the strongest of {len(decisive)} tracks,"
+        if decisive[1:]
+        else f"{strongest.name}, the only track that counts,"
+    )
+    forged_at, low = threshold.forged_at, threshold.authentic_below
+    scored = (
+        f"{who} scored {shown(score, forged_at, low)} over {_count(len(strongest.votes), 'face')}"
+    )
+    if score >= forged_at:
+        return "likely_forged", score, f"{scored}: at or above {forged_at:g}."
+    if score < low:
+        return "likely_authentic", score, f"{scored}: below {low:g}."
+    return "inconclusive", score, f"{scored}: between {low:g} and {forged_at:g}."
+
+
+def _small_warnings(record: Record, aggregation: Aggregation) -> list[str]:
+    small = int((~record.counted).sum())
+    if not small:
+        return []
+    faces, least = _count(len(record.counted), "face"), aggregation.min_face_px
+    return [f"small_faces: {small} of {faces} are smaller than {least} px and did not count"]
+
+
+def _undecided_warnings(
+    sightings: Sequence[_Sighting], record: Record, label: Label, threshold: Threshold
+) -> list[str]:
+    """An authentic verdict must not hide a short track that looks forged."""
+    if label != "likely_authentic":
+        return []
+    return [
+        f"undecided_track: {s.name} reaches {record.probability[s.votes].max():.3f} but may not "
+        f"decide: {s.reason}"
+        for s in sightings
+        if s.score is None
+        and len(s.votes)
+        and record.probability[s.votes].max() >= threshold.forged_at
+    ][:MAX_TRACKS]
+
+
+def _bound_warnings(what: str, listed: int, found: int) -> list[str]:
+    if listed == found:
+        return []
+    return [f"{what}_omitted: the {listed} strongest of {found} {what} are listed; all were judged"]
