@@ -146,8 +146,9 @@ def weights_path(net: Net) -> Path:
 def pretrained(device: str | torch.device = "cpu") -> Cascade:
     """The cascade with its weights, ready to infer: FP32, channels-last, no gradients."""
     cascade = Cascade(PNet(), RNet(), ONet())
-    for net, network in zip(("pnet", "rnet", "onet"), cascade, strict=True):
-        weights = torch.load(weights_path(net), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+    files: tuple[Net, Net, Net] = ("pnet", "rnet", "onet")
+    for net, network in zip(files, cascade, strict=True):
+        weights = torch.load(weights_path(net), map_location="cpu", weights_only=True)
         network.load_state_dict(weights)
-        network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return cascade

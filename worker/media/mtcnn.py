@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 
 from kernels.manifest import Finder
 from kernels.networks.mtcnn import pretrained
@@ -167,8 +167,8 @@ def smallest_wins(found: Candidates, threshold: float) -> NDArray[np.bool_]:
     """
     boxes, score, frame = (t.cpu().numpy() for t in found)
     keep = np.ones(len(boxes), bool)
-    for rows in _framewise(frame):
-        rows = rows[np.argsort(-score[rows], kind="stable")]
+    for of_frame in _framewise(frame):
+        rows = of_frame[np.argsort(-score[of_frame], kind="stable")]
         mine = boxes[rows]
         area = np.prod(mine[:, 2:] - mine[:, :2] + 1, axis=1)
         start = np.maximum(mine[:, None, :2], mine[None, :, :2])

@@ -1,0 +1,207 @@
+"""Follow faces over time: which box of this frame is the face of that one.
+
+Each frame is joined to the tracks that are open by one optimal assignment (SciPy's) on overlap and
+distance of centres.  Frames may be 40 ms or a minute apart, so what counts as the same place grows
+with the time since the face was last seen, and stops growing:
+
+    distance of centres, in face sizes    ≤ 0.5 + 0.5 · min(gap, 2 s) → 0.5 … 1.5
+    change of size, in octaves            ≤ 0.5 + 0.25 · min(gap, 2 s) → 0.5 … 1.0
+
+However long the gap, a face one and a half sizes away, or twice the size, is another one: that is
+what a cut looks like in boxes alone.  Two people shown in turn at the same place and size are one
+track; nothing here looks at pixels.
+
+A track closes once it was missed in more than three looked-at frames and for more than 2 s.
+At most `max_tracks` faces are followed at any one time: the largest, weighed by confidence.  The
+rest of such a frame get −1, and `overflowed` says so.  There is no limit over a whole clip, so a
+slide show of faces cannot use the tracks up before the face that matters.
+
+The ids depend on the frames alone: not on the borders of chunks, not on the order of the faces.
+Imports no torch: segments of a stream are joined where there is none.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+if TYPE_CHECKING:  # both need torch; only their numpy fields are read
+    from worker.media.types import Faces, Frames
+
+Boxes = NDArray[np.float64]
+
+GROWS_FOR_S = 2.0
+REACH, REACH_PER_S = 0.5, 0.5
+STRETCH, STRETCH_PER_S = 0.5, 0.25
+APART = 1.0 + REACH + REACH_PER_S * GROWS_FOR_S
+"""The cost of any worst match allowed.  Two that may not match cost no more than that, so that a
+good match is never given up only in order to make two bad ones."""
+MISSES, UNSEEN_S = 3, 2.0
+
+
+@dataclass(frozen=True)
+class Open:
+    """A track that may go on."""
+
+    track: int
+    box: tuple[float, float, float, float]
+    time_s: float
+    """When it was last seen."""
+    missed: int = 0
+    """Frames looked at since then."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where and when a track began."""
+
+    track: int
+    box: tuple[float, float, float, float]
+    time_s: float
+
+
+def overlap(a: Boxes, b: Boxes) -> Boxes:
+    """Intersection over union [len(a), len(b)] of boxes x0 y0 x1 y1."""
+    start = np.maximum(a[:, None, :2], b[None, :, :2])
+    end = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = np.prod(np.maximum(end - start, 0), axis=2)
+    either = _area(a)[:, None] + _area(b)[None] - shared
+    return np.asarray(shared / np.maximum(either, 1e-9))
+
+
+def _area(boxes: Boxes) -> Boxes:
+    return np.asarray(np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3), axis=1))
+
+
+def match(before: Boxes, after: Boxes, gap_s: Boxes) -> list[tuple[int, int]]:
+    """Pairs (row of before, row of after) that are one face; gap_s [len(before), len(after)]."""
+    size_a, size_b = np.sqrt(_area(before))[:, None], np.sqrt(_area(after))[None]
+    between = (before[:, None, :2] + before[:, None, 2:] - after[:, :2] - after[:, 2:]) / 2
+    distance = np.hypot(between[..., 0], between[..., 1]) / np.sqrt(size_a * size_b)
+    stretch = np.abs(np.log2(size_b / size_a))
+    grown = np.clip(gap_s, 0, GROWS_FOR_S)
+    may = distance <= REACH + REACH_PER_S * grown
+    may &= stretch <= STRETCH + STRETCH_PER_S * grown
+    cost = np.where(may, 1 - overlap(before, after) + distance, APART)
+    return [
+        (int(a), int(b)) for a, b in zip(*linear_sum_assignment(cost), strict=True) if may[a, b]
+    ]
+
+
+class Tracker:
+    """Gives each face its track, frame after frame."""
+
+    def __init__(self, max_tracks: int = 16) -> None:
+        if max_tracks < 1:
+            raise ValueError(f"max_tracks should be 1 or more, got {max_tracks}")
+        self.max_tracks = max_tracks
+        self.overflowed = False
+        """True once a frame had more faces than can be followed."""
+        self._next = 0
+        self._open: list[Open] = []
+        self._starts: list[Start] = []
+
+    def update(self, frames: "Frames", faces: "Faces") -> NDArray[np.int64]:
+        """The track of each face [m], −1 for one that is not followed; chunks in time order."""
+        ids = np.full(len(faces), -1, np.int64)
+        boxes, confidence = faces.boxes.astype(np.float64), faces.confidence.astype(np.float64)
+        for row, time_s in enumerate(frames.times_s):
+            mine = np.flatnonzero(faces.frame == row)
+            ids[mine] = self._step(float(time_s), boxes[mine], confidence[mine])
+        return ids
+
+    def _step(self, time_s: float, boxes: Boxes, confidence: Boxes) -> NDArray[np.int64]:
+        """One frame."""
+        ids = np.full(len(boxes), -1, np.int64)
+        strength = _area(boxes) * confidence
+        followed = np.lexsort((*boxes.T, -strength))[: self.max_tracks]
+        self.overflowed |= len(boxes) > self.max_tracks
+        before = np.array([track.box for track in self._open], np.float64).reshape(-1, 4)
+        gap = np.array([time_s - track.time_s for track in self._open], np.float64)
+        pairs = match(before, boxes[followed], np.tile(gap[:, None], (1, len(followed))))
+        ids[followed[[b for _, b in pairs]]] = [self._open[a].track for a, _ in pairs]
+        for row in followed:
+            if ids[row] < 0:
+                ids[row] = self._begin(time_s, boxes[row])
+        seen = [
+            Open(int(ids[row]), _plain(boxes[row]), time_s)
+            for row in sorted(followed, key=lambda row: int(ids[row]))
+        ]
+        self._open = [*seen, *self._missed(time_s, {track.track for track in seen})]
+        del self._open[self.max_tracks :]
+        return ids
+
+    def _begin(self, time_s: float, box: Boxes) -> int:
+        """A new track's id."""
+        self._next += 1
+        if len(self._starts) < 2 * self.max_tracks:
+            self._starts.append(Start(self._next - 1, _plain(box), time_s))
+        return self._next - 1
+
+    def _missed(self, time_s: float, seen: set[int]) -> list[Open]:
+        """Open tracks that this frame did not show, the latest seen first."""
+        waiting = [replace(t, missed=t.missed + 1) for t in self._open if t.track not in seen]
+        stay = [t for t in waiting if t.missed <= MISSES or time_s - t.time_s <= UNSEEN_S]
+        return sorted(stay, key=lambda track: (track.missed, track.track))
+
+    def state(self) -> dict[str, Any]:
+        """What the next segment of a stream needs to go on, as plain JSON."""
+        return {
+            "next": self._next,
+            "open": [
+                {"track": t.track, "box": list(t.box), "time_s": t.time_s, "missed": t.missed}
+                for t in self._open
+            ],
+            "starts": [
+                {"track": t.track, "box": list(t.box), "time_s": t.time_s} for t in self._starts
+            ],
+        }
+
+    @classmethod
+    def resume(
+        cls, state: Mapping[str, Any], *, elapsed_s: float, max_tracks: int = 16
+    ) -> "Tracker":
+        """Go on where `state` ended; its clip began `elapsed_s` before the next one does."""
+        tracker = cls(max_tracks)
+        tracker._next = int(state["next"])
+        tracker._open = [
+            replace(track, time_s=track.time_s - elapsed_s) for track in _opened(state)
+        ][:max_tracks]
+        return tracker
+
+
+def join(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, elapsed_s: float
+) -> dict[int, int]:
+    """Tracks of `after` that continue one of `before`: {id after: id before}.
+
+    For two neighbouring segments that were scored apart, each by a fresh Tracker; the second
+    begins `elapsed_s` after the first did.  The last boxes of the tracks still open meet the first
+    boxes of those that began before a track would have been closed for absence.
+    """
+    ends = [replace(end, time_s=end.time_s - elapsed_s) for end in _opened(before)]
+    starts = [Start(int(s["track"]), _plain(s["box"]), float(s["time_s"])) for s in after["starts"]]
+    times = sorted({start.time_s for start in starts})[: MISSES + 1]
+    starts = [s for s in starts if s.time_s <= max(UNSEEN_S, *times[:1])]
+    gap = np.array([[start.time_s - end.time_s for start in starts] for end in ends], np.float64)
+    pairs = match(
+        np.array([end.box for end in ends], np.float64).reshape(-1, 4),
+        np.array([start.box for start in starts], np.float64).reshape(-1, 4),
+        gap.reshape(len(ends), len(starts)),
+    )
+    return {starts[b].track: ends[a].track for a, b in pairs}
+
+
+def _opened(state: Mapping[str, Any]) -> list[Open]:
+    return [
+        Open(int(t["track"]), _plain(t["box"]), float(t["time_s"]), int(t["missed"]))
+        for t in state["open"]
+    ]
+
+
+def _plain(box: Any) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = (float(value) for value in box)
+    return x0, y0, x1, y1
