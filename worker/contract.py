@@ -1,12 +1,16 @@
 """The wire format: what a backend sends and what it gets back.
 
-Job in, Verdict out, both JSON documents with a `schema` name, exported to docs/ as JSON Schema.
+Job in, Verdict and Evidence out, and a person's Review of them: JSON documents with a `schema`
+name, exported to docs/ as JSON Schema by `python -m worker.contract`.
 Boxes are fractions of the displayed frame; times are whole milliseconds of the stream's own
 clock; every score is P(forged), 0 to 1.  Unknown fields are refused on the way in.
 Imports no torch: worker.client needs this file.
 """
 
+import json
+import sys
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, model_validator
@@ -306,6 +310,90 @@ class Evidence(Strict):
     )
 
 
+class FaceAt(Strict):
+    """Where a reviewed face is, so that it can be cut again from the file."""
+
+    time_ms: Milliseconds
+    frame: int
+    box: Box
+
+
+class TrackReview(Strict):
+    """What a person says of one track."""
+
+    track_id: str
+    label: Literal["real", "forged", "unsure"]
+    wrong_face: bool = False
+    """Not a face, or not one and the same person."""
+    poor_quality: bool = False
+    """Too blurred, dark, small or covered to learn from."""
+    score: Unit | None
+    """What the model said."""
+    start_ms: Milliseconds
+    end_ms: Milliseconds
+    faces: tuple[FaceAt, ...]
+
+
+class Review(Strict):
+    """A reviewer's labels for one verdict, as the page saves them and training reads them."""
+
+    schema_: Literal["ralf.review/1"] = Field("ralf.review/1", alias="schema")
+    job_id: JobId | None = None
+    tag: str | None = None
+    media_sha256: Sha256
+    model: str
+    version: str
+    label: Label
+    score: Unit | None
+    decision: Literal["confirm", "overturn", "second_review"]
+    tracks: tuple[TrackReview, ...]
+    note: Annotated[str, Field(max_length=4000)] = ""
+    reviewed_at: AwareDatetime
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
+
+
 def dump(document: Strict) -> str:
     """The document as JSON, its schema name included, no spaces."""
     return document.model_dump_json(by_alias=True)
+
+
+DOCUMENTS: dict[str, type[Strict]] = {
+    "job": Job,
+    "verdict": Verdict,
+    "evidence": Evidence,
+    "review": Review,
+}
+
+
+def schemas() -> dict[str, str]:
+    """File name → JSON Schema of each document, as text that is the same each time."""
+    return {
+        f"{name}.schema.json": json.dumps(
+            {
+                "$schema": "https://json-schema.org/draft/2020-12/schema",
+                **document.model_json_schema(by_alias=True),
+            },
+            indent=2,
+            ensure_ascii=False,
+        )
+        + "\n"
+        for name, document in DOCUMENTS.items()
+    }
+
+
+def write_schemas(folder: Path) -> list[Path]:
+    """Write every schema into the folder."""
+    written = []
+    for name, text in schemas().items():
+        (folder / name).write_text(text, encoding="utf-8")
+        written.append(folder / name)
+    return written
+
+
+if __name__ == "__main__":
+    chosen = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).resolve().parent.parent / "docs"
+    for path in write_schemas(chosen):
+        print(path)

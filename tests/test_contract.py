@@ -1,0 +1,144 @@
+"""The documents on the wire: their exported schemas, and what they refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator, ValidationError
+from pydantic import ValidationError as Refused
+
+from tests import verdicts
+from worker.contract import DOCUMENTS, Job, Review, Strict, Verdict, dump, schemas, write_schemas
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+SUBMITTED = "2025-11-20T07:30:00Z"
+
+
+def job(**changes: Any) -> Job:
+    """A job that uses every field."""
+    fields = {
+        "job_id": "job-1",
+        "token": "upload-1",
+        "media": {"uri": "s3://uploads/1.mp4", "sha256": "0" * 64, "size_bytes": 9},
+        "tag": "4711",
+        "sampling": {"mode": "fps", "fps": 2.0, "spans": [{"start_ms": 0, "end_ms": 900}]},
+        "deadline": SUBMITTED,
+        "callback": {"url": "https://example.org/hook"},
+        "session": {"session_id": "live-1", "number": 3, "offset_ms": 12000},
+        "stop_early": {},
+        "model": "ralf-small",
+        "submitted_at": SUBMITTED,
+    }
+    return Job.model_validate({**fields, **changes})
+
+
+def review() -> Review:
+    """A person who disagrees."""
+    seen = verdicts.forged()
+    return Review.model_validate(
+        {
+            "job_id": seen.job_id,
+            "media_sha256": seen.media.sha256,
+            "model": seen.made.model,
+            "version": seen.made.version,
+            "label": seen.label,
+            "score": seen.score,
+            "decision": "overturn",
+            "tracks": [
+                {
+                    "track_id": "t1",
+                    "label": "real",
+                    "score": seen.tracks[0].score,
+                    "start_ms": 0,
+                    "end_ms": 10,
+                    "faces": [{"time_ms": 0, "frame": 0, "box": seen.tracks[0].samples[0].box}],
+                }
+            ],
+            "reviewed_at": SUBMITTED,
+        }
+    )
+
+
+def samples() -> dict[str, list[Strict]]:
+    """Documents of every kind."""
+    seen = [
+        verdicts.forged(),
+        verdicts.authentic(),
+        verdicts.undecided(),
+        verdicts.faceless(),
+    ]
+    return {
+        "job": [job(), job(sampling=None, session=None, callback=None, deadline=None)],
+        "verdict": list(seen),
+        "evidence": [verdicts.evidence(seen[0]), verdicts.evidence(seen[-1])],
+        "review": [review()],
+    }
+
+
+def schema(name: str) -> Any:
+    """The schema as it is exported."""
+    return json.loads((DOCS / f"{name}.schema.json").read_text())
+
+
+@pytest.mark.parametrize("name", sorted(schemas()))
+def test_the_exported_schema_is_up_to_date(name: str):
+    """`python -m worker.contract` writes them again."""
+    assert (DOCS / name).read_text() == schemas()[name]
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_sample_documents_satisfy_the_exported_schema(name: str):
+    """Judged by the jsonschema library, not by the classes that wrote the schema."""
+    Draft202012Validator.check_schema(schema(name))
+    validator = Draft202012Validator(schema(name))
+
+    for document in samples()[name]:
+        validator.validate(json.loads(dump(document)))
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_the_exported_schema_refuses_unknown_and_missing_fields(name: str):
+    """A typo must not become a default; evidence alone has nothing that must be there."""
+    validator = Draft202012Validator(schema(name))
+    document = json.loads(dump(samples()[name][0]))
+
+    with pytest.raises(ValidationError, match=r"(was|were) unexpected"):
+        validator.validate({**document, "treshold": 1})
+    if name != "evidence":
+        with pytest.raises(ValidationError, match="is a required property"):
+            validator.validate({"schema": document["schema"]})
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_documents_come_back_as_they_went(name: str):
+    """Through JSON and back, nothing is lost."""
+    for document in samples()[name]:
+        assert DOCUMENTS[name].model_validate_json(dump(document)) == document
+        assert json.loads(dump(document))["schema"] == f"ralf.{name}/1"
+
+
+def test_a_verdict_refuses_a_score_that_is_no_probability():
+    """Neither above one nor NaN."""
+    good = json.loads(dump(verdicts.authentic()))
+
+    for score in (1.01, -0.1, "NaN"):
+        with pytest.raises(Refused):
+            Verdict.model_validate({**good, "score": score})
+
+
+def test_the_command_writes_every_schema(tmp_path: Path):
+    """To a folder of choice."""
+    run = subprocess.run(
+        [sys.executable, "-m", "worker.contract", str(tmp_path)],
+        cwd=DOCS.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert sorted(schemas()) == sorted(path.name for path in tmp_path.iterdir())
+    assert len(run.stdout.splitlines()) == len(schemas())
+    assert [path.read_text() for path in write_schemas(tmp_path)] == list(schemas().values())
