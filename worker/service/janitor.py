@@ -1,0 +1,132 @@
+"""Finds what was lost and puts it back.
+
+Every pass looks for what a process can leave behind when it dies between two steps:
+
+    a lease that ran out                  worker_lost: retried, or quarantined at the second
+    popped from RQ's list, never begun    back into its tenant's turn after reclaim_after_s
+    put off, and due now                  into its tenant's turn
+    queued, but in no place               into its tenant's turn
+    queued past its deadline              expired
+    RQ's entries of dead workers          forgotten
+    a session with unfolded segments      folded
+
+Each step is a script that looks again before it moves anything, so any number of janitors may run:
+one in every parent, and `ralf janitor` alone.  Within settings.janitor_every_s only one of them
+sweeps, to save work; safety does not rest on that.  With a lease of 30 s and a sweep each 5 s a job
+of a killed worker runs again within 36 s, a popped one within 26 s.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import cast
+
+import structlog
+from redis.exceptions import RedisError
+
+from worker.contract import Priority
+from worker.service import sessions
+from worker.service.records import Outcome
+from worker.service.store import PRIORITIES, Store, text
+from worker.settings import Settings
+
+FOLD_AFTER_S = 2.0
+"""A session's own end folds it at once; only what stayed behind for so long is the janitor's."""
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one sweep moved."""
+
+    lost: dict[str, Outcome]
+    reclaimed: tuple[str, ...]
+    due: tuple[str, ...]
+    rescued: tuple[str, ...]
+    expired: tuple[str, ...]
+    workers_forgotten: int
+    sessions_folded: int
+
+    def __bool__(self) -> bool:
+        """Whether anything was found."""
+        return any(vars(self).values())
+
+
+class Janitor:
+    """Sweeps; safe to run anywhere, any number of times."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.settings = settings
+
+    def run_once(self, now: float | None = None) -> Report:
+        """One sweep, whoever else sweeps."""
+        return Report(
+            lost=self._recover_lost(now),
+            reclaimed=tuple(job for p in PRIORITIES for job in self._ids("reclaim", now, p)),
+            due=self._ids("due", now),
+            expired=self._ids("expire", now),
+            rescued=self._rescue(now),
+            workers_forgotten=sum(int(self.store.call("workers", now, p)) for p in PRIORITIES),
+            sessions_folded=self._fold_sessions(now),
+        )
+
+    def run_if_due(self) -> Report | None:
+        """One sweep, unless another janitor swept within settings.janitor_every_s."""
+        key = self.store.key("janitor")
+        every_ms = max(1, int(self.settings.janitor_every_s * 900))
+        return self.run_once() if self.store.redis.set(key, "1", nx=True, px=every_ms) else None
+
+    def run_forever(self, stop: threading.Event) -> None:
+        """Sweep until told to stop; an outage of Redis is waited out."""
+        while not stop.wait(self.settings.janitor_every_s):
+            try:
+                report = self.run_if_due()
+            except RedisError as fault:
+                log.warning("janitor.failed", error=str(fault))
+                continue
+            if report:
+                log.info("janitor.swept", **vars(report))
+
+    def _recover_lost(self, now: float | None) -> dict[str, Outcome]:
+        flat = self._ids("lost", now)
+        return cast(dict[str, Outcome], dict(zip(flat[::2], flat[1::2], strict=True)))
+
+    def _rescue(self, now: float | None) -> tuple[str, ...]:
+        """A search through all places, only when their counts say that a job is in none."""
+        if int(self.store.call("audit", now)) == 0:
+            return ()
+        return tuple(
+            job_id
+            for priority in PRIORITIES
+            for job_id in sorted(self._waiting(priority) - self._placed(priority))
+            if self.store.call("rescue", now, job_id, priority) == b"rescued"
+        )
+
+    def _waiting(self, priority: Priority) -> set[str]:
+        waiting = self.store.redis.zrange(self.store.key("waiting", priority), 0, -1)
+        return {text(member) for member in waiting}
+
+    def _placed(self, priority: Priority) -> set[str]:
+        queue = f"rq:queue:{self.store.queue(priority)}"
+        tenants = self.store.redis.lrange(self.store.key("turn", priority), 0, -1)
+        with self.store.redis.pipeline() as pipe:
+            pipe.zrange(self.store.key("due"), 0, -1)
+            pipe.lrange(queue, 0, -1)
+            pipe.lrange(f"{queue}:intermediate", 0, -1)
+            for tenant in tenants:
+                pipe.lrange(self.store.key("pending", priority, text(tenant)), 0, -1)
+            return {text(member) for members in pipe.execute() for member in members}
+
+    def _fold_sessions(self, now: float | None) -> int:
+        before = (self.store.now() if now is None else now) - FOLD_AFTER_S
+        changed = self.store.redis.zrangebyscore(
+            self.store.key("sessions", "changed"), "-inf", before
+        )
+        folded = 0
+        for name in changed:
+            tenant, _, session_id = text(name).partition(":")
+            folded += sessions.refold(self.store, tenant, session_id, now=now) is not None
+        return folded
+
+    def _ids(self, operation: str, now: float | None, *arguments: str) -> tuple[str, ...]:
+        return tuple(text(part) for part in self.store.call(operation, now, *arguments))

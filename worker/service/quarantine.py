@@ -1,0 +1,47 @@
+"""Jobs that crashed their child too often, put aside with what is needed to look into them."""
+
+import uuid
+from typing import Any
+
+from worker.service.records import Quarantined, Submitted
+from worker.service.store import Store
+
+
+class Quarantine:
+    """What `ralf quarantine list | show | retry | drop` works on; kept until dropped."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.redis: Any = store.redis
+        self._entries = store.key("quarantine")
+
+    def list(self) -> "list[Quarantined]":
+        """All of them, the latest first."""
+        found = [Quarantined.read(entry) for entry in self.redis.hvals(self._entries)]
+        return sorted(found, key=lambda entry: -entry.at)
+
+    def show(self, job_id: str) -> Quarantined | None:
+        """One of them."""
+        entry = self.redis.hget(self._entries, job_id)
+        return None if entry is None else Quarantined.read(entry)
+
+    def drop(self, job_id: str) -> bool:
+        """Forget it; its job stays quarantined, its file's crash count runs out by itself."""
+        return bool(self.redis.hdel(self._entries, job_id))
+
+    def retry(self, job_id: str, *, now: float | None = None) -> Submitted | None:
+        """Submit it again as a new job, its file's crash count cleared: an ended job never changes.
+
+        The new token is made from the job's id, so that asking twice gives the same new job.
+        """
+        entry = self.show(job_id)
+        if entry is None:
+            return None
+        if entry.file_sha:
+            self.redis.delete(self.store.key("crashes", "file", entry.file_sha))
+        again = entry.job.model_copy(
+            update={"job_id": uuid.uuid4().hex, "token": f"retry:{job_id}", "deadline": None}
+        )
+        submitted = self.store.submit([again], now=now)[0]
+        self.drop(job_id)
+        return submitted

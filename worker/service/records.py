@@ -1,0 +1,164 @@
+"""What the store hands out: the frozen values that cross between Redis and the service's parts.
+
+Times are seconds since the epoch, by Redis' own clock.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from worker.contract import ENDED, Failure, Job, Label, Priority, Progress, State
+
+Order = Literal["go_on", "cancel", "lost"]
+"""What a running job should do next; lost: its lease ran out and another may have it."""
+Outcome = Literal["retried", "failed", "quarantined", "cancelled", "expired", "lost"]
+"""What became of a run without a verdict; lost: the claim was void, nothing changed."""
+Event = Literal["verdict.ready", "verdict.failed", "session.alert"]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What became of one submission."""
+
+    job_id: str
+    state: State
+    existing: bool
+    """The token was known, with the same body: this is the stored job."""
+    conflict: tuple[str, ...] = ()
+    """The token was known with another body: the fields that differ; nothing was submitted."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to change one running job; void once its lease has run out."""
+
+    job: Job
+    attempt: int
+    """Counts every run, from 1."""
+    retries: int
+    """Retries charged so far."""
+    alone: bool
+    """This run must have its child for itself: an earlier one crashed."""
+    worker: str
+    nonce: str
+
+    @property
+    def job_id(self) -> str:
+        return self.job.job_id
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a job stands."""
+
+    job_id: str
+    state: State
+    tenant: str
+    tag: str | None
+    attempts: int
+    submitted_at: float
+    started_at: float | None
+    ended_at: float | None
+    cancelling: bool
+    progress: Progress | None
+    failure: Failure | None
+    label: Label | None
+    score: float | None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One push that is due, or dead."""
+
+    id: str
+    """Deterministic: the same end gives the same id."""
+    event: Event
+    tenant: str
+    subject: str
+    """The job's id, or the session's."""
+    url: str
+    secret_id: str
+    data: Mapping[str, Any]
+    created_at: float
+    attempts: int
+    """This one included."""
+    error: str | None = None
+
+    @classmethod
+    def read(cls, stored: Mapping[str, str]) -> "Delivery":
+        """From the hash in Redis."""
+        return cls(
+            id=stored["id"],
+            event=stored["event"],  # type: ignore[arg-type]
+            tenant=stored["tenant"],
+            subject=stored["subject"],
+            url=stored["url"],
+            secret_id=stored["secret_id"],
+            data=json.loads(stored["data"]),
+            created_at=float(stored["created_at"]),
+            attempts=int(stored["attempts"]),
+            error=stored.get("error"),
+        )
+
+
+@dataclass(frozen=True)
+class Crash:
+    """One death of a job's child or parent."""
+
+    code: str
+    message: str
+    detail: str
+    """The end of the child's log, its signal: what the parent saw."""
+    at: float
+    worker: str
+    attempt: int
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A job that was put aside, with what is needed to look into it."""
+
+    job: Job
+    code: str
+    message: str
+    at: float
+    attempts: int
+    file_sha: str | None
+    crashes: tuple[Crash, ...]
+
+    @classmethod
+    def read(cls, text: str) -> "Quarantined":
+        """From the JSON in Redis."""
+        stored = json.loads(text)
+        return cls(
+            job=Job.model_validate_json(stored["document"]),
+            code=stored["code"],
+            message=stored["message"],
+            at=stored["at"],
+            attempts=stored["attempts"],
+            file_sha=stored["file_sha"] or None,
+            crashes=tuple(Crash(**crash) for crash in stored["crashes"] or ()),
+        )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The figures that metrics, `ralf doctor` and autoscaling read."""
+
+    waiting: Mapping[Priority, int]
+    """Queued jobs, wherever they wait."""
+    running: Mapping[Priority, int]
+    workers: Mapping[Priority, int]
+    due: int
+    """Of those waiting: put off to a later time."""
+    oldest_s: float
+    """Age of the oldest queued job."""
+    outbox: int
+    dead: int
+    quarantined: int

@@ -1,0 +1,175 @@
+-- What the janitor, the deliverer and the sessions ask for. The janitor's operations can be repeated
+-- by anybody at any time: each looks again before it moves anything.
+
+function op.due(now)
+  local ids = redis.call('ZRANGEBYSCORE', P .. 'due', '-inf', now, 'LIMIT', 0, 1000)
+  for _, id in ipairs(ids) do
+    redis.call('ZREM', P .. 'due', id)
+    local job = load_job(id)
+    if job and job.state == 'queued' then enqueue(job, true) end
+  end
+  for _, priority in ipairs(C.priorities) do refill(priority) end
+  return ids
+end
+
+function op.lost(now)
+  local report = {}
+  for _, priority in ipairs(C.priorities) do
+    local running = P .. 'running:' .. priority
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', running, '-inf', now, 'LIMIT', 0, 200)) do
+      local job = load_job(id)
+      if job and job.state == 'running' then
+        report[#report + 1] = id
+        report[#report + 1] = crash(job, now, 'worker_lost', 'worker ' .. job.worker ..
+          ' sent no heartbeat for ' .. C.lease .. ' s', '')
+      else
+        redis.call('ZREM', running, id)
+      end
+    end
+  end
+  return report
+end
+
+function op.reclaim(now, priority)
+  local popped, reclaimed = popped_key(priority), {}
+  for _, id in ipairs(redis.call('LRANGE', popped, 0, -1)) do
+    local job = load_job(id)
+    if not job or job.state ~= 'queued' then
+      redis.call('LREM', popped, 0, id)
+      redis.call('HDEL', P .. 'popped', id)
+    elseif redis.call('HSETNX', P .. 'popped', id, now) == 0
+        and now - tonumber(redis.call('HGET', P .. 'popped', id)) >= C.reclaim then
+      redis.call('LREM', popped, 0, id)
+      redis.call('HDEL', P .. 'popped', id)
+      enqueue(job, true)
+      reclaimed[#reclaimed + 1] = id
+    end
+  end
+  refill(priority)
+  return reclaimed
+end
+
+function op.expire(now)
+  local expired = {}
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', now, 'LIMIT', 0, 1000)) do
+    local job = load_job(id)
+    if not job then
+      redis.call('ZREM', P .. 'deadlines', id)
+    elseif job.state == 'queued' then
+      unlist(job)
+      too_late(job, now)
+      expired[#expired + 1] = id
+    end
+  end
+  return expired
+end
+
+-- RQ forgets dead workers only when another of its own kind cleans up.
+function op.workers(now, priority)
+  local gone = 0
+  local all = 'rq:workers:' .. C.queue .. priority
+  for _, key in ipairs(redis.call('SMEMBERS', all)) do
+    if redis.call('EXISTS', key) == 0 then
+      redis.call('SREM', all, key)
+      redis.call('SREM', 'rq:workers', key)
+      gone = gone + 1
+    end
+  end
+  redis.call('ZREMRANGEBYSCORE', 'rq:wip:' .. C.queue .. priority, 0, now)
+  return gone
+end
+
+-- How many more jobs are queued than are in a place; 0 means that no search is needed.
+function op.audit(now)
+  local missing = -redis.call('ZCARD', P .. 'due')
+  for _, priority in ipairs(C.priorities) do
+    missing = missing + redis.call('ZCARD', P .. 'waiting:' .. priority)
+      - redis.call('LLEN', queue_key(priority)) - redis.call('LLEN', popped_key(priority))
+    for _, tenant in ipairs(redis.call('LRANGE', P .. 'turn:' .. priority, 0, -1)) do
+      missing = missing - redis.call('LLEN', P .. 'pending:' .. priority .. ':' .. tenant)
+    end
+  end
+  return missing
+end
+
+function op.rescue(now, id, priority)
+  local job = load_job(id)
+  if not job or job.state ~= 'queued' then
+    redis.call('ZREM', P .. 'waiting:' .. priority, id)
+    return 'forgotten'
+  end
+  if redis.call('LPOS', pending_key(job), id) then
+    take_turn(job)
+    refill(priority)
+  elseif not redis.call('LPOS', queue_key(priority), id)
+      and not redis.call('LPOS', popped_key(priority), id)
+      and not redis.call('ZSCORE', P .. 'due', id) then
+    enqueue(job, true)
+    refill(priority)
+    return 'rescued'
+  end
+  return 'fine'
+end
+
+-- The outbox: a taken delivery comes back by itself when its deliverer dies.
+function op.take(now, limit, lease)
+  local taken = {}
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'outbox', '-inf', now, 'LIMIT', 0, limit)) do
+    local key = P .. 'delivery:' .. id
+    if redis.call('EXISTS', key) == 1 then
+      redis.call('HINCRBY', key, 'attempts', 1)
+      redis.call('ZADD', P .. 'outbox', now + tonumber(lease), id)
+      taken[#taken + 1] = redis.call('HGETALL', key)
+    else
+      redis.call('ZREM', P .. 'outbox', id)
+    end
+  end
+  return taken
+end
+
+-- Put a delivery that is still in the outbox off, or among the dead.
+function op.settle(now, id, place, at, error)
+  if not redis.call('ZSCORE', P .. 'outbox', id) then return 0 end
+  redis.call('ZREM', P .. 'outbox', id)
+  redis.call('ZADD', P .. place, at, id)
+  redis.call('HSET', P .. 'delivery:' .. id, 'error', error)
+  return 1
+end
+
+function op.revive(now, id)
+  if redis.call('ZREM', P .. 'dead', id) == 0 then return 0 end
+  redis.call('HSET', P .. 'delivery:' .. id, 'attempts', 0)
+  redis.call('ZADD', P .. 'outbox', now, id)
+  return 1
+end
+
+-- Write a fold, unless a segment came in since it was read.
+function op.fold(now, tenant, session_id, revision, document, facts, alert)
+  local name = tenant .. ':' .. session_id
+  local key = P .. 'session:' .. name
+  local seen = redis.call('HMGET', key, 'revision', 'folded', 'callback')
+  if not seen[1] then
+    redis.call('ZREM', P .. 'sessions:changed', name)
+    return 1
+  end
+  if seen[1] ~= revision then return 0 end
+  redis.call('ZREM', P .. 'sessions:changed', name)
+  if seen[2] == revision then return 1 end
+  redis.call('HSET', key, 'folded', revision, 'verdict', document)
+  redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', 'session.updated',
+    'session_id', session_id, 'tenant', tenant, 'data', facts)
+  if alert == '1' and redis.call('HSETNX', key, 'alerted_at', now) == 1 then
+    redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', 'session.alert',
+      'session_id', session_id, 'tenant', tenant, 'data', facts)
+    post('session.alert', {tenant = tenant, callback = seen[3] or ''}, session_id, facts, now)
+  end
+  tell('session:' .. name, 'updated')
+  return 1
+end
+
+local now = tonumber(ARGV[2])
+if not now then
+  local clock = redis.call('TIME')
+  now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
+end
+return op[ARGV[1]](now, unpack(ARGV, 3))

@@ -1,0 +1,353 @@
+"""Segments of one stream folded into a rolling verdict, as they end and in any order.
+
+    a job's end ─▶ digest of its verdict ─▶ session:TENANT:ID ─▶ fold ─▶ stream, alert
+
+The end script lays a segment's digest under its number in the same step as the verdict; the fold is
+a pure function of what lies there.  So a repeated, late or missing segment changes nothing else,
+and whoever dies between the two leaves a session marked as changed, which the janitor folds.
+
+Tracks are joined at a border when one ends near it and another begins near it, in segments that
+follow each other, with boxes that overlap.  A joined track's score is the highest of its level over
+all its faces and of its scores in single segments: faces too few to decide in any segment decide
+together, and an hour of an authentic face cannot dilute a forged minute.  With it goes that many
+segments are many chances for a false alarm: choose the threshold's policy for that.
+
+Scores come back as logits of the calibrated score.  Calibration is affine, so a mean of those is
+the calibrated mean.  The cost of a fold grows with the segments so far (about 0.5 kB each): start a
+new session after some ten thousand.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from kernels.manifest import Aggregation, Calibration
+from worker.contract import (
+    Box,
+    FailedSegment,
+    Gap,
+    Label,
+    SessionPart,
+    SessionTrack,
+    SessionVerdict,
+    Threshold,
+    Verdict,
+    dump,
+)
+
+if TYPE_CHECKING:
+    from worker.service.store import Store
+
+OVERLAP = 0.3
+"""Least intersection over union of the two boxes at a border."""
+REACH_MS = 1000
+"""A face may go unseen for so long across a border, or for so many usual steps:"""
+REACH_STEPS = 2.5
+LISTED = 64
+TRIES = 8
+EDGE = 0.5e-6
+"""Half the last digit of a score: its logit stays finite."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One track within one segment, on the stream's clock."""
+
+    number: int
+    name: str
+    start_ms: int
+    end_ms: int
+    first: tuple[float, float, float, float]
+    last: tuple[float, float, float, float]
+    faces: int
+    logits: tuple[float, ...]
+    score: float | None
+    score_max: float
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """What a session keeps of one segment's verdict."""
+
+    number: int
+    offset_ms: int
+    step_ms: float
+    model: str
+    partial: bool
+    threshold: Threshold
+    aggregation: Aggregation
+    pieces: tuple[_Piece, ...]
+
+
+@dataclass(eq=False)
+class _Chain:
+    """Pieces that are one face, in the order of their segments."""
+
+    pieces: list[_Piece] = field(default_factory=list)
+
+    def listed(self, aggregation: Aggregation) -> SessionTrack:
+        logits = [logit for piece in self.pieces for logit in piece.logits]
+        decided = [piece.score for piece in self.pieces if piece.score is not None]
+        if len(logits) >= aggregation.min_faces:
+            decided.append(_level(logits, aggregation))
+        return SessionTrack(
+            track_id=f"{self.pieces[0].number}.{self.pieces[0].name}",
+            start_ms=min(piece.start_ms for piece in self.pieces),
+            end_ms=max(piece.end_ms for piece in self.pieces),
+            faces=sum(piece.faces for piece in self.pieces),
+            score=max(decided, default=None),
+            score_max=max(piece.score_max for piece in self.pieces),
+            decisive=bool(decided),
+            segments=tuple(piece.number for piece in self.pieces),
+        )
+
+
+def digest(verdict: Verdict, part: SessionPart) -> str:
+    """What the session keeps of a segment's verdict, as JSON."""
+    step = verdict.media.duration_ms / max(1, verdict.made.frames_decoded)
+    tracks = [
+        {
+            "name": track.track_id,
+            "start_ms": track.start_ms + part.offset_ms,
+            "end_ms": track.end_ms + part.offset_ms,
+            "first": _corners(track.samples[0].box),
+            "last": _corners(track.samples[-1].box),
+            "faces": track.faces,
+            "logits": [_logit(sample.score) for sample in track.samples if sample.counted],
+            "score": track.score,
+            "score_max": track.score_max,
+        }
+        for track in verdict.tracks
+        if track.samples
+    ]
+    kept = {
+        "offset_ms": part.offset_ms,
+        "step_ms": round(step, 1),
+        "model": f"{verdict.made.model}@{verdict.made.version}",
+        "partial": verdict.partial,
+        "threshold": verdict.threshold.model_dump(),
+        "aggregation": verdict.made.aggregation,
+        "tracks": tracks,
+    }
+    return json.dumps(kept, separators=(",", ":"))
+
+
+def fold(tenant: str, session_id: str, stored: Mapping[str, str]) -> SessionVerdict:
+    """The rolling verdict of all that lies in a session's hash; pure, whatever order it came in."""
+    segments = [_read(number, text) for number, text in _numbered(stored, "segment")]
+    failed = [FailedSegment(number=n, code=code) for n, code in _numbered(stored, "failed")]
+    last = int(stored["last"]) if "last" in stored else None
+    missing = _missing(segments, [entry.number for entry in failed], last)
+    policy = segments[-1] if segments else None
+    tracks = [chain.listed(policy.aggregation) for chain in _join(segments)] if policy else []
+    label, score, reason = _decide(tracks, policy.threshold if policy else None)
+    strongest = sorted(tracks, key=lambda track: (-(track.score or 0), -track.score_max))[:LISTED]
+    return SessionVerdict(
+        session_id=session_id,
+        tenant=tenant,
+        revision=int(stored.get("revision", 0)),
+        label=label,
+        score=score,
+        reason=reason,
+        threshold=policy.threshold if policy else None,
+        tracks=tuple(sorted(strongest, key=lambda track: (track.start_ms, track.track_id))),
+        segments=len(segments),
+        complete=last is not None and not missing,
+        missing=missing,
+        late=_late(stored),
+        repeated=tuple(number for number, _ in _numbered(stored, "repeated")),
+        failed=tuple(failed),
+        warnings=tuple(_warnings(segments, len(tracks))),
+    )
+
+
+def refold(
+    store: "Store", tenant: str, session_id: str, *, now: float | None = None
+) -> SessionVerdict | None:
+    """Fold a changed session, store and emit it; None when there is none, or others keep changing
+    it: it then stays marked, and the next end or the janitor folds it."""
+    for _ in range(TRIES):
+        stored = store.hash(store.key("session", tenant, session_id))
+        verdict = fold(tenant, session_id, stored)
+        said = json.dumps(facts(verdict))
+        alert = "1" if verdict.label == "likely_forged" else "0"
+        written = store.call(
+            "fold", now, tenant, session_id, verdict.revision, dump(verdict), said, alert
+        )
+        if written:
+            return verdict if stored else None
+    return None
+
+
+def facts(verdict: SessionVerdict) -> dict[str, Any]:
+    """What the stream and an alert say; the whole is read with client.session()."""
+    return {
+        "session_id": verdict.session_id,
+        "tenant": verdict.tenant,
+        "revision": verdict.revision,
+        "label": verdict.label,
+        "score": verdict.score,
+        "segments": verdict.segments,
+        "missing": sum(gap.last - gap.first + 1 for gap in verdict.missing),
+        "complete": verdict.complete,
+    }
+
+
+def _read(number: int, text: str) -> _Segment:
+    kept = json.loads(text)
+    return _Segment(
+        number=number,
+        offset_ms=kept["offset_ms"],
+        step_ms=kept["step_ms"],
+        model=kept["model"],
+        partial=kept["partial"],
+        threshold=Threshold(**kept["threshold"]),
+        aggregation=Aggregation(**kept["aggregation"]),
+        pieces=tuple(
+            _Piece(
+                **{
+                    **track,
+                    "number": number,
+                    "first": tuple(track["first"]),
+                    "last": tuple(track["last"]),
+                    "logits": tuple(track["logits"]),
+                }
+            )
+            for track in kept["tracks"]
+        ),
+    )
+
+
+def _numbered(stored: Mapping[str, str], kind: str) -> list[tuple[int, str]]:
+    found = (name.split(":", 1) for name in stored if name.startswith(f"{kind}:"))
+    return sorted((int(number), stored[f"{kind}:{number}"]) for _, number in found)
+
+
+def _late(stored: Mapping[str, str]) -> tuple[int, ...]:
+    by_arrival = sorted((int(order), number) for number, order in _numbered(stored, "order"))
+    late, highest = [], -1
+    for _, number in by_arrival:
+        if number < highest:
+            late.append(number)
+        highest = max(highest, number)
+    return tuple(sorted(late))
+
+
+def _missing(
+    segments: Sequence[_Segment], failed: Iterable[int], last: int | None
+) -> tuple[Gap, ...]:
+    """Runs of numbers that never came; numbers count from 0, unless the lowest starts the clock."""
+    came = sorted({*(segment.number for segment in segments), *failed})
+    if not came:
+        return ()
+    opens = segments and segments[0].number == came[0] and segments[0].offset_ms == 0
+    before = came[0] - 1 if opens else -1
+    edges = [before, *came, *([last + 1] if last is not None and last > came[-1] else [])]
+    return tuple(
+        Gap(first=low + 1, last=high - 1) for low, high in pairwise(edges) if high - low > 1
+    )
+
+
+def _join(segments: Sequence[_Segment]) -> list[_Chain]:
+    """One chain a face; a piece is joined to at most one before it and one after it."""
+    chains: list[_Chain] = []
+    open_ends: dict[str, _Chain] = {}
+    before: _Segment | None = None
+    for segment in segments:
+        follows = before is not None and segment.number == before.number + 1
+        matches = _matches(before, segment) if before is not None and follows else {}
+        ends: dict[str, _Chain] = {}
+        for piece in segment.pieces:
+            partner = matches.get(piece.name)
+            if partner is None:
+                chain = _Chain()
+                chains.append(chain)
+            else:
+                chain = open_ends[partner]
+            chain.pieces.append(piece)
+            ends[piece.name] = chain
+        before, open_ends = segment, ends
+    return chains
+
+
+def _matches(before: _Segment, after: _Segment) -> dict[str, str]:
+    """For tracks of `after`, the track of `before` that each goes on from: best overlap first."""
+    reach = max(REACH_MS, REACH_STEPS * max(before.step_ms, after.step_ms))
+    pairs = sorted(
+        (
+            (-_overlap(old.last, new.first), old.name, new.name)
+            for old in before.pieces
+            for new in after.pieces
+            if abs(new.start_ms - old.end_ms) <= reach
+        ),
+    )
+    matches: dict[str, str] = {}
+    for overlap, old, new in pairs:
+        if -overlap >= OVERLAP and new not in matches and old not in matches.values():
+            matches[new] = old
+    return matches
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes, left top right bottom."""
+    across = min(a[2], b[2]) - max(a[0], b[0])
+    down = min(a[3], b[3]) - max(a[1], b[1])
+    if across <= 0 or down <= 0:
+        return 0.0
+    both = across * down
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def _decide(
+    tracks: Sequence[SessionTrack], threshold: Threshold | None
+) -> tuple[Label, float | None, str]:
+    if threshold is None:
+        return "inconclusive", None, "No segment has a verdict yet."
+    if not tracks:
+        return "no_faces", None, "No face was found in any segment so far."
+    decisive = [(track.score, track) for track in tracks if track.score is not None]
+    if not decisive:
+        return "inconclusive", None, "No face was seen often enough to decide."
+    score, track = max(decisive, key=lambda pair: pair[0])
+    said = f"{track.track_id}, the strongest of {len(decisive)}, scored {score:.6f}"
+    if score >= threshold.forged_at:
+        return "likely_forged", score, f"{said}: at or above {threshold.forged_at:g}."
+    if score < threshold.authentic_below:
+        return "likely_authentic", score, f"{said}: below {threshold.authentic_below:g}."
+    return (
+        "inconclusive",
+        score,
+        (f"{said}: between {threshold.authentic_below:g} and {threshold.forged_at:g}."),
+    )
+
+
+def _warnings(segments: Sequence[_Segment], tracks: int) -> Iterable[str]:
+    models = sorted({segment.model for segment in segments})
+    if len(models) > 1:
+        yield f"mixed_models: segments were scored by {', '.join(models)}"
+    partial = [segment.number for segment in segments if segment.partial]
+    if partial:
+        yield f"partial_segments: {len(partial)} segments were not looked at to their end"
+    if tracks > LISTED:
+        yield f"tracks_omitted: the {LISTED} strongest of {tracks} are listed; all were judged"
+
+
+def _level(logits: Sequence[float], aggregation: Aggregation) -> float:
+    # Here and not above: store.py imports this file, and a client has no numpy.
+    import numpy as np
+
+    from worker.scores import calibrated, level
+
+    return float(calibrated(np.array([level(np.array(logits), aggregation)]), Calibration())[0])
+
+
+def _corners(box: Box) -> tuple[float, float, float, float]:
+    return box.left, box.top, box.right, box.bottom
+
+
+def _logit(score: float) -> float:
+    kept = min(max(score, EDGE), 1 - EDGE)
+    return round(math.log(kept / (1 - kept)), 5)
