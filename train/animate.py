@@ -31,8 +31,12 @@ def _options(codec: str, crf: float, preset: str) -> dict[str, str]:
         return {"crf": str(crf), "b": "0", "deadline": "realtime", "cpu-used": "8"}
     if codec == "mpeg4":
         return {"qmin": str(max(1, round(crf / 3))), "qmax": str(max(1, round(crf / 3)))}
-    quiet = {"x265-params": "log-level=none:pools=1"} if codec == "libx265" else {}
-    return {"crf": str(crf), "preset": preset, **quiet}
+    more = {
+        # With B-frames x264's macroblock tree gives other bits from run to run.
+        "libx264": {"x264-params": "mbtree=0"},
+        "libx265": {"x265-params": "log-level=none:pools=1"},
+    }
+    return {"crf": str(crf), "preset": preset, **more.get(codec, {})}
 
 
 def _even(image: Image) -> Image:
@@ -213,7 +217,7 @@ class _Pose:
 def _look(pose: _Pose, size: tuple[int, int], centre: tuple[float, float], tall: float) -> Pixels:
     """Which point of the portrait each pixel sees: from its middle, in parts of its height."""
     height, width = size
-    middle = np.array([centre[0] * width, centre[1] * height], np.float32)
+    middle = np.array([centre[0] * width - 0.5, centre[1] * height - 0.5], np.float32)
     at = (grid(height, width) - middle) / np.float32(height * tall)
     turned: Pixels = at @ (pose.turn / pose.scale).T.astype(np.float32)
     turned -= pose.shift.astype(np.float32)

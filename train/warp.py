@@ -71,15 +71,22 @@ def blur(image: Pixels, sigma: float) -> Pixels:
     if sigma <= 0:
         return image
     axes = (sigma, sigma) if image.ndim == 2 else (sigma, sigma, 0)
-    if sigma < 2:
+    if sigma < 3:
         narrow: Pixels = ndimage.gaussian_filter(image, axes, mode="nearest", truncate=3)
         return narrow
-    side = max(3, 2 * round((np.sqrt(4 * sigma**2 + 1) - 1) / 2) + 1)
     out = image
-    for _ in range(3):
+    for side in _boxes(sigma):
         for axis in (0, 1):
             out = ndimage.uniform_filter1d(out, side, axis=axis, mode="nearest")
     return out
+
+
+def _boxes(sigma: float) -> list[int]:
+    """Three odd widths whose variances, (side² − 1) / 12 each, add up to about sigma²."""
+    least = max(1, int((np.sqrt(4 * sigma**2 + 1) - 1) / 2) * 2 + 1)
+    more = (12 * sigma**2 - 3 * (least**2 - 1)) / (4 * least + 4)
+    wide = int(np.clip(round(more), 0, 3))
+    return [least] * (3 - wide) + [least + 2] * wide
 
 
 def to_u8(image: Pixels) -> NDArray[np.uint8]:
