@@ -61,6 +61,8 @@ class Settings:
     quarantine_after: int = 2
     child_max_jobs: int = 500
     child_max_rss_ratio: float = 1.5
+    child_max_rss: int = 0
+    """Bytes; above it a child is killed in the middle of a job. 0 means 80 % of the memory."""
     child_start_timeout_s: float = 120.0
     hang_s: float = 60.0
     """A child that reports no progress for so long, inside one job, is taken for hung."""

@@ -1,0 +1,424 @@
+"""The warm child, as a real process at the other end of a real socket."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.contract import Evidence, Job, Media, Progress, Verdict, dump
+from worker.errors import Cancelled, DecoderCrashed, GpuFatal, GpuOom, TooLong
+from worker.service import jobs, sandbox, wire
+from worker.service.child import rss
+from worker.service.link import Link
+from worker.settings import Settings
+
+SETTINGS = Settings(child_max_jobs=3)
+
+
+def document(job_id: str, tag: str | None = None) -> str:
+    """A job as JSON."""
+    media = Media(uri="file:///nowhere.mp4")
+    return dump(Job(job_id=job_id, token="t", media=media, tag=tag, submitted_at=datetime.now(UTC)))
+
+
+def ask(job_id: str, body: str, *, tag: str | None = None, **more: Any) -> wire.Run:
+    """A Run of a test body."""
+    return wire.Run(
+        job_id=job_id, function=jobs.PREFIX + body, path="", job=document(job_id, tag), **more
+    )
+
+
+@contextmanager
+def child(settings: Settings = SETTINGS, **more: Any) -> Iterator[Link]:
+    """A child with the test bodies, ready."""
+    link = Link(settings, bodies="test", **more)
+    try:
+        link.open()
+        until(link, lambda said: link.ready is not None)
+        yield link
+    finally:
+        link.close()
+
+
+def until(
+    link: Link, enough: Callable[[list[wire.Message]], bool], seconds: float = 20.0
+) -> list[wire.Message]:
+    """Everything the child says until it is enough, or until it has gone."""
+    said: list[wire.Message] = []
+    end = time.monotonic() + seconds
+    while not enough(said):
+        heard = link.wait(end - time.monotonic())
+        if heard is None:
+            return said
+        said += heard
+        assert time.monotonic() < end, f"the child said only {said}"
+    return said
+
+
+def answer(link: Link, run: wire.Run) -> wire.Done | wire.Failed:
+    """Run one job to its answer."""
+    link.say(run)
+    last = until(link, answered)[-1]
+    assert isinstance(last, wire.Done | wire.Failed)
+    return last
+
+
+def answered(said: list[wire.Message]) -> bool:
+    """Whether the job has its answer."""
+    return bool(said) and isinstance(said[-1], wire.Done | wire.Failed)
+
+
+def kinds(said: list[wire.Message]) -> list[str]:
+    """The names of what was said."""
+    return [type(message).__name__ for message in said]
+
+
+@pytest.fixture(scope="module")
+def shared_link() -> Iterator[Link]:
+    """One child for the tests that leave it well."""
+    with child(replace(SETTINGS, child_max_jobs=10_000)) as link:
+        yield link
+
+
+def test_one_child_runs_a_thousand_jobs(shared_link: Link):
+    """Warm means that the second job starts where the first one ended."""
+    pid = shared_link.pid
+    for number in range(1000):
+        done = answer(shared_link, ask(f"j{number}", "trivial"))
+        assert isinstance(done, wire.Done)
+
+    assert (pid, f"j{number}") == (shared_link.pid, done.job_id)
+    assert Verdict.model_validate_json(done.verdict).job_id == "j999"
+    assert Evidence() == Evidence.model_validate_json(done.evidence)
+
+
+def test_progress_is_told_while_the_job_runs(shared_link: Link):
+    """The parent hears the percentage and the clip's length before the end."""
+    shared_link.say(ask("slow", "sleep", tag="sleep:0.35"))
+    said = until(shared_link, answered)
+    advanced = [message for message in said if isinstance(message, wire.Advanced)]
+
+    assert kinds(said)[:2] == ["Started", "Advanced"]
+    assert len(advanced) >= 2
+    assert Progress.model_validate_json(advanced[-1].progress).percent > 20
+    assert {0.35} == {message.seconds for message in advanced}
+
+
+def test_a_cancelled_job_stops_at_its_next_progress(shared_link: Link):
+    """Long before its own end, with the child alive."""
+    shared_link.say(ask("long", "sleep", tag="sleep:30"))
+    until(shared_link, lambda said: "Started" in kinds(said))
+    start = time.monotonic()
+    shared_link.say(wire.Cancel("long"))
+    said = until(shared_link, answered)
+
+    assert isinstance(said[-1], wire.Failed)
+    assert said[-1].code == "cancelled"
+    assert time.monotonic() - start < 5
+    assert isinstance(answer(shared_link, ask("next", "trivial")), wire.Done)
+
+
+def test_a_ping_is_answered_during_a_job(shared_link: Link):
+    """The talking thread is not the working one."""
+    shared_link.say(ask("busy", "sleep", tag="sleep:0.5"))
+    shared_link.say(wire.Ping(7))
+    said = until(shared_link, lambda said: wire.Pong(7) in said)
+
+    assert not answered(said)
+    until(shared_link, answered)
+
+
+def test_an_unknown_function_is_refused_by_the_child_too(shared_link: Link):
+    """The list is checked on both sides of the socket."""
+    failed = answer(shared_link, replace(ask("j", "trivial"), function="os.system"))
+
+    assert isinstance(failed, wire.Failed)
+    assert failed.code == "decoder_crashed" and "os.system" in failed.message
+
+
+def test_a_crash_is_the_end_of_the_child_and_not_of_the_parent():
+    """abort() leaves an end of file, the signal's name, and a stack for whoever looks into it."""
+    with child() as link:
+        link.say(ask("j", "crash"))
+        said = until(link, answered)
+
+        assert kinds(said) == ["Started"]
+        assert link.closed() == "died of SIGABRT"
+        assert "crash" in link.last_words()
+
+        link.open()
+        until(link, lambda said: link.ready is not None)
+        assert isinstance(answer(link, ask("j2", "trivial")), wire.Done)
+
+
+def test_a_hung_child_dies_by_kill():
+    """It hears nothing; SIGKILL needs no hearing."""
+    with child() as link:
+        link.say(ask("j", "hang"))
+        until(link, lambda said: "Started" in kinds(said))
+        link.say(wire.Cancel("j"))
+        assert link.wait(0.3) == []
+        link.kill()
+
+        assert until(link, answered) == []
+        assert link.closed() == "died of SIGKILL"
+
+
+def test_a_lost_device_ends_the_child_after_it_said_so():
+    """A poisoned CUDA context cannot be repaired, only left."""
+    with child() as link:
+        failed = answer(link, ask("j", "poison"))
+
+        assert isinstance(failed, wire.Failed)
+        assert (failed.code, failed.fatal) == ("gpu_fatal", True)
+        assert until(link, lambda said: False) == []
+        assert link.closed() == "exited with 70"
+
+
+def test_a_child_is_worn_after_so_many_jobs_or_so_much_memory():
+    """The parent replaces it between two jobs."""
+    with child() as link:
+        for number in range(3):
+            assert link.worn() == ""
+            answer(link, ask(f"j{number}", "trivial"))
+
+        assert link.worn() == "jobs"
+        link.retire()
+        link.open()
+        until(link, lambda said: link.ready is not None)
+        answer(link, ask("k", "trivial"))
+        answer(link, ask("leak", "leak", tag="leak:64"))
+        assert link.worn() == "rss"
+
+
+def test_the_child_has_no_credentials(monkeypatch: pytest.MonkeyPatch):
+    """Its environment holds listed names only, whatever the parent's holds."""
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": "s3cret",
+        "GOOGLE_APPLICATION_CREDENTIALS": "/key.json",
+        "RALF_REDIS_URL": "redis://:s3cret@host/0",
+        "RALF_WEBHOOK_SECRETS": "default=whsec_s3cret",
+        "KUBECONFIG": "/kube",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    settings = replace(SETTINGS, redis_url="redis://:s3cret@host/0", webhook_secrets=("a=s3cret",))
+    with child(settings) as link:
+        raw = Path(f"/proc/{link.pid}/environ").read_bytes()
+
+    assert b"s3cret" not in raw
+    assert set() == {part.split("=")[0] for part in raw.decode().split("\0")} & set(secrets)
+    assert b"RALF_MAX_BYTES" in raw
+
+
+def test_the_child_keeps_the_sandbox_promises():
+    """No core files, few descriptors, bounded files; a network of its own where allowed."""
+    with child() as link:
+        limits = Path(f"/proc/{link.pid}/limits").read_text()
+        mine, its = (Path(f"/proc/{who}/ns/net").readlink() for who in ("self", link.pid))
+        words = link.last_words()
+
+    found = {line[:26].strip(): line[26:].split()[:2] for line in limits.splitlines()}
+    assert found["Max core file size"] == ["0", "0"]
+    assert [str(sandbox.FILE_BYTES)] * 2 == found["Max file size"]
+    assert int(found["Max open files"][0]) <= sandbox.DESCRIPTORS
+    assert mine != its or "network namespace" in words
+
+
+def test_the_socket_is_private():
+    """Nobody else on the machine may speak to the child."""
+    with child() as link:
+        folder, path = link.folder, link.folder / "socket"
+
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not folder.exists()
+
+
+def test_the_child_ignores_sigterm():
+    """A drain is the parent's decision; the job in the child ends as it would have."""
+    with child() as link:
+        link.say(ask("j", "sleep", tag="sleep:0.3"))
+        until(link, lambda said: "Started" in kinds(said))
+        os.kill(link.pid, signal.SIGTERM)
+        os.kill(link.pid, signal.SIGINT)
+
+        assert isinstance(until(link, answered)[-1], wire.Done)
+
+
+def test_the_child_dies_with_its_parent():
+    """`kill -9` on the parent leaves nobody behind, not even a child in native code."""
+    code = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from tests.test_child import *
+link = Link(SETTINGS, bodies="test")
+link.open()
+until(link, lambda said: link.ready is not None)
+link.say(ask("j", "hang"))
+until(link, lambda said: "Started" in kinds(said))
+print(link.pid, file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+    root = str(Path(__file__).resolve().parent.parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, root],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+    ) as parent:
+        assert parent.stderr is not None
+        pid = int(parent.stderr.readline())
+        parent.kill()
+    end = time.monotonic() + 5
+    while rss(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+
+    assert rss(pid) == 0
+
+
+def test_parents_share_a_child_fairly_one_job_at_a_time(tmp_path: Path):
+    """First come, first served; each hears of its own job only."""
+    with child(shared=tmp_path / "gpu0") as first:
+        others = [Link(SETTINGS, bodies="test", shared=tmp_path / "gpu0") for _ in range(2)]
+        links = [first, *others]
+        try:
+            for link in others:
+                link.open()
+                until(link, lambda said, link=link: link.ready is not None)
+            assert {first.pid} == {link.pid for link in links}
+            for number, link in enumerate(links):
+                link.say(ask(f"j{number}", "sleep", tag="sleep:0.2"))
+                time.sleep(0.05)
+            assert [
+                message.job_id
+                for link in links
+                for message in until(link, answered)
+                if isinstance(message, wire.Done)
+            ] == ["j0", "j1", "j2"]
+            others[0].say(ask("waiting", "trivial"))
+        finally:
+            os.kill(first.pid, signal.SIGKILL)
+            for link in others:
+                link.close()
+
+
+def test_a_job_is_told_of_its_company_and_a_blamed_one_runs_alone(tmp_path: Path):
+    """With two at a time a crash has two suspects, unless one of them had to be alone."""
+    shared = tmp_path / "gpu0"
+    with child(shared=shared, capacity=2) as first:
+        second = Link(SETTINGS, bodies="test", shared=shared)
+        second.open()
+        try:
+            first.say(ask("a", "sleep", tag="sleep:0.4"))
+            until(first, lambda said: "Started" in kinds(said))
+            second.say(ask("b", "sleep", tag="sleep:0.1"))
+            said = until(second, answered)
+            assert wire.Company(1) in said
+            second.say(ask("c", "trivial", alone=True))
+            until(second, answered)
+
+            said = until(first, answered)
+            assert [m.others for m in said if isinstance(m, wire.Company)] == [1, 0]
+            assert kinds(said)[-1] == "Done"
+        finally:
+            os.kill(first.pid, signal.SIGKILL)
+            second.close()
+
+
+def test_a_model_that_is_not_there_is_said_once_and_ends_the_child(tmp_path: Path):
+    """The parent gets the reason, not a dead socket."""
+    link = Link(replace(SETTINGS, models_dir=str(tmp_path), model="absent"))
+    try:
+        link.open()
+        until(link, lambda said: bool(link.refusal), seconds=60)
+
+        assert "absent" in link.refusal
+        assert until(link, lambda said: False) == []
+        assert link.closed() == "exited with 5"
+    finally:
+        link.close()
+
+
+@given(
+    st.builds(
+        wire.Run,
+        job_id=st.text(),
+        function=st.text(),
+        path=st.text(),
+        job=st.text(),
+        attempt=st.integers(),
+        alone=st.booleans(),
+    ),
+    st.integers(1, 40),
+)
+def test_messages_come_out_as_they_went_in_however_the_bytes_are_cut(run: wire.Run, size: int):
+    """A stream socket keeps no borders."""
+    frames = wire.encode(run) + wire.encode(wire.Ping(3))
+    inbox = wire.Inbox()
+    parts = [frames[at : at + size] for at in range(0, len(frames), size)]
+
+    assert [run, wire.Ping(3)] == [message for part in parts for message in inbox.feed(part)]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"not json",
+        b"[]",
+        b'{"type":"eval"}',
+        b'{"type":"ping"}',
+        b'{"type":"ping","number":"1"}',
+        b'{"type":"ping","number":true}',
+        b'{"type":"ping","number":1,"more":2}',
+        json.dumps({"type": "done", "job_id": "j", "verdict": {}, "evidence": ""}).encode(),
+    ],
+)
+def test_what_is_not_in_the_protocol_is_refused(body: bytes):
+    """A child that hostile media has taken over can say only these words."""
+    with pytest.raises(wire.WireError):
+        wire.decode(body)
+
+
+def test_a_frame_that_would_fill_the_memory_is_refused_by_its_length():
+    """Before a byte of it is kept."""
+    with pytest.raises(wire.WireError, match="at most"):
+        list(wire.Inbox().feed(b"\xff\xff\xff\xff"))
+
+
+class AcceleratorError(RuntimeError):
+    """Named like torch's."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (TooLong("x"), TooLong),
+        (Cancelled(), Cancelled),
+        (OutOfMemoryError("CUDA out of memory"), GpuOom),
+        (AcceleratorError("CUDA error: an illegal memory access"), GpuFatal),
+        (RuntimeError("CUDA error: device-side assert triggered"), GpuFatal),
+        (ValueError("surprise"), DecoderCrashed),
+    ],
+)
+def test_every_error_of_a_body_has_a_name(error: Exception, kind: type[Exception]):
+    """What a library raises is translated once, at the border."""
+    assert kind is type(jobs.as_job_error(error))

@@ -1,0 +1,395 @@
+"""The warm child: loads the model once, then serves jobs over a Unix socket.
+
+    python -m worker.service.child --socket-fd N [--parent PID] [--bodies test] [--capacity N]
+
+It is spawned, never forked, so that CUDA starts in a clean process; it holds no credentials (see
+sandbox.py) and speaks only wire.py's messages.  The listening socket is inherited, so a parent
+may connect before the child is up.  Several parents may connect; each has one job in flight.  At
+most `capacity` jobs run at a time, one on a CPU, in the order in which they came.  A job that
+must run alone waits until the others have ended, and none starts beside it.
+
+One thread talks, `capacity` threads work, and the first of them loads the model.  The child never
+retries and never decides: deadlines, hangs and memory are judged by its parents, who kill it.  It
+leaves when its spawner dies, when a parent says so, when the device's context is lost, or, when
+it is shared, once nobody has been connected for a while.
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import structlog
+
+from worker import telemetry
+from worker.contract import Job, Progress, Verdict, dump
+from worker.errors import Cancelled, GpuFatal, JobError, RalfError
+from worker.service import jobs, sandbox, wire
+from worker.settings import Settings
+
+if TYPE_CHECKING:
+    from worker.runtime import Parts
+
+log = structlog.get_logger()
+
+SEND_TIMEOUT_S = 30.0
+TELL_EVERY_S = 0.1
+"""A job tells its parent no more often; it still looks each time whether it was cancelled."""
+PARTIAL_EVERY_S = 5.0
+"""So a clip that takes longer shows what is thought of it so far."""
+
+
+class Peer:
+    """One parent: its connection and the one job it may have in flight."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.inbox = wire.Inbox()
+        self.errand: Errand | None = None
+        self.greeted = False
+        self.gone = False
+        self._sending = threading.Lock()
+        connection.settimeout(SEND_TIMEOUT_S)
+
+    def say(self, message: wire.Message) -> None:
+        """Send; a parent that has gone, or takes nothing for long, is not waited for."""
+        try:
+            with self._sending:
+                self.connection.sendall(wire.encode(message))
+        except OSError:
+            self.gone = True
+
+
+@dataclass(eq=False)
+class Errand:
+    """One job between its parent's Run and our answer."""
+
+    peer: Peer
+    run: wire.Run
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    told: float = 0.0
+    judged: float = field(default_factory=time.monotonic)
+
+    def report(
+        self, progress: Progress, seconds: float, partial: Callable[[], Verdict] | None = None
+    ) -> None:
+        """Tell the parent, at most ten times a second; raises Cancelled once it was asked to."""
+        if self.cancelled.is_set() or self.peer.gone:
+            raise Cancelled
+        now = time.monotonic()
+        if now - self.told < TELL_EVERY_S:
+            return
+        self.told, document = now, ""
+        if partial is not None and now - self.judged >= PARTIAL_EVERY_S:
+            self.judged, document = now, dump(partial())
+        self.peer.say(wire.Advanced(self.run.job_id, dump(progress), float(seconds), document))
+
+
+class Turnstile:
+    """Who runs next: first come, first served; a job that must be alone is let in alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[Errand] = deque()
+        self._running: list[Errand] = []
+        self._closed = False
+
+    def close(self) -> None:
+        """Nobody else gets a turn."""
+        with self._changed:
+            self._closed = True
+
+    def join(self, errand: Errand) -> None:
+        """Stand in line."""
+        with self._changed:
+            self._waiting.append(errand)
+            self._changed.notify_all()
+
+    def leave(self, errand: Errand) -> bool:
+        """Step out of the line; False when the job runs already."""
+        with self._changed:
+            if errand not in self._waiting:
+                return False
+            self._waiting.remove(errand)
+            self._changed.notify_all()
+            return True
+
+    def enter(self) -> Errand:
+        """Wait for a turn; the errand is then running."""
+        with self._changed:
+            self._changed.wait_for(self._may_enter)
+            errand = self._waiting.popleft()
+            self._running.append(errand)
+            if len(self._running) > 1:
+                self._announce()
+            return errand
+
+    def exit(self, errand: Errand) -> None:
+        """The errand's turn is over."""
+        with self._changed:
+            self._running.remove(errand)
+            self._announce()
+            self._changed.notify_all()
+
+    def _may_enter(self) -> bool:
+        if self._closed or not self._waiting:
+            return False
+        if self._running and self._waiting[0].run.alone:
+            return False
+        return not any(errand.run.alone for errand in self._running)
+
+    def _announce(self) -> None:
+        """Each running job's parent knows how many suspects there would be if we died now."""
+        for errand in self._running:
+            errand.peer.say(wire.Company(len(self._running) - 1))
+
+    @property
+    def idle(self) -> bool:
+        """Whether no job runs."""
+        with self._changed:
+            return not self._running
+
+
+Load = Callable[[], tuple["Parts | None", dict[str, object]]]
+
+
+class Child:
+    """The talking thread and its workers."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        *,
+        table: dict[str, jobs.Body],
+        load: Load,
+        capacity: int = 1,
+        linger_s: float | None = None,
+    ) -> None:
+        self._listener = listener
+        self._table = table
+        self._load = load
+        self._capacity = capacity
+        self._linger_s = linger_s
+        """None: exclusive, leave with the first parent; else how long to wait for another."""
+        self._turnstile = Turnstile()
+        self._peers: set[Peer] = set()
+        self._peers_lock = threading.Lock()
+        self._parts: Parts | None = None
+        self._leaving = False
+        self._ready: wire.Ready | wire.Unready | None = None
+
+    def serve(self) -> int:
+        """Talk until there is a reason to leave; returns the exit status."""
+        threading.Thread(target=self._work_first, name="work-0", daemon=True).start()
+        lonely_since = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            self._listener.setblocking(False)
+            selector.register(self._listener, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select(timeout=1.0):
+                    if key.fileobj is self._listener:
+                        self._accept(selector)
+                    elif not self._hear(key.data):
+                        self._part(selector, key.data)
+                        if self._linger_s is None:
+                            return 0
+                if self._peers:
+                    lonely_since = time.monotonic()
+                elif time.monotonic() - lonely_since > (self._linger_s or 60.0):
+                    return 0
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        peer = Peer(connection)
+        with self._peers_lock:
+            self._peers.add(peer)
+        selector.register(connection, selectors.EVENT_READ, peer)
+
+    def _part(self, selector: selectors.BaseSelector, peer: Peer) -> None:
+        """A parent has gone: its waiting job leaves the line, its running one is cancelled."""
+        peer.gone = True
+        selector.unregister(peer.connection)
+        peer.connection.close()
+        with self._peers_lock:
+            self._peers.discard(peer)
+        if peer.errand is not None:
+            self._turnstile.leave(peer.errand)
+            peer.errand.cancelled.set()
+
+    def _hear(self, peer: Peer) -> bool:
+        """Act on what a parent said; False when it has gone or talks nonsense."""
+        try:
+            messages = wire.receive(peer.connection, peer.inbox)
+        except wire.WireError as error:
+            log.error("child.misunderstood", error=str(error))
+            return False
+        if messages is None:
+            return False
+        return all(self._obey(peer, message) for message in messages)
+
+    def _obey(self, peer: Peer, message: wire.Message) -> bool:
+        match message:
+            case wire.Hello(version=wire.VERSION):
+                with self._peers_lock:
+                    peer.greeted = True
+                    ready = self._ready
+                if ready is not None:
+                    peer.say(ready)
+            case wire.Ping(number=number):
+                peer.say(wire.Pong(number))
+            case wire.Run() if peer.greeted and peer.errand is None:
+                peer.errand = Errand(peer, message)
+                self._turnstile.join(peer.errand)
+            case wire.Cancel(job_id=job_id):
+                self._cancel(peer, job_id)
+            case wire.Shutdown():
+                self._leaving = True
+                self._turnstile.close()
+                self._leave_if_idle()
+            case _:
+                log.error("child.misunderstood", message=type(message).__name__)
+                return False
+        return True
+
+    def _leave_if_idle(self) -> None:
+        """Other parents' running jobs end first; those in line see us gone and ask our heir."""
+        if self._leaving and (self._linger_s is None or self._turnstile.idle):
+            os._exit(0)
+
+    def _cancel(self, peer: Peer, job_id: str) -> None:
+        errand = peer.errand
+        if errand is None or errand.run.job_id != job_id:
+            return
+        errand.cancelled.set()
+        if self._turnstile.leave(errand):
+            peer.errand = None
+            peer.say(wire.Failed(job_id, "cancelled", "the job was cancelled before its turn"))
+
+    def _work_first(self) -> None:
+        """Load, tell every parent, then work beside the other threads."""
+        ready: wire.Ready | wire.Unready
+        try:
+            self._parts, facts = self._load()
+            ready = wire.Ready(os.getpid(), rss(), json.dumps(facts))
+        except Exception as error:  # noqa: BLE001  the border: the parent logs it and decides
+            ready = wire.Unready(
+                str(error) if isinstance(error, RalfError) else traceback.format_exc()
+            )
+        with self._peers_lock:
+            self._ready = ready
+            greeted = [peer for peer in self._peers if peer.greeted]
+        for peer in greeted:
+            peer.say(ready)
+        if isinstance(ready, wire.Unready):
+            log.error("child.unready", error=ready.message)
+            if not greeted:
+                time.sleep(1.0)  # a parent may still be about to connect
+            os._exit(5)
+        for number in range(1, self._capacity):
+            threading.Thread(target=self._work, name=f"work-{number}", daemon=True).start()
+        self._work()
+
+    def _work(self) -> None:
+        while True:
+            errand = self._turnstile.enter()
+            errand.peer.say(wire.Started(errand.run.job_id))
+            answer = self._answer(errand)
+            self._turnstile.exit(errand)
+            errand.peer.errand = None  # before the answer: the parent may send the next at once
+            errand.peer.say(answer)
+            self._leave_if_idle()
+            if isinstance(answer, wire.Failed) and answer.fatal:
+                os._exit(70)
+
+    def _answer(self, errand: Errand) -> wire.Done | wire.Failed:
+        """Run the body; whatever it raises has a name in the answer."""
+        run = errand.run
+        try:
+            body = self._table[run.function]
+            task = jobs.Task(run, Job.model_validate_json(run.job), errand.report)
+            verdict, evidence = body.work(task, self._parts)
+            return wire.Done(run.job_id, dump(verdict), dump(evidence))
+        except BaseException as error:  # noqa: BLE001  the border: every end has a name
+            named = jobs.as_job_error(error)
+            if isinstance(named, Cancelled):
+                return wire.Failed(run.job_id, "cancelled", "the job was cancelled")
+            if named is not error:
+                log.error("child.job_failed", job_id=run.job_id, error=traceback.format_exc())
+            assert isinstance(named, JobError)
+            fatal = isinstance(named, GpuFatal) or isinstance(error, MemoryError)
+            return wire.Failed(run.job_id, named.code, str(named), fatal)
+
+
+def rss(pid: int | Literal["self"] = "self") -> int:
+    """Resident bytes of a process; 0 where /proc does not tell."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:  # noqa: PTH123  read each tick, kept cheap
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _load_model(settings: Settings) -> tuple["Parts | None", dict[str, object]]:
+    from worker.runtime import load
+
+    parts = load(settings)
+    manifest = parts.artifact.manifest
+    return parts, {
+        "model": manifest.name,
+        "version": parts.artifact.version,
+        "engine": parts.engine.name,
+        "precision": parts.engine.precision,
+        "device": parts.engine.device,
+        "decoder": parts.decoder.name,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The child's whole life."""
+    parser = argparse.ArgumentParser(prog="worker.service.child", description="The warm child.")
+    parser.add_argument("--socket-fd", type=int, required=True)
+    parser.add_argument("--parent", type=int, help="die when this process does")
+    parser.add_argument("--bodies", choices=("moderate", "test"), default="moderate")
+    parser.add_argument("--capacity", type=int, default=1)
+    parser.add_argument("--linger", type=float, help="shared: seconds to wait without a parent")
+    options = parser.parse_args(arguments)
+    missing = sandbox.enter(options.parent)
+    faulthandler.enable()
+    settings = Settings.from_environment()
+    telemetry.configure(settings)
+    for sentence in missing:
+        log.warning("child.sandbox_incomplete", missing=sentence)
+    listener = socket.socket(fileno=options.socket_fd)
+    load: Load = (
+        (lambda: _load_model(settings))
+        if options.bodies == "moderate"
+        else (lambda: (None, {"model": "none", "engine": "test"}))
+    )
+    child = Child(
+        listener,
+        table=jobs.table(options.bodies),
+        load=load,
+        capacity=options.capacity,
+        linger_s=options.linger,
+    )
+    return child.serve()
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # worker threads may be in native code; nobody waits for them

@@ -1,0 +1,130 @@
+"""What the child gives up before it touches hostile media.
+
+The child needs a local file, the model's folder and a device; nothing else.  It gets an
+environment of listed names only, no core files, bounded files and descriptors, and, where the
+host allows it, a network namespace with no network in it.  The address space is left unbounded:
+CUDA reserves far more of it than it uses, so RLIMIT_AS would kill honest jobs; the parent watches
+the resident size instead.
+
+All of it happens in the child, before any thread starts: a user namespace cannot be entered later.
+"""
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+
+from worker.settings import Settings
+
+KEPT = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "PYTHONPATH",
+    "PYTHONHASHSEED",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_MODULE_LOADING",
+    "NVIDIA_VISIBLE_DEVICES",
+    "NVIDIA_DRIVER_CAPABILITIES",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+)
+"""Variables of the parent that the child may see; credentials have no name here."""
+
+SETTINGS = (
+    "models_dir",
+    "model",
+    "device",
+    "threads",
+    "max_bytes",
+    "max_seconds",
+    "max_width",
+    "max_height",
+    "max_frame_rate",
+    "max_streams",
+    "max_frames",
+    "max_tracks",
+    "chunk_bytes",
+    "log_level",
+    "log_format",
+)
+"""Settings that the child needs; no address, no secret, no bucket among them."""
+
+FILE_BYTES = 1024**3
+"""The most that the child may write to one file: compiled kernels in a cache, nothing else."""
+DESCRIPTORS = 1024
+
+_CLONE_NEWUSER, _CLONE_NEWNET, _PR_SET_PDEATHSIG = 0x10000000, 0x40000000, 1
+
+
+def environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
+    """The child's whole environment."""
+    kept = {name: outside[name] for name in KEPT if name in outside}
+    known = {field.name for field in fields(settings)}
+    for name in SETTINGS:
+        if name in known:
+            kept[f"RALF_{name.upper()}"] = str(getattr(settings, name))
+    return kept
+
+
+def enter(parent_pid: int | None) -> list[str]:
+    """Give up what is not needed; returns a sentence for each thing the host did not allow.
+
+    With parent_pid the child dies when that process does, whatever native code it is in.
+    """
+    missing: list[str] = []
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a drain is the parent's decision
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _bound(resource.RLIMIT_CORE, 0)
+    _bound(resource.RLIMIT_FSIZE, FILE_BYTES)
+    _bound(resource.RLIMIT_NOFILE, DESCRIPTORS)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the bound is an OSError
+    if not sys.platform.startswith("linux"):
+        return ["no network namespace and no death signal: they are Linux's"]
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not _leave_network(libc):
+        missing.append(
+            f"no network namespace of its own ({os.strerror(ctypes.get_errno())}); "
+            "allow user namespaces, or block the worker's child at the host's firewall"
+        )
+    if parent_pid is not None:
+        # After the user namespace: entering one clears the death signal.
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:  # it died before the line above
+            os._exit(0)
+    return missing
+
+
+def _bound(limit: int, value: int) -> None:
+    hard = resource.getrlimit(limit)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (value, value))
+
+
+def _leave_network(libc: ctypes.CDLL) -> bool:
+    """A namespace without an interface that is up; as ourselves where that is allowed."""
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(_CLONE_NEWNET) == 0:
+        return True
+    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
+        return False
+    for path, text in (
+        ("/proc/self/setgroups", "deny"),
+        ("/proc/self/uid_map", f"{user} {user} 1"),
+        ("/proc/self/gid_map", f"{group} {group} 1"),
+    ):
+        try:
+            with open(path, "w") as file:  # noqa: PTH123  procfs wants one plain write
+                file.write(text)
+        except OSError:
+            break  # the process works on as the overflow user; files it may read stay readable
+    return True

@@ -1,0 +1,265 @@
+"""What a worker says about itself: log lines, metrics, and one canonical line per job.
+
+Logs are structlog's, to stderr: JSON, or coloured text when a person watches the terminal.  Every
+event is `noun.verb_past` with facts as keys.  URIs lose their user, query and fragment before
+they are written, since a signed URL is a credential; values under a secret's name are dropped.
+
+Metrics are Prometheus', in seconds and totals, under `ralf_`; http.py serves them.  Those that
+count (jobs, frames, faces) are counted here as jobs end; those that describe the queue are read
+from Redis when somebody asks, so they are true even after a crash.  The traceparent of a job is
+put on each of its lines as it came, and its trace id beside it; nothing needs OpenTelemetry.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from worker.contract import Job, Verdict
+from worker.settings import Settings
+
+_URL = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#@\"']*@)?([^\s?#\"']*)(\?[^\s#\"']*)?(#\S*)?"
+)
+_SECRET = re.compile(r"secret|password|authorization|signature|api_?key|credential", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """The text with every URL's user, query and fragment taken out."""
+
+    def bare(found: re.Match[str]) -> str:
+        return found[1] + found[3] + ("?…" if found[4] else "")
+
+    return _URL.sub(bare, text) if "://" in text else text
+
+
+def _redacted(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for key, value in event.items():
+        if _SECRET.search(key) and not key.endswith("_id"):
+            event[key] = "…"
+        elif isinstance(value, str):
+            event[key] = redact(value)
+    return event
+
+
+def configure(settings: Settings) -> None:
+    """Set structlog up for this process; called once, by whoever owns the process."""
+    level = logging.getLevelNamesMapping().get(settings.log_level.upper(), logging.INFO)
+    person = settings.log_format == "text" or (
+        settings.log_format == "auto" and sys.stderr.isatty()
+    )
+    last: list[Any] = (
+        [structlog.dev.ConsoleRenderer()]
+        if person
+        else [structlog.processors.format_exc_info, _redacted, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _redacted,
+            *last,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def trace_id(traceparent: str | None) -> str | None:
+    """The trace's id in a W3C traceparent."""
+    return traceparent.split("-")[1] if traceparent and traceparent.count("-") == 3 else None
+
+
+_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """Every metric of one process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.jobs = Counter(
+            "ralf_jobs", "Jobs that ended or went back.", ["outcome", "code"], registry=registry
+        )
+        self.job_seconds = Histogram(
+            "ralf_job_seconds",
+            "From a job's start in this worker to its end.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.wait_seconds = Histogram(
+            "ralf_job_wait_seconds",
+            "From a job's submission to its start.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.stage_seconds = Histogram(
+            "ralf_stage_seconds",
+            "Time spent in one stage of a job.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.frames = Counter("ralf_frames", "Frames decoded.", ["decoder"], registry=registry)
+        self.faces = Counter("ralf_faces", "Faces scored.", registry=registry)
+        self.score = Histogram(
+            "ralf_score",
+            "Scores of videos with a face, for drift.",
+            ["model", "version"],
+            buckets=[step / 20 for step in range(1, 21)],
+            registry=registry,
+        )
+        self.running = Gauge("ralf_running_jobs", "Jobs in this worker.", registry=registry)
+        self.ready = Gauge("ralf_ready", "1 once the model is checked.", registry=registry)
+        self.engine = Gauge(
+            "ralf_engine_info",
+            "What this worker scores with; always 1.",
+            ["model", "version", "engine", "precision", "device", "decoder"],
+            registry=registry,
+        )
+        self.restarts = Counter(
+            "ralf_child_restarts", "Children replaced, by reason.", ["reason"], registry=registry
+        )
+        self.child_rss = Gauge(
+            "ralf_child_rss_bytes", "Resident memory of the child.", registry=registry
+        )
+        self.refused = Counter(
+            "ralf_refused_jobs", "Queue entries that were not ours.", registry=registry
+        )
+        self.deliveries = Counter(
+            "ralf_deliveries", "Webhook attempts by result.", ["result"], registry=registry
+        )
+
+    def engine_is(self, facts: Mapping[str, object]) -> None:
+        """Show what the child loaded, and only that."""
+        self.engine.clear()
+        names = ("model", "version", "engine", "precision", "device", "decoder")
+        self.engine.labels(*(str(facts.get(name, "")) for name in names)).set(1)
+
+    def watch_queue(self, counts: Callable[[], Iterable["Count"]]) -> None:
+        """Add the gauges that are read from Redis at each scrape."""
+        self.registry.register(_QueueCollector(counts))
+
+
+@dataclass(frozen=True)
+class Count:
+    """One number read from Redis: a gauge's name without `ralf_`, its labels, its value."""
+
+    name: str
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+_QUEUE_HELP = {
+    "queue_oldest_age_seconds": "How long the oldest waiting job has waited.",
+    "queued_jobs": "Jobs that wait for a worker, by priority.",
+    "started_jobs": "Jobs that some worker has, by priority.",
+    "quarantined_jobs": "Jobs in quarantine.",
+    "outbox_due": "Deliveries in the outbox.",
+    "dead_letters": "Deliveries that were given up.",
+    "workers": "Workers with a live heartbeat.",
+    "redis_up": "Whether Redis answered this scrape.",
+}
+
+
+class _QueueCollector(Collector):
+    """Reads the queue when it is asked; a Redis that is away shows as ralf_redis_up 0."""
+
+    def __init__(self, counts: Callable[[], Iterable[Count]]) -> None:
+        self._counts = counts
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        try:
+            counts = [*self._counts(), Count("redis_up", 1)]
+        except OSError:  # redis' own errors are made OSErrors by the caller
+            counts = [Count("redis_up", 0)]
+        families: dict[str, GaugeMetricFamily] = {}
+        for count in counts:
+            names = [name for name, _ in count.labels]
+            family = families.setdefault(
+                count.name,
+                GaugeMetricFamily(
+                    f"ralf_{count.name}", _QUEUE_HELP.get(count.name, count.name), labels=names
+                ),
+            )
+            family.add_metric([value for _, value in count.labels], count.value)
+        return families.values()
+
+
+METRICS = Metrics()
+"""This process's metrics."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How one attempt at a job went; the canonical line and the metrics are made of it."""
+
+    job: Job
+    outcome: str
+    """A state of the contract, or `retried`, `crashed`, `handed_back`."""
+    attempt: int
+    total_s: float
+    wait_s: float
+    fetch_s: float = 0.0
+    code: str = ""
+    message: str = ""
+    verdict: Verdict | None = None
+
+
+def job_finished(finish: Finish, metrics: Metrics = METRICS) -> None:
+    """The one line per attempt, and its counts."""
+    job, verdict = finish.job, finish.verdict
+    facts: dict[str, Any] = {
+        "job_id": job.job_id,
+        "tenant": job.tenant,
+        "outcome": finish.outcome,
+        "attempt": finish.attempt,
+        "wait_s": round(finish.wait_s, 3),
+        "fetch_s": round(finish.fetch_s, 3),
+        "total_s": round(finish.total_s, 3),
+    }
+    if finish.code:
+        facts |= {"code": finish.code, "message": finish.message[:300]}
+    if job.traceparent:
+        facts |= {"traceparent": job.traceparent, "trace_id": trace_id(job.traceparent)}
+    if verdict is not None:
+        made = verdict.made
+        facts |= {
+            "label": verdict.label,
+            "score": verdict.score,
+            "frames": made.frames_decoded,
+            "faces": made.faces,
+            "video_s": verdict.media.duration_ms / 1000,
+            "model": f"{made.model}@{made.version}",
+            "engine": made.engine,
+            **{f"{stage}_s": round(spent / 1000, 3) for stage, spent in made.stages_ms.items()},
+        }
+    structlog.get_logger().info("job.finished", **facts)
+    metrics.jobs.labels(finish.outcome, finish.code).inc()
+    metrics.job_seconds.observe(finish.total_s)
+    if finish.attempt <= 1:
+        metrics.wait_seconds.observe(max(0.0, finish.wait_s))
+    if verdict is not None:
+        _count(verdict, metrics)
+
+
+def _count(verdict: Verdict, metrics: Metrics) -> None:
+    made = verdict.made
+    for stage, spent_ms in made.stages_ms.items():
+        metrics.stage_seconds.labels(stage).observe(spent_ms / 1000)
+    metrics.frames.labels(made.decoder).inc(made.frames_decoded)
+    metrics.faces.inc(made.faces)
+    if verdict.score is not None:
+        metrics.score.labels(made.model, made.version).observe(verdict.score)
