@@ -3,8 +3,8 @@
 RalfError
 ├─ JobError            a job's named end; `code` is what the verdict store and the metrics show
 │  ├─ Rejected         never retried: the same bytes will fail again
-│  │    FetchDenied HashMismatch UnreadableFile TooLarge TooLong TooManyPixels TooManyStreams
-│  │    ContainerUnsupported CodecUnsupported CorruptMedia NoVideoStream EncryptedMedia
+│  │    FetchDenied HashMismatch UnreadableFile TooLarge TooLong TooManyPixels TooManyFrames
+│  │    TooManyStreams ContainerUnsupported CodecUnsupported CorruptMedia NoVideoStream EncryptedMedia
 │  │    BadRequest DeadlinePassed
 │  ├─ Interrupted      retried with back-off: FetchFailed GpuOom GpuFatal
 │  └─ Crashed          counted, quarantined at the second: DecoderCrashed Hung WorkerLost
@@ -68,6 +68,12 @@ class TooLong(Rejected):
 
 class TooManyPixels(Rejected):
     code = "too_many_pixels"
+
+
+class TooManyFrames(Rejected):
+    """More frames a second, or more in all, than are taken."""
+
+    code = "too_many_frames"
 
 
 class TooManyStreams(Rejected):

@@ -26,7 +26,7 @@ class Probe:
     path: str
     size_bytes: int
     container: str
-    """FFmpeg's short name, such as "mov,mp4,m4a,3gp,3g2,mj2"."""
+    """The demuxer that reads it: mov (mp4 too), matroska, avi or mpegts."""
     codec: str
     stream_index: int
     coded_width: int
@@ -36,6 +36,8 @@ class Probe:
     height: int
     rotation: int
     """Degrees counter-clockwise to apply: 0, 90, 180 or 270."""
+    mirrored: bool = False
+    """Left and right change places after the rotation, as some front cameras ask."""
     pixel_format: str
     duration_s: float
     frame_rate: float

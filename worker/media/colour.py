@@ -1,0 +1,87 @@
+"""Which way up a decoded picture is, and what its numbers mean as colours.
+
+One policy, `by_tag_untagged_601`: a tagged matrix and range are followed, what is untagged is
+BT.601 limited, whatever the picture's size.  Formats that are full range by their very name (yuvj)
+stay so.  Matrices that swscale does not know are read as BT.601, and said so.
+
+Nothing here imports av: it reads the attributes of frames that its callers decoded.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# FFmpeg's AVColorSpace by number: its name here, and swscale's number for the same matrix.
+_MATRICES: dict[int, tuple[str, int]] = {
+    0: ("rgb", 0),
+    1: ("bt709", 1),
+    4: ("fcc", 4),
+    5: ("bt601", 5),
+    6: ("bt601", 5),
+    7: ("smpte240m", 7),
+    9: ("bt2020", 9),
+    10: ("bt2020", 9),  # constant luminance: the nearest that swscale has
+}
+_UNTAGGED = {2, 3}
+_BT601 = 5
+_UNKNOWN = {8: "ycgco", 11: "smpte2085", 14: "ictcp", 15: "ipt", 16: "ycgco-re", 17: "ycgco-ro"}
+_HDR = {16: "PQ", 18: "HLG"}
+_LIMITED, _FULL = 1, 2
+
+
+@dataclass(frozen=True)
+class Colour:
+    """What swscale must be told of a picture."""
+
+    matrix: int
+    range: int
+
+
+def colour_of(frame: Any) -> Colour:
+    """The policy, for one frame."""
+    matrix = _MATRICES.get(frame.colorspace, ("", _BT601))[1]
+    return Colour(matrix, _FULL if _is_full(frame) else _LIMITED)
+
+
+def _is_full(frame: Any) -> bool:
+    return bool(frame.color_range == _FULL) or str(frame.format.name).startswith("yuvj")
+
+
+def describe_colour(frame: Any) -> tuple[str, str, list[str]]:
+    """Names of matrix and range as tagged, and a warning for what is not shown as meant."""
+    notes = []
+    number = frame.colorspace
+    if number in _MATRICES:
+        space = _MATRICES[number][0]
+    elif number in _UNTAGGED:
+        space = "unspecified"
+    else:
+        space = _UNKNOWN.get(number, f"matrix {number}")
+        notes.append(f"colour: the matrix {space} is not known here and is read as BT.601")
+    if number == 10:
+        notes.append("colour: BT.2020 constant luminance is read as non-constant")
+    if frame.color_trc in _HDR:
+        notes.append(f"colour: {_HDR[frame.color_trc]} is shown without tone mapping")
+    if _is_full(frame):
+        return space, "pc", notes
+    return space, "tv" if frame.color_range == _LIMITED else "unspecified", notes
+
+
+def turn(frame: Any) -> tuple[int, bool]:
+    """Quarter turns counter-clockwise to apply, and whether to mirror left and right after.
+
+    The display matrix maps (x, y) to (a·x + c·y, b·x + d·y), in 16.16 fixed point, y downwards.
+    Angles between the quarters go to the nearest.
+    """
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return 0, False
+    matrix = np.frombuffer(bytes(data), dtype=np.int32).astype(np.float64)
+    a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
+    if a * d - b * c == 0:
+        return 0, False
+    mirrored = bool(a * d - b * c < 0)
+    if mirrored:
+        a, c = -a, -c  # undo the mirror, which comes last: x' → -x'
+    return round(float(np.arctan2(-b, a)) / (np.pi / 2)) % 4, mirrored

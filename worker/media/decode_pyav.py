@@ -1,0 +1,340 @@
+"""The CPU decoder: of a probed clip, only the frames that sampling asks for, in bounded chunks.
+
+`plan` says which (worker/media/sampling.py).  Decoding goes from group to group of wanted frames:
+seek to the keyframe that governs the first, decode up to the last, go on.  Within a group, frames
+that nobody asked for and that no other frame leans on are not decoded at all (`skip_frame`), which
+changes no pixel of the rest.  Frames are known by their presentation time, never by counting.
+
+When reading on is cheaper than seeking.  A seek throws away what the decoder's threads have under
+way; it pays off once more than about NEAR frames need not be decoded (measured, see NEAR).
+
+Damage.  A frame that does not come out whole sends its group into a second, exact reading: from one
+keyframe earlier, every frame decoded, the nearest whole neighbour taken in its place.  A neighbour
+must lie nearer to this wanted frame than to any other, so no picture is ever counted twice; if
+there is none, the frame is lost and the chunk's warnings say so.  A clip of which nothing decodes
+is CorruptMedia.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from worker.errors import CorruptMedia
+from worker.media.colour import colour_of
+from worker.media.probe import hidden, open_media, packets
+from worker.media.sampling import plan
+from worker.media.types import Clip, Frames, Probe
+
+__all__ = ["PyavDecoder", "plan"]
+
+NEAR = 8
+"""Frames that are rather decoded than jumped over."""
+THREAD_BYTES = 512 * 1024**2
+"""Pictures in flight in the decoder's threads, at most."""
+LEAST_CAP = (4096 + 128) * (2304 + 128)
+"""A stream may change its size in the middle, up to this area if it began smaller."""
+BEYOND = 64
+"""Packets past a lost frame's own reach that the exact reading still waits for pictures from."""
+_EXACT = av.video.reformatter.Interpolation
+_SCALING = _EXACT.BILINEAR | _EXACT.ACCURATE_RND | _EXACT.FULL_CHR_H_INT
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A wanted frame as it came out; `frame` None means nothing near it could be decoded."""
+
+    wanted: int
+    index: int
+    frame: Any = field(repr=False)
+
+
+class PyavDecoder:
+    """Clips in, chunks of at most `chunk_bytes` of pixels out; `threads` 0 is one per core."""
+
+    name = "pyav"
+
+    def __init__(self, chunk_bytes: int = 256 * 1024**2, threads: int = 0) -> None:
+        if chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes should be positive, got {chunk_bytes}")
+        self.chunk_bytes = chunk_bytes
+        self.threads = threads
+
+    def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
+        """Each clip's frames in time order; closing the iterator early lets go of the file."""
+        for clip in clips:
+            wanted = plan(clip)
+            cap = max(LEAST_CAP, (clip.probe.coded_width + 128) * (clip.probe.coded_height + 128))
+            with open_media(clip.probe.path, clip.probe.container, cap) as container:
+                reader = _Reader(container, clip.probe, self.threads or os.cpu_count() or 1, cap)
+                yield from _chunks(clip, wanted, reader.pictures(wanted), self.chunk_bytes)
+
+
+class _Reader:
+    """An open clip: where it stands, how to jump, and which packet or picture is which frame."""
+
+    def __init__(self, container: Any, probe: Probe, threads: int, cap: int) -> None:
+        self.container, self.probe = container, probe
+        self.stream = container.streams[probe.stream_index]
+        for other in container.streams:
+            if other is not self.stream:
+                other.discard = av.stream.Discard.all
+        self.context = self.stream.codec_context
+        self.reorder = self.context.reorder_depth
+        self.context.options = {"max_pixels": str(cap)}
+        self.context.thread_type = "AUTO"
+        picture = 2 * probe.coded_width * probe.coded_height
+        self.context.thread_count = max(1, min(threads, THREAD_BYTES // max(1, picture)))
+        self.base = float(self.stream.time_base)
+        gaps = np.diff(probe.times_s)
+        gaps = gaps[gaps > 0]
+        self.tolerance = max(1e-6, 0.49 * float(gaps.min())) if len(gaps) else 1e-6
+        self.unread = packets(container, self.stream, _never)
+
+    def pictures(self, wanted: NDArray[np.int64]) -> Iterator[_Picture]:
+        """Every wanted frame in order, itself, a neighbour in its place, or nothing."""
+        keys = self.probe.keyframes
+        governing = np.searchsorted(keys, wanted, side="right") - 1
+        reach = _reach(self.probe.times_s, wanted)
+        at = 0
+        while at < len(wanted):
+            end = at + 1
+            while end < len(wanted) and keys[governing[end]] <= wanted[end - 1] + NEAR:
+                end += 1
+            for picture in self._fast(wanted[at:end], int(governing[at])):
+                yield picture
+                at += 1
+            if at < end:
+                yield from self._exact(wanted[at:end], reach[at:end], int(governing[at]))
+                at = end
+
+    def _fast(self, group: NDArray[np.int64], governing: int) -> Iterator[_Picture]:
+        """The group's frames, stopping at the first that does not come out whole."""
+        left = group.tolist()
+        pending = set(left)
+        self._jump(governing)
+        for index, frame in self._decoded(pending):
+            if index > left[0]:
+                return
+            if index == left[0]:
+                yield _Picture(index, index, frame)
+                left.pop(0)
+                if not left:
+                    return
+
+    def _exact(
+        self, group: NDArray[np.int64], reach: NDArray[np.float64], governing: int
+    ) -> Iterator[_Picture]:
+        """The group again, one keyframe earlier and every frame, with neighbours where need be."""
+        left = list(zip(group.tolist(), reach.tolist(), strict=True))
+        times = self.probe.times_s
+        last = int(np.searchsorted(times, reach[-1, 1], side="left"))
+        before: tuple[int, Any] | None = None
+        self._jump(governing - 1)
+        for index, frame in self._decoded(None, until=last + BEYOND):
+            while left and index >= left[0][0]:
+                (wanted, (low, high)) = left.pop(0)
+                near = [
+                    (abs(times[i] - times[wanted]), i, picture)
+                    for i, picture in filter(None, (before, (index, frame)))
+                    if low <= times[i] < high
+                ]
+                best = min(near, key=lambda found: found[:2], default=(0.0, wanted, None))
+                yield _Picture(wanted, int(best[1]), best[2])
+            if not left:
+                return
+            before = (index, frame)
+        for wanted, (low, high) in left:
+            if before is not None and low <= times[before[0]] < high:
+                yield _Picture(wanted, *before)
+            else:
+                yield _Picture(wanted, wanted, None)
+
+    def _decoded(
+        self, pending: set[int] | None, until: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Whole pictures from here on, each with its frame number.
+
+        With `pending`, ends once these are decoded, and decodes of the rest only what they need.
+        """
+        extra = 1 if self.probe.interlaced else 0  # a second field may have its own packet
+        for packet in self.unread:
+            if hidden(packet, self.stream):
+                continue
+            index = self._number(packet.pts if packet.pts is not None else packet.dts)
+            asked = pending is None or index in pending
+            self.context.skip_frame = "DEFAULT" if asked or extra else "NONREF"
+            yield from self._send(packet)
+            if pending is not None:
+                pending.discard(-1 if index is None else index)
+                extra -= not pending
+                if extra < 0:
+                    break
+            if until is not None and index is not None and index > until:
+                break
+        yield from self._send(None)
+
+    def _send(self, packet: Any) -> Iterator[tuple[int, Any]]:
+        """Pictures that this packet completes; a packet that cannot be decoded gives none."""
+        try:
+            frames = self.context.decode(packet)
+        except av.FFmpegError:
+            return
+        for frame in frames:
+            index = self._number(frame.pts if frame.pts is not None else frame.dts)
+            if index is not None and not frame.is_corrupt:
+                yield index, frame
+
+    def _number(self, tick: int | None) -> int | None:
+        """The frame shown at this time of the stream; None if the probe saw none."""
+        if tick is None:
+            return None
+        time = tick * self.base - self.probe.start_s
+        index = int(np.searchsorted(self.probe.times_s, time - self.tolerance))
+        if index == self.probe.frame_count:
+            return None
+        return index if abs(self.probe.times_s[index] - time) <= self.tolerance else None
+
+    def _jump(self, governing: int) -> None:
+        """Stand at this keyframe (counted among keyframes), or at one before it.
+
+        Indices hold decoding times in some containers, so where a seek came down is checked.
+        """
+        keys = self.probe.keyframes
+        for back in (governing, governing - 1, governing - 2):
+            if back < 0:
+                break
+            if self._seek(float(self.probe.times_s[keys[back]])) <= keys[governing]:
+                return
+        self._seek(-10.0)  # the start, and whatever an edit list hides before it
+
+    def _seek(self, time_s: float) -> float:
+        """Seek to a time; the frame number of the packet there, infinite if none is known."""
+        tick = round((time_s + self.probe.start_s) / self.base)
+        try:
+            self.container.seek(tick, stream=self.stream)
+        except av.FFmpegError:
+            return np.inf
+        self.context.reorder_depth = max(self.reorder, self.context.reorder_depth)
+        following = packets(self.container, self.stream, _never)
+        first = next(following, None)
+        self.unread = following
+        if first is None:
+            return np.inf
+        self.unread = _after(first, following)
+        index = self._number(first.pts if first.pts is not None else first.dts)
+        return np.inf if index is None or not first.is_keyframe else index
+
+
+def _never(_: Exception) -> bool:
+    """Reading on past an error would only repeat what the probe has seen."""
+    return False
+
+
+def _after(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _reach(times: NDArray[np.float64], wanted: NDArray[np.int64]) -> NDArray[np.float64]:
+    """For each wanted frame the times [n, 2] that are nearer to it than to any other."""
+    at = times[wanted]
+    middles = (at[1:] + at[:-1]) / 2
+    return np.stack([np.r_[-np.inf, middles], np.r_[middles, np.inf]], axis=1)
+
+
+def _chunks(
+    clip: Clip, wanted: NDArray[np.int64], pictures: Iterator[_Picture], chunk_bytes: int
+) -> Iterator[Frames]:
+    """Pictures gathered into chunks; one goes out only when the next has its first picture.
+
+    So the last chunk can carry the warning for what was lost after it.
+    """
+    probe = clip.probe
+    most = max(1, chunk_bytes // (3 * probe.width * probe.height))
+    painter = _Painter(probe)
+    chunk, done = _Chunk(probe, min(most, len(wanted))), 0
+    for picture in pictures:
+        if picture.frame is not None and len(chunk.indices) == len(chunk.pixels):
+            yield chunk.frames(clip, done, len(wanted))
+            chunk = _Chunk(probe, min(most, len(wanted) - done))
+        done += 1
+        if picture.frame is None:
+            chunk.lost.append(picture.wanted)
+            continue
+        painter.paint(picture.frame, chunk.pixels[len(chunk.indices)].numpy())
+        chunk.indices.append(picture.index)
+        if picture.index != picture.wanted:
+            chunk.replaced.append(picture.wanted)
+    if not chunk.indices:
+        raise CorruptMedia(f"none of the {len(wanted)} frames asked for can be decoded")
+    yield chunk.frames(clip, done, len(wanted))
+
+
+class _Chunk:
+    """Room for so many frames, and what happened while they came."""
+
+    def __init__(self, probe: Probe, count: int) -> None:
+        self.probe = probe
+        self.pixels = torch.empty((count, 3, probe.height, probe.width), dtype=torch.uint8)
+        self.indices: list[int] = []
+        self.replaced: list[int] = []
+        self.lost: list[int] = []
+
+    def frames(self, clip: Clip, asked: int, total: int) -> Frames:
+        indices = np.asarray(self.indices, dtype=np.int64)
+        return Frames(
+            clip=clip,
+            pixels=self.pixels[: len(indices)],
+            times_s=self.probe.times_s[indices],
+            indices=indices,
+            asked=asked,
+            total=total,
+            replaced=len(self.replaced),
+            decoder=PyavDecoder.name,
+            warnings=tuple(self._warnings()),
+        )
+
+    def _warnings(self) -> Iterator[str]:
+        for what, numbers in (("were replaced by a neighbour", self.replaced), ("are", self.lost)):
+            if numbers:
+                times = self.probe.times_s[numbers]
+                end = " lost" if what == "are" else ""
+                yield (
+                    f"undecodable_frames: {len(numbers)} between {times.min():.3f} and "
+                    f"{times.max():.3f} s {what}{end}"
+                )
+
+
+class _Painter:
+    """Decoded pictures into upright RGB planes, by the colour policy."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.turns, self.mirrored = probe.rotation // 90, probe.mirrored
+        self.size = (probe.width, probe.height)[:: -1 if self.turns % 2 else 1]
+        self.converter = av.video.reformatter.VideoReformatter()
+
+    def paint(self, frame: Any, out: NDArray[np.uint8]) -> None:
+        """Write one picture to out, [3, h, w]."""
+        colour = colour_of(frame)
+        width, height = self.size
+        rgb = self.converter.reformat(
+            frame,
+            width=width,
+            height=height,
+            format="gbrp",
+            src_colorspace=colour.matrix,
+            src_color_range=colour.range,
+            dst_color_range=2,
+            interpolation=_SCALING,
+            threads=1,
+        )
+        for channel, plane in zip((1, 2, 0), rgb.planes, strict=True):  # stored as G, B, R
+            rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, :width]
+            rows = np.rot90(rows, self.turns)
+            out[channel] = rows[:, ::-1] if self.mirrored else rows

@@ -1,0 +1,395 @@
+"""What a file is, before anything decodes it: its facts, or the named reason to refuse it.
+
+The order is the point.  A regular file of allowed size; a container on the list by its first bytes,
+opened by exactly that demuxer; streams, codec, pixels; then one pass over the packets, which alone
+says when each frame is shown, which are keyframes, how many there are and how long the clip is.
+What the container claims of these is never believed.  Of the pictures only the first is decoded:
+it knows the rotation, the colour tags and the pixel format.  Every limit stops the pass early, so a
+hostile file costs no more than an honest one at the limit.
+
+A clip that breaks in the middle passes, with a warning and the frames up to the break.
+"""
+
+import os
+import stat
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+
+from worker.errors import (
+    CodecUnsupported,
+    CorruptMedia,
+    EncryptedMedia,
+    NoVideoStream,
+    TooLarge,
+    TooLong,
+    TooManyFrames,
+    TooManyPixels,
+    TooManyStreams,
+    UnreadableFile,
+)
+from worker.media.colour import describe_colour, turn
+from worker.media.containers import (
+    HEAD_BYTES,
+    Demuxer,
+    check_boxes,
+    demuxer_of,
+    refuse_scrambled,
+)
+from worker.media.timeline import Seen, Timeline, timeline
+from worker.media.types import Probe
+from worker.settings import Settings
+
+CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
+DECODERS = ",".join(sorted(CODECS | {"libdav1d", "libaom-av1", "libvpx", "libvpx-vp9"}))
+"""FFmpeg's own names of decoders that may open, even while it looks at a file's streams."""
+LEAST_SIDE = 16
+"""A smaller picture is a placeholder: no face fits, and it is not taken for a video stream."""
+PASS_SECONDS = 60.0
+FIRST_FRAME_PACKETS = 300
+"""Packets from the first keyframe on that may pass before one picture comes out."""
+RETRIES = 8
+"""Read errors after which the pass goes on, before the rest of the file is given up."""
+JUMP_BACK_S = 1.0
+"""Decoding times never go back; by more than this it is another recording, glued on."""
+
+
+def codec_available(name: str) -> bool:
+    """Whether this FFmpeg can decode the codec."""
+    try:
+        av.codec.Codec(name, "r")
+    except (av.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def ffmpeg_version() -> str:
+    """The version of the FFmpeg inside PyAV."""
+    return f"FFmpeg {av.ffmpeg_version_info}"
+
+
+def probe(path: str | os.PathLike[str], settings: Settings) -> Probe:
+    """The facts of a video file; raises a Rejected error that names why it is refused."""
+    name = str(Path(path).absolute())
+    demuxer, size = _first_look(name, settings)
+    most_pixels = _padded_area(settings.max_width, settings.max_height)
+    with open_media(name, demuxer, most_pixels) as container:
+        stream = _video_stream(container, settings)
+        look = _Pass(stream, settings, demuxer)
+        look.run(container)
+        return _facts(name, size, container.format.name, stream, look)
+
+
+def most_frames(settings: Settings) -> int:
+    """Frames of the longest clip at the highest rate."""
+    return int(settings.max_frame_rate * (settings.max_seconds + 1))
+
+
+def _padded_area(width: int, height: int) -> int:
+    return (width + 128) * (height + 128)  # coded pictures are padded to whole blocks
+
+
+def _first_look(name: str, settings: Settings) -> tuple[Demuxer, int]:
+    """Container and size, without FFmpeg and without ever waiting for a pipe's writer."""
+    try:
+        kind = Path(name).stat().st_mode
+        if not stat.S_ISREG(kind):
+            raise UnreadableFile(f"expected a regular file, {name} is {_kind(kind)}")
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {name}: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadableFile(f"expected a regular file, {name} is {_kind(found.st_mode)}")
+        size = found.st_size
+        if size == 0:
+            raise CorruptMedia(f"{name} is empty (0 bytes); upload it again")
+        if size > settings.max_bytes:
+            raise TooLarge(f"{size} bytes; at most {settings.max_bytes} are taken (RALF_MAX_BYTES)")
+        head = file.read(HEAD_BYTES)
+        demuxer = demuxer_of(head)
+        if demuxer == "mov":
+            check_boxes(file, size, most_frames(settings))
+        elif demuxer == "mpegts":
+            refuse_scrambled(head)
+    return demuxer, size
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def open_media(name: str, demuxer: str, most_pixels: int) -> Any:
+    """An av container that can be nothing but this demuxer reading this one local file.
+
+    `file:` before the path keeps a name such as `concat:a|b` or `http:…` a name.
+    """
+    demuxer = demuxer.split(",", maxsplit=1)[0]
+    options = {
+        "protocol_whitelist": "file",
+        "format_whitelist": demuxer,
+        "codec_whitelist": DECODERS,
+    }
+    try:
+        return av.open(
+            f"file:{name}",
+            "r",
+            format=demuxer,
+            container_options=options,
+            options={"max_pixels": str(most_pixels)},
+            metadata_errors="replace",
+            timeout=(PASS_SECONDS, PASS_SECONDS),
+        )
+    except av.error.PermissionError as error:
+        raise UnreadableFile(f"cannot read {name}: {error.strerror}") from error
+    except av.error.MemoryError as error:
+        raise TooManyStreams("FFmpeg gave up: more than 1000 streams, or tables too big") from error
+    except av.FFmpegError as error:
+        raise CorruptMedia(
+            f"this {demuxer} file cannot be opened: {error.strerror}; upload it again"
+        ) from error
+
+
+def _video_stream(container: Any, settings: Settings) -> Any:
+    """The stream to look at; every other one is discarded by the demuxer from here on."""
+    streams = container.streams
+    if len(streams) > settings.max_streams:
+        raise TooManyStreams(
+            f"{len(streams)} streams; at most {settings.max_streams} are taken (RALF_MAX_STREAMS)"
+        )
+    shown = [stream for stream in streams.video if not _is_picture(stream)]
+    known = [stream for stream in shown if _codec(stream) in CODECS]
+    candidates = [stream for stream in known if min(_size(stream)) >= LEAST_SIDE]
+    if shown and not known:
+        raise CodecUnsupported(
+            f"expected one of {', '.join(sorted(CODECS))}, got {_codec(shown[0])}; convert it first"
+        )
+    if not candidates:
+        raise NoVideoStream(_what_is_there(streams, shown))
+    default = av.stream.Disposition.default
+    chosen = max(
+        candidates,
+        key=lambda s: (bool(s.disposition & default), _size(s)[0] * _size(s)[1], -s.index),
+    )
+    for stream in streams:
+        stream.discard = av.stream.Discard.default if stream is chosen else av.stream.Discard.all
+    if "enc_key_id" in chosen.metadata:
+        raise EncryptedMedia("the video track is encrypted (Matroska content encryption)")
+    refuse_pixels(*_size(chosen), settings)
+    return chosen
+
+
+def _is_picture(stream: Any) -> bool:
+    marks = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    return bool(stream.disposition & marks)
+
+
+def _codec(stream: Any) -> str:
+    context = stream.codec_context
+    return "unknown" if context is None else str(context.codec.canonical_name)
+
+
+def _size(stream: Any) -> tuple[int, int]:
+    context = stream.codec_context
+    return (0, 0) if context is None else (context.width, context.height)
+
+
+def _what_is_there(streams: Any, shown: list[Any]) -> str:
+    kinds = ", ".join(f"{s.type}{' (attached picture)' * _is_picture(s)}" for s in streams[:8])
+    if not shown:
+        return f"expected a video stream, got {kinds or 'no stream'}"
+    sizes = ", ".join("{}×{}".format(*_size(stream)) for stream in shown[:8])
+    if all(_size(stream) == (0, 0) for stream in shown):
+        return "the video stream has no picture size: it is empty or damaged"
+    return f"expected a picture of {LEAST_SIDE}×{LEAST_SIDE} or more, got {sizes}"
+
+
+def refuse_pixels(width: int, height: int, settings: Settings) -> None:
+    """A limit on the longer and the shorter side, whichever way the picture lies."""
+    most = sorted((settings.max_width, settings.max_height))
+    if min(width, height) > most[0] or max(width, height) > most[1]:
+        raise TooManyPixels(
+            f"{width}×{height} pixels; at most {settings.max_width}×{settings.max_height} are "
+            "taken (RALF_MAX_WIDTH, RALF_MAX_HEIGHT)"
+        )
+
+
+@dataclass
+class _Pass:
+    """One reading of the video packets, which decodes until the first picture is there."""
+
+    stream: Any
+    settings: Settings
+    demuxer: Demuxer
+    seen: Seen = field(default_factory=Seen)
+    first: Any = None
+    """The first picture that decoded."""
+    looked: int = 0
+    last_dts: int | None = None
+    encrypted: bool = False
+    broken: str = ""
+    """Why the pass ended before the file did."""
+
+    def run(self, container: Any) -> None:
+        """Reads to the end, to the break, or to the first limit that is passed."""
+        context = self.stream.codec_context
+        context.thread_count = 1
+        context.options = {
+            "max_pixels": str(_padded_area(self.settings.max_width, self.settings.max_height))
+        }
+        self.base = float(self.stream.time_base)
+        self.most_frames = most_frames(self.settings)
+        self.tries = 0
+        began = time.monotonic()
+        for number, packet in enumerate(packets(container, self.stream, self._read_error)):
+            if not self._take(packet):
+                break
+            if self.first is None:
+                self._look(packet)
+            if number % 1024 == 1023 and time.monotonic() - began > PASS_SECONDS:
+                raise TooLong(f"reading {number} packets took more than {PASS_SECONDS:g} s")
+        if self.first is None and not self.encrypted:
+            self._look(None)
+
+    def _read_error(self, error: Exception) -> bool:
+        self.tries += 1
+        self.broken = f"the container cannot be read on: {error}"
+        return self.tries <= RETRIES
+
+    def _take(self, packet: Any) -> bool:
+        """Notes when the packet is shown; False ends the pass."""
+        if packet.has_sidedata("encryption_info"):
+            self.encrypted = True
+            return False
+        if hidden(packet, self.stream):
+            return True
+        if packet.dts is not None:
+            if self.last_dts is not None:
+                back = (self.last_dts - packet.dts) * self.base
+                if back > JUMP_BACK_S:
+                    self.broken = f"its times jump back by {back:.3f} s"
+                    return False
+            self.last_dts = packet.dts
+        tick = packet.pts if packet.pts is not None else packet.dts
+        self.seen.add(tick, packet.duration or 0, packet.is_keyframe, not packet.is_discard)
+        self._refuse_length()
+        return True
+
+    def _refuse_length(self) -> None:
+        most, seen = self.settings, self.seen.ticks
+        if len(seen) > self.most_frames:
+            raise TooManyFrames(
+                f"more than {self.most_frames} frames: {most.max_frame_rate:g} a second for "
+                f"{most.max_seconds:g} s are taken (RALF_MAX_FRAME_RATE, RALF_MAX_SECONDS)"
+            )
+        length = abs(seen[-1] - seen[0]) * self.base
+        if length > most.max_seconds:
+            raise TooLong(
+                f"{length:.3f} s or more; at most {most.max_seconds:g} s are taken "
+                "(RALF_MAX_SECONDS)"
+            )
+
+    def _look(self, packet: Any) -> None:
+        """Decode until there is one picture; damage is forgiven for some hundred packets."""
+        if not self.seen.keys or self.looked > FIRST_FRAME_PACKETS:
+            return
+        self.looked += 1
+        try:
+            frames = self.stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            return
+        self.first = next((frame for frame in frames if not frame.is_corrupt), None)
+
+
+def packets(container: Any, stream: Any, on_error: Any) -> Any:
+    """The stream's packets that hold anything; `on_error` says whether to read past an error.
+
+    An empty packet means the end to a decoder, so none is let through.
+    """
+    while True:
+        try:
+            for packet in container.demux(stream):
+                if packet.size:
+                    yield packet
+            return
+        except av.FFmpegError as error:
+            if not on_error(error):
+                return
+
+
+def hidden(packet: Any, stream: Any) -> bool:
+    """VP8 keeps its hidden reference frames as packets of their own; nobody ever sees them."""
+    return _codec(stream) == "vp8" and not memoryview(packet)[0] & 0x10
+
+
+def _facts(name: str, size: int, container: str, stream: Any, look: _Pass) -> Probe:
+    if look.encrypted:
+        raise EncryptedMedia("the video's packets are encrypted; send it decrypted")
+    first = look.first
+    line = timeline(look.seen, look.base, _rate(stream))
+    if first is None:
+        raise CorruptMedia(
+            f"none of the first pictures of {len(line.times_s)} can be decoded; upload it again"
+        )
+    refuse_pixels(first.width, first.height, look.settings)
+    line.refuse_rate(look.settings)
+    quarter_turns, mirrored = turn(first)
+    width, height = (first.width, first.height)[:: -1 if quarter_turns % 2 else 1]
+    space, colour_range, notes = describe_colour(first)
+    context = stream.codec_context
+    return Probe(
+        path=name,
+        size_bytes=size,
+        container=container,
+        codec=context.codec.canonical_name,
+        stream_index=stream.index,
+        coded_width=context.coded_width or first.width,
+        coded_height=context.coded_height or first.height,
+        width=width,
+        height=height,
+        rotation=quarter_turns * 90,
+        mirrored=mirrored,
+        pixel_format=first.format.name,
+        duration_s=line.duration_s,
+        frame_rate=line.rate,
+        variable_rate=line.variable,
+        frame_count=len(line.times_s),
+        times_s=line.times_s,
+        keyframes=line.keyframes,
+        start_s=line.start_s,
+        colour_space=space,
+        colour_range=colour_range,
+        interlaced=bool(first.interlaced_frame),
+        warnings=(*notes, *_warnings(look, stream, line)),
+    )
+
+
+def _rate(stream: Any) -> float:
+    return float(stream.average_rate or 0.0)
+
+
+def _warnings(look: _Pass, stream: Any, line: Timeline) -> list[str]:
+    found = []
+    others = sum(not _is_picture(other) for other in stream.container.streams.video) - 1
+    if others:
+        found.append(f"streams: {others + 1} video streams; only #{stream.index} is looked at")
+    seen, listed = len(look.seen.ticks), stream.frames
+    if look.broken:
+        found.append(f"broken_clip: after {line.times_s[-1]:.3f} s {look.broken}")
+    elif look.demuxer == "mov" and listed > seen:
+        found.append(
+            f"broken_clip: its index lists {listed} frames, {seen} are there; "
+            f"it ends at {line.duration_s:.3f} s"
+        )
+    elif look.demuxer == "avi" and abs(listed - seen) > 1:
+        found.append(f"frame_count: the header says {listed} frames, {seen} are there")
+    if line.early:
+        found.append(
+            f"early_frames: {line.early} frames before the first keyframe cannot be decoded"
+        )
+    return found

@@ -1,0 +1,78 @@
+"""Which frames of a clip are looked at: a Sampling turned into frame numbers.
+
+By presentation time alone, so that variable rate is no case of its own, and the same for every
+decoder.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.errors import BadRequest
+from worker.media.types import Clip
+
+
+def plan(clip: Clip) -> NDArray[np.int64]:
+    """Numbers of the frames that the clip's sampling asks for, ascending, each once.
+
+    Equal time bins over the spans; of each bin the frame on screen at its centre, kept inside
+    the span.  `fps` gives as many bins as that rate has frames, at most max_frames; `keyframes`
+    thins the spans' keyframes evenly.  A span that begins no frame gets the one on screen.
+    """
+    probe, sampling = clip.probe, clip.sampling
+    times = probe.times_s
+    if len(times) == 1:
+        return np.zeros(1, np.int64)
+    spans = _spans(clip)
+    lengths = spans[:, 1] - spans[:, 0]
+    if sampling.mode == "keyframes":
+        keys = probe.keyframes
+        inside = (times[keys, None] >= spans[:, 0]) & (times[keys, None] < spans[:, 1])
+        keys = keys[inside.any(1)]
+        if len(keys):
+            count = min(len(keys), sampling.max_frames)
+            return keys[_centres(count, len(keys)).astype(np.int64)]
+    count = sampling.max_frames
+    if sampling.mode == "fps":
+        count = min(count, max(1, round(float(lengths.sum()) * (sampling.fps or 1.0))))
+    elif sampling.mode == "keyframes":
+        count = min(count, len(spans))
+    return _on_screen(times, spans, _centres(count, float(lengths.sum())))
+
+
+def _centres(count: int, length: float) -> NDArray[np.float64]:
+    return (np.arange(count, dtype=np.float64) + 0.5) * (length / count)
+
+
+def _spans(clip: Clip) -> NDArray[np.float64]:
+    """The spans in seconds [k, 2], cut to the clip, in order and joined where they overlap."""
+    end = clip.probe.duration_s
+    asked = sorted((s.start_ms / 1000, s.end_ms / 1000) for s in clip.sampling.spans)
+    joined: list[list[float]] = []
+    for start, stop in asked or [(0.0, end)]:
+        if start >= end:
+            break
+        if joined and start <= joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], min(stop, end))
+        else:
+            joined.append([start, min(stop, end)])
+    if not joined:
+        raise BadRequest(
+            f"sampling.spans begin at {asked[0][0]:.3f} s, the clip lasts {end:.3f} s; "
+            "ask for a span inside it"
+        )
+    return np.asarray(joined)
+
+
+def _on_screen(
+    times: NDArray[np.float64], spans: NDArray[np.float64], offsets: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """Frames on screen at offsets into the spans laid end to end."""
+    ends = np.cumsum(spans[:, 1] - spans[:, 0])
+    which = np.minimum(np.searchsorted(ends, offsets, side="right"), len(spans) - 1)
+    at = spans[which, 1] - (ends[which] - offsets)
+    shown = np.maximum(np.searchsorted(times, at, side="right") - 1, 0)
+    low = np.searchsorted(times, spans[which, 0], side="left")
+    high = np.searchsorted(times, spans[which, 1], side="left")
+    inside = np.where(high > low, np.clip(shown, low, np.maximum(high - 1, low)), shown)
+    first_of_its_time = np.searchsorted(times, times[inside], side="left")
+    return np.unique(first_of_its_time).astype(np.int64)
