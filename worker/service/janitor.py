@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 from worker.contract import Priority
 from worker.service import sessions
 from worker.service.records import Outcome
-from worker.service.store import PRIORITIES, Store, text
+from worker.service.store import PRIORITIES, Store, decoded
 from worker.settings import Settings
 
 FOLD_AFTER_S = 2.0
@@ -104,7 +104,7 @@ class Janitor:
 
     def _waiting(self, priority: Priority) -> set[str]:
         waiting = self.store.redis.zrange(self.store.key("waiting", priority), 0, -1)
-        return {text(member) for member in waiting}
+        return {decoded(member) for member in waiting}
 
     def _placed(self, priority: Priority) -> set[str]:
         queue = f"rq:queue:{self.store.queue(priority)}"
@@ -114,8 +114,8 @@ class Janitor:
             pipe.lrange(queue, 0, -1)
             pipe.lrange(f"{queue}:intermediate", 0, -1)
             for tenant in tenants:
-                pipe.lrange(self.store.key("pending", priority, text(tenant)), 0, -1)
-            return {text(member) for members in pipe.execute() for member in members}
+                pipe.lrange(self.store.key("pending", priority, decoded(tenant)), 0, -1)
+            return {decoded(member) for members in pipe.execute() for member in members}
 
     def _fold_sessions(self, now: float | None) -> int:
         before = (self.store.now() if now is None else now) - FOLD_AFTER_S
@@ -124,9 +124,12 @@ class Janitor:
         )
         folded = 0
         for name in changed:
-            tenant, _, session_id = text(name).partition(":")
-            folded += sessions.refold(self.store, tenant, session_id, now=now) is not None
+            tenant, _, session_id = decoded(name).partition(":")
+            try:
+                folded += sessions.refold(self.store, tenant, session_id, now=now) is not None
+            except ValueError as fault:  # one that cannot be read must not stop the sweep
+                log.error("session.unreadable", tenant=tenant, session=session_id, error=str(fault))
         return folded
 
     def _ids(self, operation: str, now: float | None, *arguments: str) -> tuple[str, ...]:
-        return tuple(text(part) for part in self.store.call(operation, now, *arguments))
+        return tuple(decoded(part) for part in self.store.call(operation, now, *arguments))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from worker.service.records import Delivery
-from worker.service.store import Store, text
+from worker.service.store import Store, decoded
 
 
 class Outbox:
@@ -51,7 +51,7 @@ class Outbox:
 
     def dead(self) -> list[Delivery]:
         """The dead letters, the latest first."""
-        ids = [text(member) for member in self.redis.zrevrange(self._dead, 0, -1)]
+        ids = [decoded(member) for member in self.redis.zrevrange(self._dead, 0, -1)]
         stored = [self.store.hash(self._record(delivery_id)) for delivery_id in ids]
         return [Delivery.read(entry) for entry in stored if entry]
 
@@ -80,7 +80,7 @@ class Outbox:
 
     def disabled_endpoints(self) -> list[tuple[str, str]]:
         """Tenant and address of each."""
-        names = sorted(text(name) for name in self.redis.hkeys(self._disabled))
+        names = sorted(decoded(name) for name in self.redis.hkeys(self._disabled))
         return [(tenant, url) for tenant, _, url in (name.partition(" ") for name in names)]
 
     def _record(self, delivery_id: str) -> str:
@@ -91,5 +91,5 @@ class Outbox:
 
 
 def _pairs(flat: Sequence[Any]) -> dict[str, str]:
-    texts = [text(part) for part in flat]
+    texts = [decoded(part) for part in flat]
     return dict(zip(texts[::2], texts[1::2], strict=True))

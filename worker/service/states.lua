@@ -1,4 +1,4 @@
--- Where jobs are, and the moves between. store.py joins this file, jobs.lua and repairs.lua into one
+-- Where jobs are, and the moves between. store.py joins this file, moves.lua and repairs.lua into one
 -- script, with the table C (constants) before it; this one holds the moves that the others share.
 --
 -- Where a job that has not ended is, exactly one of:

@@ -1,6 +1,6 @@
 """Every key in Redis, and the scripts that change them.
 
-A job's walk is a handful of moves, each one Lua script (states.lua, jobs.lua, repairs.lua), so that
+A job's walk is a handful of moves, each a Lua script (states.lua, moves.lua, repairs.lua), so that
 a process may die between any two of them and the job is still in exactly one place:
 
     submit    token, job, RQ's hash, pending list; known token → the stored job, or its conflict
@@ -33,6 +33,7 @@ import json
 import random
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC
 from importlib.resources import files
 from typing import Any, Literal, cast
@@ -56,12 +57,12 @@ DETAIL_BYTES = 4096
 END_BY_CODE: Mapping[str, State] = {"cancelled": "cancelled", "deadline_passed": "expired"}
 
 
-def connect(url: str) -> Redis:
-    """A client that rides out a restart of Redis of about ten seconds: every script here may be
-    sent twice."""
+def connect(url: str, *, attempts: int = 10) -> Redis:
+    """A client of Redis that rides out a restart of some ten seconds: every script here may be sent
+    twice."""
     return Redis.from_url(
         url,
-        retry=Retry(EqualJitterBackoff(base=0.05, cap=2.0), 10),
+        retry=Retry(EqualJitterBackoff(base=0.05, cap=2.0), attempts),
         retry_on_error=[
             exceptions.ConnectionError,
             exceptions.TimeoutError,
@@ -124,7 +125,7 @@ class Store:
     def cancel(self, job_id: str, *, now: float | None = None) -> State | None:
         """Ask for the end; gives the state that the job then has, None for an unknown one."""
         reply = self.call("cancel", now, job_id)
-        return cast("State | None", reply and text(reply))
+        return cast("State | None", reply and decoded(reply))
 
     def status(self, job_id: str) -> Status | None:
         """Where the job stands; None for an unknown one."""
@@ -207,7 +208,7 @@ class Store:
             "" if progress is None else dump(progress),
             "" if partial is None else dump(partial),
         )
-        return cast(Order, text(reply))
+        return cast(Order, decoded(reply))
 
     def end(
         self,
@@ -233,7 +234,9 @@ class Store:
             arguments = (state, text, text, "", "", "")
         ended = bool(self.call("finish", now, claim.job_id, claim.nonce, *arguments))
         if ended and job.session is not None:
-            sessions.refold(self, job.tenant, job.session.session_id, now=now)
+            # The end stands whatever becomes of the fold: the session is marked for the janitor.
+            with suppress(exceptions.RedisError):
+                sessions.refold(self, job.tenant, job.session.session_id, now=now)
         return ended
 
     def retry(
@@ -280,7 +283,7 @@ class Store:
         )
 
     def refill(self, priority: Priority) -> int:
-        """Top RQ's list up to twice the workers; every other move does it by itself."""
+        """Top RQ's list up to twice the workers, tenant by tenant; every other move does it too."""
         return int(self.call("refill", None, priority))
 
     # figures
@@ -319,13 +322,15 @@ class Store:
         return self._script(args=[operation, at, *arguments], client=client)
 
     def call(self, operation: str, now: float | None, *arguments: Any) -> Any:
+        """Run one operation of the scripts."""
         return self._send(self.redis, operation, now, *arguments)
 
     def _outcome(self, operation: str, now: float | None, *arguments: Any) -> Outcome:
-        return cast(Outcome, text(self.call(operation, now, *arguments)))
+        return cast(Outcome, decoded(self.call(operation, now, *arguments)))
 
     def hash(self, key: str) -> dict[str, str]:
-        return {text(name): text(value) for name, value in self.redis.hgetall(key).items()}
+        """A hash in Redis, empty when there is none."""
+        return {decoded(name): decoded(value) for name, value in self.redis.hgetall(key).items()}
 
 
 def _queue(settings: Settings) -> str:
@@ -355,7 +360,7 @@ def _source(settings: Settings) -> str:
     lines = [f"  {name} = {json.dumps(value)}," for name, value in constants.items()]
     lines.append("  priorities = {" + ", ".join(json.dumps(name) for name in PRIORITIES) + "},")
     folder = files("worker.service")
-    parts = [folder.joinpath(f"{name}.lua").read_text() for name in ("states", "jobs", "repairs")]
+    parts = [folder.joinpath(f"{name}.lua").read_text() for name in ("states", "moves", "repairs")]
     return "\n".join(["local C = {", *lines, "}", *parts])
 
 
@@ -381,13 +386,13 @@ def _submission(job: Job, function: str) -> tuple[Any, ...]:
 def _submitted(job: Job, reply: Any) -> Submitted:
     kind, job_id, state, document = reply
     if kind != b"conflict":
-        return Submitted(text(job_id), cast(State, text(state)), kind == b"existing")
+        return Submitted(decoded(job_id), cast(State, decoded(state)), kind == b"existing")
     stored = json.loads(document)
     asked = json.loads(dump(job))
     differ = {name for name in stored.keys() | asked.keys() if stored.get(name) != asked.get(name)}
     return Submitted(
-        text(job_id),
-        cast(State, text(state)),
+        decoded(job_id),
+        cast(State, decoded(state)),
         True,
         tuple(sorted(differ - NOT_BODY)) or ("body",),
     )
@@ -420,6 +425,6 @@ def _flag(value: bool) -> Literal["0", "1"]:
     return "1" if value else "0"
 
 
-def text(value: Any) -> str:
+def decoded(value: Any) -> str:
     """What Redis answered, as a string."""
     return value.decode() if isinstance(value, bytes) else str(value)

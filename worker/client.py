@@ -1,0 +1,369 @@
+"""What a platform's backend imports: submit, status, result, watch, cancel.
+
+    client = connect("redis://…")
+    submission = client.submit("s3://uploads/42.mp4", token="upload-42", callback="https://…")
+    verdict = client.result(submission.job_id, timeout=600)
+
+The token is yours, one for each upload: sending the same again gives the stored job (and its
+verdict), however often and from wherever; the same token with another body is a conflict.  A
+submission that raised QueueUnavailable may or may not have been stored: send it again, unchanged.
+
+Needs redis, rq and pydantic only.  Every error is a ClientError and says what to do.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from redis import exceptions
+
+from worker.contract import (
+    Callback,
+    EarlyStop,
+    Evidence,
+    EvidencePolicy,
+    Job,
+    Media,
+    Priority,
+    Sampling,
+    SessionPart,
+    SessionVerdict,
+    State,
+    Verdict,
+)
+from worker.errors import RalfError
+from worker.service.records import Status, Submitted
+from worker.service.store import Store
+from worker.service.store import connect as connect_redis
+from worker.settings import Settings
+
+LOOK_AGAIN_S = 5.0
+"""A message may be lost while a connection is made anew: the status is read again so often."""
+SENT_AT_ONCE = 500
+T = TypeVar("T")
+
+
+class ClientError(RalfError):
+    """Base of what the client raises."""
+
+
+class InvalidRequest(ClientError, ValueError):
+    """The request does not fit the contract."""
+
+
+class IdempotencyConflict(ClientError):
+    """The token was used before, with another body."""
+
+    def __init__(self, token: str, submitted: Submitted) -> None:
+        self.token = token
+        self.job_id = submitted.job_id
+        self.fields = submitted.conflict
+        super().__init__(
+            f"token {token!r} was used before, for job {self.job_id}, with other values of: "
+            f"{', '.join(self.fields)}; send the same body to get that job, or a new token"
+        )
+
+
+class QueueUnavailable(ClientError):
+    """Redis does not answer, or takes nothing."""
+
+
+class NotFound(ClientError):
+    """No such job, or it is no longer kept."""
+
+
+class NotFinished(ClientError):
+    """The job has not ended yet."""
+
+
+class TimedOut(NotFinished):
+    """The job did not end in the time given; it goes on."""
+
+
+class JobFailed(ClientError):
+    """The job ended without a verdict."""
+
+    def __init__(self, status: Status) -> None:
+        self.status = status
+        self.code = status.failure.code if status.failure else status.state
+        why = status.failure.message if status.failure else "no reason was stored"
+        super().__init__(
+            f"job {status.job_id} ended as {status.state} ({self.code}): {why}; "
+            "to run it again, submit it under a new token"
+        )
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A stored job."""
+
+    job_id: str
+    state: State
+    existing: bool = False
+    """The token was known: this is the job it was first given to."""
+    verdict: Verdict | None = None
+    """Of an existing job that has one."""
+
+
+def connect(url: str | None = None, *, settings: Settings | None = None) -> "Client":
+    """A client of the Redis at that address, or at RALF_REDIS_URL."""
+    settings = settings or Settings.from_environment()
+    return Client(connect_redis(url or settings.redis_url, attempts=3), settings)
+
+
+def request(
+    media: str | Media,
+    *,
+    token: str,
+    tag: str | None = None,
+    tenant: str = "default",
+    priority: Priority = "default",
+    sampling: Sampling | None = None,
+    max_tracks: int = 16,
+    deadline: datetime | None = None,
+    callback: str | Callback | None = None,
+    evidence: EvidencePolicy | None = None,
+    session: SessionPart | None = None,
+    stop_early: EarlyStop | None = None,
+    model: str | None = None,
+    traceparent: str | None = None,
+) -> Job:
+    """A job, checked and not yet sent; `deadline` is a moment, the same each time it is sent."""
+    try:
+        return Job(
+            job_id=uuid.uuid4().hex,
+            token=token,
+            media=Media(uri=media) if isinstance(media, str) else media,
+            tag=tag,
+            tenant=tenant,
+            priority=priority,
+            sampling=sampling,
+            max_tracks=max_tracks,
+            deadline=deadline,
+            callback=Callback(url=callback) if isinstance(callback, str) else callback,
+            evidence=evidence or EvidencePolicy(),
+            session=session,
+            stop_early=stop_early,
+            model=model,
+            traceparent=traceparent,
+            submitted_at=datetime.now(UTC),
+        )
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(
+            f"{where}: {first['msg']}, got {first['input']!r}; see docs/job.schema.json"
+        ) from None
+
+
+class Client:
+    """Safe to share between threads."""
+
+    def __init__(self, redis: Any, settings: Settings | None = None) -> None:
+        self.store = Store(redis, settings or Settings())
+
+    def submit(self, media: str | Media, *, token: str, **options: Any) -> Submission:
+        """Store and queue one upload; the options are those of `request`."""
+        return self.submit_many([request(media, token=token, **options)])[0]
+
+    def submit_many(self, requests: Iterable[Job]) -> list[Submission]:
+        """Store and queue many, some hundred in each round trip.
+
+        On a conflict the others of its round trip are stored and later ones are not: mend it and
+        send all of them again, what is stored stays as it is.
+        """
+        submissions: list[Submission] = []
+        waiting = iter(requests)
+        while jobs := list(islice(waiting, SENT_AT_ONCE)):
+            with self._reaching():
+                replies = self.store.submit(jobs)
+                for job, reply in zip(jobs, replies, strict=True):
+                    if reply.conflict:
+                        raise IdempotencyConflict(job.token, reply)
+                    stored = reply.existing and reply.state == "succeeded"
+                    verdict = self.store.verdict(reply.job_id) if stored else None
+                    submissions.append(
+                        Submission(reply.job_id, reply.state, reply.existing, verdict)
+                    )
+        return submissions
+
+    def status(self, job_id: str) -> Status:
+        """Where the job stands, its progress, its failure."""
+        with self._reaching():
+            status = self.store.status(job_id)
+        if status is None:
+            raise NotFound(
+                f"no job {job_id!r}; ids come from submit(), and are kept for "
+                f"{self.store.settings.job_ttl_s // 86400} days after the end"
+            )
+        return status
+
+    def result(self, job_id: str, *, timeout: float | None = None) -> Verdict:
+        """The verdict; waits for it as long as `timeout` says, not at all without."""
+        status = self.status(job_id) if timeout is None else self._wait(job_id, timeout)
+        if not status.ended:
+            raise NotFinished(
+                f"job {job_id} is {status.state}; give result() a timeout to wait for it, "
+                "watch() it, or take its webhook"
+            )
+        if status.state != "succeeded":
+            raise JobFailed(status)
+        with self._reaching():
+            verdict = self.store.verdict(job_id)
+        if verdict is None:
+            raise NotFound(
+                f"the verdict of job {job_id} was kept for "
+                f"{self.store.settings.verdict_ttl_s // 86400} days and is gone; submit it again "
+                "under a new token"
+            )
+        return verdict
+
+    def partial(self, job_id: str) -> Verdict | None:
+        """The verdict on what a running job has seen so far, once it has seen something."""
+        with self._reaching():
+            return self.store.partial(job_id)
+
+    def evidence(self, job_id: str) -> Evidence:
+        """The verdict's pictures."""
+        with self._reaching():
+            evidence = self.store.evidence(job_id)
+        if evidence is None:
+            state = self.status(job_id).state
+            raise NotFound(
+                f"no evidence is kept of job {job_id} ({state}): it is kept for "
+                f"{self.store.settings.evidence_ttl_s // 86400} days, and only when the job's "
+                "evidence policy says retain"
+            )
+        return evidence
+
+    def cancel(self, job_id: str) -> State:
+        """Ask for the end: a queued job is cancelled at once, a running one within about a second
+        (its state is still `running` in the answer), an ended one stays as it is."""
+        with self._reaching():
+            state = self.store.cancel(job_id)
+        return state or self.status(job_id).state
+
+    def watch(self, job_id: str, *, timeout: float | None = None) -> Iterator[Status]:
+        """The status now and at each change; the last one has ended.  TimedOut after `timeout`."""
+        for status in self._follow(job_id, lambda: self.status(job_id), timeout):
+            yield status
+            if status.ended:
+                return
+
+    def session(self, session_id: str, *, tenant: str = "default") -> SessionVerdict:
+        """The rolling verdict of a stream's segments."""
+        with self._reaching():
+            stored = self.store.hash(self.store.key("session", tenant, session_id))
+        if "verdict" not in stored:
+            raise NotFound(
+                f"no segment of session {session_id!r} of tenant {tenant!r} has ended yet, or its "
+                f"last was more than {self.store.settings.session_ttl_s // 3600} h ago"
+            )
+        return SessionVerdict.model_validate_json(stored["verdict"])
+
+    def watch_session(
+        self, session_id: str, *, tenant: str = "default", timeout: float | None = None
+    ) -> Iterator[SessionVerdict]:
+        """The rolling verdict at each fold; the last one is complete."""
+
+        def read() -> SessionVerdict | None:
+            try:
+                return self.session(session_id, tenant=tenant)
+            except NotFound:
+                return None
+
+        for verdict in self._follow(f"session:{tenant}:{session_id}", read, timeout):
+            if verdict is not None:
+                yield verdict
+                if verdict.complete:
+                    return
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.store.redis.close()
+
+    def _wait(self, job_id: str, timeout: float) -> Status:
+        status = self.status(job_id)
+        if status.ended:
+            return status
+        *_, status = self.watch(job_id, timeout=timeout)
+        return status
+
+    def _follow(self, name: str, read: Callable[[], T], timeout: float | None) -> Iterator[T]:
+        """What `read` gives, now and whenever it changed; a message says when to look."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._reaching(), self.store.redis.pubsub(ignore_subscribe_messages=True) as channel:
+            channel.subscribe(self.store.watch_channel(name))
+            seen = read()
+            yield seen
+            while True:
+                left = LOOK_AGAIN_S if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    raise TimedOut(
+                        f"{name} did not end within {timeout:g} s, it goes on: last seen as {seen}"
+                    )
+                channel.get_message(timeout=min(left, LOOK_AGAIN_S))
+                now = read()
+                if now != seen:
+                    seen = now
+                    yield seen
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Redis' errors as the client's."""
+        try:
+            yield
+        except exceptions.OutOfMemoryError as fault:
+            raise QueueUnavailable(
+                "Redis is out of memory and takes no job; give it more (maxmemory), or wait until "
+                "verdicts expire"
+            ) from fault
+        except (exceptions.ConnectionError, exceptions.TimeoutError) as fault:
+            raise QueueUnavailable(
+                f"Redis does not answer ({fault}); check RALF_REDIS_URL and that it runs, then "
+                "send the same again: a token is never stored twice"
+            ) from fault
+
+
+class AsyncClient:
+    """The same for asyncio: each call runs the client above in a thread."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def submit(self, media: str | Media, *, token: str, **options: Any) -> Submission:
+        return await asyncio.to_thread(self._client.submit, media, token=token, **options)
+
+    async def submit_many(self, requests: Iterable[Job]) -> list[Submission]:
+        return await asyncio.to_thread(self._client.submit_many, list(requests))
+
+    async def status(self, job_id: str) -> Status:
+        return await asyncio.to_thread(self._client.status, job_id)
+
+    async def result(self, job_id: str, *, timeout: float | None = None) -> Verdict:
+        return await asyncio.to_thread(self._client.result, job_id, timeout=timeout)
+
+    async def evidence(self, job_id: str) -> Evidence:
+        return await asyncio.to_thread(self._client.evidence, job_id)
+
+    async def cancel(self, job_id: str) -> State:
+        return await asyncio.to_thread(self._client.cancel, job_id)
+
+    async def session(self, session_id: str, *, tenant: str = "default") -> SessionVerdict:
+        return await asyncio.to_thread(self._client.session, session_id, tenant=tenant)
+
+    async def watch(self, job_id: str, *, timeout: float | None = None) -> AsyncIterator[Status]:
+        """As Client.watch; a task that is cancelled leaves its thread waiting for up to 5 s."""
+        statuses = self._client.watch(job_id, timeout=timeout)
+        while (status := await asyncio.to_thread(next, statuses, None)) is not None:
+            yield status
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._client.close)
