@@ -160,6 +160,8 @@ class Optimiser:
     """Batches whose gradients are added before one step."""
     ema: float | None = 0.999
     """Decay of the moving average of the weights, which is what gets judged and published."""
+    norm_momentum: float | None = None
+    """How fast batch norms' statistics follow; None: as the backbone's library has it."""
 
     def __post_init__(self) -> None:
         _at_least("optimiser.accumulate", self.accumulate, 1)
@@ -167,6 +169,8 @@ class Optimiser:
             raise RecipeError(f"optimiser.lr should be above 0, not {self.lr}")
         if self.ema is not None:
             _between("optimiser.ema", self.ema, 0, 1)
+        if self.norm_momentum is not None:
+            _between("optimiser.norm_momentum", self.norm_momentum, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,15 @@ def override(recipe: T, changes: Mapping[str, str]) -> T:
 
     A bare name that only one part of the recipe has ("epochs") needs no prefix.
     """
+    # All at once: sizes that must agree are then set together.
+    tree: dict[str, Any] = {}
     for name, text in changes.items():
-        recipe = _set(recipe, _full_name(recipe, name).split("."), text, name)
-    return recipe
+        *path, last = _full_name(recipe, name).split(".")
+        branch = tree
+        for key in path:
+            branch = branch.setdefault(key, {})
+        branch[last] = (name, text)
+    return _changed(recipe, tree)  # type: ignore[no-any-return]
 
 
 def names(recipe: Any, prefix: str = "") -> list[str]:
@@ -94,22 +100,31 @@ def _full_name(recipe: Any, name: str) -> str:
     raise RecipeError(f"no {name!r} in this recipe; known: {', '.join(known)}")
 
 
-def _set(part: Any, path: list[str], text: str, asked: str) -> Any:
-    key, *rest = path
-    now = _fields(part)[key]
-    if rest:
-        new = _set(now, rest, text, asked)
-    elif isinstance(part, BaseModel):
-        field = type(part).model_fields.get(key)
-        new = _parse(text, field.annotation if field else type(now), asked)
-    else:
-        new = _parse(text, get_type_hints(type(part))[key], asked)
+def _changed(part: Any, tree: Mapping[str, Any]) -> Any:
+    """The part with the leaves of the tree, (asked name, text), parsed and put in."""
+    now = _fields(part)
+    new = {
+        key: _changed(now[key], leaf)
+        if isinstance(leaf, dict)
+        else _parse(leaf[1], _hint(part, key), leaf[0])
+        for key, leaf in tree.items()
+    }
     if not isinstance(part, BaseModel):
-        return dataclasses.replace(part, **{key: new})
+        return dataclasses.replace(part, **new)
     try:
-        return type(part).model_validate(_fields(part) | {key: new})
+        return type(part).model_validate(now | new)
     except ValidationError as error:
-        raise RecipeError(f"{asked}={text}: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"{where}={first['input']}: {first['msg']}") from error
+
+
+def _hint(part: Any, key: str) -> Any:
+    """The type of a field; a network's dimensions have that of their value."""
+    if not isinstance(part, BaseModel):
+        return get_type_hints(type(part))[key]
+    field = type(part).model_fields.get(key)
+    return field.annotation if field else type(_fields(part)[key])
 
 
 def _parse(text: str, hint: Any, name: str) -> Any:

@@ -1,0 +1,124 @@
+"""What the loop asks of a loss, whatever the detector; and the plainest one.
+
+The loop knows nothing of a detector's losses.  It shows an Objective each batch in three moves:
+
+    seen   = objective.look(crops)              one forward pass, with gradients
+    rival  = objective.rival(seen, batch)       what an opponent (a discriminator) learns, or None
+    terms  = objective.terms(seen, batch, at)   what the network learns: named parts and their sum
+
+The rival's optimiser steps between the second and the third, so the network always meets the
+opponent as it is now.  Whatever an objective owns (opponents, centres) lies in its state_dict
+and so in the checkpoint.  Labels: forged is True, logits are of P(forged).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.recipe import BceLoss, RalfLoss, Recipe
+
+
+class Batch(Protocol):
+    """What the loop reads of a batch; train.data makes them."""
+
+    crops: Tensor
+    """u8 [m, 3, s, s] RGB."""
+    forged: Tensor
+    """bool [m]."""
+    pair: Tensor
+    """int64 [m]: for a forgery the row of the real face it was made from, or −1."""
+    family: Tensor
+    """int64 [m]: how it was forged."""
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When in the run a batch comes."""
+
+    step: int
+    epoch: int
+    epochs: int
+    progress: float
+    """Steps done over steps in all, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One batch's loss: the sum that is followed back, and its parts before weighting."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    logit: Tensor  # [m]
+
+
+class Objective(nn.Module):
+    """A detector's loss."""
+
+    def __init__(self, recipe: Recipe, network: nn.Module) -> None:
+        super().__init__()
+        self.recipe = recipe
+        # In a list, so that the network's weights do not become the loss's own.
+        self._network = [network]
+
+    @property
+    def network(self) -> Any:
+        """The network in training."""
+        return self._network[0]
+
+    def look(self, crops: Tensor) -> Any:
+        """All that the terms need, from one forward pass."""
+        raise NotImplementedError
+
+    def rival(self, seen: Any, batch: Batch) -> Tensor | None:
+        """The opponent's loss on what was seen; its gradient reaches the opponent alone."""
+        return None
+
+    def terms(self, seen: Any, batch: Batch, moment: Moment) -> Terms:
+        """The network's loss."""
+        raise NotImplementedError
+
+    def rival_optimiser(self) -> torch.optim.Optimizer | None:
+        """What steps the opponent; None where there is none."""
+        return None
+
+    def learnt(self) -> Iterable[nn.Parameter]:
+        """The loss's own parameters that the main optimiser moves (a learnt centre)."""
+        return ()
+
+    def epoch_ended(self) -> None:
+        """Called after the last step of each epoch."""
+
+
+class BceObjective(Objective):
+    """Binary cross entropy of a plain classifier."""
+
+    def look(self, crops: Tensor) -> Tensor:
+        """The logits."""
+        return self.network(crops)
+
+    def terms(self, seen: Tensor, batch: Batch, moment: Moment) -> Terms:
+        """One part."""
+        loss = self.recipe.loss
+        assert isinstance(loss, BceLoss)
+        bce = cross_entropy(seen, batch.forged, loss.smoothing)
+        return Terms(bce, {"bce": bce}, seen)
+
+
+def cross_entropy(logit: Tensor, forged: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Equation 10, over the batch's mean: label 1 is forged."""
+    target = forged.float() * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logit.float(), target)
+
+
+def objective(recipe: Recipe, network: nn.Module) -> Objective:
+    """The objective that the recipe's loss names."""
+    if isinstance(recipe.loss, RalfLoss):
+        from train.losses.ralf import RalfObjective
+
+        return RalfObjective(recipe, network)
+    return BceObjective(recipe, network)

@@ -1,0 +1,262 @@
+"""RALF's loss, equations 2 to 12: one function for each, and the objective that adds them up.
+
+    L = L_C + λ_R (L_1 + λ_freq L_freq + λ_adv L_adv) + α λ_emb L_emb + λ_con L_con          (12)
+
+Real faces alone teach the reconstructor to rebuild (L_1, L_freq); forged ones must stay apart, in
+the embedding (L_emb) and in how badly they are rebuilt (L_con); all reconstructions must look real
+to a discriminator (L_adv).  What each reaches: L_emb the mask and the encoder; L_1, L_freq, L_adv
+and L_con mask, encoder and decoder; L_C everything but the discriminator; L_disc it alone.
+
+L_freq at the paper's weight speaks of the un-normalised DCT (torch_dct's and SciPy's default),
+whose coefficients are 2n times the orthonormal ones, √2 more in row and column 0 each.  Our DCT is
+orthonormal, so W carries these factors; tests/test_losses_ralf.py proves it equal.
+
+Labels come as an explicit mask; forged is True.  A batch without reals or without forgeries makes
+its terms zero, not NaN.  Distances are in FP32 whatever the network runs in.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.dct import dct2
+from train.losses.discriminator import Discriminator, adversarial_loss, discriminator_loss
+from train.losses.objective import Batch, Moment, Objective, Terms, cross_entropy
+from train.losses.perceptual import perceptual
+from train.ranks import here
+from train.recipe import RalfLoss, Recipe
+
+PERCEPTUAL_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
+BANDS = ((1, 1e-4), (8, 1e-2), (128, 1.0), (320, 10.0))
+"""W by the sum of both indices at 256²: below 1, below 8, …; the rest weighs LAST."""
+LAST = 100.0
+
+
+def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of the chosen values [m]; zero where none is, with no gradient."""
+    count = chosen.sum().clamp(min=1)
+    return torch.where(chosen, values, torch.zeros_like(values)).sum() / count
+
+
+def embedding_loss(
+    embedding: Tensor, forged: Tensor, centre: Tensor, radius_real: float, radius_forged: float
+) -> Tensor:
+    """Equation 2: reals inside the small ball about the centre, forgeries outside the large."""
+    distance = torch.linalg.vector_norm(embedding.float() - centre, dim=1)
+    inside = mean_of(F.relu(distance - radius_real), ~forged)
+    return inside + mean_of(F.relu(radius_forged - distance), forged)
+
+
+def pixel_loss(rebuilt: Tensor, image: Tensor, forged: Tensor) -> Tensor:
+    """Equation 4: mean absolute difference in 0..1, real faces only."""
+    return mean_of((rebuilt.float() - image.float()).abs().flatten(1).mean(1), ~forged)
+
+
+def band_weights(size: int) -> Tensor:
+    """W of equation 5 [s, s]: higher frequencies weigh more.  Bands scale with the size."""
+    index = torch.arange(size, dtype=torch.float64) * (256 / size)
+    level = index[:, None] + index[None, :]
+    weights = torch.full((size, size), LAST, dtype=torch.float64)
+    for below, weight in reversed(BANDS):
+        weights[level < below] = weight
+    return weights
+
+
+def unnormalised(size: int) -> Tensor:
+    """Un-normalised over orthonormal DCT coefficients [s, s]."""
+    factors = torch.full((size,), math.sqrt(2 * size), dtype=torch.float64)
+    factors[0] = math.sqrt(4 * size)
+    return factors[:, None] * factors[None, :]
+
+
+def frequency_loss(
+    rebuilt: Tensor, image: Tensor, forged: Tensor, weights: Tensor, magnitudes: bool
+) -> Tensor:
+    """Equation 5, real faces only: |W(F(x~) − F(x))|, or the authors' | W|F(x~)| − W|F(x)| |.
+
+    Under autocast this stays FP32: un-normalised coefficients reach 4 n².
+    """
+    with torch.autocast(rebuilt.device.type, enabled=False):
+        if magnitudes:
+            difference = dct2(rebuilt.float()).abs() - dct2(image.float()).abs()
+        else:
+            difference = dct2(rebuilt.float() - image.float())
+        return mean_of((weights * difference).abs().flatten(1).mean(1), ~forged)
+
+
+def contrastive_loss(
+    moved: Tensor, forged: Tensor, pair: Tensor, eps: float, by_pairs: bool
+) -> Tensor:
+    """Equation 6: how far reals move when rebuilt, over how far forgeries do, layer by layer.
+
+    `moved` holds the distances, [layers, m].  By pairs, a forgery is held against the real face
+    that it was made from; without pairs in the batch, and otherwise, against the mean of all reals.
+    """
+    weights = moved.new_tensor(PERCEPTUAL_WEIGHTS)
+    partner = torch.where(forged, pair, -1)
+    paired = partner >= 0
+    if by_pairs and bool(paired.any()):
+        return (weights @ (moved[:, partner[paired]] / (moved[:, paired] + eps))).mean()
+    if bool(forged.all()) or not bool(forged.any()):
+        return moved.new_zeros(())
+    return weights @ (moved[:, ~forged].mean(1) / (moved[:, forged].mean(1) + eps))
+
+
+def alpha(how: str, moment: Moment) -> float:
+    """The growing weight of L_emb: 0 while the centre means nothing yet."""
+    if how == "epoch":
+        return moment.epoch / moment.epochs
+    return 1.0 if how == "one" else moment.progress
+
+
+class Centre(nn.Module):
+    """Equation 3: where real faces lie in the embedding; moved by data, never by gradient."""
+
+    position: Tensor
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, width: int, loss: RalfLoss) -> None:
+        super().__init__()
+        self.loss = loss
+        self.register_buffer("position", torch.zeros(width))
+        self.register_buffer("total", torch.zeros(width))
+        self.register_buffer("count", torch.zeros(()))
+
+    def see(self, embedding: Tensor, forged: Tensor) -> None:
+        """Take in one batch [m, width]."""
+        kept = embedding.float() if self.loss.centre_keeps_graph else embedding.detach().float()
+        chosen = torch.ones_like(forged) if self.loss.centre_sums_forged else ~forged
+        total = (kept * chosen[:, None]).sum(0)
+        count = (~forged).sum().float()
+        if self.loss.centre == "epoch":
+            self.total = self.total + total
+            self.count = self.count + count
+            return
+        total, count = here().total(total.detach()), here().total(count)
+        if count > 0:
+            # A moving average that counts its own weight, so the first batch is its first centre.
+            keep = self.loss.centre_momentum
+            self.total = keep * self.total + (1 - keep) * total / count
+            self.count = keep * self.count + (1 - keep)
+            self.position = self.total / self.count
+
+    def epoch_ended(self) -> None:
+        """Once an epoch: the mean of what was seen in it, on every process."""
+        if self.loss.centre == "epoch":
+            total, count = here().total(self.total.detach()), here().total(self.count)
+            if count > 0:
+                self.position = total / count
+            self.total, self.count = torch.zeros_like(total), torch.zeros_like(count)
+
+
+class RalfObjective(Objective):
+    """Equation 12 over a network whose trace(crops) gives image, rebuilt, embedding and logit."""
+
+    weights: Tensor
+
+    def __init__(self, recipe: Recipe, network: nn.Module) -> None:
+        super().__init__(recipe, network)
+        assert isinstance(recipe.loss, RalfLoss)
+        self.loss = recipe.loss
+        size = recipe.data.input.size
+        weights = band_weights(size) if self.loss.freq_weighted else torch.ones(size, size).double()
+        if self.loss.freq_scale == "unnormalised":
+            weights = weights * unnormalised(size)
+        self.register_buffer("weights", weights.float(), persistent=False)
+        self.centre = Centre(self._width(size), self.loss)
+        self.discriminator = Discriminator(size) if self.loss.weight_adv else None
+        self.features = (
+            perceptual(self.loss.perceptual, recipe.init.perceptual)
+            if self.loss.weight_con
+            else None
+        )
+
+    def _width(self, size: int) -> int:
+        """How wide the network's embedding is: asked of the network itself."""
+        parameter = next(self.network.parameters())
+        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=parameter.device)
+        training = self.network.training
+        self.network.eval()
+        with torch.no_grad():
+            width = self.network.trace(blank).embedding.shape[1]
+        self.network.train(training)
+        return int(width)
+
+    def look(self, crops: Tensor) -> Any:
+        """The network's trace."""
+        return self.network.trace(crops)
+
+    def rival(self, seen: Any, batch: Batch) -> Tensor | None:
+        """Equation 7."""
+        if self.discriminator is None:
+            return None
+        self.discriminator.requires_grad_(True)
+        real = seen.image[~batch.forged]
+        on_real = self.discriminator(real) if len(real) else seen.logit.new_zeros(0)
+        return discriminator_loss(on_real, self.discriminator(seen.rebuilt.detach()))
+
+    def terms(self, seen: Any, batch: Batch, moment: Moment) -> Terms:
+        """Equations 11 and 12."""
+        loss, forged = self.loss, batch.forged
+        image = seen.image.detach()
+        self.centre.see(seen.embedding, forged)
+        parts = {
+            "bce": cross_entropy(seen.logit, forged),
+            "l1": pixel_loss(seen.rebuilt, image, forged),
+        }
+        if loss.weight_freq:
+            parts["freq"] = frequency_loss(
+                seen.rebuilt, image, forged, self.weights, loss.freq == "magnitude"
+            )
+        if loss.weight_emb:
+            parts["emb"] = embedding_loss(
+                seen.embedding, forged, self.centre.position.detach(),
+                loss.radius_real, loss.radius_forged,
+            )  # fmt: skip
+        if self.discriminator is not None:
+            # The network is judged by a discriminator that does not learn from this.
+            self.discriminator.requires_grad_(False)
+            parts["adv"] = adversarial_loss(self.discriminator(seen.rebuilt))
+        if self.features is not None:
+            parts["con"] = contrastive_loss(
+                self._moved(seen.rebuilt, image), forged, batch.pair, loss.con_eps, loss.con_pairs
+            )
+        return Terms(self._total(parts, alpha(loss.alpha, moment)), parts, seen.logit)
+
+    def _total(self, parts: dict[str, Tensor], grown: float) -> Tensor:
+        loss = self.loss
+        weights = {
+            "bce": 1.0,
+            "l1": loss.weight_rec,
+            "freq": loss.weight_rec * loss.weight_freq,
+            "adv": loss.weight_rec * loss.weight_adv,
+            "emb": grown * loss.weight_emb,
+            "con": loss.weight_con,
+        }
+        return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+
+    def _moved(self, rebuilt: Tensor, image: Tensor) -> Tensor:
+        """The mean absolute difference of each face's features, [layers, m]."""
+        assert self.features is not None
+        with torch.no_grad():
+            before = self.features(image)
+        pairs = zip(self.features(rebuilt), before, strict=True)
+        return torch.stack(
+            [(one.float() - other.float()).abs().flatten(1).mean(1) for one, other in pairs]
+        )
+
+    def rival_optimiser(self) -> torch.optim.Optimizer | None:
+        """The discriminator's own Adam."""
+        if self.discriminator is None:
+            return None
+        return torch.optim.Adam(
+            self.discriminator.parameters(), lr=self.loss.rival_lr, betas=self.loss.rival_betas
+        )
+
+    def epoch_ended(self) -> None:
+        """The centre's turn, where it moves once an epoch."""
+        self.centre.epoch_ended()

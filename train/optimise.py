@@ -1,0 +1,86 @@
+"""How weights move: parameter groups, the rate at each step, the moving average, the precision.
+
+All of it is a plain function of the recipe and the step, so that a resumed run needs to remember
+nothing but the step and the optimiser's own moments.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from train.recipe import Optimiser, Recipe, Schedule
+
+NO_DECAY = ("mask",)
+"""Parameters named so keep their size whatever the weight decay: decay would pull the frequency
+mask's logits to 0, a mask of one half."""
+
+
+def optimiser(
+    choice: Optimiser, network: nn.Module, own: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The main optimiser over the network and what the loss itself learns."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = list(own)
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # Adam's decay is part of the gradient and, in the papers that use it, spares nothing.
+        spared = choice.kind == "adamw" and (parameter.ndim < 2 or name.endswith(NO_DECAY))
+        (kept if spared else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": choice.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if choice.kind == "sgd":
+        return torch.optim.SGD(groups, lr=choice.lr, momentum=choice.betas[0], nesterov=True)
+    kind = torch.optim.AdamW if choice.kind == "adamw" else torch.optim.Adam
+    return kind(groups, lr=choice.lr, betas=choice.betas)
+
+
+def rate(schedule: Schedule, step: int, steps: int) -> float:
+    """The share of the full rate that step (from 0) of so many steps is taken at."""
+    warm = math.ceil(schedule.warmup * steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if schedule.shape == "constant":
+        return 1.0
+    done = (step - warm) / max(1, steps - warm)
+    return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+class MovingAverage:
+    """The mean of recent weights: of every floating tensor in the network's state.
+
+    Early on the decay is smaller, so that the average is not of the first random weights.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+    @torch.no_grad()
+    def follow(self, network: nn.Module, step: int) -> None:
+        """Take in the weights after step (from 0)."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        mine: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                mine.append(self.state[name])
+                theirs.append(tensor)
+            else:
+                self.state[name].copy_(tensor)
+        torch._foreach_lerp_(mine, theirs, share)
+
+
+def computed_in(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The precision of products on this device: what the recipe asks, or FP32 where a CPU has no
+    bf16 in hardware (emulated, it is slower than FP32) or FP16 is asked of a CPU."""
+    if device.type == "cuda":
+        wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return wanted[recipe.precision]
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if recipe.precision == "bf16" and native else torch.float32
