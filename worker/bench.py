@@ -18,8 +18,9 @@ from kernels.bench import Record, interleave, machine
 from kernels.engine_torch import reference_network
 from kernels.manifest import InputContract
 from worker.contract import Sampling
-from worker.media.decode_pyav import PyavDecoder, plan
+from worker.media.decode_pyav import PyavDecoder
 from worker.media.probe import probe
+from worker.media.sampling import plan
 from worker.media.types import Clip
 from worker.pipeline import Ask, analyze
 from worker.runtime import Parts, load

@@ -33,9 +33,10 @@ from worker.contract import (
     Verdict,
 )
 from worker.evidence import Gallery, pictures
-from worker.media.decode_pyav import plan
-from worker.media.faces import Tracker, cut
+from worker.media.faces import cut
 from worker.media.probe import probe
+from worker.media.sampling import plan
+from worker.media.tracks import Tracker
 from worker.media.types import Clip, Faces, Frames, Probe
 from worker.runtime import Parts
 from worker.verdict import Judgement, Scores, calibrated, judge
@@ -226,6 +227,7 @@ class _Walk:
                 height=self.probe.height,
                 duration_s=self.probe.duration_s,
                 manifest=self.manifest,
+                max_tracks=self.tracker.max_tracks,
             )
         return self._judged
 
@@ -239,7 +241,9 @@ class _Walk:
             judgement.score is not None
             and judgement.score >= stop.score
             and any(
-                track.decisive and track.score == judgement.score and track.faces >= stop.after_faces
+                track.decisive
+                and track.score == judgement.score
+                and track.faces >= stop.after_faces
                 for track in judgement.tracks
             )
         )
