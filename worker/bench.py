@@ -34,7 +34,8 @@ def run_scan(args: argparse.Namespace) -> int:
     clip = Path(args.clip) if args.clip else SAMPLE
     if not clip.is_file():
         print(
-            f"ralf bench scan: no clip at {clip}; name one, or make the samples with: python -m train.samples",
+            f"ralf bench scan: no clip at {clip}; name one, "
+            "or make the samples with: python -m train.samples",
             file=sys.stderr,
         )
         return 2

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     findings = list(examine(settings))
     ill = any(item.needed and item.state != "ok" for item in findings)
     if args.json:
-        shown = {name: value for name, value in settings_shown(settings)}
+        shown = dict(settings_shown(settings))
         document = {"findings": [asdict(item) for item in findings], "settings": shown}
         print(json.dumps(document, indent=2))
         return 5 if ill else 0

@@ -48,7 +48,7 @@ class Ask:
 
     sampling: Sampling | None = None
     max_tracks: int = 16
-    evidence: EvidencePolicy = EvidencePolicy()
+    evidence: EvidencePolicy = field(default_factory=EvidencePolicy)
     stop_early: EarlyStop | None = None
     sha256: str | None = None
     """Of the file, where the fetcher has it already."""

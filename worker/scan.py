@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     worst = 0
     for file in files:
         try:
-            with _bar(file, quiet=args.quiet or args.json and not sys.stderr.isatty()) as show:
+            with _bar(file, quiet=args.quiet or (args.json and not sys.stderr.isatty())) as show:
                 verdict, evidence = analyze(file, parts, ask=ask, progress=show)
         except JobError as error:
             print(f"ralf: {file}: {error.code}: {error}", file=sys.stderr)
