@@ -15,11 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 T = TypeVar("T")
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-READERS = {
-    bool: {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get,
-    int: int,
-    float: float,
-}
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+READERS = {bool: lambda text: TRUTH.get(text.lower()), int: int, float: float}
 
 
 class RecipeError(ValueError):

@@ -1,0 +1,237 @@
+"""Recipes: complete, printable, changed by name with their types checked."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.manifest import InputContract, Network
+from train.recipe import Augment, Data, RalfLoss, Recipe, RecipeError
+from train.recipe_text import differences, from_json, names, override, to_json
+from train.recipes import RECIPES, named
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_json(name: str):
+    """What a checkpoint stores is the recipe, whole."""
+    recipe = named(name)
+
+    assert recipe == from_json(to_json(recipe), Recipe)
+    assert name == recipe.name
+
+
+def test_the_papers_recipe_is_the_papers():
+    """Section 4.3, and the authors' code where the paper is silent."""
+    recipe = named("ralf_paper")
+    loss = recipe.loss
+
+    assert isinstance(loss, RalfLoss)
+    assert (
+        recipe.optimiser.lr,
+        recipe.optimiser.kind,
+        recipe.optimiser.weight_decay,
+    ) == (1e-4, "adam", 0.0)
+    assert (loss.rival_lr, loss.rival_betas) == (2e-4, (0.5, 0.999))
+    assert (recipe.data.batch, recipe.data.pairing, recipe.data.frames) == (16, "balanced", 1)
+    assert Augment(flip=0.5) == recipe.data.augment
+    assert (
+        recipe.schedule.epochs,
+        recipe.schedule.shape,
+        recipe.schedule.evaluate_every,
+        recipe.schedule.select,
+    ) == (100, "constant", 5, "bce")
+    assert (recipe.data.input.squeeze, recipe.data.input.size) == (True, 256)
+    assert (
+        loss.weight_rec,
+        loss.weight_freq,
+        loss.weight_adv,
+        loss.weight_emb,
+        loss.weight_con,
+    ) == (0.1, 1.0, 0.1, 0.1, 0.1)
+    assert (loss.freq, loss.freq_scale, loss.perceptual) == ("magnitude", "unnormalised", "vgg19")
+    assert (
+        loss.radius_real,
+        loss.radius_forged,
+        loss.centre,
+        loss.alpha,
+    ) == (0.05, 1.5, "epoch", "epoch")
+    assert (loss.centre_sums_forged, loss.centre_keeps_graph) == (False, False)
+    assert (recipe.network.dimensions) == {
+        "base": 32,
+        "blocks": 8,
+        "backbone": "xception",
+        "size": 256,
+    }
+
+
+def test_the_classifier_alone_differs_from_ralf_small_only_in_network_and_loss():
+    """A fair comparison has the same data and the same budget."""
+    small, alone = named("ralf_small"), named("small_classifier")
+
+    assert small.data == alone.data
+    assert small.schedule == alone.schedule
+    assert small.optimiser == alone.optimiser
+    assert small.network.dimensions["backbone"] == alone.network.dimensions["backbone"]
+
+
+def test_every_family_is_one_that_blending_knows():
+    """A recipe must not name what cannot be made, nor train on what is held out."""
+    blend = pytest.importorskip("train.blend")
+
+    for name in RECIPES:
+        data = named(name).data
+        assert set() == {*data.families, *filter(None, [data.held_out])} - set(blend.FAMILIES)
+        assert data.held_out not in data.families
+
+
+def test_overrides_reach_every_part_by_name():
+    """A bare name that only one part has needs no prefix."""
+    changed = override(
+        named("ralf_small"),
+        {
+            "epochs": "20",
+            "optimiser.lr": "3e-4",
+            "network.base": "8",
+            "margins": "1.2,1.4",
+            "families": "self_blend,swap",
+            "held_out": "none",
+            "finder.min_face": "30",
+            "con_pairs": "no",
+            "patience": "4",
+            "init.perceptual": "vgg.safetensors",
+            "rival_betas": "0.4,0.9",
+        },
+    )
+
+    assert changed.schedule.epochs == 20
+    assert changed.optimiser.lr == 3e-4
+    assert changed.network.dimensions["base"] == 8
+    assert changed.data.augment.margins == (1.2, 1.4)
+    assert changed.data.families == ("self_blend", "swap")
+    assert changed.data.held_out is None
+    assert changed.data.input.finder.min_face == 30
+    assert isinstance(changed.loss, RalfLoss)
+    assert not changed.loss.con_pairs
+    assert changed.loss.rival_betas == (0.4, 0.9)
+    assert changed.schedule.patience == 4
+    assert changed.init.perceptual == "vgg.safetensors"
+
+
+def test_sizes_that_must_agree_are_set_together():
+    """Neither of the two alone would pass."""
+    changed = override(named("ralf"), {"network.size": "128", "data.input.size": "128"})
+
+    assert (changed.network.dimensions["size"], changed.data.input.size) == (128, 128)
+    with pytest.raises(RecipeError, match="set both"):
+        override(named("ralf"), {"network.size": "128"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": "ten"}, "epochs should be a whole number, not 'ten'"),
+        ({"epochs": "1.5"}, "a whole number"),
+        ({"optimiser.lr": "fast"}, "a number, not 'fast'"),
+        ({"optimiser.kind": "lion"}, "adam, adamw, sgd"),
+        ({"con_pairs": "maybe"}, "true or false"),
+        ({"rival_betas": "0.5"}, "2 values"),
+        ({"batch": "7"}, "even"),
+        ({"kind": "ralf"}, "loss.kind or optimiser.kind"),
+        ({"epoch": "3"}, "known: .*schedule.epochs"),
+        ({"margin": "9"}, "margin=9.* less than or equal to 3"),
+        ({"flip": "1.5"}, "from 0 to 1"),
+        ({"radius_real": "2"}, "below"),
+        ({"families": "boundary"}, "trained on too"),
+        ({"network.deep": "3"}, "no 'network.deep'"),
+    ],
+)
+def test_nonsense_is_refused_with_what_was_expected(changes: dict[str, str], said: str):
+    """The message names the field, what came, and what would do."""
+    with pytest.raises(RecipeError, match=said):
+        override(named("ralf_small"), changes)
+
+
+def test_an_unknown_recipe_names_the_known():
+    """A typo is answered with the list."""
+    with pytest.raises(RecipeError, match=r"ralf_paper.*xception"):
+        named("ralf_big")
+
+
+def test_json_with_a_missing_or_unknown_name_is_refused():
+    """A recipe that was guessed back together is not the one that was trained."""
+    text = to_json(named("xception"))
+
+    with pytest.raises(RecipeError, match="unknown \\['epoch'\\]"):
+        from_json(text.replace('"epochs"', '"epoch"'), Recipe)
+    with pytest.raises(RecipeError, match="kind"):
+        from_json(text.replace('"kind": "bce"', '"kind": "hinge"'), Recipe)
+
+
+@given(
+    lr=st.floats(1e-7, 1.0),
+    epochs=st.integers(1, 1000),
+    flip=st.floats(0, 1),
+    clip=st.none() | st.floats(0.1, 10),
+)
+def test_what_override_is_told_is_what_the_recipe_holds(
+    lr: float, epochs: int, flip: float, clip: float | None
+):
+    """Text and value mean the same, and JSON keeps both to the last bit."""
+    changed = override(
+        named("ralf"),
+        {
+            "optimiser.lr": repr(lr),
+            "epochs": str(epochs),
+            "flip": repr(flip),
+            "clip": "none" if clip is None else repr(clip),
+        },
+    )
+
+    assert (lr, epochs, flip, clip) == (
+        changed.optimiser.lr,
+        changed.schedule.epochs,
+        changed.data.augment.flip,
+        changed.optimiser.clip,
+    )
+    assert changed == from_json(to_json(changed), Recipe)
+
+
+def test_differences_name_each_changed_field():
+    """What a refusal to resume prints."""
+    one = named("ralf")
+    other = override(one, {"epochs": "7", "network.base": "16"})
+
+    assert differences(one, other) == ["network.base: 32 → 16", "schedule.epochs: 40 → 7"]
+    assert differences(one, one) == []
+
+
+def test_every_name_that_is_listed_can_be_set():
+    """The list an error prints holds no dead ends."""
+    recipe = named("ralf")
+    for name in names(recipe):
+        last = name.split(".")[-1]
+        value: object = recipe
+        for key in name.split("."):
+            value = getattr(value, key)
+        if last in ("kind", "notes", "colour", "schema") or isinstance(value, tuple):
+            continue
+        assert recipe == override(recipe, {name: str(value)}), name
+
+
+def test_a_printed_recipe_says_everything():
+    """print(recipe) is the run's description."""
+    text = str(named("ralf_small"))
+
+    for field in ("lr=0.0005", "blocks=4", "held_out='boundary'", "margin=1.3", "weight_con=0.1"):
+        assert field in text
+
+
+def test_parts_refuse_nonsense_when_made():
+    """Not only by way of override."""
+    with pytest.raises(RecipeError, match="even"):
+        Data(batch=3)
+    with pytest.raises(RecipeError, match="set both"):
+        dataclasses.replace(named("ralf"), data=Data(input=InputContract(size=64)))
+    with pytest.raises(RecipeError, match="set both"):
+        dataclasses.replace(named("ralf"), network=Network(build="ralf", size=64))
