@@ -70,7 +70,7 @@ def verdict(judged: Judgement, *, duration_s: float = 10.0, **changes: Any) -> V
         "tenant": "default",
         **{name: getattr(judged, name) for name in vars(judged) if name in Verdict.model_fields},
         "media": media(duration_s),
-        "made": made(len(judged.timeline.faces)),
+        "made": made(sum(track.faces for track in judged.tracks)),
         "finished_at": datetime(2025, 11, 20, 7, 30, tzinfo=UTC),
     }
     return Verdict(**{**fields, **changes})

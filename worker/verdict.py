@@ -45,7 +45,7 @@ class Judgement:
     segments: tuple[Segment, ...]
     timeline: Timeline
     warnings: tuple[str, ...]
-    track_names: Mapping[int, str]
+    track_names: dict[int, str]
     """The listed tracks' names by their number in the Scores."""
 
 
