@@ -172,4 +172,7 @@ if not now then
   local clock = redis.call('TIME')
   now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
 end
+-- With Redis' memory full only submissions are refused, and what runs may end: Redis stops a script
+-- at a write that needs memory only while it has not written yet.
+if ARGV[1] ~= 'submit' then redis.call('DEL', P .. 'nothing') end
 return op[ARGV[1]](now, unpack(ARGV, 3))

@@ -1,0 +1,549 @@
+"""The moves of a job through Redis, each on a real server."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from rq import Queue
+from rq.job import Job as RqJob
+from rq.serializers import JSONSerializer
+
+from tests.documents import a_failure, a_job, a_verdict, an_evidence
+from tests.redis_server import RedisServer
+from worker.contract import Callback, EvidencePolicy, Media, Progress
+from worker.service.records import Claim
+from worker.service.store import Store, connect
+from worker.settings import Settings
+
+SETTINGS = Settings()
+QUEUE = "rq:queue:ralf-default"
+
+
+@pytest.fixture
+def store(redis) -> Store:
+    return Store(redis, SETTINGS)
+
+
+def pop(store: Store, priority: str = "default") -> str | None:
+    """What RQ's dequeue does."""
+    queue = f"rq:queue:ralf-{priority}"
+    job_id = store.redis.lmove(queue, f"{queue}:intermediate")
+    return job_id and job_id.decode()
+
+
+def claim(store: Store, worker: str = "w", **options) -> Claim:
+    """Pop the next job and begin it."""
+    job_id = pop(store)
+    assert job_id is not None, "no job was next"
+    claimed = store.begin(job_id, worker, **options)
+    assert claimed is not None
+    return claimed
+
+
+def snapshot(store: Store) -> dict[bytes, object]:
+    """All of Redis."""
+    return {key: store.redis.dump(key) for key in store.redis.keys("*")}
+
+
+class TestSubmit:
+    def test_rq_reads_the_job_and_nothing_is_pickled(self, store, redis):
+        """RQ's own classes find an id and a function's name, as JSON."""
+        store.submit([a_job()])
+
+        found, queue = Queue.dequeue_any(
+            [Queue("ralf-default", connection=redis)], None, redis, serializer=JSONSerializer
+        )
+        assert found.id == "j1"
+        assert (
+            found.func_name,
+            found.args,
+            found.kwargs,
+        ) == ("worker.service.jobs.moderate", ["j1"], {})
+        assert "ralf-default" == found.origin == queue.name
+        assert redis.lrange(f"{QUEUE}:intermediate", 0, -1) == [b"j1"]
+        assert Queue("ralf-default", connection=redis) in Queue.all(connection=redis)
+        assert json.loads(redis.hget("rq:job:j1", "data")) == [
+            "worker.service.jobs.moderate",
+            None,
+            ["j1"],
+            {},
+        ]
+
+    def test_the_same_token_and_body_is_the_same_job(self, store):
+        """However often it is sent, and under which id."""
+        first = store.submit([a_job()])[0]
+        again = store.submit([a_job(job_id="other", traceparent="0" * 55)])[0]
+
+        assert (first.existing, again.existing) == (False, True)
+        assert "j1" == first.job_id == again.job_id
+        assert store.counts().waiting["default"] == 1
+
+    def test_another_body_is_a_conflict_that_names_its_fields(self, store):
+        """And stores nothing."""
+        store.submit([a_job()])
+        before = snapshot(store)
+        reply = store.submit([a_job(job_id="o", tag="x", media=Media(uri="https://a.b/c"))])[0]
+
+        assert reply.conflict == ("media", "tag")
+        assert reply.job_id == "j1"
+        assert before == snapshot(store)
+
+    def test_a_token_belongs_to_its_tenant(self, store):
+        """Two tenants may use the same one."""
+        replies = store.submit([a_job("1", tenant="a"), a_job("2", tenant="b", token="t1")])
+
+        assert [reply.existing for reply in replies] == [False, False]
+
+    def test_many_at_once_with_one_token_store_one_job(self, store):
+        """The race that idempotency is for."""
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(lambda n: store.submit([a_job(job_id=f"j{n}")])[0], range(40)))
+
+        assert sum(not reply.existing for reply in replies) == 1
+        assert len({reply.job_id for reply in replies}) == 1
+        assert store.counts().waiting["default"] == 1
+
+    def test_a_token_outlives_its_job_by_its_time(self, store, redis):
+        """It has no end while the job runs, however long that takes."""
+        store.submit([a_job()])
+        running = redis.ttl("ralf:token:default:t1")
+        store.end(claim(store), a_verdict())
+
+        assert running == -1
+        assert SETTINGS.token_ttl_s == redis.ttl("ralf:token:default:t1")
+
+
+class TestTurns:
+    def test_one_tenants_thousand_do_not_delay_anothers_ten(self, store):
+        """Served in turn: the small tenant waits for as many of the large one's as its own."""
+        store.submit([a_job(f"big-{n}", tenant="big") for n in range(1000)])
+        store.submit([a_job(f"small-{n}", tenant="small") for n in range(10)])
+        served = []
+        while sum(name.startswith("jsmall") for name in served) < 10:
+            ended = claim(store)
+            served.append(ended.job_id)
+            store.end(ended, a_failure("fetch_denied"))
+
+        assert len(served) <= 2 * 10 + 2  # and the two that were next before the small one came
+
+    def test_rqs_list_holds_twice_the_workers(self, store, redis):
+        """Enough that none idles, few enough that turns are kept."""
+        redis.sadd("rq:workers:ralf-default", *(f"rq:worker:{n}" for n in range(3)))
+        store.submit([a_job(str(n)) for n in range(20)])
+        filled = redis.llen(QUEUE)
+        claim(store)
+
+        assert 6 == filled == redis.llen(QUEUE)
+
+    def test_priorities_have_queues_of_their_own(self, store):
+        """A worker listens to one."""
+        store.submit([a_job("1"), a_job("2", priority="high")])
+
+        assert (pop(store, "high"), pop(store)) == ("j2", "j1")
+
+    def test_a_tenants_turn_survives_its_last_job_being_cancelled(self, store, redis):
+        """An empty list in the ring neither stops the ring nor gives two turns later."""
+        store.submit([a_job(str(n), tenant=f"t{n % 2}") for n in range(6)])
+        for n in (3, 5):
+            store.cancel(f"j{n}")
+        store.submit([a_job("7", tenant="t1")])
+
+        assert len(set(redis.lrange("ralf:turn:default", 0, -1))) == redis.llen("ralf:turn:default")
+        assert {"j0", "j1", "j2", "j4", "j7"} == {claim(store).job_id for _ in range(5)}
+
+
+class TestBegin:
+    def test_it_gives_the_job_and_shows_rq_that_it_started(self, store, redis):
+        """The entry that RQ's dequeue left is gone, the lease runs."""
+        job = a_job(callback=Callback(url="https://a.b/c"))
+        store.submit([job])
+        claimed = claim(store, now=100.0)
+
+        assert (job, 1, 0, False, "w") == (
+            claimed.job,
+            claimed.attempt,
+            claimed.retries,
+            claimed.alone,
+            claimed.worker,
+        )
+        assert redis.llen(f"{QUEUE}:intermediate") == 0
+        assert redis.zscore("ralf:running:default", "j1") == 130.0
+        assert RqJob.fetch("j1", redis, serializer=JSONSerializer).get_status() == "started"
+
+    def test_it_needs_the_entry_of_a_dequeue(self, store):
+        """A worker that was paused while its job went to another cannot take it."""
+        store.submit([a_job()])
+
+        assert store.begin("j1", "w") is None
+        assert store.status("j1").state == "queued"
+
+    def test_only_one_of_many_gets_the_job(self, store, redis):
+        """Even when its entry was there twice."""
+        store.submit([a_job()])
+        redis.rpush(QUEUE, "j1")
+        pop(store), pop(store)
+        with ThreadPoolExecutor(8) as pool:
+            claims = list(pool.map(lambda n: store.begin("j1", f"w{n}"), range(16)))
+
+        assert sum(claimed is not None for claimed in claims) == 1
+        assert redis.llen(f"{QUEUE}:intermediate") == 0
+
+    def test_the_same_nonce_may_ask_again(self, store):
+        """A reply lost on the way is not a job lost."""
+        store.submit([a_job()])
+        pop(store)
+
+        assert store.begin("j1", "w", nonce="n") == store.begin("j1", "w", nonce="n")
+        assert store.begin("j1", "w", nonce="m") is None
+        assert store.status("j1").attempts == 1
+
+    def test_a_job_past_its_deadline_expires_instead(self, store):
+        """It has its end, and the worker nothing to do."""
+        store.submit([a_job(deadline=datetime.fromtimestamp(50, UTC))], now=10.0)
+
+        assert store.begin(pop(store), "w", now=60.0) is None
+        assert (
+            store.status("j1").state,
+            store.status("j1").failure.code,
+        ) == ("expired", "deadline_passed")
+
+    def test_a_job_that_is_gone_leaves_no_entry(self, store, redis):
+        """Somebody flushed it: there is nothing to run."""
+        store.submit([a_job()])
+        pop(store)
+        redis.delete("ralf:job:j1")
+
+        assert store.begin("j1", "w") is None
+        assert redis.llen(f"{QUEUE}:intermediate") == 0
+
+    def test_a_document_of_another_release_fails_by_name(self, store, redis):
+        """Rather than in the worker's face, for ever."""
+        store.submit([a_job()])
+        redis.hset("ralf:job:j1", "document", json.dumps({"schema": "ralf.job/9"}))
+
+        assert store.begin(pop(store), "w") is None
+        assert (
+            store.status("j1").state,
+            store.status("j1").failure.code,
+        ) == ("failed", "bad_request")
+
+
+class TestEnd:
+    def test_all_of_it_or_none(self, store, redis):
+        """State, verdict, evidence, stream, outbox and times to live come in one step."""
+        store.submit([a_job(tag="mine", callback=Callback(url="https://a.b/c"))])
+        ended = claim(store)
+        store.beat(ended, progress=Progress(stage="analyze", percent=50), partial=a_verdict())
+        done = store.end(ended, a_verdict(), evidence=an_evidence())
+        status = store.status("j1")
+
+        assert done
+        assert (
+            status.state,
+            status.label,
+            status.score,
+            status.tag,
+        ) == ("succeeded", "likely_forged", 0.93, "mine")
+        assert a_verdict() == store.verdict("j1")
+        assert an_evidence() == store.evidence("j1")
+        assert store.partial("j1") is None
+        [(_, entry)] = redis.xrange("ralf:verdicts")
+        assert entry[b"type"] == b"verdict.ready"
+        assert json.loads(entry[b"data"]) == {
+            "job_id": "j1",
+            "tenant": "default",
+            "tag": "mine",
+            "state": "succeeded",
+            "label": "likely_forged",
+            "score": 0.93,
+        }
+        assert redis.zcard("ralf:outbox") == 1
+        assert [
+            redis.ttl(f"ralf:{kind}:j1") // 86400 for kind in ("job", "verdict", "evidence")
+        ] == [30, 30, 7]
+        assert store.counts().running == {"default": 0, "high": 0}
+
+    def test_the_second_end_changes_nothing(self, store):
+        """Not from the same worker, nor with another outcome."""
+        store.submit([a_job(callback=Callback(url="https://a.b/c"))])
+        ended = claim(store)
+        store.end(ended, a_verdict())
+        before = snapshot(store)
+
+        assert not store.end(ended, a_verdict(score=0.1))
+        assert not store.end(ended, a_failure())
+        assert store.retry(ended, a_failure()) == "lost"
+        assert store.crashed(ended, code="decoder_crashed", message="") == "lost"
+        assert "lost" == store.hand_back(ended) == store.beat(ended)
+        assert store.cancel("j1") == "succeeded"
+        assert before == snapshot(store)
+
+    def test_of_many_at_once_one_is_kept(self, store, redis):
+        """Whatever raced."""
+        store.submit([a_job(callback=Callback(url="https://a.b/c"))])
+        ended = claim(store)
+        with ThreadPoolExecutor(8) as pool:
+            done = list(
+                pool.map(
+                    lambda n: store.end(ended, a_verdict(score=n / 40), now=float(n)), range(40)
+                )
+            )
+
+        assert sum(done) == 1
+        assert done.index(True) / 40 == store.verdict("j1").score == store.status("j1").score
+        assert (redis.xlen("ralf:verdicts"), redis.zcard("ralf:outbox")) == (1, 1)
+
+    @pytest.mark.parametrize(
+        ("code", "state"),
+        [("cancelled", "cancelled"), ("deadline_passed", "expired"), ("corrupt_media", "failed")],
+    )
+    def test_a_failures_code_gives_the_state(self, store, code, state):
+        """And its message and attempts are kept."""
+        store.submit([a_job()])
+        store.end(claim(store), a_failure(code, "why"))
+
+        assert (state, code, "why", 1) == (
+            store.status("j1").state,
+            store.status("j1").failure.code,
+            store.status("j1").failure.message,
+            store.status("j1").failure.attempts,
+        )
+
+    def test_evidence_that_must_not_be_kept_is_not(self, store):
+        """The client's policy, whatever the worker hands over."""
+        store.submit([a_job(evidence=EvidencePolicy(retain=False))])
+        store.end(claim(store), a_verdict(), evidence=an_evidence())
+
+        assert store.verdict("j1") is not None
+        assert store.evidence("j1") is None
+
+    def test_nothing_is_pushed_without_a_callback_for_it(self, store, redis):
+        """The stream has it all the same."""
+        store.submit([a_job("1"), a_job("2", callback=Callback(url="https://a.b", events=()))])
+        store.end(claim(store), a_verdict())
+        store.end(claim(store), a_failure())
+
+        assert (redis.xlen("ralf:verdicts"), redis.zcard("ralf:outbox")) == (2, 0)
+
+
+class TestRunning:
+    def test_a_beat_extends_the_lease_and_hears_cancel(self, store, redis):
+        """Within a beat of the asking."""
+        store.submit([a_job()])
+        running = claim(store, now=100.0)
+        first = store.beat(running, now=120.0)
+        state = store.cancel("j1")
+
+        assert (first, state, store.beat(running, now=121.0)) == ("go_on", "running", "cancel")
+        assert redis.zscore("ralf:running:default", "j1") == 151.0
+        assert store.status("j1").cancelling
+
+    def test_progress_and_what_was_seen_so_far_can_be_read(self, store):
+        """While it runs."""
+        store.submit([a_job()])
+        progress = Progress(stage="analyze", percent=40, faces=3, score=0.5)
+        store.beat(claim(store), progress=progress, partial=a_verdict(partial=True))
+
+        assert progress == store.status("j1").progress
+        assert store.partial("j1").partial
+
+    def test_a_void_claim_changes_nothing(self, store):
+        """A worker that comes back after its lease finds its job with another."""
+        store.submit([a_job()])
+        stale = claim(store, now=100.0)
+        store.call("lost", 131.0)
+        fresh = claim(store, worker="v", now=132.0)
+        before = snapshot(store)
+
+        assert store.beat(stale, now=133.0) == "lost"
+        assert not store.end(stale, a_verdict())
+        assert before == snapshot(store)
+        assert store.end(fresh, a_verdict())
+
+
+class TestRetry:
+    def test_it_waits_longer_each_time_and_then_fails(self, store, redis):
+        """Twice, after about 15 s and about 120 s."""
+        store.submit([a_job()], now=0.0)
+        delays = []
+        for attempt in (1, 2):
+            running = claim(store, now=1000.0)
+            assert (attempt, attempt - 1) == (running.attempt, running.retries)
+            assert store.retry(running, a_failure(), now=1000.0) == "retried"
+            delays.append(redis.zscore("ralf:due", "j1") - 1000)
+            assert pop(store) is None
+            store.call("due", 2000.0)
+        last = store.retry(claim(store), a_failure())
+
+        assert 12 <= delays[0] <= 18 and 96 <= delays[1] <= 144
+        assert (last, store.status("j1").state) == ("failed", "failed")
+        assert (
+            store.status("j1").failure.code,
+            store.status("j1").failure.attempts,
+        ) == ("fetch_failed", 3)
+
+    def test_handing_back_costs_nothing_and_keeps_the_place(self, store):
+        """A drained worker's job is first in its tenant's turn; only what is next goes before."""
+        store.submit([a_job(str(n)) for n in range(9)])
+        given_back = claim(store)
+        outcome = store.hand_back(given_back)
+        order = [claim(store) for _ in range(4)]
+
+        assert outcome == "retried"
+        assert [running.job_id for running in order] == ["j1", "j2", "j0", "j3"]
+        assert (order[2].retries, order[2].attempt) == (0, 2)
+
+    def test_a_cancelled_job_does_not_come_back(self, store):
+        """Handed back, retried or crashed: it ends."""
+        for n, give in enumerate(
+            (
+                store.hand_back,
+                lambda running: store.retry(running, a_failure()),
+                lambda running: store.crashed(running, code="decoder_crashed", message=""),
+            )
+        ):
+            store.submit([a_job(str(n))])
+            running = claim(store)
+            store.cancel(running.job_id)
+
+            assert "cancelled" == give(running) == store.status(running.job_id).state
+
+
+class TestCrash:
+    def test_the_second_one_alone_quarantines(self, store):
+        """With what each left behind."""
+        store.submit([a_job()])
+        first = store.crashed(
+            claim(store), code="decoder_crashed", message="signal 11", detail="segfault at 0"
+        )
+        running = claim(store)
+        second = store.crashed(running, code="job_timeout", message="ran over 120 s")
+
+        assert (first, second) == ("retried", "quarantined")
+        assert running.alone
+        assert (
+            store.status("j1").state,
+            store.status("j1").failure.code,
+        ) == ("quarantined", "job_timeout")
+
+    def test_company_is_not_blamed_and_runs_alone_next(self, store, redis):
+        """Of several jobs in a child that died none is counted."""
+        store.submit([a_job()])
+        store.crashed(claim(store, alone=False), code="decoder_crashed", message="", alone=False)
+
+        assert redis.get("ralf:crashes:job:j1") is None
+        assert claim(store).alone
+
+    def test_a_run_that_was_to_be_alone_counts_in_any_case(self, store):
+        """So a job cannot crash for ever."""
+        store.submit([a_job()])
+        outcomes = [
+            store.crashed(claim(store), code="decoder_crashed", message="", alone=False)
+            for _ in range(3)
+        ]
+
+        assert outcomes == ["retried", "retried", "quarantined"]
+
+    def test_a_file_is_counted_across_jobs(self, store):
+        """The same bytes under another token; the first job is then not run again either."""
+        store.submit([a_job("1"), a_job("2")])
+        outcomes = [
+            store.crashed(claim(store), code="decoder_crashed", message="", file_sha="f" * 64)
+            for _ in range(2)
+        ]
+
+        assert outcomes == ["retried", "quarantined"]
+        assert store.begin(pop(store), "w") is None
+        assert store.status("j1").state == "quarantined"
+
+    def test_success_clears_the_count(self, store, redis):
+        """The file was not to blame."""
+        store.submit([a_job()])
+        store.crashed(claim(store), code="worker_lost", message="", file_sha="f" * 64)
+        before = redis.keys("ralf:crashes:*")
+        store.end(claim(store), a_verdict())
+
+        assert (len(before), redis.keys("ralf:crashes:*")) == (2, [])
+
+    def test_a_file_known_to_crash_is_not_run(self, store, redis):
+        """When the client named its hash."""
+        redis.set(f"ralf:crashes:file:{'e' * 64}", 2)
+        store.submit([a_job(media=Media(uri="https://a.b/c", sha256="e" * 64))])
+
+        assert store.begin(pop(store), "w") is None
+        assert store.status("j1").state == "quarantined"
+
+
+class TestCancel:
+    @pytest.mark.parametrize("place", ["pending", "list", "popped", "due"])
+    def test_a_queued_job_ends_at_once_wherever_it_waits(self, store, redis, place):
+        """And is in no list any more."""
+        if place == "pending":
+            store.submit([a_job("a"), a_job("b")])
+        store.submit([a_job()])
+        if place == "popped":
+            pop(store)
+        if place == "due":
+            store.retry(claim(store), a_failure())
+
+        assert "cancelled" == store.cancel("j1") == store.status("j1").state
+        assert store.status("j1").failure.code == "cancelled"
+        places = ("ralf:pending:default:default", QUEUE, f"{QUEUE}:intermediate")
+        assert not any(b"j1" in redis.lrange(key, 0, -1) for key in places)
+        assert redis.zscore("ralf:due", "j1") is None
+
+    def test_an_unknown_job_is_none(self, store):
+        """Not an error here."""
+        assert store.cancel("nobody") is None
+
+
+def test_counts_say_what_waits_runs_and_for_how_long(store):
+    """The figures of metrics and autoscaling."""
+    store.submit([a_job("1")], now=100.0)
+    store.submit([a_job("2"), a_job("3", priority="high")], now=160.0)
+    claim(store, now=161.0)
+    counts = store.counts(now=170.0)
+
+    assert counts.waiting == {"default": 1, "high": 1}
+    assert counts.running == {"default": 1, "high": 0}
+    assert counts.oldest_s == 10.0
+
+
+def test_two_prefixes_share_a_redis_and_nothing_else(redis):
+    """Keys and queues of their own."""
+    one, two = Store(redis, Settings(redis_prefix="a:")), Store(redis, Settings(redis_prefix="b:"))
+    one.submit([a_job()])
+
+    assert two.status("j1") is None
+    assert one.status("j1").state == "queued"
+    assert [redis.llen(f"rq:queue:{name}default") for name in ("a-", "b-")] == [1, 0]
+
+
+def test_a_client_rides_out_a_restart_of_redis():
+    """kill -9 with the append-only file on: nothing acknowledged is lost, callers only wait."""
+    server = RedisServer(aof=True)
+    server.start()
+    try:
+        store = Store(connect(server.url), SETTINGS)
+        store.submit([a_job("1")])
+        running = claim(store)
+        server.kill()
+        back = threading.Timer(0.5, server.start)
+        back.start()
+        order = store.beat(running)
+        back.join()
+
+        assert order == "go_on"
+        assert store.end(running, a_verdict())
+        assert store.status("j1").state == "succeeded"
+    finally:
+        server.stop()
+
+
+def test_redis_clock_decides_what_is_late(store):
+    """Only tests pass a time of their own."""
+    store.submit([a_job(deadline=datetime.now(UTC) - timedelta(seconds=5))])
+
+    assert store.begin(pop(store), "w") is None
