@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 
+from worker.service.cli import commands as service
+
 OK, FORGED, USAGE, BAD_MEDIA, INFRASTRUCTURE, INTERRUPTED = 0, 1, 2, 4, 5, 130
 
 
@@ -26,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"ralf {version('ralf')}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _scan(commands)
+    service(commands)
+    _bench(commands)
     _doctor(commands)
     for point in sorted(entry_points(group="ralf.commands"), key=lambda p: p.name == "train"):
         point.load()(commands)
@@ -69,6 +73,40 @@ def _run_scan(args: argparse.Namespace) -> int:
     from worker.scan import run
 
     return run(args)
+
+
+def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    bench = commands.add_parser("bench", help="measure, side by side, and print the record")
+    what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+    scan = what.add_parser(
+        "scan",
+        help="the walk against the plain way on one clip",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    scan.add_argument("clip", nargs="?", metavar="CLIP", help="a video; the samples' crowd if none")
+    scan.add_argument("--frames", type=int, default=16)
+    scan.add_argument("--repeats", type=int, default=3)
+    scan.add_argument("--model", metavar="NAME", help="name, name@version or folder")
+    scan.set_defaults(run=_run_bench_scan)
+    queue = what.add_parser(
+        "queue",
+        help="the queue against RQ's own workers",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    queue.add_argument("--jobs", type=int, default=300)
+    queue.set_defaults(run=_run_bench_queue)
+
+
+def _run_bench_scan(args: argparse.Namespace) -> int:
+    from worker.bench import run_scan
+
+    return run_scan(args)
+
+
+def _run_bench_queue(args: argparse.Namespace) -> int:
+    from worker.service.bench import run_queue
+
+    return run_queue(args)
 
 
 def _doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -5,7 +5,6 @@ One bad file does not stop the others; the exit code is the worst that happened.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from worker.contract import Evidence, Sampling, Verdict, dump
 from worker.errors import JobError
+from worker.files import write_whole
 from worker.pipeline import Ask, Partial, analyze
 from worker.report import page
 from worker.runtime import Parts, load
@@ -106,17 +106,7 @@ def _report_target(target: str | None, count: int) -> Callable[[Path], Path] | N
 
 
 def _write_page(place: Path, verdict: Verdict, evidence: Evidence) -> None:
-    """Whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=place.parent, prefix=".ralf-", suffix=".html", delete=False
-    ) as file:
-        try:
-            file.write(page(verdict, evidence))
-        except BaseException:
-            Path(file.name).unlink()
-            raise
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(place)
+    write_whole(place, page(verdict, evidence))
     print(f"page: {place}", file=sys.stderr)
 
 

@@ -1,0 +1,378 @@
+"""The commands of the service: submit, status, result, cancel, watch; worker, serve, deliver,
+janitor, quarantine, chaos.  Answers are JSON on stdout, one document a line.
+
+Nothing heavy is imported until a command runs.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worker.client import Client
+    from worker.service.store import Store
+
+
+def commands(subparsers: Any) -> None:
+    """Add them all."""
+    for add in (_submit, _ask, _worker, _serve, _deliver, _janitor, _quarantine, _chaos):
+        add(subparsers)
+
+
+@contextmanager
+def _client(args: argparse.Namespace) -> Iterator["Client"]:
+    """The client at --redis or RALF_REDIS_URL; given back at the end."""
+    from worker.client import connect
+
+    client = connect(args.redis)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _redis(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--redis", metavar="URL", help="instead of RALF_REDIS_URL")
+
+
+def _print(document: Any) -> None:
+    print(json.dumps(document, default=str), flush=True)
+
+
+def _submit(subparsers: Any) -> None:
+    submit = subparsers.add_parser("submit", help="queue uploads and print their jobs")
+    submit.add_argument("uris", nargs="+", metavar="URI", help="https, s3, gs or file URI, or path")
+    submit.add_argument(
+        "--token", help="request token; with several URIs, a prefix (the URI itself)"
+    )
+    submit.add_argument("--tag")
+    submit.add_argument("--tenant", default="default")
+    submit.add_argument("--priority", choices=("high", "default"), default="default")
+    submit.add_argument("--max-frames", type=int, metavar="N")
+    submit.add_argument("--callback", metavar="URL", help="where the verdict is pushed")
+    submit.add_argument("--secret-id", default="default", help="which secret signs the push")
+    submit.add_argument("--wait", type=float, metavar="SECONDS", help="wait, print the verdicts")
+    _redis(submit)
+    submit.set_defaults(run=_run_submit)
+
+
+def _run_submit(args: argparse.Namespace) -> int:
+    from worker.client import request
+    from worker.contract import Callback, Sampling, dump
+
+    uris = [_uri(name) for name in args.uris]
+    tokens = _tokens(args.token, uris)
+    sampling = Sampling(max_frames=args.max_frames) if args.max_frames else None
+    callback = Callback(url=args.callback, secret_id=args.secret_id) if args.callback else None
+    asked = [
+        request(
+            uri,
+            token=token,
+            tag=args.tag,
+            tenant=args.tenant,
+            priority=args.priority,
+            sampling=sampling,
+            callback=callback,
+        )
+        for uri, token in zip(uris, tokens, strict=True)
+    ]
+    with _client(args) as client:
+        submissions = client.submit_many(asked)
+        if args.wait is None:
+            for uri, made in zip(uris, submissions, strict=True):
+                _print(
+                    {
+                        "job_id": made.job_id,
+                        "state": made.state,
+                        "existing": made.existing,
+                        "uri": uri,
+                    }
+                )
+            return 0
+        for made in submissions:
+            print(dump(client.result(made.job_id, timeout=args.wait)), flush=True)
+    return 0
+
+
+def _uri(name: str) -> str:
+    """A path is a file: URI; anything with a scheme stays as it is."""
+    return name if "://" in name else Path(name).resolve().as_uri()
+
+
+def _tokens(token: str | None, uris: list[str]) -> list[str]:
+    if token is None:
+        return uris
+    return [token] if len(uris) == 1 else [f"{token}:{uri}" for uri in uris]
+
+
+def _ask(subparsers: Any) -> None:
+    """status, result, cancel, watch: one job each."""
+    table: list[tuple[str, str, Callable[[argparse.Namespace], int]]] = [
+        ("status", "where a job stands", _run_status),
+        ("result", "a job's verdict", _run_result),
+        ("cancel", "stop a job", _run_cancel),
+        ("watch", "follow a job to its end", _run_watch),
+    ]
+    for name, help_text, run in table:
+        parser = subparsers.add_parser(name, help=help_text)
+        parser.add_argument("job", metavar="JOB")
+        if name in ("result", "watch"):
+            parser.add_argument("--wait", type=float, metavar="SECONDS", help="at most so long")
+        if name == "result":
+            parser.add_argument("--report", metavar="PAGE", help="write the HTML page as well")
+        _redis(parser)
+        parser.set_defaults(run=run)
+
+
+def _run_status(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        _print(_shown(client.status(args.job)))
+    return 0
+
+
+def _shown(status: Any) -> dict[str, Any]:
+    document = asdict(status)
+    for name in ("progress", "failure"):
+        part = getattr(status, name)
+        document[name] = part.model_dump(mode="json") if part else None
+    return document
+
+
+def _run_result(args: argparse.Namespace) -> int:
+    from worker.contract import Evidence, dump
+    from worker.files import write_whole
+    from worker.report import page
+
+    with _client(args) as client:
+        verdict = client.result(args.job, timeout=args.wait)
+        print(dump(verdict), flush=True)
+        if args.report:
+            kept = client.store.evidence(args.job)
+            write_whole(Path(args.report), page(verdict, kept or Evidence()))
+    return 0
+
+
+def _run_cancel(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        _print({"job_id": args.job, "state": client.cancel(args.job)})
+    return 0
+
+
+def _run_watch(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        for status in client.watch(args.job, timeout=args.wait):
+            _print(_shown(status))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from dataclasses import replace
+
+    from worker.settings import Settings
+
+    settings = Settings.from_environment()
+    changes = {"redis_url": args.redis, "models_dir": getattr(args, "models", None)}
+    changes["model"] = getattr(args, "model", None)
+    return replace(settings, **{name: value for name, value in changes.items() if value})
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="instead of RALF_MODEL")
+    parser.add_argument("--models", metavar="DIR", help="instead of RALF_MODELS_DIR")
+
+
+def _worker(subparsers: Any) -> None:
+    worker = subparsers.add_parser("worker", help="take jobs from Redis until told to stop")
+    worker.add_argument("--priority", choices=("high", "default"), default="default")
+    worker.add_argument("--burst", action="store_true", help="stop when the queue is empty")
+    worker.add_argument("--max-jobs", type=int, metavar="N", help="stop after so many")
+    worker.add_argument(
+        "--shared", type=Path, metavar="DIR", help="workers with the same folder share one child"
+    )
+    worker.add_argument("--capacity", type=int, default=1, help="jobs at once in a shared child")
+    _redis(worker)
+    _model(worker)
+    worker.set_defaults(run=_run_worker)
+
+
+def _run_worker(args: argparse.Namespace) -> int:
+    from worker.service.serve import run_worker
+
+    return run_worker(
+        _settings(args),
+        args.priority,
+        shared=args.shared,
+        capacity=args.capacity,
+        burst=args.burst,
+        max_jobs=args.max_jobs,
+    )
+
+
+def _serve(subparsers: Any) -> None:
+    serve = subparsers.add_parser(
+        "serve", help="a worker, a deliverer and, with --embedded, a Redis of its own"
+    )
+    serve.add_argument(
+        "--embedded", action="store_true", required=True, help="run a real Redis beside them"
+    )
+    serve.add_argument("--data", type=Path, metavar="DIR", help="keep the queue in this folder")
+    _redis(serve)
+    _model(serve)
+    serve.set_defaults(run=_run_serve)
+
+
+def _run_serve(args: argparse.Namespace) -> int:
+    import signal
+    import threading
+
+    from worker.service.serve import embedded
+
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with embedded(_settings(args), data=args.data) as running:
+        print(f"ralf: serving; RALF_REDIS_URL={running.redis_url}", file=sys.stderr, flush=True)
+        while not stop.wait(0.5):
+            pass
+    return 0
+
+
+def _deliver(subparsers: Any) -> None:
+    deliver = subparsers.add_parser("deliver", help="push verdicts; look after dead letters")
+    what = deliver.add_mutually_exclusive_group()
+    what.add_argument("--dead", action="store_true", help="list dead letters")
+    what.add_argument("--redeliver", metavar="ID", help="try a dead letter again (all: every one)")
+    what.add_argument("--drop", metavar="ID", help="forget a dead letter")
+    what.add_argument("--disabled", action="store_true", help="list endpoints that said 410 Gone")
+    what.add_argument("--enable", nargs=2, metavar=("TENANT", "URL"), help="use one again")
+    _redis(deliver)
+    deliver.set_defaults(run=_run_deliver)
+
+
+def _run_deliver(args: argparse.Namespace) -> int:
+    from worker.service.outbox import Outbox
+    from worker.service.serve import run_deliverer
+
+    with _store(args) as store:
+        outbox = Outbox(store)
+        if args.dead:
+            for letter in outbox.dead():
+                _print(asdict(letter))
+        elif args.disabled:
+            for tenant, url in outbox.disabled_endpoints():
+                _print({"tenant": tenant, "url": url})
+        elif args.redeliver:
+            letters = outbox.dead()
+            wanted = [x.id for x in letters] if args.redeliver == "all" else [args.redeliver]
+            return _each(wanted, outbox.redeliver, "no dead letter {}; see ralf deliver --dead")
+        elif args.drop:
+            return _each([args.drop], outbox.drop, "no dead letter {}; see ralf deliver --dead")
+        elif args.enable:
+            done = outbox.enable_endpoint(*args.enable)
+            print("enabled" if done else "was not disabled")
+        else:
+            return run_deliverer(_settings(args))
+    return 0
+
+
+def _each(names: list[str], do: Callable[[str], Any], missing: str) -> int:
+    worst = 0
+    for name in names:
+        if do(name):
+            print(name)
+        else:
+            print(f"ralf: {missing.format(name)}", file=sys.stderr)
+            worst = 2
+    return worst
+
+
+@contextmanager
+def _store(args: argparse.Namespace) -> Iterator["Store"]:
+    """The store itself, for those who run the service."""
+    from worker.service.store import Store, connect
+
+    settings = _settings(args)
+    redis = connect(settings.redis_url, attempts=3)
+    try:
+        yield Store(redis, settings)
+    finally:
+        redis.close()
+
+
+def _janitor(subparsers: Any) -> None:
+    janitor = subparsers.add_parser("janitor", help="put back what was lost, until told to stop")
+    janitor.add_argument("--once", action="store_true", help="one sweep, and say what it found")
+    _redis(janitor)
+    janitor.set_defaults(run=_run_janitor)
+
+
+def _run_janitor(args: argparse.Namespace) -> int:
+    from worker.service.janitor import Janitor
+    from worker.service.serve import run_janitor
+
+    if not args.once:
+        return run_janitor(_settings(args))
+    with _store(args) as store:
+        _print(vars(Janitor(store, store.settings).run_once()))
+    return 0
+
+
+def _quarantine(subparsers: Any) -> None:
+    quarantine = subparsers.add_parser("quarantine", help="jobs that crashed twice")
+    what = quarantine.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, help_text in (
+        ("list", "one line a job"),
+        ("show", "all that is known of one"),
+        ("retry", "run it once more, its crashes forgotten"),
+        ("drop", "forget it"),
+    ):
+        one = what.add_parser(name, help=help_text)
+        if name != "list":
+            one.add_argument("job", metavar="JOB")
+        _redis(one)
+    quarantine.set_defaults(run=_run_quarantine)
+
+
+def _run_quarantine(args: argparse.Namespace) -> int:
+    from worker.service.quarantine import Quarantine
+
+    missing = "no job {} in quarantine; see ralf quarantine list"
+    with _store(args) as store:
+        quarantine = Quarantine(store)
+        if args.what == "list":
+            for one in quarantine.list():
+                _print(
+                    {"job_id": one.job.job_id, "code": one.code, "at": one.at, "why": one.message}
+                )
+            return 0
+        if args.what == "show":
+            found = quarantine.show(args.job)
+            if found is None:
+                print(f"ralf: {missing.format(args.job)}", file=sys.stderr)
+                return 2
+            _print({**asdict(found), "job": found.job.model_dump(mode="json", by_alias=True)})
+            return 0
+        return _each(
+            [args.job], quarantine.retry if args.what == "retry" else quarantine.drop, missing
+        )
+
+
+def _chaos(subparsers: Any) -> None:
+    chaos = subparsers.add_parser(
+        "chaos", help="kill things at random under load and prove that nothing was lost"
+    )
+    chaos.add_argument("--jobs", type=int, default=300)
+    chaos.add_argument("--workers", type=int, default=2)
+    chaos.add_argument("--seed", type=int, default=0)
+    chaos.add_argument("--minutes", type=float, default=10.0, help="give up after so long")
+    chaos.set_defaults(run=_run_chaos)
+
+
+def _run_chaos(args: argparse.Namespace) -> int:
+    from worker.service.chaos import run
+
+    return run(args)
