@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_whole(place: Path, text: str) -> None:
-    """Beside its place first, then moved over it: a reader never sees half, nothing stays behind."""
+    """Beside its place first, then moved: no reader sees half, and nothing stays behind."""
     handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
