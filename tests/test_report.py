@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import verdicts
@@ -416,6 +416,7 @@ def test_hostile_strings_reach_the_labels_unharmed():
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_any_text_comes_out_as_it_went_in(words: str):
     """As content and as an attribute, but for what no page can show."""
     seen = Reader(tag("p", words, title=words))
@@ -426,6 +427,7 @@ def test_any_text_comes_out_as_it_went_in(words: str):
 
 
 @given(st.recursive(st.text() | st.none() | st.integers(), st.lists, max_leaves=5))
+@settings(deadline=None)
 def test_data_for_the_script_comes_back_and_holds_no_markup(value: Any):
     """Whatever is in it."""
     held = data(value)

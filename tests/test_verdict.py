@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import trim_mean
@@ -34,6 +34,7 @@ MANIFEST = Manifest(
     thresholds={"fpr_0.05": 0.6, "low": 0.3},
 )
 logits = st.floats(-12, 12, allow_nan=False, width=32)
+bars = st.floats(0.45, 9)  # a logit whose probability is above 0.6
 aggregations = st.builds(Aggregation, track=st.sampled_from(KINDS), k=st.integers(1, 6))
 
 
@@ -96,6 +97,7 @@ def test_parts_put_together_hold_every_row():
 
 
 @given(st.lists(logits, min_size=1, max_size=40))
+@settings(deadline=None)
 def test_levels_agree_with_plain_numpy(values: list[float]):
     """Each aggregation is what its name says: a mean of the upper part of the sorted logits."""
     x = np.sort(np.array(values))
@@ -108,6 +110,7 @@ def test_levels_agree_with_plain_numpy(values: list[float]):
 
 
 @given(st.lists(logits, min_size=1, max_size=30), st.data(), aggregations)
+@settings(deadline=None)
 def test_raising_a_logit_never_lowers_the_level(
     values: list[float], data: st.DataObject, aggregation: Aggregation
 ):
@@ -120,6 +123,7 @@ def test_raising_a_logit_never_lowers_the_level(
 
 
 @given(st.lists(logits, min_size=1, max_size=30), st.floats(1e-6, 20), aggregations)
+@settings(deadline=None)
 def test_a_face_at_the_level_or_above_never_lowers_it(
     values: list[float], above: float, aggregation: Aggregation
 ):
@@ -129,15 +133,17 @@ def test_a_face_at_the_level_or_above_never_lowers_it(
     assert before <= level(np.array([*values, before + above]), aggregation)
 
 
-@given(st.lists(logits, min_size=1, max_size=30), st.floats(-5, 5), st.data(), aggregations)
+@given(
+    st.lists(logits, min_size=1, max_size=30), st.floats(1e-9, 9), st.floats(1e-9, 20), aggregations
+)
+@settings(deadline=None)
 def test_a_face_above_the_bar_never_takes_a_level_below_the_bar(
-    values: list[float], bar: float, data: st.DataObject, aggregation: Aggregation
+    values: list[float], below: float, above: float, aggregation: Aggregation
 ):
     """Even a face weaker than the track cannot turn a forged track into another."""
-    assume(level(np.array(values), aggregation) >= bar + 1e-9)
-    extra = bar + data.draw(st.floats(1e-9, 20))
+    bar = level(np.array(values), aggregation) - below
 
-    assert bar <= level(np.array([*values, extra]), aggregation)
+    assert bar <= level(np.array([*values, bar + above]), aggregation)
 
 
 def test_trimming_both_ends_would_let_forged_evidence_lower_the_level():
@@ -163,7 +169,7 @@ def clips(draw: st.DrawFn) -> Scores:
 
 
 @given(clips(), st.data(), aggregations)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_raising_logits_never_lowers_a_score(
     scores: Scores, data: st.DataObject, aggregation: Aggregation
 ):
@@ -185,7 +191,7 @@ def test_raising_logits_never_lowers_a_score(
 
 
 @given(clips(), st.integers(0, 4), st.integers(0, 11), st.floats(1e-5, 9), aggregations)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_a_further_forged_face_never_lowers_a_score(
     scores: Scores, track: int, frame: int, above: float, aggregation: Aggregation
 ):
@@ -205,21 +211,22 @@ def test_a_further_forged_face_never_lowers_a_score(
         assert was is None or was <= (now or 0)
 
 
-@given(clips(), st.integers(0, 3), st.integers(0, 11), st.floats(0.45, 9), aggregations)
-@settings(max_examples=60)
+@given(clips(), st.sampled_from([0, 1, 2, 3, 9]), st.integers(0, 11), bars, aggregations)
+@settings(max_examples=60, deadline=None)
 def test_a_forged_face_never_takes_the_forged_label_away(
     scores: Scores, track: int, frame: int, logit: float, aggregation: Aggregation
 ):
     """A face at or above the threshold, even one weaker than its track."""
+    scores = Scores.concat([scores, faces([0.5, 1.0, 2.0, 3.0], track=9)])
     more = Scores.concat([scores, faces([logit], track=track, time_s=[frame * 0.5])])
+    assert judged(scores, aggregation=aggregation).label == "likely_forged"
     assert expit(logit) >= MANIFEST.thresholds["fpr_0.05"]
-    assume(judged(scores, aggregation=aggregation).label == "likely_forged")
 
     assert judged(more, aggregation=aggregation).label == "likely_forged"
 
 
 @given(clips(), st.randoms())
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_the_order_of_the_rows_means_nothing(scores: Scores, random: Any):
     """So the segments of a stream may be folded in any order."""
     order = list(range(len(scores)))
@@ -243,6 +250,7 @@ def test_the_score_is_the_calibrated_level_of_the_strongest_track():
 
 
 @given(st.lists(logits, min_size=1), st.floats(0.1, 9), st.floats(-5, 5))
+@settings(deadline=None)
 def test_calibration_is_the_sigmoid_of_scipy(values: list[float], temperature: float, shift: float):
     """To the digits that are kept, without overflow at the ends."""
     found = calibrated(np.array(values), Calibration(temperature=temperature, shift=shift))
@@ -434,7 +442,7 @@ def test_a_segment_names_its_peak_and_stays_above_the_threshold():
 
 
 @given(clips())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_segments_lie_in_the_clip_and_on_decisive_tracks(scores: Scores):
     """Forward in time, at or above the threshold, around their peak."""
     result = judged(scores)
@@ -468,7 +476,7 @@ def test_the_timeline_tells_unseen_from_empty():
 
 
 @given(st.floats(0, 200_000), st.lists(st.floats(0, 1), max_size=20))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_a_timeline_has_few_bins_and_reaches_the_end(duration: float, where: list[float]):
     """At most 240 from a blink to two days, and each look colours its own bin."""
     looked = np.array(where) * duration

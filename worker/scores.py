@@ -20,6 +20,7 @@ trimmed_mean trims the low end only.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ DIGITS = 6
 """Scores are rounded before they are compared, so that what is shown is what decided."""
 
 Floats = NDArray[np.float64]
+Reals = NDArray[np.floating[Any]]
+"""What comes in may be of less precision than what is counted with."""
 Ints = NDArray[np.int64]
 
 
@@ -38,13 +41,13 @@ Ints = NDArray[np.int64]
 class Scores:
     """Every scored face: one row each, in any order."""
 
-    time_s: Floats  # [m]
+    time_s: Reals  # [m]
     frame: Ints  # [m] frame number in display order
-    box: Floats  # [m, 4] x0 y0 x1 y1 in pixels of the displayed frame
-    face_px: Floats  # [m] shorter side of the face's box
-    confidence: Floats  # [m] the finder's
+    box: Reals  # [m, 4] x0 y0 x1 y1 in pixels of the displayed frame
+    face_px: Reals  # [m] shorter side of the face's box
+    confidence: Reals  # [m] the finder's
     track: Ints  # [m]
-    logit: Floats  # [m] uncalibrated, positive is forged
+    logit: Reals  # [m] uncalibrated, positive is forged
 
     def __post_init__(self) -> None:
         m = len(self.logit)
@@ -93,7 +96,7 @@ class Scores:
 COLUMNS = ("time_s", "frame", "box", "face_px", "confidence", "track", "logit")
 
 
-def level(logits: Floats, aggregation: Aggregation) -> float:
+def level(logits: Reals, aggregation: Aggregation) -> float:
     """The logit that stands for a track; see the module for what each aggregation keeps."""
     m = len(logits)
     if m == 0:
@@ -107,7 +110,7 @@ def level(logits: Floats, aggregation: Aggregation) -> float:
     return math.fsum(np.sort(logits)[m - kept :]) / kept
 
 
-def calibrated(logits: Floats, calibration: Calibration) -> Floats:
+def calibrated(logits: Reals, calibration: Calibration) -> Floats:
     """P(forged) of each logit, rounded as it is shown."""
     z = (np.asarray(logits, np.float64) - calibration.shift) / calibration.temperature
     rounded: Floats = np.round(0.5 * (1.0 + np.tanh(0.5 * z)), DIGITS)  # never overflows

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kernels.manifest import Calibration
 from worker.contract import Segment, Timeline
-from worker.scores import Floats, Ints, Scores, calibrated
+from worker.scores import Floats, Ints, Reals, Scores, calibrated
 
 REACH_S = 1.0
 BRIDGE = 3.5
@@ -41,7 +41,7 @@ class Record:
     def of(
         cls,
         scores: Scores,
-        looked_s: Floats,
+        looked_s: Reals,
         duration_s: float,
         calibration: Calibration,
         min_face_px: int,
@@ -70,7 +70,7 @@ class Record:
         )
 
 
-def milliseconds(seconds: Floats) -> Ints:
+def milliseconds(seconds: Reals) -> Ints:
     """Whole milliseconds of the clip's clock, which begins at 0."""
     whole: Ints = np.maximum(np.rint(np.asarray(seconds, np.float64) * 1000), 0).astype(np.int64)
     return whole
@@ -97,7 +97,7 @@ def segments_of(name: str, votes: Ints, record: Record, forged_at: float) -> lis
     return found
 
 
-def _segment(name: str, rows: Ints, smooth: Floats, record: Record) -> Segment:
+def _segment(name: str, rows: Ints, smooth: Reals, record: Record) -> Segment:
     first, last = np.searchsorted(record.looks_ms, record.time_ms[rows[[0, -1]]])
     start = int(record.starts_ms[first])
     stands = math.fsum(smooth) / len(smooth)

@@ -21,7 +21,7 @@ import numpy as np
 
 from kernels.manifest import Aggregation, Calibration, Manifest
 from worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
-from worker.scores import Floats, Ints, Scores, calibrated, level, scores_of, shown
+from worker.scores import Ints, Reals, Scores, calibrated, level, scores_of, shown
 from worker.timeline import Record, segments_of, timeline_of
 
 __all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "scores_of", "threshold_for"]
@@ -64,7 +64,7 @@ def threshold_for(thresholds: Mapping[str, float], policy: str) -> Threshold:
 
 def judge(
     scores: Scores,
-    looked_s: Floats,
+    looked_s: Reals,
     *,
     width: int,
     height: int,
@@ -96,7 +96,7 @@ def judge(
 
 def judge_by(
     scores: Scores,
-    looked_s: Floats,
+    looked_s: Reals,
     *,
     width: int,
     height: int,
@@ -204,7 +204,7 @@ def _strongest(items: Sequence[T], strength: Sequence[float], most: int) -> list
     return [items[place] for place in sorted(best)]
 
 
-def _thinned(rows: Ints, logit: Floats) -> list[int]:
+def _thinned(rows: Ints, logit: Reals) -> list[int]:
     """At most MAX_SAMPLES rows: even over the track, the strongest of each part."""
     parts = np.array_split(rows, min(len(rows), MAX_SAMPLES))
     return [int(part[np.argmax(logit[part])]) for part in parts]
