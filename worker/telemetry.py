@@ -87,6 +87,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        self._queue: Collector | None = None
         self.jobs = Counter(
             "ralf_jobs", "Jobs that ended or went back.", ["outcome", "code"], registry=registry
         )
@@ -146,8 +147,11 @@ class Metrics:
         self.engine.labels(*(str(facts.get(name, "")) for name in names)).set(1)
 
     def watch_queue(self, counts: Callable[[], Iterable["Count"]]) -> None:
-        """Add the gauges that are read from Redis at each scrape."""
-        self.registry.register(_QueueCollector(counts))
+        """Show the gauges that are read from Redis at each scrape."""
+        if self._queue is not None:
+            self.registry.unregister(self._queue)
+        self._queue = _QueueCollector(counts)
+        self.registry.register(self._queue)
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ _QUEUE_HELP = {
     "queue_oldest_age_seconds": "How long the oldest waiting job has waited.",
     "queued_jobs": "Jobs that wait for a worker, by priority.",
     "started_jobs": "Jobs that some worker has, by priority.",
+    "put_off_jobs": "Of the queued jobs: put off to be retried later.",
     "quarantined_jobs": "Jobs in quarantine.",
     "outbox_due": "Deliveries in the outbox.",
     "dead_letters": "Deliveries that were given up.",

@@ -12,7 +12,7 @@ claims.  Nothing here judges a job: it says what the child said, that it is gone
 import contextlib
 import fcntl
 import os
-import selectors
+import select
 import shutil
 import signal
 import socket
@@ -213,9 +213,8 @@ class Link:
 
     def wait(self, seconds: float) -> list[wire.Message] | None:
         """hear(), waiting for something to be said; [] when nothing was in time."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self, selectors.EVENT_READ)
-            return self.hear() if selector.select(max(0.0, seconds)) else []
+        ready, _, _ = select.select([self], [], [], max(0.0, seconds))
+        return self.hear() if ready else []
 
     def rss(self) -> int:
         """Resident bytes of the child."""

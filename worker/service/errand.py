@@ -1,0 +1,480 @@
+"""One claimed job's way through the parent: fetch, child, ending.
+
+The parent does no work of its own here; it waits, for the fetching thread, for the child and for
+signals, in one select(), and judges at each turn.  What makes it end a run early:
+
+    the job's time    clamp(base + per second of video); before its length is known, the most
+    a hang            no progress for hang_s, native code or not
+    memory            the child above its hard bound
+    the deadline      the client's; the job is then expired
+    a cancel          asked politely first, killed after a short grace
+    a drain           SIGTERM and the grace is over, or a second SIGTERM: handed back, uncharged
+    a lost lease      another worker may have the job: stop, touch nothing
+
+Whatever happens, walk() returns an Ending; only settle() writes it to the store, once.
+"""
+
+import contextlib
+import os
+import select
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import structlog
+from pydantic import ValidationError
+from redis.exceptions import RedisError
+
+from worker import telemetry
+from worker.contract import Evidence, Failure, Progress, Verdict
+from worker.errors import (
+    Cancelled,
+    Crashed,
+    DeadlinePassed,
+    DecoderCrashed,
+    FetchFailed,
+    Hung,
+    Interrupted,
+    JobError,
+    by_code,
+)
+from worker.service import wire
+from worker.service.jobs import Body
+from worker.service.link import Link
+from worker.service.records import Claim
+from worker.service.store import Store
+from worker.settings import Settings
+
+if TYPE_CHECKING:
+    from worker.service.fetch import Fetched
+
+log = structlog.get_logger()
+
+CANCEL_GRACE_S = 2.0
+"""What a cancelled job gets to stop by itself before its child is killed."""
+TURN_S = 0.5
+"""The longest that the parent waits without looking at the clock."""
+BEAT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended, before the store knows."""
+
+    kind: Literal["verdict", "failure", "retry", "crash", "hand_back", "lost"]
+    code: str = ""
+    message: str = ""
+    detail: str = ""
+    alone: bool = True
+    verdict: Verdict | None = field(default=None, repr=False)
+    evidence: Evidence | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, error: JobError, *, detail: str = "", alone: bool = True) -> "Ending":
+        """What this error's class means for the job."""
+        kind: Literal["crash", "retry", "failure"] = "failure"
+        if isinstance(error, Crashed):
+            kind = "crash"
+        elif isinstance(error, Interrupted):
+            kind = "retry"
+        return cls(kind, error.code, str(error), detail, alone)
+
+
+class Orders:
+    """What signals and other threads tell the waiting parent; wake() ends its select()."""
+
+    def __init__(self) -> None:
+        self.drain_since: float | None = None
+        self.hurry = False
+        self.stopped = ""
+        """An operator killed the child (rq's stop-job, kill-horse): what for."""
+        self.pulse = time.monotonic()
+        """When the parent last looked around; /healthz is made of it."""
+        self._read, self.write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self.write, False)
+
+    def fileno(self) -> int:
+        """For select()."""
+        return self._read
+
+    def wake(self) -> None:
+        """From a signal handler or any thread."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.write, b"\0")
+
+    def drained(self) -> None:
+        """Empty the pipe after it woke somebody."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read, 4096)
+
+    def close(self) -> None:
+        """Close the pipe."""
+        os.close(self._read)
+        os.close(self.write)
+
+
+def hard_rss(settings: Settings) -> int:
+    """Above so many bytes a child is killed in the middle of a job."""
+    if settings.child_max_rss:
+        return settings.child_max_rss
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return int(0.8 * total)
+
+
+class Errand:
+    """One run of one job in this worker."""
+
+    def __init__(
+        self,
+        claim: Claim,
+        body: Body,
+        function: str,
+        *,
+        link: Link,
+        store: Store,
+        orders: Orders,
+        beat: Callable[[], None],
+    ) -> None:
+        self.claim, self.body, self.function = claim, body, function
+        self.link, self.store, self.orders = link, store, orders
+        self.settings: Settings = store.settings
+        self._rq_beat = beat
+        self._bound = hard_rss(self.settings)
+        self.begun = time.monotonic()
+        self.fetch_s = 0.0
+        self._file_sha: str | None = None
+        self._started: float | None = None
+        self._progressed = self.begun
+        self._seconds = 0.0
+        self._others = 0
+        self._progress: Progress | None = None
+        self._partial: Verdict | None = None
+        self._beaten = self.begun
+        self._planned: Ending | None = None
+        self._kill_at: float | None = None
+
+    # the walk
+
+    def walk(self) -> Ending:
+        """Take the job through; the folder it was fetched into is gone afterwards."""
+        self.orders.stopped = ""
+        if not self.body.fetches:
+            return self._in_child(Path())
+        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self.link.folder))
+        try:
+            path, early = self._fetched(folder)
+            return early or self._in_child(path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _fetched(self, folder: Path) -> tuple[Path, Ending | None]:
+        """The media as a local file; heartbeats go on while a thread fetches it."""
+        from worker.service.fetch import fetch
+
+        job, stop, found = self.claim.job, threading.Event(), _Found()
+        self._progress = Progress(stage="fetch", percent=0)
+
+        def work() -> None:
+            try:
+                found.file = fetch(
+                    job.media,
+                    folder,
+                    tenant=job.tenant,
+                    settings=self.settings,
+                    cancelled=stop.is_set,
+                )
+            except BaseException as error:  # noqa: BLE001  carried over to the parent's thread
+                found.error = error
+            found.done.set()
+            self.orders.wake()
+
+        threading.Thread(target=work, name="fetch", daemon=True).start()
+        while not found.done.is_set():
+            self._wait(listen=False)
+            self._judge()
+            if self._planned is not None:
+                stop.set()
+                if self._planned.kind in {"hand_back", "lost"} or self._overdue():
+                    return Path(), self._planned  # the thread notices its event by itself
+        self.fetch_s = time.monotonic() - self.begun
+        if self._planned is not None:
+            return Path(), self._planned
+        if found.file is None:
+            return Path(), _fetch_ending(found.error)
+        self._file_sha = found.file.sha256
+        return found.file.path, None
+
+    def _in_child(self, path: Path) -> Ending:
+        claim = self.claim
+        self.link.say(
+            wire.Run(
+                job_id=claim.job_id,
+                function=self.function,
+                path=str(path),
+                job=claim.job.model_dump_json(by_alias=True),
+                attempt=claim.attempt,
+                sha256=self._file_sha or "",
+                fetch_ms=self.fetch_s * 1000,
+                alone=claim.alone,
+            )
+        )
+        self._progressed = time.monotonic()
+        while True:
+            said = self._wait(listen=True)
+            for message in said or ():
+                ending = self._heard(message)
+                if ending is not None:
+                    return ending
+            if said is None:
+                return self._gone()
+            self._judge()
+            if self._planned is not None and self._overdue():
+                self._force()
+
+    def _heard(self, message: wire.Message) -> Ending | None:
+        match message:
+            case wire.Started():
+                self._started = self._progressed = time.monotonic()
+            case wire.Company(others=others):
+                self._others = others
+                self._beat(alone=others == 0)
+            case wire.Advanced():
+                self._advanced(message)
+            case wire.Done(job_id=self.claim.job_id):
+                return self._done(message)
+            case wire.Failed(job_id=self.claim.job_id):
+                return self._planned or self._failed(message)
+            case _:
+                pass
+        return None
+
+    def _advanced(self, message: wire.Advanced) -> None:
+        self._progressed = time.monotonic()
+        try:
+            self._progress = Progress.model_validate_json(message.progress)
+            if message.partial:
+                self._partial = Verdict.model_validate_json(message.partial)
+        except ValidationError as error:
+            log.warning("child.misunderstood", job_id=self.claim.job_id, error=str(error)[:300])
+        self._seconds = max(self._seconds, message.seconds)
+
+    def _done(self, message: wire.Done) -> Ending:
+        """A verdict counts only if it is one, and about this job."""
+        if self._planned is not None and self._planned.kind != "hand_back":
+            return self._planned
+        try:
+            verdict = Verdict.model_validate_json(message.verdict)
+            evidence = Evidence.model_validate_json(message.evidence)
+        except ValidationError as error:
+            return self._liar(f"its verdict is not ralf.verdict/1: {str(error)[:300]}")
+        if verdict.job_id != self.claim.job_id:
+            return self._liar(f"its verdict is about {verdict.job_id}")
+        return Ending("verdict", verdict=verdict, evidence=evidence)
+
+    def _liar(self, why: str) -> Ending:
+        self.link.kill()
+        self.link.closed()
+        return Ending.of(DecoderCrashed(f"the child cannot be trusted: {why}"), alone=self._alone)
+
+    def _failed(self, message: wire.Failed) -> Ending:
+        kind = by_code().get(message.code)
+        if kind is None:  # it stopped without being asked, as a leaving child does
+            return Ending("hand_back", message.code, message.message)
+        return Ending.of(kind(message.message), detail=self.link.last_words(), alone=self._alone)
+
+    @property
+    def _alone(self) -> bool:
+        return self._others == 0
+
+    def _gone(self) -> Ending:
+        """The child died: by our hand as planned, before the job's turn, or in the job."""
+        how = self.link.closed()
+        if self._planned is not None:
+            return self._planned
+        if self.orders.stopped:
+            reason, self.orders.stopped = self.orders.stopped, ""
+            if reason == "stop-job":
+                return Ending("failure", "cancelled", "an operator stopped the job")
+            return Ending("hand_back", "child_killed", "an operator killed the child")
+        if self._started is None:
+            return Ending("hand_back", "child_left", f"the child {how} before the job's turn")
+        error = DecoderCrashed(f"the child {how} in the middle of the job")
+        return Ending.of(error, detail=self.link.last_words(), alone=self._alone)
+
+    # waiting and judging
+
+    def _wait(self, *, listen: bool) -> list[wire.Message] | None:
+        """Until something happens, or it is time to look at the clock; None: the child has gone."""
+        if listen and not self.link.alive:
+            return None
+        watched: list[Any] = [self.orders, self.link] if listen else [self.orders]
+        ready, _, _ = select.select(watched, [], [], TURN_S)
+        if self.orders in ready:
+            self.orders.drained()
+        return self.link.hear() if self.link in ready else []
+
+    def _judge(self) -> None:
+        """Look at the clock, the lease, the child's memory and the orders; plan an early end."""
+        now = self.orders.pulse = time.monotonic()
+        if now - self._beaten >= min(BEAT_S, self.settings.heartbeat_s):
+            self._beat()
+            self._rq_beat()
+        if self._planned is not None and self._planned.kind != "hand_back":
+            return
+        late = self._too_late(now)
+        if late is not None:
+            self._plan(late, grace=0.0 if late.kind == "crash" else CANCEL_GRACE_S)
+        elif self._planned is None and self._must_drain(now):
+            self._plan(Ending("hand_back", "drained", "the worker is stopping"), grace=0.0)
+
+    def _too_late(self, now: float) -> Ending | None:
+        settings, deadline = self.settings, self.claim.job.deadline
+        if deadline is not None and datetime.now(UTC) >= deadline:
+            return Ending.of(DeadlinePassed(f"the deadline {deadline} passed while the job ran"))
+        if self._started is None:
+            return None
+        limit = settings.timeout_most_s
+        if self._seconds > 0:
+            wanted = settings.timeout_base_s + settings.timeout_per_video_s * self._seconds
+            limit = min(max(wanted, settings.timeout_least_s), settings.timeout_most_s)
+        error: Crashed | None = None
+        if now - self._started > limit:
+            error = Hung(f"ran for more than {limit:g} s; a clip of this length gets no more")
+        elif now - self._progressed > settings.hang_s:
+            error = Hung(f"no progress for {settings.hang_s:g} s; the child was killed")
+        elif (rss := self.link.rss()) > self._bound:
+            error = DecoderCrashed(f"its child held {rss} bytes; at most {self._bound} are allowed")
+        return None if error is None else Ending.of(error, alone=self._alone)
+
+    def _must_drain(self, now: float) -> bool:
+        since = self.orders.drain_since
+        over = since is not None and now - since > self.settings.grace_s
+        return over or self.orders.hurry
+
+    def _plan(self, ending: Ending, *, grace: float) -> None:
+        self._planned = ending
+        self._kill_at = time.monotonic() + grace
+        if self._started is not None or grace:
+            self.link.say(wire.Cancel(self.claim.job_id))
+
+    def _overdue(self) -> bool:
+        return self._kill_at is not None and time.monotonic() >= self._kill_at
+
+    def _force(self) -> None:
+        """The grace is over. A shared child is spared while others' jobs run well in it."""
+        assert self._planned is not None
+        if self.link.shared and self._planned.kind == "hand_back":
+            self.link.closed()
+        else:
+            self.link.kill()
+            self.link.closed()
+
+    def _beat(self, *, alone: bool | None = None) -> None:
+        """Prove that the job runs; hear whether it should go on."""
+        self._beaten = time.monotonic()
+        progress, self._progress = self._progress, None
+        partial, self._partial = self._partial, None
+        try:
+            order = self.store.beat(
+                self.claim,
+                progress=progress,
+                partial=partial,
+                alone=alone,
+                file_sha=self._file_sha,
+            )
+        except RedisError as error:  # the job goes on; its lease has some beats to spare
+            log.warning("redis.unreachable", job_id=self.claim.job_id, error=str(error))
+            return
+        if self._planned is not None:
+            return
+        if order == "cancel":
+            self._plan(
+                Ending("failure", "cancelled", "cancelled by the client"), grace=CANCEL_GRACE_S
+            )
+        elif order == "lost":
+            self._plan(Ending("lost", "lease_lost", "another worker has the job"), grace=0.0)
+
+    # the ending
+
+    def settle(self, ending: Ending) -> str:
+        """Write the ending to the store, once; says what became of the job."""
+        claim, store = self.claim, self.store
+        failure = Failure(
+            code=ending.code or "none", message=ending.message, attempts=claim.attempt
+        )
+        outcome: str = ending.kind
+        match ending.kind:
+            case "verdict":
+                assert ending.verdict is not None
+                ended = store.end(claim, ending.verdict, evidence=ending.evidence)
+                outcome = "succeeded" if ended else "lost"
+            case "failure":
+                outcome = (
+                    _STATES.get(ending.code, "failed") if store.end(claim, failure) else "lost"
+                )
+            case "retry":
+                outcome = store.retry(claim, failure)
+            case "crash":
+                outcome = store.crashed(
+                    claim,
+                    code=ending.code,
+                    message=ending.message,
+                    detail=ending.detail,
+                    alone=ending.alone,
+                    file_sha=self._file_sha,
+                )
+                outcome = "crashed" if outcome == "retried" else outcome
+            case "hand_back":
+                outcome = store.hand_back(claim)
+                outcome = "handed_back" if outcome == "retried" else outcome
+            case "lost":
+                pass
+        self._report(ending, outcome)
+        return outcome
+
+    def _report(self, ending: Ending, outcome: str) -> None:
+        now = time.monotonic()
+        wait = (datetime.now(UTC) - self.claim.job.submitted_at).total_seconds()
+        telemetry.job_finished(
+            telemetry.Finish(
+                job=self.claim.job,
+                outcome=outcome,
+                attempt=self.claim.attempt,
+                total_s=now - self.begun,
+                wait_s=max(0.0, wait - (now - self.begun)),
+                fetch_s=self.fetch_s,
+                code=ending.code,
+                message=ending.message,
+                verdict=ending.verdict,
+            )
+        )
+
+
+_STATES = {"cancelled": "cancelled", "deadline_passed": "expired"}
+
+
+class _Found:
+    """What the fetching thread came back with."""
+
+    def __init__(self) -> None:
+        self.file: Fetched | None = None
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+
+
+def _fetch_ending(error: BaseException | None) -> Ending:
+    if isinstance(error, JobError):
+        return Ending.of(error)
+    if isinstance(error, Cancelled):
+        return Ending("failure", "cancelled", "cancelled by the client")
+    log.error("fetch.broke", error=repr(error))
+    return Ending.of(FetchFailed(f"{type(error).__name__}: {error}"))

@@ -1,0 +1,436 @@
+"""The RQ worker whose horse never leaves the stable: one warm child in place of a fork per job.
+
+RQ's own worker forks for each job, and CUDA does not survive a fork; its SimpleWorker sends no
+heartbeat during a job and cannot interrupt native code.  This one keeps RQ's loop, names and
+registries, so that `rq info`, `rq suspend` and stop-job work, and overrides what RQ 2.12 lets one
+override: dequeue, execute_job, heartbeats, kill_horse, request_stop.
+
+    dequeue   BLMOVE into RQ's intermediate list: a job popped by a worker that dies is found there
+    check     the function must be on our list, the payload JSON, the argument the job's own id
+    begin     the store's claim, RQ's registries in one pipeline
+    errand    fetch, child, ending: see errand.py
+    settle    the store's one script, then RQ's registries again
+
+No signal handler and no other thread touches Redis or the child's socket: they leave an order and
+wake the loop.  One queue per process, which is what RQ's safe dequeue needs.  RQ's callbacks,
+webhooks, dependents, retries and results are not used, whatever a queue's entry may say.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import uuid
+import zlib
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import structlog
+from redis.exceptions import RedisError, ResponseError
+from rq import Queue, Worker, worker_registration
+from rq.executions import Execution
+from rq.job import Job as RqJob
+from rq.job import JobStatus
+from rq.serializers import JSONSerializer
+from rq.suspension import is_suspended
+from rq.utils import now as utc_now
+from rq.utils import utcformat
+from rq.worker import WorkerStatus
+
+from worker.contract import Failure, Priority
+from worker.errors import ModelUnavailable
+from worker.service import wire
+from worker.service.errand import Ending, Errand, Orders
+from worker.service.jobs import Body
+from worker.service.link import Link
+from worker.service.store import Store
+from worker.telemetry import METRICS, Metrics
+
+log = structlog.get_logger()
+
+POP_S = 1
+"""An idle worker blocks in Redis for so long, then looks around: signals, child, refill."""
+LOAD_TRIES = 5
+_JOB_ID = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+REFUSED_TTL_S = 86400
+
+
+class Horse(Worker):  # type: ignore[misc]  # rq is untyped
+    """One worker process: takes one job at a time to its child."""
+
+    _stop_requested: bool
+    _stopped_job_id: str | None
+
+    def __init__(
+        self,
+        store: Store,
+        link: Link,
+        *,
+        priority: Priority,
+        table: dict[str, Body],
+        orders: Orders | None = None,
+        metrics: Metrics = METRICS,
+    ) -> None:
+        self.store, self.link, self.table, self.metrics = store, link, table, metrics
+        self.settings = store.settings
+        self.priority: Priority = priority
+        self.orders = orders or Orders()
+        self.broken = False
+        """Whether the loop ended for a fault of ours; the process then exits with an error."""
+        self._ttl = max(1, round(self.settings.heartbeat_ttl_s))
+        self._beaten = self._looked = -1e9
+        self._current: RqJob | None = None
+        name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        super().__init__(
+            [store.queue(priority)],
+            name=re.sub(r"[^A-Za-z0-9_-]", "-", name),
+            connection=store.redis,
+            serializer=JSONSerializer,
+            worker_ttl=self._ttl,
+            job_monitoring_interval=max(1, round(self.settings.heartbeat_s)),
+            log_job_description=False,
+        )
+        self.queue: Queue = self.queues[0]
+
+    # RQ's loop, bent to ours
+
+    def bootstrap(self, *_: Any, **__: Any) -> None:
+        """RQ's, without its log handlers: structlog has the floor."""
+        self.register_birth()
+        self.subscribe()
+        self.set_state(WorkerStatus.STARTED)
+        log.info("worker.started", worker=self.name, queue=self.queue.name, pid=os.getpid())
+
+    @property
+    def should_run_maintenance_tasks(self) -> bool:
+        """The janitor does what is needed, sooner."""
+        return False
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """`rq suspend` holds this worker too; asked at most once a second."""
+        if time.monotonic() - self._looked < 1:
+            return
+        self._looked = time.monotonic()
+        while not self._stop_requested and is_suspended(self.connection, self):
+            self.set_state(WorkerStatus.SUSPENDED)
+            self._look_around()
+            time.sleep(POP_S)
+
+    def dequeue_job_and_maintain_ttl(
+        self, timeout: int | None, max_idle_time: int | None = None
+    ) -> tuple[RqJob, Queue] | None:
+        """The next entry of the queue; None to end the loop (stopping, or a burst is over)."""
+        idle_since = time.monotonic()
+        while not self._stop_requested:
+            try:
+                self.stable()
+                self._look_around()
+                if self._stop_requested:
+                    break
+                job = self._pop(block=timeout is not None)
+            except RedisError as error:
+                self._wait_for_redis(error)
+                continue
+            if job is not None:
+                return job, self.queue
+            if timeout is None:
+                return None
+            if max_idle_time is not None and time.monotonic() - idle_since >= max_idle_time:
+                return None
+        return None
+
+    def _look_around(self) -> None:
+        self.orders.pulse = time.monotonic()
+        self.heartbeat()
+
+    def _pop(self, *, block: bool) -> RqJob | None:
+        source, popped = self.queue.key, self.queue.intermediate_queue_key
+        if block:
+            job_id = self.connection.blmove(source, popped, POP_S)
+        else:
+            job_id = self.connection.lmove(source, popped)
+        if job_id is None:
+            if not self.store.refill(self.priority):
+                return None
+            job_id = self.connection.lmove(source, popped)
+        return None if job_id is None else self._entry(job_id)
+
+    def _entry(self, job_id: bytes) -> RqJob | None:
+        """RQ's job of that id, of which only `data` is ever read; nonsense is thrown away."""
+        text = job_id.decode(errors="replace")
+        if not _JOB_ID.match(text):
+            log.error("job.refused", job_id=text[:80], reason="not an id that Ralf gives")
+            self.metrics.refused.inc()
+            self.connection.lrem(self.queue.intermediate_queue_key, 0, job_id)
+            return None
+        job = RqJob(text, connection=self.connection, serializer=self.serializer)
+        job.origin = self.queue.name
+        return job
+
+    def _wait_for_redis(self, error: RedisError) -> None:
+        log.warning("redis.unreachable", error=str(error))
+        self.orders.pulse = time.monotonic()
+        time.sleep(1.0)
+
+    # one job
+
+    def execute_job(self, job: RqJob, queue: Queue) -> None:
+        """Check, claim, run, settle; whatever the job does, the worker goes on."""
+        try:
+            self._execute(job)
+        except RedisError as error:
+            # The claim, if there was one, runs out, and the janitor puts the job back.
+            self._wait_for_redis(error)
+        except BaseException:
+            self.broken = True
+            raise
+
+    def _execute(self, job: RqJob) -> None:
+        raw = self._raw(job)
+        function, fault = self._checked(job, raw)
+        claim = self.store.begin(job.id, self.name, alone=not self.link.shared)
+        if claim is not None and raw is None:
+            self.store.hand_back(claim)  # RQ's entry was deleted; this writes it anew
+            return
+        if fault:
+            if claim is not None:
+                self.store.end(claim, Failure(code="bad_request", message=fault))
+            self._refuse(job, fault)
+        if fault or claim is None:
+            return
+        self._register(job)
+        ended = False
+        try:
+            errand = Errand(
+                claim,
+                self.table[function],
+                function,
+                link=self.link,
+                store=self.store,
+                orders=self.orders,
+                beat=self.heartbeat,
+            )
+            ending = errand.walk()
+            ended = self._settled(errand, ending)
+        finally:
+            self._unregister(job, well=ended)
+
+    def _raw(self, job: RqJob) -> bytes | None:
+        """RQ's payload; None when the entry is gone."""
+        try:
+            raw: bytes | None = self.connection.hget(job.key, "data")
+        except ResponseError:  # somebody put another type there
+            raw = b""
+        return raw
+
+    def _checked(self, job: RqJob, raw: bytes | None) -> tuple[str, str]:
+        """The function's name, and what is wrong with the entry, if anything is."""
+        if raw is None:
+            return "", "its entry in Redis has no data"
+        try:
+            function, instance, arguments, keywords = json.loads(_inflated(raw))
+        except (ValueError, TypeError, zlib.error):
+            return "", "its payload is not RQ's JSON of function, instance, arguments, keywords"
+        if not isinstance(function, str) or function not in self.table:
+            listed = ", ".join(sorted(self.table))
+            return "", f"its function is {str(function)[:80]!r}; this worker runs only {listed}"
+        if instance is not None or arguments != [job.id] or keywords != {}:
+            return "", "its arguments should be its own id and nothing else"
+        return function, ""
+
+    def _refuse(self, job: RqJob, fault: str) -> None:
+        """Failed in RQ's eyes too, without running any callback or webhook that it names."""
+        log.error("job.refused", job_id=job.id, reason=fault)
+        self.metrics.refused.inc()
+        with self.connection.pipeline() as pipe:
+            pipe.delete(job.key)
+            pipe.hset(
+                job.key,
+                mapping={
+                    "status": JobStatus.FAILED.value,
+                    "origin": self.queue.name,
+                    "data": zlib.compress(b'["refused", null, [], {}]'),
+                    "description": "refused",
+                    "exc_info": zlib.compress(f"refused: {fault}".encode()),
+                    "created_at": utcformat(utc_now()),
+                    "ended_at": utcformat(utc_now()),
+                    "worker_name": self.name,
+                },
+            )
+            pipe.expire(job.key, REFUSED_TTL_S)
+            pipe.zadd(job.failed_job_registry.key, {job.id: int(time.time()) + REFUSED_TTL_S})
+            pipe.lrem(self.queue.intermediate_queue_key, 0, job.id)
+            self.increment_failed_job_count(pipe)
+            pipe.execute()
+
+    def _settled(self, errand: Errand, ending: Ending) -> bool:
+        """Write the ending, as often as Redis needs to be asked: a verdict is not thrown away."""
+        while True:
+            try:
+                return errand.settle(ending) in {"succeeded", "cancelled", "expired"}
+            except RedisError as error:
+                if self.orders.hurry:
+                    raise
+                self._wait_for_redis(error)
+
+    def _register(self, job: RqJob) -> None:
+        with self.connection.pipeline(transaction=False) as pipe:
+            self.execution = Execution.create(job, self._ttl, pipe, worker_name=self.name)
+            self.set_state(WorkerStatus.BUSY, pipeline=pipe)
+            self.set_current_job_id(job.id, pipeline=pipe)
+            pipe.execute()
+        self._current = job
+        self._horse_pid = self.link.pid
+        self._began = utc_now()
+        self.metrics.running.set(1)
+
+    def _unregister(self, job: RqJob, *, well: bool) -> None:
+        self.metrics.running.set(0)
+        self.metrics.child_rss.set(self.link.rss())
+        self._horse_pid, self._current = 0, None
+        spent: timedelta = utc_now() - self._began
+        with self.connection.pipeline(transaction=False) as pipe:
+            self.cleanup_execution(job, pipe)
+            self.set_state(WorkerStatus.IDLE, pipeline=pipe)
+            (self.increment_successful_job_count if well else self.increment_failed_job_count)(pipe)
+            self.increment_total_working_time(spent, pipe)
+            pipe.execute()
+
+    # the child
+
+    def start(self) -> None:
+        """The first child; a model that cannot be loaded is told at once, not tried again."""
+        self._install_signal_handlers()
+        why = self._load()
+        if why:
+            raise ModelUnavailable(f"the child could not load its model: {why}")
+
+    def stable(self) -> None:
+        """See to a child that is ready before a job is taken; heartbeats go on while it loads."""
+        self._notice()
+        if self.link.ready is not None:
+            reason = self.link.worn()
+            if not reason:
+                return
+            log.info("child.recycled", reason=reason, jobs=self.link.jobs_done, rss=self.link.rss())
+            self.metrics.restarts.labels(reason).inc()
+            self.link.retire()
+        self.metrics.ready.set(0)
+        for tried in range(1, LOAD_TRIES + 1):
+            why = self._load()
+            if not why or self._stop_requested:
+                return
+            log.error("child.unready", tried=tried, error=why)
+            self.metrics.restarts.labels("load").inc()
+            self._rest(min(2.0**tried, 30.0) if tried < LOAD_TRIES else 0.0)
+        self.broken = True
+        raise ModelUnavailable(f"the child could not load its model {LOAD_TRIES} times: {why}")
+
+    def _notice(self) -> None:
+        """A child may die between jobs as well."""
+        if self.link.alive and self.link.wait(0) is None:
+            log.warning("child.died", how=self.link.closed())
+
+    def _load(self) -> str:
+        """Start the child and wait until it is ready; says why it is not."""
+        self.link.open()
+        end = time.monotonic() + self.settings.child_start_timeout_s
+        while self.link.ready is None and not self._stop_requested:
+            said: list[wire.Message] | None = self.link.wait(min(0.5, end - time.monotonic()))
+            self._look_around()
+            if said is None or self.link.refusal:
+                how = self.link.closed()
+                return self.link.refusal or f"it {how}: {self.link.last_words()[-300:]}"
+            if time.monotonic() > end:
+                self.link.kill()
+                self.link.closed()
+                return f"it was not ready after {self.settings.child_start_timeout_s:g} s"
+        if self.link.ready is not None:
+            facts = json.loads(self.link.ready.facts)
+            self.metrics.engine_is(facts)
+            self.metrics.ready.set(1)
+            self.metrics.child_rss.set(self.link.rss())
+            log.info("child.ready", pid=self.link.pid, rss=self.link.rss(), **facts)
+        return ""
+
+    def _rest(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._stop_requested:
+            self._look_around()
+            time.sleep(0.1)
+
+    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
+        """RQ's commands stop-job and kill-horse, from its listening thread."""
+        self.orders.stopped = "stop-job" if self._stopped_job_id else "kill-horse"
+        self._stopped_job_id = None
+        self.link.kill()
+
+    # heartbeats
+
+    def get_heartbeat_ttl(self, job: RqJob) -> int:
+        """The same for every job, however long it may take."""
+        return self._ttl
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """RQ's records of this worker and its job stay alive; at most each heartbeat_s."""
+        early = time.monotonic() - self._beaten < self.settings.heartbeat_s
+        if early or self.birth_date is None:
+            return
+        job = self._current
+        try:
+            with self.connection.pipeline(transaction=False) as pipe:
+                pipe.hset(self.key, "last_heartbeat", utcformat(utc_now()))
+                pipe.expire(self.key, self._ttl)
+                if job is not None and self.execution is not None:
+                    self.execution.heartbeat(job.started_job_registry, self._ttl, pipeline=pipe)
+                forgotten = pipe.execute()[0] == 1
+            if forgotten:  # paused for long, or Redis lost it
+                self.last_heartbeat = utc_now()
+                with self.connection.pipeline() as pipe:
+                    pipe.hset(self.key, mapping=self.serialize())
+                    worker_registration.register(self, pipe)
+                    pipe.execute()
+        except RedisError as error:
+            log.warning("redis.unreachable", error=str(error))
+            return
+        self._beaten = time.monotonic()
+
+    # stopping
+
+    def _install_signal_handlers(self) -> None:
+        """Only from the main thread, as signal() demands; a test may run the loop elsewhere."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.request_stop)
+            signal.signal(signal.SIGTERM, self.request_stop)
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """The first signal drains: the job may end within grace_s. The second hands it back."""
+        if self._stop_requested:
+            self.orders.hurry = True
+        else:
+            self._stop_requested = True
+            self.orders.drain_since = time.monotonic()
+        self.orders.wake()
+
+    def teardown(self) -> None:
+        """Leave nothing behind but the job's state."""
+        try:
+            super().teardown()
+        except RedisError as error:
+            log.warning("redis.unreachable", error=str(error))
+        log.info("worker.stopped", worker=self.name, broken=self.broken)
+
+
+def _inflated(raw: bytes) -> bytes:
+    """RQ compresses its payloads; our store's script does not. A bomb is not inflated."""
+    if raw[:1] != b"\x78":
+        return raw
+    inflater = zlib.decompressobj()
+    data = inflater.decompress(raw, 65536)
+    if inflater.unconsumed_tail:
+        raise ValueError("the payload is larger than any of ours")
+    return data

