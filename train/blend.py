@@ -69,7 +69,8 @@ def forge(
         raise ValueError(f"family should be one of {', '.join(FAMILIES)}; got {family!r}")
     target = image.astype(np.float32)
     if family == "boundary":
-        return _banded(target, face, rng)
+        out, mask = _banded(target, face, rng)
+        return _as_coloured(out, image), mask
     if family == "swap":
         if donor is None:
             raise ValueError("a swap needs a donor: pass donor=Portrait(image, face)")
@@ -80,7 +81,14 @@ def forge(
     if family == "self_blend" and rng.random() < 0.5:
         # Either side of the border may be the odd one; the picture around it then carries it.
         source, target = target, sources.shift(target, rng)
-    return to_u8(target + (source - target) * mask[..., None]), mask
+    return _as_coloured(target + (source - target) * mask[..., None], image), mask
+
+
+def _as_coloured(out: Pixels, image: Image) -> Image:
+    """Whole values; a grey picture stays grey, or a tint would tell what nothing else does."""
+    channels = image[::4, ::4].astype(np.int16)
+    grey = np.abs(channels - channels[..., 1:2]).max() <= 3
+    return to_u8(np.repeat((out @ sources.LUMA)[..., None], 3, axis=-1) if grey else out)
 
 
 def _moved(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
@@ -131,7 +139,7 @@ def _mask(
     return resize(soft * np.float32(opacity), size[0], size[1], antialias=False)
 
 
-def _banded(target: Pixels, face: FaceGeometry, rng: np.random.Generator) -> tuple[Image, Pixels]:
+def _banded(target: Pixels, face: FaceGeometry, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     """The held-out family: an ellipse, not a hull; bands of a pyramid, not one feather."""
     height, width = target.shape[:2]
     source = sources.displace(sources.tint(target, rng), face, rng)
@@ -151,4 +159,4 @@ def _banded(target: Pixels, face: FaceGeometry, rng: np.random.Generator) -> tup
         out += (b - low_b) + ((a - low_a) - (b - low_b)) * m[..., None]
         a, b, m = low_a, low_b, blur(m, sigma)
     out += b + (a - b) * m[..., None]
-    return to_u8(out), blur(mask, 2.0 ** (levels - 1))
+    return out, blur(mask, 2.0 ** (levels - 1))
