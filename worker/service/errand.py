@@ -286,6 +286,9 @@ class Errand:
         return Ending.of(DecoderCrashed(f"the child cannot be trusted: {why}"), alone=self._alone)
 
     def _failed(self, message: wire.Failed) -> Ending:
+        if message.fatal:
+            self.link.kill()
+            self.link.closed()
         kind = by_code().get(message.code)
         if kind is None:  # it stopped without being asked, as a leaving child does
             return Ending("hand_back", message.code, message.message)

@@ -111,14 +111,17 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         return False
 
     def check_for_suspension(self, burst: bool) -> None:
+        """Asked at each turn of the dequeue, not only once before it."""
+
+    def _suspended(self) -> bool:
         """`rq suspend` holds this worker too; asked at most once a second."""
-        if time.monotonic() - self._looked < 1:
-            return
+        if time.monotonic() - self._looked < POP_S:
+            return False
         self._looked = time.monotonic()
-        while not self._stop_requested and is_suspended(self.connection, self):
-            self.set_state(WorkerStatus.SUSPENDED)
-            self._look_around()
-            time.sleep(POP_S)
+        if not is_suspended(self.connection, self):
+            return False
+        time.sleep(POP_S)
+        return True
 
     def dequeue_job_and_maintain_ttl(
         self, timeout: int | None, max_idle_time: int | None = None
@@ -131,6 +134,8 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
                 self._look_around()
                 if self._stop_requested:
                     break
+                if self._suspended():
+                    continue
                 job = self._pop(block=timeout is not None)
             except RedisError as error:
                 self._wait_for_redis(error)
@@ -215,6 +220,8 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
                 beat=self.heartbeat,
             )
             ending = errand.walk()
+            if not self.link.alive:
+                self.metrics.restarts.labels(ending.code or "died").inc()
             ended = self._settled(errand, ending)
         finally:
             self._unregister(job, well=ended)
@@ -334,6 +341,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         """A child may die between jobs as well."""
         if self.link.alive and self.link.wait(0) is None:
             log.warning("child.died", how=self.link.closed())
+            self.metrics.restarts.labels("died").inc()
 
     def _load(self) -> str:
         """Start the child and wait until it is ready; says why it is not."""

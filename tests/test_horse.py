@@ -1,0 +1,664 @@
+"""Workers as real processes on a real Redis: whatever dies, each job has one end."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq.command import send_stop_job_command
+from rq.job import Job as RqJob
+from rq.registry import FailedJobRegistry, StartedJobRegistry
+from rq.suspension import resume, suspend
+
+from tests.redis_server import RedisServer
+from worker.contract import Job, Media
+from worker.service import jobs
+from worker.service.records import Status
+from worker.service.serve import as_environment
+from worker.service.store import Store, connect
+from worker.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ("--bodies", "test")
+QUICK = Settings(
+    heartbeat_s=0.3,
+    heartbeat_ttl_s=2.0,
+    janitor_every_s=0.2,
+    reclaim_after_s=1.0,
+    hang_s=30.0,
+    retry_delays_s=(0.1,),
+    grace_s=5.0,
+    log_format="json",
+)
+
+
+class Service:
+    """Some workers on a queue of their own, and what a test does to them."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        prefix = f"t{uuid.uuid4().hex[:8]}:"
+        self.settings = replace(settings, redis_url=url, redis_prefix=prefix)
+        self.redis = Redis.from_url(url)
+        self.store = Store(connect(url), self.settings)
+        self.queue = self.store.queue("default")
+        self.workers: list[subprocess.Popen[bytes]] = []
+
+    def worker(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """One more worker, up when this returns."""
+        before = self.store.counts().workers["default"]
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "worker.service.serve",
+                "worker",
+                "--bodies",
+                "test",
+                *arguments,
+            ],
+            env=as_environment(self.settings, os.environ),
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+        )
+        self.workers.append(process)
+        until(lambda: self.store.counts().workers["default"] > before, seconds=20)
+        return process
+
+    def submit(self, body: str, tag: str | None = None, **fields: Any) -> str:
+        """A job with a test body; the tag is the body's argument."""
+        job = Job(
+            job_id=uuid.uuid4().hex,
+            token=uuid.uuid4().hex,
+            media=fields.pop("media", Media(uri="file:///nowhere.mp4")),
+            tag=tag,
+            submitted_at=datetime.now(UTC),
+            **fields,
+        )
+        self.store.submit([job], function=jobs.PREFIX + body)
+        return job.job_id
+
+    def status(self, job_id: str) -> Status:
+        """Where the job stands."""
+        status = self.store.status(job_id)
+        assert status is not None
+        return status
+
+    def reaches(self, job_id: str, *states: str, seconds: float = 15) -> Status:
+        """Wait for one of the states."""
+        until(lambda: self.status(job_id).state in states, seconds, lambda: self.status(job_id))
+        return self.status(job_id)
+
+    def runs(self, job_id: str) -> Status:
+        """Wait until the child has told the job's progress."""
+        until(lambda: self.status(job_id).progress is not None, 15, lambda: self.status(job_id))
+        return self.status(job_id)
+
+    def child(self) -> int:
+        """The process id of the only worker's child."""
+        return child_of(self.workers[-1].pid)
+
+    def stop(self) -> list[dict[str, Any]]:
+        """End the workers; gives what they logged."""
+        lines: list[dict[str, Any]] = []
+        for process in self.workers:
+            if process.poll() is None:
+                process.terminate()
+            try:
+                _, said = process.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                _, said = process.communicate()
+            for line in said.decode().splitlines():
+                with suppress(ValueError):
+                    lines.append(json.loads(line))
+        self.workers.clear()
+        return lines
+
+    def close(self) -> None:
+        """Leave nothing running."""
+        self.stop()
+        self.redis.close()
+        self.store.redis.close()
+
+
+def child_of(pid: int) -> int:
+    """The warm child among a worker's children."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"worker.service.child" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return int(child)
+    return 0
+
+
+def until(
+    true: Callable[[], object], seconds: float = 10, shown: Callable[[], object] = lambda: ""
+) -> None:
+    """Wait for it."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s: {shown()}"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def make(redis_server: RedisServer) -> Iterator[Callable[..., Service]]:
+    """Services with settings of their own."""
+    made: list[Service] = []
+
+    def one(**changes: Any) -> Service:
+        made.append(Service(redis_server.url, replace(QUICK, **changes)))
+        return made[-1]
+
+    yield one
+    for service in made:
+        service.close()
+
+
+@pytest.fixture(scope="module")
+def service(redis_server: RedisServer) -> Iterator[Service]:
+    """One worker for the tests that leave it well."""
+    with_roots = replace(QUICK, file_roots=("/",), child_max_rss=2 * 1024**3)
+    service = Service(redis_server.url, with_roots)
+    try:
+        service.worker()
+        yield service
+    finally:
+        service.close()
+
+
+# the ordinary way
+
+
+def test_a_job_becomes_a_verdict_and_rq_is_left_tidy(service: Service):
+    """RQ's registries say what ours say."""
+    job_id = service.submit("trivial", "tagged")
+    service.reaches(job_id, "succeeded")
+    verdict = service.store.verdict(job_id)
+    assert verdict is not None
+    (key,) = service.redis.smembers(f"rq:workers:{service.queue}")
+    until(lambda: service.redis.hget(key, "state") == b"idle")
+
+    assert (verdict.job_id, verdict.tag) == (job_id, "tagged")
+    assert service.redis.lrange(f"rq:queue:{service.queue}:intermediate", 0, -1) == []
+    assert StartedJobRegistry(service.queue, connection=service.redis).get_job_ids() == []
+    assert service.redis.hget(f"rq:job:{job_id}", "status") == b"finished"
+    assert service.redis.hget(key, "current_job") is None
+    assert service.redis.keys(f"rq:execution*:{job_id}*") == []
+
+
+def test_the_fetched_file_reaches_the_child(service: Service, tmp_path: Path):
+    """Fetched by the parent, read by the child, its hash in the verdict."""
+    (tmp_path / "clip.mp4").write_bytes(b"x" * 12345)
+    media = Media(uri=f"file://{tmp_path}/clip.mp4")
+    job_id = service.submit("weigh", media=media)
+    service.reaches(job_id, "succeeded", "failed")
+    verdict = service.store.verdict(job_id)
+
+    assert verdict is not None
+    assert verdict.media.size_bytes == 12345
+
+
+def test_a_denied_fetch_fails_at_once(service: Service):
+    """Never retried."""
+    job_id = service.submit("weigh", media=Media(uri="http://169.254.169.254/latest/meta-data"))
+    status = service.reaches(job_id, "succeeded", "failed")
+
+    assert status.failure is not None
+    assert (status.failure.code, status.attempts) == ("fetch_denied", 1)
+
+
+def test_progress_is_seen_while_the_job_runs(service: Service):
+    """The client's status moves."""
+    job_id = service.submit("sleep", "sleep:2.5")
+    service.runs(job_id)
+    until(lambda: (service.status(job_id).progress or _NONE).percent > 30)
+    assert service.reaches(job_id, "succeeded").attempts == 1
+
+
+class _NONE:
+    percent = 0.0
+
+
+def test_a_transient_failure_is_retried_with_a_charge(service: Service):
+    """The second attempt has its verdict."""
+    job_id = service.submit("oom")
+    status = service.reaches(job_id, "succeeded", "failed")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+
+
+def test_a_lost_device_costs_the_child_and_a_retry(service: Service):
+    """gpu_fatal: the context cannot be repaired, the job can be run again."""
+    before = service.child()
+    job_id = service.submit("poison")
+    status = service.reaches(job_id, "succeeded", "failed")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+    assert service.child() not in {0, before}
+
+
+def test_the_parent_holds_no_torch(service: Service):
+    """Its memory maps show no library of torch, av or CUDA."""
+    maps = Path(f"/proc/{service.workers[0].pid}/maps").read_text()
+
+    assert "python" in maps
+    assert [name for name in ("libtorch", "libav", "libcuda", "numpy") if name in maps] == []
+
+
+# forged entries
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ["os.system", None, ["touch {path}"], {}],
+        [jobs.MODERATE, None, ["{id}"], {}],
+        [jobs.PREFIX + "trivial", None, ["{id}", "more"], {}],
+        [jobs.PREFIX + "trivial", None, ["{id}"], {"sneaky": 1}],
+        [jobs.PREFIX + "trivial", "an instance", ["{id}"], {}],
+        {"not": "a list"},
+    ],
+)
+def test_a_forged_entry_is_refused_failed_and_logged(service: Service, data: Any, tmp_path: Path):
+    """Write access to Redis is not the right to run code."""
+    job_id = uuid.uuid4().hex
+    path = tmp_path / "touched"
+    text = json.dumps(data).replace("{id}", job_id).replace("{path}", str(path))
+    forge(service, job_id, text.encode())
+
+    failed = FailedJobRegistry(service.queue, connection=service.redis)
+    until(lambda: job_id in failed.get_job_ids())
+    assert service.redis.hget(f"rq:job:{job_id}", "status") == b"failed"
+    assert not path.exists()
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+
+
+def forge(service: Service, job_id: str, data: bytes) -> None:
+    """An entry as an attacker would write it, with callbacks and retries."""
+    service.redis.hset(
+        f"rq:job:{job_id}",
+        mapping={
+            "data": data,
+            "origin": service.queue,
+            "status": "queued",
+            "retries_left": "3",
+            "success_callback_name": "os.abort",
+            "failure_callback_name": "os.abort",
+            "created_at": "2026-01-01T00:00:00.000000Z",
+        },
+    )
+    service.redis.rpush(f"rq:queue:{service.queue}", job_id)
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickled_payload_is_never_loaded(service: Service, tmp_path: Path):
+    """The payload is JSON or it is refused."""
+    path, job_id = tmp_path / "touched", uuid.uuid4().hex
+    forge(service, job_id, pickle.dumps((jobs.PREFIX + "trivial", None, (Bomb(path),), {})))
+    failed = FailedJobRegistry(service.queue, connection=service.redis)
+    until(lambda: job_id in failed.get_job_ids())
+
+    assert not path.exists()
+
+
+def test_a_forged_entry_for_a_real_job_gives_it_a_named_end(service: Service, tmp_path: Path):
+    """Tampering is seen by the client, not hidden."""
+    service.redis.set("rq:suspended", 1)
+    try:
+        time.sleep(1.3)
+        job_id = service.submit("trivial")
+        service.redis.hset(f"rq:job:{job_id}", "data", b'["os.system",null,["true"],{}]')
+    finally:
+        service.redis.delete("rq:suspended")
+    status = service.reaches(job_id, "succeeded", "failed")
+
+    assert status.failure is not None
+    assert status.failure.code == "bad_request"
+    assert "os.system" in status.failure.message
+
+
+def test_nonsense_in_the_queue_does_not_stop_the_worker(service: Service):
+    """Ids of no job, of no shape, entries of another type."""
+    for junk in (b"\xff\xfe", b"../../x", b"a" * 70, b"unknown"):
+        service.redis.rpush(f"rq:queue:{service.queue}", junk)
+    service.redis.set("rq:job:string", "not a hash")
+    service.redis.rpush(f"rq:queue:{service.queue}", "string")
+
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+    until(lambda: not service.redis.lrange(f"rq:queue:{service.queue}:intermediate", 0, -1))
+
+
+def test_an_entry_that_lost_its_hash_is_written_anew(service: Service):
+    """Only RQ's copy is gone; the job is ours and still runs."""
+    service.redis.set("rq:suspended", 1)
+    try:
+        time.sleep(1.3)
+        job_id = service.submit("trivial")
+        service.redis.delete(f"rq:job:{job_id}")
+    finally:
+        service.redis.delete("rq:suspended")
+
+    assert service.reaches(job_id, "succeeded", "failed").state == "succeeded"
+
+
+# what dies
+
+
+def test_the_second_crash_quarantines_with_what_is_needed(service: Service):
+    """The child dies twice; the worker stays, and the stack is kept."""
+    worker, job_id = service.workers[0].pid, service.submit("crash")
+    status = service.reaches(job_id, "quarantined")
+    entry = json.loads(service.redis.hget(service.store.key("quarantine"), job_id) or b"{}")
+
+    assert status.attempts == 2
+    assert status.failure is not None
+    assert status.failure.code == "decoder_crashed"
+    assert "SIGABRT" in entry["crashes"][0]["message"]
+    assert "crash" in entry["crashes"][0]["detail"]
+    assert [crash["alone"] for crash in entry["crashes"]] == [True, True]
+    assert service.workers[0].pid == worker and service.workers[0].poll() is None
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+
+
+def test_a_crash_at_the_first_attempt_only_is_forgiven(service: Service):
+    """One crash is retried."""
+    status = service.reaches(service.submit("crash_once"), "succeeded", "quarantined")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+
+
+def test_a_child_killed_in_the_middle_of_a_job_is_replaced(service: Service):
+    """kill -9 on the child: the same worker runs the job again."""
+    job_id = service.submit("sleep", "sleep:1")
+    service.runs(job_id)
+    os.kill(service.child(), signal.SIGKILL)
+    status = service.reaches(job_id, "succeeded", "quarantined")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+
+
+def test_a_worker_killed_in_the_middle_of_a_job_loses_nothing(make: Callable[..., Service]):
+    """kill -9 on the parent: its child dies too, another worker ends the job."""
+    service = make()
+    first = service.worker()
+    child = service.child()
+    job_id = service.submit("sleep", "sleep:1")
+    service.runs(job_id)
+    first.kill()
+    service.worker()
+    status = service.reaches(job_id, "succeeded", "quarantined")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+    until(lambda: not Path(f"/proc/{child}").exists())
+
+
+def test_a_hang_is_ended_though_it_hears_nothing(make: Callable[..., Service]):
+    """No progress for hang_s: killed, counted, quarantined at the second."""
+    service = make(hang_s=0.6)
+    service.worker()
+    status = service.reaches(service.submit("hang"), "quarantined")
+
+    assert status.failure is not None
+    assert (status.failure.code, status.attempts) == ("job_timeout", 2)
+    assert "no progress" in status.failure.message
+
+
+def test_a_job_gets_the_time_of_its_length_and_no_more(make: Callable[..., Service]):
+    """The child tells the clip's seconds; the limit is clamped between least and most."""
+    service = make(
+        timeout_base_s=0.1, timeout_per_video_s=0.01, timeout_least_s=0.3, timeout_most_s=60.0
+    )
+    service.worker()
+    status = service.reaches(service.submit("sleep", "sleep:30"), "quarantined")
+
+    assert status.failure is not None
+    assert "ran for more than 0.4 s" in status.failure.message
+
+
+def test_a_child_above_its_memory_bound_is_killed_in_the_job(make: Callable[..., Service]):
+    """Before the machine's own killer picks a victim."""
+    service = make(child_max_rss=1024**2)
+    service.worker()
+    status = service.reaches(service.submit("sleep", "sleep:30"), "quarantined")
+
+    assert status.failure is not None
+    assert status.failure.code == "decoder_crashed"
+    assert "bytes" in status.failure.message
+
+
+def test_a_child_is_recycled_after_its_jobs(make: Callable[..., Service]):
+    """Between two jobs, without a job noticing."""
+    service = make(child_max_jobs=2)
+    service.worker()
+    children = set()
+    for _ in range(4):
+        job_id = service.submit("sleep", "sleep:0.2")
+        service.reaches(job_id, "running")
+        children.add(service.child())
+        assert service.reaches(job_id, "succeeded").attempts == 1
+
+    assert len(children) == 2
+
+
+def test_a_restart_of_redis_in_the_middle_of_a_job_costs_nothing():
+    """kill -9 on Redis with AOF on: the job ends once, with its verdict."""
+    server = RedisServer(aof=True)
+    server.start()
+    service = Service(server.url, QUICK)
+    try:
+        service.worker()
+        job_id = service.submit("sleep", "sleep:1.5")
+        service.runs(job_id)
+        time.sleep(1.1)  # appendfsync everysec
+        server.kill()
+        time.sleep(0.5)
+        server.start()
+        status = service.reaches(job_id, "succeeded", "failed", "quarantined")
+
+        assert status.state == "succeeded"
+        assert service.redis.xlen(service.store.key("verdicts")) == 1
+        assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+    finally:
+        service.close()
+        server.stop()
+
+
+# cancel, deadline, stop
+
+
+def test_a_running_job_is_cancelled_politely(service: Service):
+    """It stops at its next progress; the child lives on."""
+    child, job_id = service.child(), service.submit("sleep", "sleep:30")
+    service.runs(job_id)
+    assert service.store.cancel(job_id) == "running"
+    service.reaches(job_id, "cancelled", seconds=5)
+
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+    assert service.child() == child
+
+
+def test_a_hang_is_cancelled_by_force(service: Service):
+    """Who does not hear is killed after a short grace, and not counted as a crash."""
+    job_id = service.submit("hang")
+    service.reaches(job_id, "running")
+    service.store.cancel(job_id)
+    status = service.reaches(job_id, "cancelled", seconds=6)
+
+    assert status.attempts == 1
+    assert service.redis.exists(service.store.key("crashes", "job", job_id)) == 0
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+
+
+def test_a_deadline_that_passes_in_the_run_expires_the_job(service: Service):
+    """deadline_passed, not a verdict that nobody waits for."""
+    deadline = datetime.now(UTC) + timedelta(seconds=1)
+    status = service.reaches(
+        service.submit("sleep", "sleep:30", deadline=deadline), "expired", "succeeded"
+    )
+
+    assert status.failure is not None
+    assert (status.state, status.failure.code) == ("expired", "deadline_passed")
+
+
+def test_an_operator_stops_a_job_with_rqs_own_command(service: Service):
+    """send_stop_job_command kills the child; the job is cancelled, the worker stays."""
+    job_id = service.submit("hang")
+    service.reaches(job_id, "running")
+    until(lambda: StartedJobRegistry(service.queue, connection=service.redis).get_job_ids())
+    worker = service.redis.hget(f"rq:job:{job_id}", "worker_name") or b""
+    until(lambda: service.redis.hget(f"rq:worker:{worker.decode()}", "current_job"))
+    send_stop_job_command(service.redis, job_id)
+
+    assert service.reaches(job_id, "cancelled", seconds=5).attempts == 1
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+
+
+def test_rq_suspend_holds_the_worker(service: Service):
+    """No job is taken while it lasts; heartbeats go on."""
+    suspend(service.redis)
+    try:
+        time.sleep(2.3)
+        job_id = service.submit("trivial")
+        time.sleep(1.0)
+        assert service.status(job_id).state == "queued"
+        assert service.store.counts().workers["default"] == 1
+    finally:
+        resume(service.redis)
+    service.reaches(job_id, "succeeded")
+
+
+def test_heartbeats_go_on_during_a_job_whatever_its_timeout(service: Service):
+    """RQ's worker and execution, and our lease, each outlive their TTL by far."""
+    job_id = service.submit("sleep", "sleep:4.5")
+    service.reaches(job_id, "running")
+    started = StartedJobRegistry(service.queue, connection=service.redis)
+    (key,) = service.redis.smembers(f"rq:workers:{service.queue}")
+    end = time.monotonic() + 3.5
+    while time.monotonic() < end:
+        assert 0 < service.redis.pttl(key) <= 2000
+        assert service.redis.zscore(started.key, *_only(service, started.key)) > time.time()
+        time.sleep(0.3)
+
+    assert service.reaches(job_id, "succeeded").attempts == 1
+
+
+def _only(service: Service, key: str) -> list[bytes]:
+    members = service.redis.zrange(key, 0, -1)
+    assert len(members) == 1
+    return members
+
+
+# draining
+
+
+def test_sigterm_lets_the_job_end(make: Callable[..., Service]):
+    """Within the grace; the exit is clean and RQ forgets the worker."""
+    service = make()
+    worker = service.worker()
+    job_id = service.submit("sleep", "sleep:1")
+    service.runs(job_id)
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(10) == 0
+    status = service.status(job_id)
+    assert (status.state, status.attempts) == ("succeeded", 1)
+    assert service.store.counts().workers["default"] == 0
+
+
+def test_an_idle_worker_stops_at_once_and_takes_nothing(make: Callable[..., Service]):
+    """Within a second or so."""
+    service = make()
+    worker = service.worker()
+    start = time.monotonic()
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(10) == 0
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize(("grace", "signals"), [(0.5, 1), (60.0, 2)])
+def test_a_job_that_does_not_end_in_time_is_handed_back_uncharged(
+    make: Callable[..., Service], grace: float, signals: int
+):
+    """When the grace is over, or at once on a second SIGTERM; even one that hangs."""
+    service = make(grace_s=grace)
+    worker = service.worker()
+    job_id = service.submit("hang")
+    service.reaches(job_id, "running")
+    for _ in range(signals):
+        worker.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+
+    assert worker.wait(5) == 0
+    assert service.status(job_id).state == "queued"
+    stored = service.redis.hgetall(service.store.key("job", job_id))
+    assert stored[b"retries"] == b"0"
+    assert service.redis.exists(service.store.key("crashes", "job", job_id)) == 0
+    assert service.store.cancel(job_id) == "cancelled"
+
+
+# several parents, one child
+
+
+def test_a_crash_in_company_blames_nobody(make: Callable[..., Service], tmp_path: Path):
+    """Both are run again; the guilty one alone, where it is counted twice and put aside."""
+    service = make()
+    shared = ("--shared", str(tmp_path / "gpu0"), "--capacity", "2")
+    service.worker(*shared)
+    service.worker(*shared)
+    innocent = service.submit("sleep", "sleep:2")
+    service.runs(innocent)
+    guilty = service.submit("crash", "crash:0.4")
+
+    assert service.reaches(guilty, "quarantined", "succeeded", seconds=30).attempts == 3
+    assert service.reaches(innocent, "succeeded", "quarantined").state == "succeeded"
+    os.kill(int((tmp_path / "gpu0" / "pid").read_text()), signal.SIGKILL)
+
+
+# what is said
+
+
+def test_one_canonical_line_per_run_with_the_trace(make: Callable[..., Service]):
+    """job.finished, once for each attempt, the traceparent on it."""
+    service = make()
+    service.worker()
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    job_id = service.submit("oom", traceparent=trace)
+    service.reaches(job_id, "succeeded")
+    lines = [line for line in service.stop() if line["event"] == "job.finished"]
+
+    assert [line["outcome"] for line in lines] == ["retried", "succeeded"]
+    assert {line["traceparent"] for line in lines} == {trace}
+    assert {line["trace_id"] for line in lines} == {trace.split("-")[1]}
+    assert [line["attempt"] for line in lines] == [1, 2]
+    assert lines[0]["code"] == "gpu_oom"
+    assert lines[1]["label"] == "no_faces"
+
+
+def test_rq_itself_reads_our_entries(service: Service):
+    """`rq info` and dashboards use this class."""
+    job_id = service.submit("trivial")
+    service.reaches(job_id, "succeeded")
+    entry = RqJob.fetch(job_id, connection=service.redis, serializer="json")
+
+    assert entry.func_name == jobs.PREFIX + "trivial"
+    assert entry.origin == service.queue
