@@ -6,7 +6,6 @@ after that checkpoint is cut off first, so that each step stands there once.
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TextIO
@@ -21,46 +20,45 @@ REDRAW_S = 0.2
 
 
 class Journal:
-    """One run's telling; with quiet=True nothing is told (the processes after the first)."""
+    """One run's telling: files into `run`, words onto `stream`; None for either is silence."""
 
-    def __init__(self, run: Path, step: int, *, quiet: bool, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._quiet = quiet
-        self._told_s = 0.0
+    def __init__(self, run: Path | None, step: int, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._told_s = float("-inf")
         self._drawn = False
-        if quiet:
-            return
-        _cut(run / LOG, step)
-        self._log = (run / LOG).open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self._files: tuple[TextIO, SummaryWriter] | None = None
+        if run is not None:
+            _cut(run / LOG, step)
+            board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+            self._files = ((run / LOG).open("a"), board)
 
     def record(self, event: str, step: int, facts: dict[str, float | int | str | None]) -> None:
         """One line of JSON, and each number as a scalar of TensorBoard."""
-        if self._quiet:
+        if self._files is None:
             return
-        line = {"event": event, "step": step, **facts}
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        log, board = self._files
+        log.write(json.dumps({"event": event, "step": step, **facts}) + "\n")
+        log.flush()
         for name, value in facts.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(f"{event}/{name}", value, step)
+                board.add_scalar(f"{event}/{name}", value, step)
 
     def progress(self, text: str) -> None:
         """The live line."""
-        if self._quiet:
+        if self._stream is None:
             return
         live = self._stream.isatty()
-        now = time.monotonic()
-        if now - self._told_s < (REDRAW_S if live else PRINT_S):
+        now_s = time.monotonic()
+        if now_s - self._told_s < (REDRAW_S if live else PRINT_S):
             return
-        self._told_s = now
+        self._told_s = now_s
         self._drawn = live
         self._stream.write(f"\r\x1b[2K{text}" if live else f"{text}\n")
         self._stream.flush()
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._quiet:
+        if self._stream is None:
             return
         self._stream.write(f"\r\x1b[2K{text}\n" if self._drawn else f"{text}\n")
         self._drawn = False
@@ -68,9 +66,8 @@ class Journal:
 
     def close(self) -> None:
         """Flush everything."""
-        if not self._quiet:
-            self._log.close()
-            self._board.close()
+        for file in self._files or ():
+            file.close()
 
 
 def _cut(path: Path, step: int) -> None:

@@ -15,6 +15,7 @@ the validation split.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class Options:
     save_every_s: float = 120.0
     deterministic: bool = False
     quiet: bool = False
+    """No words on stderr; the log is written all the same."""
     started_s: float | None = None
     """On time.monotonic's clock, when the budget began; None: now."""
 
@@ -157,9 +159,12 @@ class _Training:
             set_random_state(found.random[self.ranks.rank], stepper.device)
         else:
             torch.manual_seed(recipe.seed + self.ranks.rank)
+        first = self.ranks.first
         self.journal = Journal(
-            self.run, self.state.step, quiet=options.quiet or not self.ranks.first
-        )  # fmt: skip
+            self.run if first else None,
+            self.state.step,
+            sys.stderr if first and not options.quiet else None,
+        )
         self._announce()
 
     def _announce(self) -> None:

@@ -35,7 +35,8 @@ def optimiser(
     ]
     groups = [group for group in groups if group["params"]]
     if choice.kind == "sgd":
-        return torch.optim.SGD(groups, lr=choice.lr, momentum=choice.betas[0], nesterov=True)
+        momentum = choice.betas[0]
+        return torch.optim.SGD(groups, lr=choice.lr, momentum=momentum, nesterov=momentum > 0)
     kind = torch.optim.AdamW if choice.kind == "adamw" else torch.optim.Adam
     return kind(groups, lr=choice.lr, betas=choice.betas)
 

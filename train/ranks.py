@@ -100,5 +100,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield here()
+        # Nobody leaves while another still talks; after an error there is no waiting for anyone.
+        dist.barrier()
     finally:
         dist.destroy_process_group()

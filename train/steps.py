@@ -147,7 +147,8 @@ class Stepper:
     def _clip(self) -> Tensor:
         clip = self.recipe.optimiser.clip
         every = [p for group in self.main.param_groups for p in group["params"]]
-        return nn.utils.clip_grad_norm_(every, clip if clip is not None else float("inf"))
+        norm = nn.utils.clip_grad_norm_(every, clip if clip is not None else float("inf"))
+        return norm.detach()
 
     def _averaged(self, sums: dict[str, Tensor], share: float) -> dict[str, float]:
         """One transfer for all terms: the guard must see them each step, on every process alike."""

@@ -1,0 +1,655 @@
+"""The loop: it learns, it can be killed, and what it ends with can be had again to the bit."""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import log_loss, roc_auc_score
+from torch import Tensor, nn
+
+from tests.training import Halves, MadeBatch, MadeBatches, StubRalf, environment, tiny
+from train.checkpoint import CheckpointError, load
+from train.diverged import Diverged
+from train.initial import make_network
+from train.journal import Journal
+from train.loop import BEST, LAST, Options, Outcome, train
+from train.losses.objective import Moment, Objective
+from train.optimise import MovingAverage, computed_in, optimiser, rate
+from train.ranks import ALONE
+from train.recipe import Optimiser, Recipe, Schedule
+from train.recipes import RECIPES
+from train.steps import Stepper
+from train.validate import look
+
+DATA = "d" * 64
+QUIET = Options(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, as in the processes that tests start."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def stub_run(
+    run: Path, *, options: Options = QUIET, network: nn.Module | None = None, **changes: Any
+) -> Outcome:
+    """Train the stub with RALF's whole loss."""
+    batches = changes.pop("batches", MadeBatches())
+    validation = changes.pop("validation", [MadeBatches()[100]])
+    if network is None:
+        torch.manual_seed(1)
+        network = StubRalf()
+    recipe = tiny("ralf", **changes)
+    return train(
+        recipe, batches, validation, run, data_sha256=DATA, options=options, network=network
+    )  # fmt: skip
+
+
+def lines(run: Path, event: str) -> list[dict[str, Any]]:
+    """The log's lines of one kind."""
+    every = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in every if line["event"] == event]
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same bits under the same names."""
+    left, right = load(one).tensors, load(other).tensors
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+# At this size ralf and ralf_small_cpu are ralf_small.
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"ralf", "ralf_small_cpu"}))
+def test_each_recipe_overfits_one_batch(name: str, tmp_path: Path):
+    """Network, loss, optimiser and labels agree, or this cannot go down."""
+    recipe = tiny(name, **{"schedule.steps": "15", "optimiser.lr": "3e-3"})
+
+    train(recipe, MadeBatches(only=0), None, tmp_path, data_sha256=DATA, options=QUIET)
+
+    told = lines(tmp_path, "train")
+    assert told[0]["bce"] > 0.4
+    assert told[-1]["bce"] < 0.1
+
+
+def test_what_is_learnt_holds_on_faces_not_seen(tmp_path: Path):
+    """On pictures of other numbers the validation AUC goes to one."""
+    changes = {"schedule.steps": "150", "optimiser.lr": "1e-2", "weight_con": "0", "patience": "none"}
+
+    outcome = stub_run(tmp_path, **changes)
+
+    assert outcome.look is not None
+    assert outcome.look.auc > 0.95
+    assert outcome.state.best is not None and outcome.state.best > 0.95
+
+
+def test_two_runs_are_the_same_run(tmp_path: Path):
+    """Same recipe, same data: same bits."""
+    stub_run(tmp_path / "one", **{"schedule.steps": "6"})
+    stub_run(tmp_path / "other", **{"schedule.steps": "6"})
+
+    assert same_tensors(tmp_path / "one" / LAST, tmp_path / "other" / LAST)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from tests.training import MadeBatches, tiny
+from train.loop import Options, train
+torch.set_num_threads(1)
+recipe = tiny("ralf_small", **{"schedule.steps": "7"})
+train(recipe, MadeBatches(), [MadeBatches()[100]], Path(sys.argv[1]), data_sha256="d" * 64,
+      options=Options(quiet=True, save_every_s=0))
+"""
+
+
+def test_a_run_killed_in_the_middle_ends_with_the_same_bits(tmp_path: Path):
+    """SIGKILL between two steps or in one: network, average, moments, centre, rival, all."""
+    recipe = tiny("ralf_small", **{"schedule.steps": "7"})
+    run = tmp_path / "killed"
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(run)], env=environment())
+    try:
+        deadline_s = time.monotonic() + 90
+        while not ((run / LAST).exists() and load(run / LAST).state.step >= 2):
+            assert child.poll() is None and time.monotonic() < deadline_s
+            time.sleep(0.02)
+    finally:
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+    reached = load(run / LAST).state.step
+    assert 2 <= reached < 7
+
+    def go(where: Path) -> Outcome:
+        return train(
+            recipe, MadeBatches(), [MadeBatches()[100]], where, data_sha256=DATA, options=QUIET
+        )  # fmt: skip
+
+    resumed, whole = go(run), go(tmp_path / "whole")
+
+    assert (resumed.ending, whole.ending) == ("finished", "finished")
+    assert same_tensors(tmp_path / "whole" / LAST, run / LAST)
+    assert same_tensors(tmp_path / "whole" / BEST, run / BEST)
+    for state in (resumed.state, whole.state):
+        assert (state.step, state.faces) == (7, 56)
+    assert resumed.state.best == whole.state.best
+    steps = [line["step"] for line in lines(run, "train")]
+    assert sorted(set(steps)) == steps
+
+
+def test_a_centre_that_moves_by_epochs_survives_a_stop_within_one(tmp_path: Path):
+    """Its running sums are part of the state."""
+    changes = {"loss.centre": "epoch", "loss.alpha": "one", "schedule.steps": "9"}
+    stub_run(tmp_path / "whole", **changes)
+    stop_at(6, tmp_path / "cut", **changes)
+
+    stub_run(tmp_path / "cut", **changes)
+
+    centre = load(tmp_path / "whole" / LAST).tensors["loss.centre.position"]
+    assert centre.abs().sum() > 0
+    assert same_tensors(tmp_path / "whole" / LAST, tmp_path / "cut" / LAST)
+
+
+class Stopping(MadeBatches):
+    """Sends this process a signal when a batch is asked for."""
+
+    def __init__(self, number: int, sent: signal.Signals = signal.SIGTERM) -> None:
+        super().__init__()
+        self.number, self.sent = number, sent
+
+    def __getitem__(self, number: int) -> MadeBatch:
+        if number == self.number:
+            os.kill(os.getpid(), self.sent)
+        return super().__getitem__(number)
+
+
+def stop_at(step: int, run: Path, **changes: Any) -> Outcome:
+    """Train until so many steps are done, then SIGTERM."""
+    return stub_run(run, batches=Stopping(step - 1), **changes)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_between_two_steps(tmp_path: Path, sent: signal.Signals):
+    """The step in hand is finished and saved, and the handlers are put back."""
+    before = signal.getsignal(sent)
+
+    outcome = stub_run(tmp_path, batches=Stopping(4, sent), **{"schedule.steps": "50"})
+
+    assert outcome.ending == "interrupted"
+    assert (outcome.state.step, load(tmp_path / LAST).state.finished) == (5, False)
+    assert before == signal.getsignal(sent)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path):
+    """For the impatient; the last checkpoint stands."""
+
+    class Twice(Stopping):
+        def __getitem__(self, number: int) -> MadeBatch:
+            if number == self.number:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__getitem__(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        stub_run(tmp_path, batches=Twice(2, signal.SIGINT), **{"schedule.steps": "50"})
+
+
+def test_a_run_off_the_main_thread_takes_no_signals(tmp_path: Path):
+    """Python allows handlers only there."""
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(
+        target=lambda: outcomes.append(stub_run(tmp_path, **{"schedule.steps": "2"}))
+    )
+    thread.start()
+    thread.join()
+
+    assert outcomes[0].ending == "finished"
+
+
+def test_out_of_time_leaves_a_whole_checkpoint_and_the_next_command_goes_on(tmp_path: Path):
+    """Two commands end where one would."""
+    changes = {"schedule.steps": "8"}
+    spent = dataclasses.replace(QUIET, minutes=1.0, started_s=time.monotonic() - 61)
+
+    first = stub_run(tmp_path / "cut", options=spent, **changes)
+
+    assert (first.ending, first.state.step) == ("out_of_time", 0)
+    soon = dataclasses.replace(QUIET, minutes=1.0, started_s=time.monotonic() - 59.9)
+    second = stub_run(tmp_path / "cut", options=soon, **changes)
+    assert second.ending in ("out_of_time", "finished")
+    third = stub_run(tmp_path / "cut", **changes)
+    assert third.ending == "finished"
+    stub_run(tmp_path / "whole", **changes)
+    assert same_tensors(tmp_path / "whole" / LAST, tmp_path / "cut" / LAST)
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path):
+    """The same command again neither trains nor looks."""
+    stub_run(tmp_path, **{"schedule.steps": "3"})
+    before = load(tmp_path / LAST)
+
+    again = stub_run(tmp_path, **{"schedule.steps": "3"})
+
+    assert (again.ending, again.look) == ("finished", None)
+    assert before.state == load(tmp_path / LAST).state
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path):
+    """It says what differs, and trains nothing."""
+    stub_run(tmp_path, **{"schedule.steps": "2"})
+
+    with pytest.raises(CheckpointError, match=r"optimiser\.lr"):
+        stub_run(tmp_path, **{"schedule.steps": "2", "optimiser.lr": "0.5"})
+
+
+def test_two_added_batches_are_one_of_twice_the_faces(tmp_path: Path):
+    """Every term is a mean over pairs or classes, so halves add up; the rival steps later, so it is
+    left out here."""
+    changes = {"weight_adv": "0", "schedule.steps": "4", "optimiser.kind": "sgd"}
+    stub_run(tmp_path / "whole", batches=MadeBatches(), **changes)
+    halves = Halves(MadeBatches())
+
+    stub_run(tmp_path / "added", batches=halves, **changes, **{"optimiser.accumulate": "2"})
+
+    one, other = load(tmp_path / "whole" / LAST), load(tmp_path / "added" / LAST)
+    for name, tensor in one.part("network").items():
+        torch.testing.assert_close(other.part("network")[name], tensor, rtol=1e-4, atol=1e-6)
+    assert one.state.faces == other.state.faces == 32
+
+
+RANKED = """
+import sys
+from pathlib import Path
+import torch
+from tests.training import Halves, MadeBatches, StubRalf, tiny
+from train.loop import Options, train
+from train.ranks import joined
+torch.set_num_threads(1)
+with joined(torch.device("cpu")) as ranks:
+    assert ranks.world == 2
+    torch.manual_seed(1)
+    recipe = tiny("ralf", **{"schedule.steps": "8"})
+    validation = [MadeBatches()[100], MadeBatches()[101], MadeBatches(6)[102]]
+    train(recipe, Halves(MadeBatches()), validation, Path(sys.argv[1]), data_sha256="d" * 64,
+          ranks=ranks, network=StubRalf(), options=Options(quiet=True, save_every_s=0))
+"""
+
+
+def test_two_processes_train_what_one_does_on_twice_the_faces(tmp_path: Path):
+    """torchrun over gloo: gradients, centre, rival, validation and random states of both."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = tmp_path / "ranked.py"
+    script.write_text(RANKED)
+    said = subprocess.run(
+        [sys.executable, *command, str(script), str(tmp_path / "two")],
+        env=environment() | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert said.returncode == 0, said.stderr[-3000:]
+    validation = [MadeBatches()[100], MadeBatches()[101], MadeBatches(6)[102]]
+
+    stub_run(tmp_path / "one", validation=validation, **{"schedule.steps": "8"})
+
+    one, two = load(tmp_path / "one" / LAST), load(tmp_path / "two" / LAST)
+    assert (len(one.random), len(two.random)) == (1, 2)
+    # The rival has batch norm, whose statistics are each process's own: it may drift a little,
+    # and reaches the network at a hundredth.
+    for name, tensor in one.part("network").items():
+        torch.testing.assert_close(two.part("network")[name], tensor, rtol=2e-2, atol=2e-4)
+    torch.testing.assert_close(
+        two.tensors["loss.centre.position"],
+        one.tensors["loss.centre.position"],
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    assert one.state.faces == two.state.faces == 64
+    looks = [lines(tmp_path / run, "validation")[-1] for run in ("one", "two")]
+    assert [each["faces"] for each in looks] == [22, 22]
+    assert looks[0]["bce"] == pytest.approx(looks[1]["bce"], rel=1e-2)
+
+
+def test_batches_from_other_processes_are_the_same_batches(tmp_path: Path):
+    """Workers change the speed and nothing else, random states included."""
+    stub_run(tmp_path / "here", **{"schedule.steps": "3"})
+
+    workers = dataclasses.replace(QUIET, workers=1)
+    stub_run(tmp_path / "there", options=workers, **{"schedule.steps": "3"})
+
+    assert same_tensors(tmp_path / "here" / LAST, tmp_path / "there" / LAST)
+    assert load(tmp_path / "here" / LAST).random == load(tmp_path / "there" / LAST).random
+
+
+class Poisoned(StubRalf):
+    """Its logit is NaN from the third forward pass in training on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def trace(self, crops: Tensor) -> Any:
+        """As the stub's."""
+        trace = super().trace(crops)
+        if self.training and torch.is_grad_enabled():
+            self.passes += 1
+        return trace._replace(logit=trace.logit * (float("nan") if self.passes > 2 else 1.0))
+
+
+def test_a_nan_stops_the_run_and_keeps_the_evidence(tmp_path: Path):
+    """Batch, weights, terms by name; the last checkpoint is from before."""
+    options = dataclasses.replace(QUIET, save_every_s=0)
+
+    with pytest.raises(Diverged, match=r"step 2: the terms total, bce") as raised:
+        stub_run(tmp_path, options=options, network=Poisoned(), **{"schedule.steps": "5"})
+
+    folder = tmp_path / "diverged-000002-rank0"
+    assert str(folder) in str(raised.value)
+    assert torch.equal(MadeBatches()[2].crops, load_file(folder / "batch.safetensors")["0.crops"])
+    facts = json.loads((folder / "facts.json").read_text())
+    assert MadeBatches()[2].ids == facts["ids"][0]
+    assert {"total", "bce"} == set(facts["terms_not_finite"])
+    assert "classifier.0.weight" in facts["gradients_not_finite"]
+    assert facts["weights_not_finite"] == []
+    last = load(tmp_path / LAST)
+    assert last.state.step == 2
+    for name, tensor in load_file(folder / "network.safetensors").items():
+        assert torch.equal(last.part("network")[name], tensor)
+
+
+def test_a_run_stops_early_on_validation_alone_and_keeps_its_best(tmp_path: Path):
+    """With a rate of almost nothing no look is better than the first."""
+    changes = {
+        "patience": "2", "epochs": "20", "optimiser.lr": "1e-12", "optimiser.ema": "none",
+        "select": "auc",
+    }  # fmt: skip
+
+    outcome = stub_run(tmp_path, **changes)
+
+    assert (outcome.ending, outcome.state.step, outcome.state.best_step) == ("stopped_early", 12, 4)
+    assert load(tmp_path / BEST).state.step == 4
+    assert load(tmp_path / LAST).state.finished
+
+
+def test_the_best_weights_are_those_that_were_judged(tmp_path: Path):
+    """The moving average's, not the network's own."""
+    stub_run(tmp_path, **{"schedule.steps": "4", "optimiser.ema": "0.5"})
+    best, last = load(tmp_path / BEST), load(tmp_path / LAST)
+
+    for name, tensor in last.part("average").items():
+        assert torch.equal(best.part("network")[name], tensor)
+    assert not torch.equal(best.tensors["network.mask"], last.tensors["network.mask"])
+    assert {"network"} == {name.split(".")[0] for name in best.tensors}
+
+
+def test_a_look_is_scikit_learns_figure():
+    """AUC, cross entropy, and each family against all reals."""
+    torch.manual_seed(2)
+    network = StubRalf()
+    batches = [MadeBatches()[n] for n in range(3)]
+    crops = torch.cat([b.crops for b in batches])
+    forged = torch.cat([b.forged for b in batches]).numpy()
+    family = torch.cat([b.family for b in batches]).numpy()
+
+    said = look(
+        network, None, batches, device=torch.device("cpu"), dtype=torch.float32, ranks=ALONE
+    )
+
+    logit = network(crops).detach().double().numpy()
+    assert said.auc == pytest.approx(roc_auc_score(forged, logit))
+    assert said.bce == pytest.approx(log_loss(forged, 1 / (1 + np.exp(-logit))), rel=1e-6)
+    for each in (0, 1):
+        kept = ~forged | (family == each)
+        assert said.family_auc[each] == pytest.approx(roc_auc_score(forged[kept], logit[kept]))
+    assert network.training
+
+
+def test_a_look_at_one_class_is_refused():
+    """An AUC of it would mean nothing."""
+    batch = dataclasses.replace(MadeBatches()[0], forged=torch.zeros(8, dtype=torch.bool))
+
+    with pytest.raises(ValueError, match="real and forged"):
+        look(
+            StubRalf(), None, [batch],
+            device=torch.device("cpu"), dtype=torch.float32, ranks=ALONE,
+        )  # fmt: skip
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine():
+    """Never zero at the first step; half-way down in the middle; the floor at the end."""
+    schedule = Schedule(warmup=0.1, floor=0.01)
+
+    rates = [rate(schedule, step, 100) for step in range(100)]
+
+    assert rates[:10] == pytest.approx([(n + 1) / 11 for n in range(10)])
+    assert rates[10] == 1
+    assert rates[55] == pytest.approx(0.01 + 0.99 / 2)
+    assert rates[99] == pytest.approx(0.01, abs=0.001)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    constant = Schedule(shape="constant", warmup=0)
+    assert {1.0} == {rate(constant, step, 7) for step in range(7)}
+
+
+def test_the_optimiser_is_given_the_schedules_rate(tmp_path: Path):
+    """DeepfakeBench's never was."""
+    stub_run(
+        tmp_path,
+        weight_con="0",
+        **{"schedule.steps": "40", "warmup": "0.25", "optimiser.lr": "0.01"},
+    )
+
+    told = {line["step"]: line["lr"] for line in lines(tmp_path, "train")}
+
+    schedule = tiny("ralf", warmup="0.25").schedule
+    for step in (1, 20, 40):
+        assert told[step] == pytest.approx(0.01 * rate(schedule, step - 1, 40))
+
+
+def test_the_moving_average_is_one():
+    """With its early decay, of floating tensors; counters are copied."""
+    layer = nn.BatchNorm1d(2)
+    average = MovingAverage(layer, 0.9)
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+        layer.num_batches_tracked.fill_(7)
+
+    average.follow(layer, 0)
+    assert average.state["weight"].tolist() == pytest.approx([0.1 * 1 + 0.9 * 3] * 2)
+    average.follow(layer, 10_000)
+
+    expected = 0.9 * (0.1 * 1 + 0.9 * 3) + 0.1 * 3
+    assert average.state["weight"].tolist() == pytest.approx([expected] * 2)
+    assert average.state["num_batches_tracked"].item() == 7
+
+
+def test_weight_decay_spares_vectors_and_the_mask():
+    """Decay would pull the mask's logits to a mask of one half."""
+    network = StubRalf()
+    own = nn.Parameter(torch.zeros(3))
+
+    groups = optimiser(Optimiser(weight_decay=0.1), network, [own]).param_groups
+
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert 0.0 == decay[id(network.mask)] == decay[id(own)] == decay[id(network.encoder.bias)]
+    assert decay[id(network.encoder.weight)] == 0.1
+    plain = optimiser(Optimiser(kind="adam", weight_decay=0.1), network, ()).param_groups
+    assert [group["weight_decay"] for group in plain] == [0.1]
+    assert len(list(network.parameters())) == len(plain[0]["params"])
+
+
+def stepper(recipe: Recipe, run: Path, network: nn.Module | None = None) -> Stepper:
+    """One step's machinery."""
+    return Stepper(recipe, network or StubRalf(), torch.device("cpu"), ALONE, run)
+
+
+def test_clipping_bounds_the_whole_gradient(tmp_path: Path):
+    """SGD at rate one moves by the clipped gradient."""
+    plain = {"optimiser.kind": "sgd", "optimiser.lr": "1", "optimiser.betas": "0,0"}
+    level = {"warmup": "0", "schedule.shape": "constant"}
+    recipe = tiny("ralf", clip="0.01", **plain, **level)
+    network = StubRalf()
+    before = [p.detach().clone() for p in network.parameters()]
+
+    terms = stepper(recipe, tmp_path, network).step([MadeBatches()[0]], Moment(0, 0, 1, 0.0), 10)
+
+    moves = [(p.detach() - b).square().sum() for p, b in zip(network.parameters(), before, strict=True)]
+    assert terms["gradient_norm"] > 0.01
+    assert math.sqrt(torch.stack(moves).sum().item()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_batch_norms_follow_at_the_recipes_pace(tmp_path: Path):
+    """EfficientNet-Lite's own 0.01 would take 500 steps."""
+    recipe = tiny("small_classifier")
+    moving = stepper(recipe, tmp_path, make_network(recipe))
+
+    norms = [m for m in moving.network.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    assert {recipe.optimiser.norm_momentum} == {norm.momentum for norm in norms}
+
+
+def test_bf16_is_used_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch):
+    """Emulated it would be slower than FP32; FP16 is a CUDA matter."""
+    cpu, half = torch.device("cpu"), tiny("ralf", precision="bf16")
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda n=native: n)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert computed_in(half, cpu) == expected
+    assert computed_in(tiny("ralf", precision="fp16"), cpu) == torch.float32
+    assert computed_in(tiny("ralf", precision="fp16"), torch.device("cuda")) == torch.float16
+
+
+def test_bf16_trains_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights and their moments stay FP32, and one step's terms agree."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    stub_run(tmp_path / "half", **{"schedule.steps": "1", "precision": "bf16"})
+    stub_run(tmp_path / "full", **{"schedule.steps": "1"})
+
+    half, full = (lines(tmp_path / run, "train")[0] for run in ("half", "full"))
+
+    assert half["total"] != full["total"]
+    assert half["total"] == pytest.approx(full["total"], rel=0.02)
+    kinds = {t.dtype for t in load(tmp_path / "half" / LAST).tensors.values()}
+    assert torch.bfloat16 not in kinds
+
+
+def test_first_weights_depend_on_the_seed_alone():
+    """Same seed, same network; another, another."""
+    torch.rand(7)
+    one, same = make_network(tiny("ralf_small")), make_network(tiny("ralf_small"))
+    other = make_network(tiny("ralf_small", seed="1"))
+
+    def first(network: nn.Module) -> Tensor:
+        return next(p for p in network.parameters() if p.ndim == 4)
+
+    assert torch.equal(first(one), first(same))
+    assert not torch.equal(first(one), first(other))
+
+
+@pytest.mark.parametrize("name", ["ralf_small", "small_classifier"])
+def test_the_backbones_first_weights_come_from_a_file(name: str, tmp_path: Path):
+    """timm's names, as `init.backbone`; the stand-in for ImageNet's."""
+    import timm
+    from safetensors.torch import save_file
+
+    source = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    save_file(source.state_dict(), tmp_path / "lite0.safetensors")
+
+    network = make_network(tiny(name, **{"init.backbone": str(tmp_path / "lite0.safetensors")}))
+
+    weights = [p for n, p in network.named_parameters() if n.endswith("conv_stem.weight")]
+    assert len(weights) == (2 if name == "ralf_small" else 1)  # the guide's stem too
+    assert all(torch.equal(source.conv_stem.weight, weight) for weight in weights)
+
+
+def test_the_log_tells_each_step_once_after_a_resume(tmp_path: Path):
+    """Lines after the checkpoint, and one cut in two, are taken out."""
+    journal = Journal(tmp_path, 0, None)
+    for step in (1, 20, 40):
+        journal.record("train", step, {"total": 1.0})
+    journal.close()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"event": "train", "st')
+
+    Journal(tmp_path, 20, None).close()
+
+    assert [line["step"] for line in lines(tmp_path, "train")] == [1, 20]
+
+
+def test_the_scalars_are_in_tensorboard(tmp_path: Path):
+    """The same names as in the log."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stub_run(tmp_path, **{"schedule.steps": "4"})
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/total", "train/con", "train/faces_per_s", "validation/auc"} <= tags
+    bce = next(event for event in events.Scalars("train/bce") if event.step == 4)
+    assert bce.value == pytest.approx(lines(tmp_path, "train")[-1]["bce"], rel=1e-5)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        """Yes."""
+        return True
+
+
+def test_the_line_is_redrawn_on_a_terminal_and_sparse_elsewhere():
+    """A log file is not filled with carriage returns."""
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        journal = Journal(None, 0, stream)
+        for _ in range(3):
+            journal.progress("step 1  12.0 faces/s")
+        journal.say("done")
+        journal.close()
+
+    assert terminal.getvalue().startswith("\r")
+    assert file.getvalue() == "step 1  12.0 faces/s\ndone\n"
+
+
+def test_the_live_line_says_what_a_person_waits_for(tmp_path: Path, capfd: Any):
+    """Epoch, step, loss, faces a second, time left, on stderr."""
+    stub_run(tmp_path, options=Options(), **{"schedule.steps": "3"})
+
+    said = capfd.readouterr()
+
+    assert said.out == ""
+    for part in ("epoch 1/1", "step 1/3", "faces/s", "min left", "validation AUC", "finished"):
+        assert part in said.err
+
+
+def test_a_loss_with_a_rival_must_say_who_steps_it(tmp_path: Path):
+    """The protocol's one joint that could be forgotten."""
+
+    class Half(Objective):
+        def look(self, crops: Tensor) -> Any:
+            return self.network(crops)
+
+        def rival(self, seen: Any, batch: Any) -> Tensor | None:
+            return seen.sum()
+
+    moving = stepper(tiny("ralf"), tmp_path)
+    moving.objective, moving.rival = Half(moving.recipe, moving.network), None
+
+    with pytest.raises(TypeError, match="rival_optimiser"):
+        moving.step([MadeBatches()[0]], Moment(0, 0, 1, 0.0), 10)
