@@ -36,6 +36,8 @@ class Cut:
 
     def box(self, face: FaceGeometry) -> NDArray[np.float32]:
         """The face's box, moved and grown by the jitter."""
+        if self.shift == (0, 0) and self.grow == 1:
+            return face.box  # untouched: rounding here would move a crop by a pixel
         corners = face.box.reshape(2, 2)
         middle, size = corners.mean(axis=0), corners[1] - corners[0]
         middle = middle + np.array(self.shift, np.float32) * size.max()
@@ -61,7 +63,7 @@ def region(image: Image, face: FaceGeometry, cut: Cut) -> tuple[Image, FaceGeome
             f"the face's box {face.box.round(1).tolist()} lies outside {width}×{height}"
         )
     part = image[y0:y1, x0:x1]
-    factor = min(1.0, 1.25 * cut.contract.size / reach)
+    factor = min(1.0, 1.6 * cut.contract.size / reach)
     if factor < 1:
         tall, wide = round(part.shape[0] * factor), round(part.shape[1] * factor)
         moved = face.scaled(wide / part.shape[1], tall / part.shape[0], x0, y0)

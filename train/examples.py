@@ -129,6 +129,8 @@ class Examples:
         seed = hashlib.sha256(f"{item.name} {self.condition}".encode()).digest()[:8]
         image, face = self.pool.pictures.picture(item.frame), self.pool.pictures.face(item.frame)
         cut = Cut(self.data.input)
+        if item.family is None and self.condition == CLEAN:
+            return cut.take(image, face)  # what serving would cut, to the bit
         if face is not None:
             image, face = region(image, face, cut)
         if item.family is not None:
