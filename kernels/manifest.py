@@ -98,7 +98,12 @@ class Manifest(Strict):
     """The threshold that decides; `low` is the score below which a video is called authentic."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     error_budget: dict[str, float] = Field(default_factory=lambda: {"logit": 0.05})
-    """The most that another engine's logit may differ from the FP32 reference's."""
+    """The most that another engine's logit may differ from the FP32 reference's on golden.npz.
+
+    `logit` holds for every engine; `logit_PRECISION` (fp32, bf16, fp16) replaces it for engines
+    of that precision.  `logit_bf16` is there only where bf16 was measured, when the model was
+    published, to stay within half of `logit`; without it a CPU runs the model in FP32.
+    """
     trained: dict[str, Any] = Field(default_factory=dict)
     untrained: bool = False
     """True for weights that were never trained: every verdict then says so."""

@@ -12,6 +12,9 @@ paper's is of real.
 
 Numerics.  Images, residuals, mask and head are FP32 whatever the convolutions run in: the
 residual is a small difference of two large numbers, so it is taken first and rounded after.
+In bf16 (8 bits) only the reconstructor runs, 90 % of the arithmetic.  Measured with the small
+dimensions, a pretrained classifier and eight portraits, logits of 0.7 to 2.0, against FP32:
+the reconstructor in bf16 moves a logit by at most 0.007, the classifier too by 0.25.
 
 m: faces   s: side of a crop   c: base
 """
@@ -119,12 +122,13 @@ class Ralf(nn.Module):
         return Explanation(trace.destroyed, trace.rebuilt, residual, trace.attention)
 
     def lower(self, dtype: torch.dtype) -> "Ralf":
-        """The convolutions in a smaller dtype; mask and head stay in FP32."""
+        """Convolutions in a smaller dtype, as far as the logit bears it (see Numerics)."""
         self.reconstructor.to(dtype)
-        lower_backbone(self.classifier, dtype)
-        for part in (self.guide, self.attention):
-            if part is not None:
-                part.to(dtype)
+        if dtype is torch.float16:
+            lower_backbone(self.classifier, dtype)
+            for part in (self.guide, self.attention):
+                if part is not None:
+                    part.to(dtype)
         return self
 
     def initialise(

@@ -98,14 +98,34 @@ class Gate(nn.Module):
 
 
 class Fuse(nn.Module):
-    """The three encoders' maps, brought to one size, as one scale's share for its decoder."""
+    """The three encoders' maps as one scale's share for its decoder.
 
-    def __init__(self, width: int, base: int) -> None:
+    By definition a 1×1 convolution of the maps resized to one size and concatenated.  Resizing
+    by nearest neighbour commutes with it, so each map is convolved at its own, smaller size and
+    the 7c full-size channels never exist.
+    """
+
+    def __init__(self, base: int, scale: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(conv(7 * base, width, 1), conv(width, width, 3, relu=False))
+        self.scale = scale
+        width = base << scale
+        widths = [base << i for i in range(3)]
+        whole = nn.Conv2d(sum(widths), width, 1)
+        self.parts = nn.ModuleList(nn.Conv2d(c, width, 1, bias=c == widths[-1]) for c in widths)
+        with torch.no_grad():  # the fan-in is that of the whole
+            for part, weight in zip(self.parts, torch.split(whole.weight, widths, 1), strict=True):
+                part.get_parameter("weight").copy_(weight)
+            self.parts[2].get_parameter("bias").copy_(whole.get_parameter("bias"))
+        self.body = nn.Sequential(nn.ReLU(inplace=True), conv(width, width, 3, relu=False))
 
     def forward(self, *maps: Tensor) -> Tensor:
-        fused: Tensor = self.body(torch.cat(maps, dim=1))
+        total = self.parts[2](maps[2])
+        for finer in (1, 0):
+            if finer >= self.scale:
+                total = self.parts[finer](maps[finer]) + double(total)
+            else:
+                total = self.parts[finer](half(maps[finer])) + total
+        fused: Tensor = self.body(total)
         return fused
 
 
@@ -122,7 +142,7 @@ class Reconstructor(nn.Module):
         self.encoders = nn.ModuleList(stack(c, blocks) for c in (c1, c2, c4))
         self.shallow = nn.ModuleList([Shallow(c2), Shallow(c4)])
         self.gates = nn.ModuleList([Gate(c2), Gate(c4)])
-        self.fuses = nn.ModuleList([Fuse(c1, base), Fuse(c2, base)])
+        self.fuses = nn.ModuleList([Fuse(base, 0), Fuse(base, 1)])
         self.decoders = nn.ModuleList(stack(c, blocks) for c in (c1, c2, c4))
         self.up = nn.ModuleList([deconv(c2, c1), deconv(c4, c2)])
         self.joins = nn.ModuleList([conv(2 * c1, c1, 1), conv(2 * c2, c2, 1)])
@@ -136,9 +156,8 @@ class Reconstructor(nn.Module):
         e0 = self.encoders[0](self.enter(image))
         e1 = self.encoders[1](self.gates[0](self.down[0](e0), self.shallow[0](image2)))
         e2 = self.encoders[2](self.gates[1](self.down[1](e1), self.shallow[1](image4)))
-        e2_at_1 = double(e2)
-        share0 = self.fuses[0](e0, double(e1), double(e2_at_1))
-        share1 = self.fuses[1](half(e0), e1, e2_at_1)
+        share0 = self.fuses[0](e0, e1, e2)
+        share1 = self.fuses[1](e0, e1, e2)
         z = self.up[1](self.decoders[2](e2))
         z = self.up[0](self.decoders[1](self.joins[1](torch.cat((z, share1), dim=1))))
         z = self.leave(self.decoders[0](self.joins[0](torch.cat((z, share0), dim=1))))

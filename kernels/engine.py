@@ -1,0 +1,120 @@
+"""An engine: u8 crops in, logits of being forged out, whatever runs underneath.
+
+`load` picks the implementation for the device and proves it: an engine whose logits on the
+model's own golden crops differ from the FP32 reference's by more than the manifest's error
+budget is refused, not warned about.  Asking for a device that is not there is an error; nothing
+falls back in silence.
+"""
+
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.artifact import Artifact, golden
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class EngineError(Exception):
+    """An engine cannot be had, or does not agree with its model's reference."""
+
+
+class Engine(Protocol):
+    """What the pipeline asks."""
+
+    @property
+    def name(self) -> str:
+        """The implementation: torch, trt, …"""
+
+    @property
+    def precision(self) -> Precision:
+        """Of the bulk of the arithmetic."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu, cuda:0, …"""
+
+    @property
+    def artifact(self) -> Artifact:
+        """The model it runs."""
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        """Crops u8 [m, 3, s, s] RGB, m ≥ 0 → FP32 logits [m] on the CPU."""
+
+
+def load(
+    artifact: Artifact,
+    device: str = "auto",
+    *,
+    precision: Precision | None = None,
+    max_batch: int | None = None,
+    golden_crops: int = 8,
+) -> Engine:
+    """The model on a device ("auto", "cpu", "cuda", "cuda:1"), checked on its golden crops.
+
+    precision None takes the fastest that the hardware has and the manifest allows.
+    golden_crops bounds the check: a wrong build shows at the first crops, and all 32 take seconds
+    on a CPU.  `ralf models verify` checks all.
+    """
+    from kernels.engine_torch import TorchEngine
+
+    engine = TorchEngine.of(artifact, pick_device(device), precision, max_batch)
+    check_golden(engine, golden_crops)
+    return engine
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device that a setting names, or an EngineError that says what is there."""
+    kind, _, index = device.partition(":")
+    if kind not in {"auto", "cpu", "cuda"} or (index and (kind != "cuda" or not index.isdigit())):
+        raise EngineError(f"device should be auto, cpu, cuda or cuda:N, got {device!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cpu" or (kind == "auto" and count == 0):
+        return torch.device("cpu")
+    if int(index or 0) >= count:
+        raise EngineError(f"device {device!r} was asked for; torch finds {count} CUDA devices")
+    return torch.device("cuda", int(index or 0))
+
+
+def budget_of(artifact: Artifact, precision: Precision) -> float:
+    """The most a logit may differ from the reference's in this precision."""
+    budget = artifact.manifest.error_budget
+    for key in (f"logit_{precision}", "logit"):
+        if key in budget:
+            return budget[key]
+    raise EngineError(f"{artifact.label}: error_budget has no logit, only {sorted(budget)}")
+
+
+def check_golden(engine: Engine, most: int | None = None) -> float:
+    """The largest difference from the reference on golden crops; EngineError beyond budget."""
+    artifact = engine.artifact
+    budget = budget_of(artifact, engine.precision)
+    expected = golden(artifact)
+    crops, logits = expected.crops[:most], expected.logits[:most]
+    got = engine(torch.from_numpy(crops)).numpy()
+    error = float(np.abs(got - logits).max()) if np.isfinite(got).all() else float("inf")
+    if error > budget:
+        raise EngineError(
+            f"{artifact.label} by {engine.name} in {engine.precision} on {engine.device}: "
+            f"logits of {len(crops)} golden crops differ by {error:.4f}, budget {budget:.4f}; "
+            "try another precision, or publish the model again"
+        )
+    return error
+
+
+def check_crops(crops: Tensor, artifact: Artifact) -> None:
+    """EngineError unless the crops are what the model's contract says."""
+    side = artifact.manifest.input.size
+    if crops.dtype != torch.uint8 or crops.shape[1:] != (3, side, side):
+        raise EngineError(
+            f"{artifact.label} takes crops u8 [m,3,{side},{side}], "
+            f"got {crops.dtype} {tuple(crops.shape)}"
+        )
+
+
+def check_precision(precision: str) -> None:
+    """EngineError for a name that no engine has."""
+    if precision not in get_args(Precision):
+        raise EngineError(f"precision should be one of {get_args(Precision)}, got {precision!r}")

@@ -1,0 +1,213 @@
+"""The network itself as an engine: on any CPU, on CUDA, and the only one that explains.
+
+CPU: channels-last, and bf16 where the processor multiplies it in hardware (avx512_bf16, amx) and
+the manifest says that it was measured to agree; FP32 elsewhere.  CUDA: FP16, channels-last.
+What runs in the smaller dtype is the network's own choice (its `lower`).
+
+Here too: a network as the bytes of a model, `pack`, and back, `restore`.  Weights are FP16 on
+disk, and the reference is those weights in FP32.  Nothing is unpickled.
+
+CPU seconds a face, one thread, RALF small: FP32 0.25, bf16 0.13.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from kernels.artifact import Artifact, Golden
+from kernels.engine import EngineError, Precision, check_crops, check_precision
+from kernels.manifest import Manifest
+from kernels.networks import build
+from kernels.networks.ralf import Explanation
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+CPU_BATCH = 8
+"""More at once buys no speed on a CPU, and costs memory."""
+CUDA_BATCH = 64
+
+
+class Detector(Protocol):
+    """What a network of this project is, beside an nn.Module."""
+
+    def __call__(self, crops: Tensor) -> Tensor: ...
+    def lower(self, dtype: torch.dtype) -> nn.Module: ...
+
+
+class Explainer(Protocol):
+    """A detector that has pictures to show."""
+
+    def explain(self, crops: Tensor) -> Explanation: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TorchEngine:
+    """One model in memory on one device."""
+
+    artifact: Artifact
+    network: nn.Module
+    device: str
+    precision: Precision
+    max_batch: int
+    name: str = "torch"
+
+    @classmethod
+    def of(
+        cls,
+        artifact: Artifact,
+        device: torch.device,
+        precision: Precision | None = None,
+        max_batch: int | None = None,
+    ) -> "TorchEngine":
+        """Read, check and place the weights; the caller checks the golden crops."""
+        if precision is None:
+            precision = best_precision(artifact.manifest, device)
+        check_precision(precision)
+        if max_batch is not None and max_batch < 1:
+            raise EngineError(f"max_batch should be at least 1, got {max_batch}")
+        network = restore(artifact.manifest, artifact.read("weights.safetensors"))
+        network = lowered(network, precision).to(device)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batch = max_batch or (CPU_BATCH if device.type == "cpu" else CUDA_BATCH)
+        return cls(artifact, network, str(device), precision, batch)
+
+    @property
+    def explains(self) -> bool:
+        """Whether the network has more to show than a number."""
+        return hasattr(self.network, "explain")
+
+    @torch.inference_mode()
+    def __call__(self, crops: Tensor) -> Tensor:
+        """Crops u8 [m, 3, s, s] → FP32 logits [m] on the CPU; any m, in bounded batches."""
+        check_crops(crops, self.artifact)
+        if not len(crops):
+            return torch.zeros(0)
+        parts = [self.network(part.to(self.device)) for part in batches(crops, self.max_batch)]
+        return torch.cat(parts).float().cpu()
+
+    @torch.inference_mode()
+    def explain(self, crops: Tensor) -> Explanation:
+        """What the network took away, put back, and looked at, FP32 on the CPU."""
+        check_crops(crops, self.artifact)
+        if not self.explains:
+            build_name = self.artifact.manifest.network.build
+            raise EngineError(f"{self.artifact.label} is a {build_name}, which explains nothing")
+        # An empty batch still has shapes: ask for one face, and keep none.
+        wanted = crops if len(crops) else crops.new_zeros((1, *crops.shape[1:]))
+        network = cast("Explainer", self.network)
+        parts = [network.explain(b.to(self.device)) for b in batches(wanted, self.max_batch)]
+        columns = zip(*parts, strict=True)
+        return Explanation(*(torch.cat(column)[: len(crops)].float().cpu() for column in columns))
+
+
+def batches(crops: Tensor, most: int) -> Iterator[Tensor]:
+    """The crops in order, at most so many at once."""
+    for start in range(0, len(crops), most):
+        yield crops[start : start + most]
+
+
+def lowered(network: nn.Module, precision: Precision) -> nn.Module:
+    """The network with its bulk in the precision's dtype."""
+    if precision == "fp32":
+        return network
+    return cast("Detector", network).lower(DTYPES[precision])
+
+
+def best_precision(manifest: Manifest, device: torch.device) -> Precision:
+    """The fastest that the hardware multiplies and the manifest was measured for."""
+    if device.type == "cuda":
+        return "fp16"
+    return "bf16" if cpu_has_bf16() and "logit_bf16" in manifest.error_budget else "fp32"
+
+
+@lru_cache(maxsize=1)
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware; emulated, it is slower than FP32."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def weights_bytes(network: nn.Module) -> bytes:
+    """weights.safetensors: every tensor, floats in FP16; a number FP16 cannot hold is refused."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in sorted(network.state_dict().items()):
+        kept = tensor.detach().cpu()
+        if kept.is_floating_point():
+            kept = kept.to(torch.float16)
+            if not kept.isfinite().all():
+                most = tensor.detach().abs().max().item()
+                raise EngineError(f"{name} holds {most:.3g}, FP16 ends at 65504")
+        tensors[name] = kept.contiguous()
+    data: bytes = save_tensors(tensors)
+    return data
+
+
+def restore(manifest: Manifest, weights: bytes) -> nn.Module:
+    """The reference: the manifest's network with the weights on disk, in FP32, for inference."""
+    try:
+        network = build(manifest.network.build, **manifest.network.dimensions)
+    except ValueError as error:
+        raise EngineError(f"{manifest.name}: {error}") from error
+    if network.size != manifest.input.size:
+        raise EngineError(
+            f"{manifest.name}: the network takes {network.size} px, "
+            f"the input contract cuts {manifest.input.size} px"
+        )
+    try:
+        network.load_state_dict(load_tensors(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise EngineError(f"{manifest.name}: weights do not fit the network: {error}") from error
+    return network.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def logits_of(network: nn.Module, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The network's logits for any number of crops, on the CPU, in small batches."""
+    parts = [network(part) for part in batches(torch.from_numpy(crops), 4)]
+    logits: NDArray[np.float32] = torch.cat(parts).float().numpy()
+    return logits
+
+
+def reference_logits(
+    manifest: Manifest, weights: bytes, crops: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """What golden.npz holds: the FP16 weights on disk, run in FP32."""
+    return logits_of(restore(manifest, weights), crops)
+
+
+def pack(
+    network: nn.Module, draft: Manifest, crops: NDArray[np.uint8]
+) -> tuple[Manifest, dict[str, bytes]]:
+    """A network as what `artifact.publish` takes, all but the card.
+
+    The budget is the draft's `logit`, and what was measured here: FP32 may differ by rounding
+    alone; bf16 by twice what it did, if that is no more than `logit`, and else not at all.
+    """
+    weights = weights_bytes(network)
+    logits = reference_logits(draft, weights, crops)
+    budget = {"logit": draft.error_budget["logit"]}
+    budget["logit_fp32"] = min(budget["logit"], 1e-3 * max(1.0, float(np.abs(logits).max())))
+    rounded = logits_of(lowered(restore(draft, weights), "bf16"), crops)
+    error = 2 * float(np.abs(rounded - logits).max())
+    if error <= budget["logit"]:
+        budget["logit_bf16"] = round(max(error, 1e-3), 6)
+    manifest = draft.model_copy(update={"error_budget": budget})
+    files = {"weights.safetensors": weights, "golden.npz": Golden(crops, logits).to_bytes()}
+    return manifest, files

@@ -1,0 +1,99 @@
+"""A model that knows nothing: the real network with fresh weights, published like any other.
+
+It lets the whole walk run before a trained model ships.  The seed is fixed, the batch norms'
+statistics are those of its own golden patterns so that numbers stay in range, and its manifest,
+its card and every verdict made with it say that it was never trained.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kernels.artifact import Artifact, publish
+from kernels.engine_torch import pack
+from kernels.manifest import InputContract, Manifest, Network
+from kernels.networks import build
+
+SEED = 20251120
+CARD = """\
+# {name}: untrained weights
+
+**This model knows nothing.** Its weights are random numbers (seed {seed}) and were never shown a
+face, authentic or forged. Its scores mean nothing. It exists so that the pipeline can be run,
+measured and tested before a trained model is there.
+
+- Network: {network}
+- Trained on: nothing
+- Measured accuracy: none; expect that of a coin
+- Do not judge anybody's video with it
+"""
+
+
+def patterns(count: int, size: int, seed: int = SEED) -> NDArray[np.uint8]:
+    """Crops [count, 3, size, size] from the seed: in turn smooth, noisy, flat and striped."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[0:size, 0:size] / size
+    crops = np.empty((count, 3, size, size), np.uint8)
+    for crop, kind in zip(crops, (k % 4 for k in range(count)), strict=True):
+        frequency = random.uniform(0.5, 6, 3)
+        phase = random.uniform(0, 6, 3)
+        level = random.uniform(60, 190, 3)
+        for plane in range(3):
+            wave = np.sin(frequency[plane] * (x + 2 * y * frequency[0]) + phase[plane])
+            image = level[plane] + 55 * wave
+            if kind == 1:
+                image = image + random.normal(0, 12, (size, size))
+            elif kind == 2:
+                image = np.full((size, size), level[plane])
+            elif kind == 3:
+                image = np.where(wave > 0, level[plane], 255 - level[plane])
+            crop[plane] = np.clip(np.rint(image), 0, 255)
+    return crops
+
+
+def publish_untrained(
+    models_dir: Path | str,
+    *,
+    name: str = "untrained",
+    base: int = 16,
+    blocks: int = 4,
+    backbone: str = "tf_efficientnet_lite0",
+    size: int = 256,
+    golden_crops: int = 32,
+) -> Artifact:
+    """Publish (not promote) RALF of these dimensions with weights from the fixed seed."""
+    dimensions = {"base": base, "blocks": blocks, "backbone": backbone, "size": size}
+    crops = patterns(golden_crops, size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = build("ralf", **dimensions)
+        settle(network, crops)
+        with torch.no_grad():  # its scores stay near a coin's, as they should
+            network.get_parameter("classifier.head.weight").mul_(0.1)
+    draft = Manifest(
+        name=name,
+        network=Network(build="ralf", **dimensions),
+        input=InputContract(size=size),
+        files={},
+        trained={"recipe": "none", "seed": SEED},
+        untrained=True,
+    )
+    manifest, files = pack(network, draft, crops)
+    described = ", ".join(f"{key} {value}" for key, value in dimensions.items())
+    card = CARD.format(name=name, seed=SEED, network=f"RALF, {described}")
+    return publish(models_dir, manifest, {**files, "card.md": card.encode()})
+
+
+@torch.no_grad()
+def settle(network: nn.Module, crops: NDArray[np.uint8]) -> None:
+    """Set the batch norms' statistics to those of the crops, so that activations keep in range."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the plain mean over batches
+    network.train()
+    for start in range(0, len(crops), 8):
+        network(torch.from_numpy(crops[start : start + 8]))
+    network.eval()
