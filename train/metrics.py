@@ -1,0 +1,252 @@
+"""How good scores are: ranking, errors at fixed rates, calibration; by frame and by video.
+
+Every figure is of P(forged) or of the logit, with 1 = forged.  Ranking figures (AUC, EER, AP, TPR
+at a rate) care only about order; ECE and Brier need probabilities.  A video's score is its frames'
+pooled by the worker's own rule (worker.scores.level).  Videos are told apart by dataset, method,
+compression and name: `000_003` of two manipulations are two videos.
+
+Intervals are bootstrapped by cluster, not by frame: frames of one video are not independent, and
+neither are a face and the forgeries blended from it.  One class alone has no ranking: NaN, and
+never 0.5.  Checked against scikit-learn.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from kernels.manifest import Aggregation, Calibration
+from worker.scores import calibrated, level
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+RATES = (0.001, 0.01, 0.05)
+"""False-positive rates at which the true-positive rate is told."""
+UNCALIBRATED = Calibration()
+Figure = Callable[[Bools, Floats, Floats], float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The ROC at every threshold that changes it, from nothing called forged to everything."""
+
+    fpr: Floats
+    tpr: Floats
+    threshold: Floats
+    """Scores at or above it are called forged."""
+    forged_weight: Floats
+    """Weight of the forged at or above each threshold."""
+    weight: Floats
+    """Weight of all at or above each threshold."""
+
+
+def curve(forged: Bools, score: Floats, weight: Floats | None = None) -> Curve:
+    """The ROC, equal scores taken together; weights count a row several times or not at all."""
+    weight = np.ones(len(score)) if weight is None else weight
+    order = np.argsort(-score, kind="stable")
+    score, forged, weight = score[order], forged[order], weight[order]
+    last = np.flatnonzero(np.r_[np.diff(score) != 0, True]) if len(score) else np.zeros(0, int)
+    hits = np.r_[0.0, np.cumsum(weight * forged)[last]]
+    everything = np.r_[0.0, np.cumsum(weight)[last]]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        alarms = everything - hits
+        return Curve(
+            alarms / alarms[-1], hits / hits[-1], np.r_[np.inf, score[last]], hits, everything
+        )
+
+
+def auc(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
+    """The chance that a forged one scores above a real one; ties count half."""
+    roc = curve(forged, score, weight)
+    return float(np.trapezoid(roc.tpr, roc.fpr))
+
+
+def eer(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
+    """Where as many reals are called forged as forgeries are missed, between two thresholds."""
+    roc = curve(forged, score, weight)
+    gap = roc.fpr - (1 - roc.tpr)
+    if np.isnan(gap).any():
+        return float("nan")
+    after = int(np.argmax(gap >= 0))
+    if after == 0:
+        return float(roc.fpr[0])
+    before = after - 1
+    share = -gap[before] / (gap[after] - gap[before])
+    return float(roc.fpr[before] + share * (roc.fpr[after] - roc.fpr[before]))
+
+
+def average_precision(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
+    """Precision, averaged over the recall that each threshold adds."""
+    roc = curve(forged, score, weight)
+    if np.isnan(roc.tpr).any():
+        return float("nan")
+    seen = roc.weight[1:] > 0
+    precision = roc.forged_weight[1:][seen] / roc.weight[1:][seen]
+    return float(np.sum(np.diff(roc.tpr)[seen] * precision))
+
+
+def tpr_at(forged: Bools, score: Floats, rate: float, weight: Floats | None = None) -> float:
+    """The most forgeries caught by a threshold that calls at most `rate` of the reals forged."""
+    roc = curve(forged, score, weight)
+    if np.isnan(roc.fpr).any() or np.isnan(roc.tpr).any():
+        return float("nan")
+    return float(roc.tpr[roc.fpr <= rate + 1e-12].max())
+
+
+def accuracy(forged: Bools, probability: Floats, at: float = 0.5) -> float:
+    """The share that a threshold puts on the right side; both classes as frequent as they are."""
+    return float(np.mean((probability >= at) == forged)) if len(forged) else float("nan")
+
+
+def brier(forged: Bools, probability: Floats) -> float:
+    """Mean squared distance of the probability from what was true."""
+    return float(np.mean((probability - forged) ** 2)) if len(forged) else float("nan")
+
+
+def reliability(
+    forged: Bools, probability: Floats, bins: int = 15
+) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Mean probability, share forged and number in each bin of equal width."""
+    place = np.clip((probability * bins).astype(int), 0, bins - 1)
+    number = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        said = np.bincount(place, probability, bins) / number
+        true = np.bincount(place, forged.astype(float), bins) / number
+    return said, true, number
+
+
+def ece(forged: Bools, probability: Floats, bins: int = 15) -> float:
+    """Expected calibration error: how far said and true lie apart, weighted by bin."""
+    if not len(forged):
+        return float("nan")
+    said, true, number = reliability(forged, probability, bins)
+    filled = number > 0
+    return float(np.sum(np.abs(said - true)[filled] * number[filled]) / len(forged))
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Judged faces or videos: one row each."""
+
+    logit: Floats
+    forged: Bools
+    video: tuple[tuple[str, str, str, str], ...]
+    """Dataset, method, compression, name."""
+    cluster: tuple[Hashable, ...]
+    """What is drawn together in a bootstrap."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(getattr(self, field.name)) for field in fields(self)}
+        if len(lengths) != 1:
+            raise ValueError(f"scores, labels, videos and clusters differ in number: {lengths}")
+        if not np.isfinite(self.logit).all():
+            raise ValueError("a logit is NaN or infinite: the network diverged")
+
+    def __len__(self) -> int:
+        return len(self.logit)
+
+    def where(self, kept: Bools) -> "Scored":
+        """The rows that are kept."""
+        rows = np.flatnonzero(kept)
+        return Scored(
+            self.logit[rows],
+            self.forged[rows],
+            tuple(self.video[row] for row in rows),
+            tuple(self.cluster[row] for row in rows),
+        )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Ways of forging that occur."""
+        found = {v[1] for v, forged in zip(self.video, self.forged, strict=True) if forged}
+        return tuple(sorted(found))
+
+    def against_all_reals(self, method: str) -> "Scored":
+        """One way of forging beside every real face."""
+        own = np.array([video[1] == method for video in self.video], bool)
+        return self.where(own | ~self.forged)
+
+    def pooled(self, aggregation: Aggregation) -> "Scored":
+        """One row a video, its level by the worker's rule."""
+        rows: dict[tuple[str, str, str, str], list[int]] = {}
+        for row, video in enumerate(self.video):
+            rows.setdefault(video, []).append(row)
+        for video, own in rows.items():
+            if len(set(self.forged[own].tolist())) > 1:
+                raise ValueError(f"video {video} is called both real and forged")
+        return Scored(
+            np.array([level(self.logit[own], aggregation) for own in rows.values()]),
+            np.array([self.forged[own[0]] for own in rows.values()], bool),
+            tuple(rows),
+            tuple(self.cluster[own[0]] for own in rows.values()),
+        )
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The figures of one table row."""
+
+    real: int
+    forged: int
+    auc: float
+    auc_low: float
+    auc_high: float
+    eer: float
+    ap: float
+    accuracy: float
+    tpr_at_fpr: tuple[float, ...]
+    """At each of RATES."""
+    ece: float
+    brier: float
+
+
+def measure(
+    scored: Scored,
+    calibration: Calibration = UNCALIBRATED,
+    *,
+    replicates: int = 1000,
+    threshold: float = 0.5,
+) -> Metrics:
+    """Every figure, and the 95 % interval of the AUC."""
+    forged, logit = scored.forged, scored.logit
+    probability = calibrated(logit, calibration) if len(scored) else expit(logit)
+    low, high = interval(scored, auc, replicates=replicates)
+    return Metrics(
+        real=int((~forged).sum()),
+        forged=int(forged.sum()),
+        auc=auc(forged, logit),
+        auc_low=low,
+        auc_high=high,
+        eer=eer(forged, logit),
+        ap=average_precision(forged, logit),
+        accuracy=accuracy(forged, probability, threshold),
+        tpr_at_fpr=tuple(tpr_at(forged, logit, rate) for rate in RATES),
+        ece=ece(forged, probability),
+        brier=brier(forged, probability),
+    )
+
+
+def interval(
+    scored: Scored, figure: Figure, *, replicates: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The middle 95 % of a figure over samples of clusters; NaN with one class or one cluster."""
+    _, member = np.unique(_numbered(scored.cluster), return_inverse=True)
+    clusters = int(member.max()) + 1 if len(scored) else 0
+    if clusters < 2 or scored.forged.all() or not scored.forged.any() or not replicates:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(replicates):
+        times = np.bincount(rng.integers(0, clusters, clusters), minlength=clusters)
+        weight = times[member].astype(np.float64)
+        if weight[scored.forged].any() and weight[~scored.forged].any():
+            found.append(figure(scored.forged, scored.logit, weight))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _numbered(names: Sequence[Hashable]) -> NDArray[np.int64]:
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
