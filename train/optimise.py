@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from kernels.engine_torch import cpu_has_bf16
 from train.recipe import Optimiser, Recipe, Schedule
 
 NO_DECAY = ("mask",)
@@ -83,5 +84,4 @@ def computed_in(recipe: Recipe, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         return wanted[recipe.precision]
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if recipe.precision == "bf16" and native else torch.float32
+    return torch.bfloat16 if recipe.precision == "bf16" and cpu_has_bf16() else torch.float32

@@ -1,0 +1,185 @@
+"""From a run to a model: the engine says what the checkpoint's weights say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.artifact import Artifact, golden, open_artifact
+from kernels.engine import load as load_engine
+from kernels.networks import build
+from tests.training import MadeBatches, tiny
+from train.calibrate import calibrate
+from train.card import Portion, portions
+from train.checkpoint import CheckpointError, load
+from train.loop import BEST, LAST, Options, train
+from train.publish import Told, judged, made_crops, publish, recalibrate, weights
+
+
+@pytest.fixture(scope="module", params=["ralf_small", "small_classifier"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run with validation."""
+    where = tmp_path_factory.mktemp(request.param)
+    recipe = tiny(request.param, **{"schedule.steps": "3"})
+    train(
+        recipe, MadeBatches(), [MadeBatches()[100]], where, data_sha256="d" * 64,
+        options=Options(quiet=True),
+    )  # fmt: skip
+    return where
+
+
+def published(run: Path, models: Path, **told: object) -> Artifact:
+    """As ralf-small."""
+    return publish(run, "ralf-small", models, Told(**told))  # type: ignore[arg-type]
+
+
+def test_the_engine_gives_the_checkpoints_logits(run: Path, tmp_path: Path):
+    """FP16 on disk, FP32 in the sums: exactly the golden file, and nearly the run itself."""
+    artifact = published(run, tmp_path)
+    checkpoint = load(run / BEST)
+    network = build(checkpoint.recipe.network.build, **checkpoint.recipe.network.dimensions)
+    network.load_state_dict(weights(checkpoint))
+    crops = MadeBatches()[5].crops
+
+    engine = load_engine(artifact, "cpu", precision="fp32")
+
+    with torch.no_grad():
+        own = network.eval()(crops)
+    torch.testing.assert_close(engine(crops), own, atol=0.02, rtol=0)
+    kept = golden(artifact)
+    assert kept.crops.shape == (32, 3, 32, 32)
+    torch.testing.assert_close(
+        engine(torch.from_numpy(kept.crops)), torch.from_numpy(kept.logits), atol=1e-4, rtol=0
+    )
+
+
+def test_the_manifest_says_what_was_trained(run: Path, tmp_path: Path):
+    """Recipe, data, steps, input: read back and verified."""
+    artifact = open_artifact(published(run, tmp_path, metrics={"test_auc": [0.9, 0.8, 0.95]}).path)
+    manifest, recipe = artifact.manifest, load(run / LAST).recipe
+
+    assert recipe.network == manifest.network
+    assert recipe.data.input == manifest.input
+    assert (recipe.name, "d" * 64, 3) == tuple(
+        manifest.trained[key] for key in ("recipe", "data_sha256", "steps")
+    )
+    assert {"validation", "test_auc"} == manifest.metrics.keys()
+    assert not manifest.untrained
+
+
+def test_the_same_run_is_the_same_version(run: Path, tmp_path: Path):
+    """Publishing again changes nothing; other figures are another version."""
+    one, same = published(run, tmp_path), published(run, tmp_path)
+    other = published(run, tmp_path, metrics={"test_auc": 0.5})
+
+    assert one.version == same.version != other.version
+    assert one.weights_sha256 == other.weights_sha256
+
+
+def test_calibration_goes_into_the_manifest_and_onto_the_card(run: Path, tmp_path: Path):
+    """Temperature, thresholds, their support."""
+    rng = np.random.default_rng(0)
+    forged = np.arange(100) < 50
+    found = calibrate(rng.normal(0, 1, 100) + 2 * forged, forged, fitted_on="val, crf 23")
+
+    artifact = published(run, tmp_path, calibrated=found)
+
+    manifest, card = artifact.manifest, artifact.file("card.md").read_text()
+    assert found.calibration == manifest.calibration
+    assert {"fpr_0.01", "fpr_0.05", "low"} == manifest.thresholds.keys()
+    assert manifest.policy in manifest.thresholds
+    assert "fitted on val, crf 23" in card
+    assert "too few faces support: fpr_0.01" in card
+    again = recalibrate(
+        artifact, tmp_path, calibrate(rng.normal(0, 1, 100) + 3 * forged, forged, fitted_on="new")
+    )
+    assert again.version != artifact.version
+    assert again.weights_sha256 == artifact.weights_sha256
+    assert again.manifest.calibration.fitted_on == "new"
+    assert f"Recalibrated from {artifact.version}" in again.file("card.md").read_text()
+
+
+def test_the_card_tells_data_licences_figures_and_what_is_missing(run: Path, tmp_path: Path):
+    """A person reads it; what is not known stands there as not known."""
+    data = (
+        Portion("civilservice", "real", "train", 400),
+        Portion("FF++", "Deepfakes", "train", 720),
+        Portion("homemade", "real", "val", 3),
+    )
+    card = published(
+        run, tmp_path, data=data, metrics={"test": {"auc": [0.912, 0.88, 0.94]}},
+        failures=("Side views.",),
+    ).file("card.md").read_text()  # fmt: skip
+
+    for part in (
+        "| civilservice | real | train | 400 |",
+        "civilservice: official portraits",
+        "FF++: FaceForensics++ terms of use",
+        "homemade: not known to this project",
+        "| test auc | 0.912 | 0.88 to 0.94 |",
+        "- Side views.",
+        "kept for judging: boundary",
+        "changed from",
+        "verdicts are inconclusive",
+        "d" * 64,
+    ):
+        assert part in card
+    bare = published(run, tmp_path).file("card.md").read_text()
+    assert "Not recorded" in bare
+
+
+def test_rows_are_counted_by_collection_method_and_split():
+    """The index on the card."""
+    rows = [Row("a", "real", "train", 0)] * 2 + [Row("a", "swap", "train", 1)]
+
+    assert (Portion("a", "real", "train", 2), Portion("a", "swap", "train", 1)) == portions(rows)
+
+
+class Row:
+    """A row of an index."""
+
+    def __init__(self, dataset: str, method: str, split: str, label: int) -> None:
+        self.dataset, self.method, self.split, self.label = dataset, method, split, label
+
+
+def test_golden_crops_may_come_from_the_caller(run: Path, tmp_path: Path):
+    """Of the contract's size, and no other."""
+    crops = MadeBatches()[0].crops.numpy()
+
+    artifact = published(run, tmp_path, golden=crops, golden_source="eight made faces")
+
+    assert np.array_equal(crops, golden(artifact).crops)
+    assert "eight made faces" in artifact.file("card.md").read_text()
+    with pytest.raises(ValueError, match="golden crops should be"):
+        published(run, tmp_path, golden=crops[:, :, :16, :16])
+
+
+def test_made_crops_are_always_the_same_and_no_two_alike():
+    """Else a republished model would be a new version."""
+    one = made_crops(32)
+
+    assert np.array_equal(one, made_crops(32))
+    assert len(one) == len(np.unique(one.reshape(len(one), -1), axis=0))
+
+
+def test_without_validation_the_last_average_is_published(tmp_path: Path):
+    """There is no best where nobody looked."""
+    recipe = tiny("small_classifier", **{"schedule.steps": "2"})
+    quiet = Options(quiet=True)
+    train(recipe, MadeBatches(), None, tmp_path / "run", data_sha256="d" * 64, options=quiet)
+    checkpoint = load(tmp_path / "run" / LAST)
+
+    assert judged(tmp_path / "run").name == LAST
+    average = checkpoint.part("average")
+    assert all(torch.equal(average[name], tensor) for name, tensor in weights(checkpoint).items())
+    assert not torch.equal(
+        average["backbone.head.weight"], checkpoint.tensors["network.backbone.head.weight"]
+    )
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path):
+    """Before anything is written."""
+    with pytest.raises(CheckpointError, match="is it a folder of `ralf train`"):
+        published(tmp_path, tmp_path / "models")
+    assert not (tmp_path / "models").exists()

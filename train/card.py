@@ -1,0 +1,186 @@
+"""A model's card: what it was trained on, how well it does, where it fails; a page of Markdown.
+
+Everything on it comes from the checkpoint, the index and the figures that were measured; what was
+not measured is said to be missing.  Of each collection the card names the licence where this
+project knows it, and says plainly where it does not.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kernels.manifest import Manifest
+from train.recipe import Recipe
+from train.recipe_text import differences
+from train.recipes import RECIPES
+
+LICENCES = {
+    "civilservice": "official portraits of US office holders, public domain; collection MIT",
+    "voteview": "official and public-domain portraits of the US Congress",
+    "ffhq": "CC BY-NC-SA: for judging only, never in weights that ship",
+    "ffpp": "FaceForensics++ terms of use: research, not commercial",
+    "dfd": "FaceForensics++ terms of use: research, not commercial",
+    "celebdf": "Celeb-DF terms of use: research, not commercial",
+    "dfdc": "DFDC licence: see its own terms",
+    "deeperforensics": "DeeperForensics terms of use: research, not commercial",
+    "wilddeepfake": "WildDeepfake terms of use: research, not commercial",
+    "reviews": "your own uploads: your users' terms",
+}
+UNKNOWN = "not known to this project: check before you ship"
+
+
+class Row(Protocol):
+    """What the card reads of a row of the index."""
+
+    dataset: str
+    method: str
+    split: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Portion:
+    """So many videos or pictures of one collection, method and split."""
+
+    dataset: str
+    method: str
+    split: str
+    count: int
+
+    @property
+    def licence(self) -> str:
+        """By the collection's name, or its beginning."""
+        name = self.dataset.lower().replace("-", "").replace("+", "p").replace("_", "")
+        for known, licence in LICENCES.items():
+            if name.startswith(known):
+                return licence
+        return UNKNOWN
+
+
+def portions(rows: Iterable[Row]) -> tuple[Portion, ...]:
+    """The index, counted."""
+    counts = Counter((row.dataset, row.method, row.split) for row in rows)
+    return tuple(Portion(*key, count) for key, count in sorted(counts.items()))
+
+
+def card(
+    manifest: Manifest,
+    recipe: Recipe,
+    data: Sequence[Portion],
+    *,
+    golden_source: str,
+    failures: Sequence[str] = (),
+) -> str:
+    """The card's text."""
+    trained = manifest.trained
+    sections = {
+        f"# {manifest.name}": _summary(manifest, recipe),
+        "## What it was trained on": _trained_on(recipe, data),
+        "## How well it does": _figures(manifest),
+        "## What a score means": _meaning(manifest),
+        "## Where it fails": _failures(recipe, failures),
+        "## Not for": (
+            "Deciding alone about a person. A score is one piece of evidence for a reviewer; the "
+            "page shows where to look. It says nothing of sound, text, or whole made-up scenes."
+        ),
+        "## How it was made": _made(recipe, trained, golden_source),
+    }
+    return "\n\n".join(f"{title}\n\n{text.strip()}" for title, text in sections.items()) + "\n"
+
+
+def _summary(manifest: Manifest, recipe: Recipe) -> str:
+    dimensions = ", ".join(f"{k} {v}" for k, v in manifest.network.dimensions.items())
+    how = "the box squeezed" if manifest.input.squeeze else f"{manifest.input.margin:g} × the face"
+    text = (
+        "Scores faces cut from video for forgery. "
+        f"Network `{manifest.network.build}` ({dimensions}); recipe `{recipe.name}`; "
+        f"crops of {manifest.input.size} px, {how}."
+    )
+    return f"**Untrained: it knows nothing.**\n\n{text}" if manifest.untrained else text
+
+
+def _trained_on(recipe: Recipe, data: Sequence[Portion]) -> str:
+    if not data:
+        return "Not recorded: the index was not given when this was published."
+    lines = ["| collection | method | split | count |", "|---|---|---|---|"]
+    lines += [f"| {p.dataset} | {p.method} | {p.split or '–'} | {p.count} |" for p in data]
+    licences = {p.dataset: p.licence for p in data}
+    lines += ["", "Licences:", *(f"- {name}: {text}" for name, text in sorted(licences.items()))]
+    families = ", ".join(recipe.data.families)
+    if families:
+        lines += ["", f"Forgeries made from the reals by blending: {families}."]
+    if recipe.data.held_out:
+        lines += [f"Never trained on, kept for judging: {recipe.data.held_out}."]
+    return "\n".join(lines)
+
+
+def _figures(manifest: Manifest) -> str:
+    rows = list(_flat(manifest.metrics))
+    if not rows:
+        return "Not measured."
+    return "\n".join(
+        ["| figure | value | 95 % interval |", "|---|---|---|"]
+        + [f"| {name} | {value} | {interval} |" for name, value, interval in rows]
+    )
+
+
+def _flat(metrics: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str, str]]:
+    """Figures as rows; three numbers are a value and its interval."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, list | tuple) and len(value) == 3:
+            yield prefix + name, f"{value[0]:.4g}", f"{value[1]:.4g} to {value[2]:.4g}"
+        elif isinstance(value, float):
+            yield prefix + name, f"{value:.4g}", "–"
+        else:
+            yield prefix + name, str(value), "–"
+
+
+def _meaning(manifest: Manifest) -> str:
+    fitted = manifest.calibration
+    formula = f"sigmoid((logit − {fitted.shift:.4g}) / {fitted.temperature:.4g})"
+    lines = [f"P(forged) = {formula}, fitted on {fitted.fitted_on}, at even odds of both classes."]
+    for name, score in sorted(manifest.thresholds.items()):
+        meaning = (
+            "below it: likely authentic"
+            if name == "low"
+            else f"at or above it: likely forged, at a false-positive rate of {name[4:]}"
+        )
+        lines.append(f"- `{name}` {score:.4f}: {meaning}")
+    if not manifest.thresholds:
+        lines.append("- no thresholds were fitted: verdicts are inconclusive")
+    found = manifest.metrics.get("calibration", {}).get("thresholds", {})
+    weak = sorted(name for name, each in found.items() if not each["supported"])
+    if weak:
+        lines.append(f"- too few faces support: {', '.join(weak)} (see the intervals)")
+    return "\n".join(lines)
+
+
+def _failures(recipe: Recipe, failures: Sequence[str]) -> str:
+    known = [
+        "Small faces, strong compression, low light and heavy make-up cost the most.",
+        "Forgeries by methods unlike any it has seen: see the held-out figures, not the best ones.",
+        "A bias of the collections above is a bias of the model: it was judged on no one else.",
+    ]
+    if recipe.data.families:
+        known.append(
+            "Trained on blended forgeries: whole synthetic faces without a border may pass."
+        )
+    return "\n".join(f"- {line}" for line in (*failures, *known))
+
+
+def _made(recipe: Recipe, trained: Mapping[str, Any], golden_source: str) -> str:
+    facts = {
+        "steps": trained.get("steps"),
+        "faces seen": trained.get("faces"),
+        "data": trained.get("data_sha256"),
+        "commit": trained.get("commit") or "not recorded",
+        "golden crops": golden_source,
+    }
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    made = RECIPES.get(recipe.name)
+    changed = differences(made(), recipe) if made else []
+    lines += [f"- changed from `{recipe.name}`: {each}" for each in changed]
+    return "\n".join([*lines, "", "Why the recipe is so:", *(f"- {note}" for note in recipe.notes)])
