@@ -94,6 +94,19 @@ def yuv_frame(image: Image, pixel_format: str, matrix: str, full: bool) -> Any:
     return frame
 
 
+def _fast_frame(image: Image, pixel_format: str, matrix: str, full: bool) -> Any:
+    """The same by swscale."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    out = frame.reformat(
+        format=pixel_format,
+        dst_colorspace={"bt601": 5, "bt709": 1, "bt2020": 9, "smpte240m": 7}[matrix],
+        dst_color_range=2 if full else 1,
+        threads=1,
+    )
+    out.colorspace, out.color_range = 2, 0  # untagged, unless make_clip tags it
+    return out
+
+
 def _options(codec: str, quality: int, gop: int, b_frames: int) -> dict[str, str]:
     """Encoders on their fastest setting, one thread, as good as `quality` says (0 is best)."""
     match codec:
@@ -144,6 +157,8 @@ def make_clip(
     options: dict[str, str] | None = None,
     audio: bool = False,
     others: int = 0,
+    metadata: dict[str, str] | None = None,
+    exact: bool = True,
 ) -> Path:
     """Write a clip; the container is the path's ending unless named.
 
@@ -151,6 +166,7 @@ def make_clip(
     frames, below zero for a negative start.  `rotation` is counter-clockwise, as a player applies
     it.  `matrix` and `full_range` are both how the picture is made and how it is tagged.
     `audio` adds a silent track; `others` adds that many small video streams after the first.
+    Without `exact` swscale makes the YUV, ten times as fast: for big clips of faces.
     """
     images = pictures(frames, *size) if isinstance(frames, int) else iter(frames)
     first = next(images)
@@ -176,6 +192,7 @@ def make_clip(
             context.color_range = 2 if full_range else 1
         if rotation or hflip or vflip:
             stream.set_display_rotation(rotation, hflip=hflip, vflip=vflip)
+        file.metadata.update(metadata or {})
         tracks = [_Sound(file)] if audio else []
         small = [_Small(file, rate) for _ in range(others)]
         unit = (1 / rate) / context.time_base
@@ -187,7 +204,8 @@ def make_clip(
             file.mux(packet)
 
         for number, image in enumerate(_chain(first, images)):
-            frame = yuv_frame(image, pixel_format, matrix if named else "bt601", full_range)
+            convert = yuv_frame if exact else _fast_frame
+            frame = convert(image, pixel_format, matrix if named else "bt601", full_range)
             if named:
                 frame.colorspace = MATRICES[matrix][2]
             if named or full_range:
@@ -270,6 +288,15 @@ def sound_only(path: str | Path, seconds: float = 1.0, cover: bool = False) -> P
     return Path(path)
 
 
+def no_frames(path: str | Path) -> Path:
+    """A well-formed container whose video stream holds nothing."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        file.start_encoding()
+    return Path(path)
+
+
 @dataclass(frozen=True)
 class Shown:
     """One frame as the reference decoder gives it."""
@@ -332,7 +359,9 @@ def face_clip(
                 image[top : top + face.shape[0], left : left + face.shape[1]] = face
             yield image
 
-    return make_clip(path, frames(), fps=fps, **{"quality": 18, "gop": 50, **encoding})
+    return make_clip(
+        path, frames(), fps=fps, **{"quality": 18, "gop": 50, "exact": False, **encoding}
+    )
 
 
 def _scaled(image: Image, height: int) -> Image:

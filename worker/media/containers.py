@@ -58,7 +58,7 @@ def demuxer_of(head: bytes) -> Demuxer:
         return "matroska"
     if head.startswith(b"RIFF") and head[8:12] in (b"AVI ", b"AVIX"):
         return "avi"
-    if _packet_layout(head) is not None:
+    if packet_layout(head) is not None:
         return "mpegts"
     raise ContainerUnsupported(
         f"expected one of {ALLOWED} by its first bytes, got {_describe(head)}; convert it first"
@@ -78,7 +78,7 @@ def _describe(head: bytes) -> str:
     return f"{head[:8].hex(' ')}"
 
 
-def _packet_layout(head: bytes) -> tuple[int, int] | None:
+def packet_layout(head: bytes) -> tuple[int, int] | None:
     """Offset of the first sync byte and the stride, if the head is a run of MPEG-TS packets."""
     for stride in (188, 192, 204):
         for offset in range(min(stride, max(0, len(head) - 2 * stride))):
@@ -90,7 +90,7 @@ def _packet_layout(head: bytes) -> tuple[int, int] | None:
 
 def refuse_scrambled(head: bytes) -> None:
     """MPEG-TS says in each packet's header whether its payload is encrypted."""
-    layout = _packet_layout(head)
+    layout = packet_layout(head)
     if layout is None:
         return
     offset, stride = layout

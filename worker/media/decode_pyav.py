@@ -78,7 +78,7 @@ class PyavDecoder:
             cap = max(LEAST_CAP, (clip.probe.coded_width + 128) * (clip.probe.coded_height + 128))
             with open_media(clip.probe.path, clip.probe.container, cap) as container:
                 reader = _Reader(container, clip.probe, self.threads or os.cpu_count() or 1, cap)
-                yield from _chunks(clip, wanted, reader.pictures(wanted), self.chunk_bytes)
+                yield from _chunks(clip, wanted, reader, self.chunk_bytes)
 
 
 class _Reader:
@@ -106,6 +106,8 @@ class _Reader:
             probe.container == "avi" and probe.codec in ("h264", "hevc") and self.reorder > 0
         )
         self.next_out = 0
+        self.damaged: list[int] = []
+        """Frames whose packets gave an error, since this was last emptied."""
 
     def pictures(self, wanted: NDArray[np.int64]) -> Iterator[_Picture]:
         """Every wanted frame in order, itself, a neighbour in its place, or nothing."""
@@ -197,6 +199,8 @@ class _Reader:
         try:
             frames = self.context.decode(packet)
         except av.FFmpegError:
+            if packet is not None:
+                self.damaged.append(self._number(packet.pts) or 0)
             return
         for frame in frames:
             if self.by_order:
@@ -261,7 +265,7 @@ def _reach(times: NDArray[np.float64], wanted: NDArray[np.int64]) -> NDArray[np.
 
 
 def _chunks(
-    clip: Clip, wanted: NDArray[np.int64], pictures: Iterator[_Picture], chunk_bytes: int
+    clip: Clip, wanted: NDArray[np.int64], reader: _Reader, chunk_bytes: int
 ) -> Iterator[Frames]:
     """Pictures gathered into chunks; one goes out only when the next has its first picture.
 
@@ -271,9 +275,9 @@ def _chunks(
     most = max(1, chunk_bytes // (3 * probe.width * probe.height))
     painter = _Painter(probe)
     chunk, done = _Chunk(probe, min(most, len(wanted))), 0
-    for picture in pictures:
+    for picture in reader.pictures(wanted):
         if picture.frame is not None and len(chunk.indices) == len(chunk.pixels):
-            yield chunk.frames(clip, done, len(wanted))
+            yield chunk.frames(clip, done, len(wanted), reader)
             chunk = _Chunk(probe, min(most, len(wanted) - done))
         done += 1
         if picture.frame is None:
@@ -285,7 +289,7 @@ def _chunks(
             chunk.replaced.append(picture.wanted)
     if not chunk.indices:
         raise CorruptMedia(f"none of the {len(wanted)} frames asked for can be decoded")
-    yield chunk.frames(clip, done, len(wanted))
+    yield chunk.frames(clip, done, len(wanted), reader)
 
 
 class _Chunk:
@@ -298,7 +302,8 @@ class _Chunk:
         self.replaced: list[int] = []
         self.lost: list[int] = []
 
-    def frames(self, clip: Clip, asked: int, total: int) -> Frames:
+    def frames(self, clip: Clip, asked: int, total: int, reader: _Reader) -> Frames:
+        """What came, and what the reader met since the last chunk."""
         indices = np.asarray(self.indices, dtype=np.int64)
         return Frames(
             clip=clip,
@@ -309,18 +314,20 @@ class _Chunk:
             total=total,
             replaced=len(self.replaced),
             decoder=PyavDecoder.name,
-            warnings=tuple(self._warnings()),
+            warnings=tuple(self._warnings(reader)),
         )
 
-    def _warnings(self) -> Iterator[str]:
-        for what, numbers in (("were replaced by a neighbour", self.replaced), ("are", self.lost)):
+    def _warnings(self, reader: _Reader) -> Iterator[str]:
+        damaged, reader.damaged = reader.damaged, []
+        for numbers, what in (
+            (damaged, "damaged_clip: {} packets do not decode {}; later frames may be smeared"),
+            (self.replaced, "replaced_frames: {} do not decode {}; neighbours stand in for them"),
+            (self.lost, "lost_frames: {} do not decode {}, nor does any near them"),
+        ):
             if numbers:
                 times = self.probe.times_s[numbers]
-                end = " lost" if what == "are" else ""
-                yield (
-                    f"undecodable_frames: {len(numbers)} between {times.min():.3f} and "
-                    f"{times.max():.3f} s {what}{end}"
-                )
+                between = f"between {times.min():.3f} and {times.max():.3f} s"
+                yield what.format(len(set(numbers)), between)
 
 
 class _Painter:

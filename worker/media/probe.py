@@ -37,6 +37,7 @@ from worker.media.containers import (
     Demuxer,
     check_boxes,
     demuxer_of,
+    packet_layout,
     refuse_scrambled,
 )
 from worker.media.timeline import Seen, Timeline, timeline
@@ -55,6 +56,8 @@ RETRIES = 8
 """Read errors after which the pass goes on, before the rest of the file is given up."""
 JUMP_BACK_S = 1.0
 """Decoding times never go back; by more than this it is another recording, glued on."""
+JUMP_ON_S = 3600.0
+"""MPEG-TS clocks wrap every 26.5 hours, so there FFmpeg takes a jump back for one far ahead."""
 
 
 def codec_available(name: str) -> bool:
@@ -74,13 +77,13 @@ def ffmpeg_version() -> str:
 def probe(path: str | os.PathLike[str], settings: Settings) -> Probe:
     """The facts of a video file; raises a Rejected error that names why it is refused."""
     name = str(Path(path).absolute())
-    demuxer, size = _first_look(name, settings)
+    demuxer, size, layout = _first_look(name, settings)
     most_pixels = _padded_area(settings.max_width, settings.max_height)
     with open_media(name, demuxer, most_pixels) as container:
         stream = _video_stream(container, settings)
-        look = _Pass(stream, settings, demuxer)
+        look = _Pass(stream, settings, demuxer, layout)
         look.run(container)
-        return _facts(name, size, container.format.name, stream, look)
+        return _facts(name, size, stream, look)
 
 
 def most_frames(settings: Settings) -> int:
@@ -92,8 +95,8 @@ def _padded_area(width: int, height: int) -> int:
     return (width + 128) * (height + 128)  # coded pictures are padded to whole blocks
 
 
-def _first_look(name: str, settings: Settings) -> tuple[Demuxer, int]:
-    """Container and size, without FFmpeg and without ever waiting for a pipe's writer."""
+def _first_look(name: str, settings: Settings) -> tuple[Demuxer, int, tuple[int, int]]:
+    """Container, size and packet layout; no FFmpeg yet, and never a wait for a pipe's writer."""
     try:
         kind = Path(name).stat().st_mode
         if not stat.S_ISREG(kind):
@@ -116,7 +119,7 @@ def _first_look(name: str, settings: Settings) -> tuple[Demuxer, int]:
             check_boxes(file, size, most_frames(settings))
         elif demuxer == "mpegts":
             refuse_scrambled(head)
-    return demuxer, size
+    return demuxer, size, packet_layout(head) or (0, 188)
 
 
 def _kind(mode: int) -> str:
@@ -200,7 +203,9 @@ def _size(stream: Any) -> tuple[int, int]:
 
 
 def _what_is_there(streams: Any, shown: list[Any]) -> str:
-    kinds = ", ".join(f"{s.type}{' (attached picture)' * _is_picture(s)}" for s in streams[:8])
+    kinds = ", ".join(
+        f"{s.type}{' (attached picture)' * _is_picture(s)}" for s in list(streams)[:8]
+    )
     if not shown:
         return f"expected a video stream, got {kinds or 'no stream'}"
     sizes = ", ".join("{}×{}".format(*_size(stream)) for stream in shown[:8])
@@ -226,6 +231,8 @@ class _Pass:
     stream: Any
     settings: Settings
     demuxer: Demuxer
+    layout: tuple[int, int]
+    """Of MPEG-TS packets: where the first begins, and their length."""
     seen: Seen = field(default_factory=Seen)
     first: Any = None
     """The first picture that decoded."""
@@ -270,9 +277,9 @@ class _Pass:
             return True
         if packet.dts is not None:
             if self.last_dts is not None:
-                back = (self.last_dts - packet.dts) * self.base
-                if back > JUMP_BACK_S:
-                    self.broken = f"its times jump back by {back:.3f} s"
+                step = (packet.dts - self.last_dts) * self.base
+                if step < -JUMP_BACK_S or (step > JUMP_ON_S and self.demuxer == "mpegts"):
+                    self.broken = "its clock jumps: another recording follows, not looked at"
                     return False
             self.last_dts = packet.dts
         tick = packet.pts if packet.pts is not None else packet.dts
@@ -327,7 +334,7 @@ def hidden(packet: Any, stream: Any) -> bool:
     return _codec(stream) == "vp8" and not memoryview(packet)[0] & 0x10
 
 
-def _facts(name: str, size: int, container: str, stream: Any, look: _Pass) -> Probe:
+def _facts(name: str, size: int, stream: Any, look: _Pass) -> Probe:
     if look.encrypted:
         raise EncryptedMedia("the video's packets are encrypted; send it decrypted")
     first = look.first
@@ -345,7 +352,7 @@ def _facts(name: str, size: int, container: str, stream: Any, look: _Pass) -> Pr
     return Probe(
         path=name,
         size_bytes=size,
-        container=container,
+        container=look.demuxer,
         codec=context.codec.canonical_name,
         stream_index=stream.index,
         coded_width=context.coded_width or first.width,
@@ -365,7 +372,7 @@ def _facts(name: str, size: int, container: str, stream: Any, look: _Pass) -> Pr
         colour_space=space,
         colour_range=colour_range,
         interlaced=bool(first.interlaced_frame),
-        warnings=(*notes, *_warnings(look, stream, line)),
+        warnings=(*notes, *_warnings(look, stream, line, size)),
     )
 
 
@@ -373,7 +380,7 @@ def _rate(stream: Any) -> float:
     return float(stream.average_rate or 0.0)
 
 
-def _warnings(look: _Pass, stream: Any, line: Timeline) -> list[str]:
+def _warnings(look: _Pass, stream: Any, line: Timeline, size: int) -> list[str]:
     found = []
     others = sum(not _is_picture(other) for other in stream.container.streams.video) - 1
     if others:
@@ -386,8 +393,18 @@ def _warnings(look: _Pass, stream: Any, line: Timeline) -> list[str]:
             f"broken_clip: its index lists {listed} frames, {seen} are there; "
             f"it ends at {line.duration_s:.3f} s"
         )
+    elif look.demuxer == "mpegts" and (size - look.layout[0]) % look.layout[1]:
+        found.append(f"broken_clip: it ends inside a packet, at {line.duration_s:.3f} s")
     elif look.demuxer == "avi" and abs(listed - seen) > 1:
         found.append(f"frame_count: the header says {listed} frames, {seen} are there")
+    claimed = (stream.container.duration or 0) / av.time_base
+    if not any(text.startswith("broken") for text in found) and claimed - line.duration_s > max(
+        0.5, claimed / 10
+    ):
+        found.append(
+            f"short_video: the container says {claimed:.3f} s, its video ends at "
+            f"{line.duration_s:.3f} s"
+        )
     if line.early:
         found.append(
             f"early_frames: {line.early} frames before the first keyframe cannot be decoded"
