@@ -19,6 +19,7 @@ from kernels.manifest import Sampling as ModelSampling
 from kernels.manifest import Strict, Unit
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}(@[0-9a-f]{8})?$")]
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Milliseconds = Annotated[int, Field(ge=0)]
@@ -113,7 +114,7 @@ class Job(Strict):
     evidence: EvidencePolicy = EvidencePolicy()
     session: SessionPart | None = None
     stop_early: EarlyStop | None = None
-    model: Name | None = None
+    model: ModelName | None = None
     """Pin a model by name or name@version; None is the worker's own."""
     traceparent: Annotated[str, Field(pattern=r"^[0-9a-f-]{55}$")] | None = None
     submitted_at: AwareDatetime

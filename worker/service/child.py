@@ -24,143 +24,21 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import structlog
 
 from worker import telemetry
-from worker.contract import Job, Progress, Verdict, dump
+from worker.contract import Job, dump
 from worker.errors import Cancelled, GpuFatal, JobError, RalfError
 from worker.service import jobs, sandbox, wire
+from worker.service.shelf import EmptyShelf, Facts, Shelf
+from worker.service.turnstile import Peer, Turnstile, Visit
 from worker.settings import Settings
-
-if TYPE_CHECKING:
-    from worker.runtime import Parts
 
 log = structlog.get_logger()
 
-SEND_TIMEOUT_S = 30.0
-TELL_EVERY_S = 0.1
-"""A job tells its parent no more often; it still looks each time whether it was cancelled."""
-PARTIAL_EVERY_S = 5.0
-"""So a clip that takes longer shows what is thought of it so far."""
-
-
-class Peer:
-    """One parent: its connection and the one job it may have in flight."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.inbox = wire.Inbox()
-        self.errand: Errand | None = None
-        self.greeted = False
-        self.gone = False
-        self._sending = threading.Lock()
-        connection.settimeout(SEND_TIMEOUT_S)
-
-    def say(self, message: wire.Message) -> None:
-        """Send; a parent that has gone, or takes nothing for long, is not waited for."""
-        try:
-            with self._sending:
-                self.connection.sendall(wire.encode(message))
-        except OSError:
-            self.gone = True
-
-
-@dataclass(eq=False)
-class Errand:
-    """One job between its parent's Run and our answer."""
-
-    peer: Peer
-    run: wire.Run
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    told: float = 0.0
-    judged: float = field(default_factory=time.monotonic)
-
-    def report(
-        self, progress: Progress, seconds: float, partial: Callable[[], Verdict] | None = None
-    ) -> None:
-        """Tell the parent, at most ten times a second; raises Cancelled once it was asked to."""
-        if self.cancelled.is_set() or self.peer.gone:
-            raise Cancelled
-        now = time.monotonic()
-        if now - self.told < TELL_EVERY_S:
-            return
-        self.told, document = now, ""
-        if partial is not None and now - self.judged >= PARTIAL_EVERY_S:
-            self.judged, document = now, dump(partial())
-        self.peer.say(wire.Advanced(self.run.job_id, dump(progress), float(seconds), document))
-
-
-class Turnstile:
-    """Who runs next: first come, first served; a job that must be alone is let in alone."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: deque[Errand] = deque()
-        self._running: list[Errand] = []
-        self._closed = False
-
-    def close(self) -> None:
-        """Nobody else gets a turn."""
-        with self._changed:
-            self._closed = True
-
-    def join(self, errand: Errand) -> None:
-        """Stand in line."""
-        with self._changed:
-            self._waiting.append(errand)
-            self._changed.notify_all()
-
-    def leave(self, errand: Errand) -> bool:
-        """Step out of the line; False when the job runs already."""
-        with self._changed:
-            if errand not in self._waiting:
-                return False
-            self._waiting.remove(errand)
-            self._changed.notify_all()
-            return True
-
-    def enter(self) -> Errand:
-        """Wait for a turn; the errand is then running."""
-        with self._changed:
-            self._changed.wait_for(self._may_enter)
-            errand = self._waiting.popleft()
-            self._running.append(errand)
-            if len(self._running) > 1:
-                self._announce()
-            return errand
-
-    def exit(self, errand: Errand) -> None:
-        """The errand's turn is over."""
-        with self._changed:
-            self._running.remove(errand)
-            self._announce()
-            self._changed.notify_all()
-
-    def _may_enter(self) -> bool:
-        if self._closed or not self._waiting:
-            return False
-        if self._running and self._waiting[0].run.alone:
-            return False
-        return not any(errand.run.alone for errand in self._running)
-
-    def _announce(self) -> None:
-        """Each running job's parent knows how many suspects there would be if we died now."""
-        for errand in self._running:
-            errand.peer.say(wire.Company(len(self._running) - 1))
-
-    @property
-    def idle(self) -> bool:
-        """Whether no job runs."""
-        with self._changed:
-            return not self._running
-
-
-Load = Callable[[], tuple["Parts | None", dict[str, object]]]
+IDLE_S = 1.0
 
 
 class Child:
@@ -171,20 +49,19 @@ class Child:
         listener: socket.socket,
         *,
         table: dict[str, jobs.Body],
-        load: Load,
+        shelf: Shelf,
         capacity: int = 1,
         linger_s: float | None = None,
     ) -> None:
         self._listener = listener
         self._table = table
-        self._load = load
+        self._shelf = shelf
         self._capacity = capacity
         self._linger_s = linger_s
         """None: exclusive, leave with the first parent; else how long to wait for another."""
         self._turnstile = Turnstile()
         self._peers: set[Peer] = set()
         self._peers_lock = threading.Lock()
-        self._parts: Parts | None = None
         self._leaving = False
         self._ready: wire.Ready | wire.Unready | None = None
 
@@ -225,9 +102,9 @@ class Child:
         peer.connection.close()
         with self._peers_lock:
             self._peers.discard(peer)
-        if peer.errand is not None:
-            self._turnstile.leave(peer.errand)
-            peer.errand.cancelled.set()
+        if peer.visit is not None:
+            self._turnstile.leave(peer.visit)
+            peer.visit.cancelled.set()
 
     def _hear(self, peer: Peer) -> bool:
         """Act on what a parent said; False when it has gone or talks nonsense."""
@@ -250,9 +127,9 @@ class Child:
                     peer.say(ready)
             case wire.Ping(number=number):
                 peer.say(wire.Pong(number))
-            case wire.Run() if peer.greeted and peer.errand is None:
-                peer.errand = Errand(peer, message)
-                self._turnstile.join(peer.errand)
+            case wire.Run() if peer.greeted and peer.visit is None:
+                peer.visit = Visit(peer, message)
+                self._turnstile.join(peer.visit)
             case wire.Cancel(job_id=job_id):
                 self._cancel(peer, job_id)
             case wire.Shutdown():
@@ -270,29 +147,24 @@ class Child:
             os._exit(0)
 
     def _cancel(self, peer: Peer, job_id: str) -> None:
-        errand = peer.errand
-        if errand is None or errand.run.job_id != job_id:
+        visit = peer.visit
+        if visit is None or visit.run.job_id != job_id:
             return
-        errand.cancelled.set()
-        if self._turnstile.leave(errand):
-            peer.errand = None
+        visit.cancelled.set()
+        if self._turnstile.leave(visit):
+            peer.visit = None
             peer.say(wire.Failed(job_id, "cancelled", "the job was cancelled before its turn"))
 
     def _work_first(self) -> None:
         """Load, tell every parent, then work beside the other threads."""
         ready: wire.Ready | wire.Unready
         try:
-            self._parts, facts = self._load()
-            ready = wire.Ready(os.getpid(), rss(), json.dumps(facts))
+            ready = _ready(self._shelf.open())
         except Exception as error:  # noqa: BLE001  the border: the parent logs it and decides
             ready = wire.Unready(
                 str(error) if isinstance(error, RalfError) else traceback.format_exc()
             )
-        with self._peers_lock:
-            self._ready = ready
-            greeted = [peer for peer in self._peers if peer.greeted]
-        for peer in greeted:
-            peer.say(ready)
+        greeted = self._announce(ready)
         if isinstance(ready, wire.Unready):
             log.error("child.unready", error=ready.message)
             if not greeted:
@@ -302,25 +174,40 @@ class Child:
             threading.Thread(target=self._work, name=f"work-{number}", daemon=True).start()
         self._work()
 
+    def _announce(self, ready: wire.Ready | wire.Unready) -> int:
+        """Tell every parent; those that greet later are told then."""
+        with self._peers_lock:
+            self._ready = ready
+            greeted = [peer for peer in self._peers if peer.greeted]
+        for peer in greeted:
+            peer.say(ready)
+        return len(greeted)
+
     def _work(self) -> None:
         while True:
-            errand = self._turnstile.enter()
-            errand.peer.say(wire.Started(errand.run.job_id))
-            answer = self._answer(errand)
-            self._turnstile.exit(errand)
-            errand.peer.errand = None  # before the answer: the parent may send the next at once
-            errand.peer.say(answer)
+            visit = self._turnstile.enter(IDLE_S)
+            switched = self._shelf.follow()
+            if switched is not None:
+                self._announce(_ready(switched))
+            if visit is None:
+                continue
+            visit.peer.say(wire.Started(visit.run.job_id))
+            answer = self._answer(visit)
+            self._turnstile.exit(visit)
+            visit.peer.visit = None  # before the answer: the parent may send the next at once
+            visit.peer.say(answer)
             self._leave_if_idle()
             if isinstance(answer, wire.Failed) and answer.fatal:
                 os._exit(70)
 
-    def _answer(self, errand: Errand) -> wire.Done | wire.Failed:
+    def _answer(self, visit: Visit) -> wire.Done | wire.Failed:
         """Run the body; whatever it raises has a name in the answer."""
-        run = errand.run
+        run = visit.run
         try:
             body = self._table[run.function]
-            task = jobs.Task(run, Job.model_validate_json(run.job), errand.report)
-            verdict, evidence = body.work(task, self._parts)
+            job = Job.model_validate_json(run.job)
+            parts = self._shelf.of(job) if body.heavy else None
+            verdict, evidence = body.work(jobs.Task(run, job, visit.report), parts)
             return wire.Done(run.job_id, dump(verdict), dump(evidence))
         except BaseException as error:  # noqa: BLE001  the border: every end has a name
             named = jobs.as_job_error(error)
@@ -342,19 +229,8 @@ def rss(pid: int | Literal["self"] = "self") -> int:
         return 0
 
 
-def _load_model(settings: Settings) -> tuple["Parts | None", dict[str, object]]:
-    from worker.runtime import load
-
-    parts = load(settings)
-    manifest = parts.artifact.manifest
-    return parts, {
-        "model": manifest.name,
-        "version": parts.artifact.version,
-        "engine": parts.engine.name,
-        "precision": parts.engine.precision,
-        "device": parts.engine.device,
-        "decoder": parts.decoder.name,
-    }
+def _ready(facts: Facts) -> wire.Ready:
+    return wire.Ready(os.getpid(), rss(), json.dumps(facts))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -373,15 +249,11 @@ def main(arguments: list[str] | None = None) -> int:
     for sentence in missing:
         log.warning("child.sandbox_incomplete", missing=sentence)
     listener = socket.socket(fileno=options.socket_fd)
-    load: Load = (
-        (lambda: _load_model(settings))
-        if options.bodies == "moderate"
-        else (lambda: (None, {"model": "none", "engine": "test"}))
-    )
+    shelf = Shelf(settings) if options.bodies == "moderate" else EmptyShelf(settings)
     child = Child(
         listener,
         table=jobs.table(options.bodies),
-        load=load,
+        shelf=shelf,
         capacity=options.capacity,
         linger_s=options.linger,
     )

@@ -14,45 +14,32 @@ signals, in one select(), and judges at each turn.  What makes it end a run earl
 Whatever happens, walk() returns an Ending; only settle() writes it to the store, once.
 """
 
-import contextlib
-import os
 import select
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import structlog
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from worker import telemetry
-from worker.contract import Evidence, Failure, Progress, Verdict
-from worker.errors import (
-    Cancelled,
-    Crashed,
-    DeadlinePassed,
-    DecoderCrashed,
-    FetchFailed,
-    Hung,
-    Interrupted,
-    JobError,
-    by_code,
-)
+from worker.contract import Evidence, Progress, Verdict
+from worker.errors import DecoderCrashed, by_code
 from worker.service import wire
+from worker.service.ending import Ending, settle
+from worker.service.fetching import Fetching
 from worker.service.jobs import Body
+from worker.service.limits import Pace, memory_allowed, overrun
 from worker.service.link import Link
+from worker.service.orders import Orders
 from worker.service.records import Claim
 from worker.service.store import Store
 from worker.settings import Settings
-
-if TYPE_CHECKING:
-    from worker.service.fetch import Fetched
 
 log = structlog.get_logger()
 
@@ -61,73 +48,6 @@ CANCEL_GRACE_S = 2.0
 TURN_S = 0.5
 """The longest that the parent waits without looking at the clock."""
 BEAT_S = 1.0
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended, before the store knows."""
-
-    kind: Literal["verdict", "failure", "retry", "crash", "hand_back", "lost"]
-    code: str = ""
-    message: str = ""
-    detail: str = ""
-    alone: bool = True
-    verdict: Verdict | None = field(default=None, repr=False)
-    evidence: Evidence | None = field(default=None, repr=False)
-
-    @classmethod
-    def of(cls, error: JobError, *, detail: str = "", alone: bool = True) -> "Ending":
-        """What this error's class means for the job."""
-        kind: Literal["crash", "retry", "failure"] = "failure"
-        if isinstance(error, Crashed):
-            kind = "crash"
-        elif isinstance(error, Interrupted):
-            kind = "retry"
-        return cls(kind, error.code, str(error), detail, alone)
-
-
-class Orders:
-    """What signals and other threads tell the waiting parent; wake() ends its select()."""
-
-    def __init__(self) -> None:
-        self.drain_since: float | None = None
-        self.hurry = False
-        self.stopped = ""
-        """An operator killed the child (rq's stop-job, kill-horse): what for."""
-        self.pulse = time.monotonic()
-        """When the parent last looked around; /healthz is made of it."""
-        self._read, self.write = os.pipe()
-        os.set_blocking(self._read, False)
-        os.set_blocking(self.write, False)
-
-    def fileno(self) -> int:
-        """For select()."""
-        return self._read
-
-    def wake(self) -> None:
-        """From a signal handler or any thread."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.write, b"\0")
-
-    def drained(self) -> None:
-        """Empty the pipe after it woke somebody."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._read, 4096)
-
-    def close(self) -> None:
-        """Close the pipe."""
-        os.close(self._read)
-        os.close(self.write)
-
-
-def hard_rss(settings: Settings) -> int:
-    """Above so many bytes a child is killed in the middle of a job."""
-    if settings.child_max_rss:
-        return settings.child_max_rss
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return int(0.8 * total)
 
 
 class Errand:
@@ -148,13 +68,11 @@ class Errand:
         self.link, self.store, self.orders = link, store, orders
         self.settings: Settings = store.settings
         self._rq_beat = beat
-        self._bound = hard_rss(self.settings)
+        self._rss_allowed = memory_allowed(self.settings)
         self.begun = time.monotonic()
         self.fetch_s = 0.0
         self._file_sha: str | None = None
-        self._started: float | None = None
-        self._progressed = self.begun
-        self._seconds = 0.0
+        self._pace = Pace(progressed=self.begun)
         self._others = 0
         self._progress: Progress | None = None
         self._partial: Verdict | None = None
@@ -178,40 +96,22 @@ class Errand:
 
     def _fetched(self, folder: Path) -> tuple[Path, Ending | None]:
         """The media as a local file; heartbeats go on while a thread fetches it."""
-        from worker.service.fetch import fetch
-
-        job, stop, found = self.claim.job, threading.Event(), _Found()
+        job = self.claim.job
         self._progress = Progress(stage="fetch", percent=0)
-
-        def work() -> None:
-            try:
-                found.file = fetch(
-                    job.media,
-                    folder,
-                    tenant=job.tenant,
-                    settings=self.settings,
-                    cancelled=stop.is_set,
-                )
-            except BaseException as error:  # noqa: BLE001  carried over to the parent's thread
-                found.error = error
-            found.done.set()
-            self.orders.wake()
-
-        threading.Thread(target=work, name="fetch", daemon=True).start()
-        while not found.done.is_set():
+        fetching = Fetching(
+            job.media, folder, tenant=job.tenant, settings=self.settings, orders=self.orders
+        )
+        while not fetching.over:
             self._wait(listen=False)
             self._judge()
             if self._planned is not None:
-                stop.set()
-                if self._planned.kind in {"hand_back", "lost"} or self._overdue():
-                    return Path(), self._planned  # the thread notices its event by itself
+                fetching.stop()
+                return Path(), self._planned
         self.fetch_s = time.monotonic() - self.begun
-        if self._planned is not None:
-            return Path(), self._planned
-        if found.file is None:
-            return Path(), _fetch_ending(found.error)
-        self._file_sha = found.file.sha256
-        return found.file.path, None
+        if fetching.file is None:
+            return Path(), fetching.ending()
+        self._file_sha = fetching.file.sha256
+        return fetching.file.path, None
 
     def _in_child(self, path: Path) -> Ending:
         claim = self.claim
@@ -227,7 +127,7 @@ class Errand:
                 alone=claim.alone,
             )
         )
-        self._progressed = time.monotonic()
+        self._pace.progressed = time.monotonic()
         while True:
             said = self._wait(listen=True)
             for message in said or ():
@@ -243,7 +143,7 @@ class Errand:
     def _heard(self, message: wire.Message) -> Ending | None:
         match message:
             case wire.Started():
-                self._started = self._progressed = time.monotonic()
+                self._pace.started = self._pace.progressed = time.monotonic()
             case wire.Company(others=others):
                 self._others = others
                 self._beat(alone=others == 0)
@@ -258,14 +158,14 @@ class Errand:
         return None
 
     def _advanced(self, message: wire.Advanced) -> None:
-        self._progressed = time.monotonic()
+        self._pace.progressed = time.monotonic()
         try:
             self._progress = Progress.model_validate_json(message.progress)
             if message.partial:
                 self._partial = Verdict.model_validate_json(message.partial)
         except ValidationError as error:
             log.warning("child.misunderstood", job_id=self.claim.job_id, error=str(error)[:300])
-        self._seconds = max(self._seconds, message.seconds)
+        self._pace.seconds = max(self._pace.seconds, message.seconds)
 
     def _done(self, message: wire.Done) -> Ending:
         """A verdict counts only if it is one, and about this job."""
@@ -308,7 +208,7 @@ class Errand:
             if reason == "stop-job":
                 return Ending("failure", "cancelled", "an operator stopped the job")
             return Ending("hand_back", "child_killed", "an operator killed the child")
-        if self._started is None:
+        if self._pace.started is None:
             return Ending("hand_back", "child_left", f"the child {how} before the job's turn")
         error = DecoderCrashed(f"the child {how} in the middle of the job")
         return Ending.of(error, detail=self.link.last_words(), alone=self._alone)
@@ -333,30 +233,19 @@ class Errand:
             self._rq_beat()
         if self._planned is not None and self._planned.kind != "hand_back":
             return
-        late = self._too_late(now)
-        if late is not None:
-            self._plan(late, grace=0.0 if late.kind == "crash" else CANCEL_GRACE_S)
+        fault = overrun(
+            self.settings,
+            self._pace,
+            now=now,
+            rss=self.link.rss(),
+            rss_allowed=self._rss_allowed,
+            deadline=self.claim.job.deadline,
+        )
+        if fault is not None:
+            ending = Ending.of(fault, alone=self._alone)
+            self._plan(ending, grace=0.0 if ending.kind == "crash" else CANCEL_GRACE_S)
         elif self._planned is None and self._must_drain(now):
             self._plan(Ending("hand_back", "drained", "the worker is stopping"), grace=0.0)
-
-    def _too_late(self, now: float) -> Ending | None:
-        settings, deadline = self.settings, self.claim.job.deadline
-        if deadline is not None and datetime.now(UTC) >= deadline:
-            return Ending.of(DeadlinePassed(f"the deadline {deadline} passed while the job ran"))
-        if self._started is None:
-            return None
-        limit = settings.timeout_most_s
-        if self._seconds > 0:
-            wanted = settings.timeout_base_s + settings.timeout_per_video_s * self._seconds
-            limit = min(max(wanted, settings.timeout_least_s), settings.timeout_most_s)
-        error: Crashed | None = None
-        if now - self._started > limit:
-            error = Hung(f"ran for more than {limit:g} s; a clip of this length gets no more")
-        elif now - self._progressed > settings.hang_s:
-            error = Hung(f"no progress for {settings.hang_s:g} s; the child was killed")
-        elif (rss := self.link.rss()) > self._bound:
-            error = DecoderCrashed(f"its child held {rss} bytes; at most {self._bound} are allowed")
-        return None if error is None else Ending.of(error, alone=self._alone)
 
     def _must_drain(self, now: float) -> bool:
         since = self.orders.drain_since
@@ -366,7 +255,7 @@ class Errand:
     def _plan(self, ending: Ending, *, grace: float) -> None:
         self._planned = ending
         self._kill_at = time.monotonic() + grace
-        if self._started is not None or grace:
+        if self._pace.started is not None or grace:
             self.link.say(wire.Cancel(self.claim.job_id))
 
     def _overdue(self) -> bool:
@@ -409,75 +298,21 @@ class Errand:
     # the ending
 
     def settle(self, ending: Ending) -> str:
-        """Write the ending to the store, once; says what became of the job."""
-        claim, store = self.claim, self.store
-        failure = Failure(
-            code=ending.code or "none", message=ending.message, attempts=claim.attempt
-        )
-        outcome: str = ending.kind
-        match ending.kind:
-            case "verdict":
-                assert ending.verdict is not None
-                ended = store.end(claim, ending.verdict, evidence=ending.evidence)
-                outcome = "succeeded" if ended else "lost"
-            case "failure":
-                outcome = (
-                    _STATES.get(ending.code, "failed") if store.end(claim, failure) else "lost"
-                )
-            case "retry":
-                outcome = store.retry(claim, failure)
-            case "crash":
-                outcome = store.crashed(
-                    claim,
-                    code=ending.code,
-                    message=ending.message,
-                    detail=ending.detail,
-                    alone=ending.alone,
-                    file_sha=self._file_sha,
-                )
-                outcome = "crashed" if outcome == "retried" else outcome
-            case "hand_back":
-                outcome = store.hand_back(claim)
-                outcome = "handed_back" if outcome == "retried" else outcome
-            case "lost":
-                pass
-        self._report(ending, outcome)
-        return outcome
-
-    def _report(self, ending: Ending, outcome: str) -> None:
-        now = time.monotonic()
-        wait = (datetime.now(UTC) - self.claim.job.submitted_at).total_seconds()
+        """Write the ending to the store and the canonical line; says what became of the job."""
+        outcome = settle(self.store, self.claim, ending, file_sha=self._file_sha)
+        spent = time.monotonic() - self.begun
+        since = (datetime.now(UTC) - self.claim.job.submitted_at).total_seconds()
         telemetry.job_finished(
             telemetry.Finish(
                 job=self.claim.job,
                 outcome=outcome,
                 attempt=self.claim.attempt,
-                total_s=now - self.begun,
-                wait_s=max(0.0, wait - (now - self.begun)),
+                total_s=spent,
+                wait_s=max(0.0, since - spent),
                 fetch_s=self.fetch_s,
                 code=ending.code,
                 message=ending.message,
                 verdict=ending.verdict,
             )
         )
-
-
-_STATES = {"cancelled": "cancelled", "deadline_passed": "expired"}
-
-
-class _Found:
-    """What the fetching thread came back with."""
-
-    def __init__(self) -> None:
-        self.file: Fetched | None = None
-        self.error: BaseException | None = None
-        self.done = threading.Event()
-
-
-def _fetch_ending(error: BaseException | None) -> Ending:
-    if isinstance(error, JobError):
-        return Ending.of(error)
-    if isinstance(error, Cancelled):
-        return Ending("failure", "cancelled", "cancelled by the client")
-    log.error("fetch.broke", error=repr(error))
-    return Ending.of(FetchFailed(f"{type(error).__name__}: {error}"))
+        return outcome

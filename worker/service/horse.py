@@ -25,7 +25,8 @@ import threading
 import time
 import uuid
 import zlib
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -43,10 +44,12 @@ from rq.worker import WorkerStatus
 
 from worker.contract import Failure, Priority
 from worker.errors import ModelUnavailable
-from worker.service import wire
-from worker.service.errand import Ending, Errand, Orders
+from worker.service.ending import Ending
+from worker.service.errand import Errand
 from worker.service.jobs import Body
 from worker.service.link import Link
+from worker.service.orders import Orders
+from worker.service.stable import Stable
 from worker.service.store import Store
 from worker.telemetry import METRICS, Metrics
 
@@ -54,7 +57,6 @@ log = structlog.get_logger()
 
 POP_S = 1
 """An idle worker blocks in Redis for so long, then looks around: signals, child, refill."""
-LOAD_TRIES = 5
 _JOB_ID = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
 REFUSED_TTL_S = 86400
 
@@ -79,6 +81,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         self.settings = store.settings
         self.priority: Priority = priority
         self.orders = orders or Orders()
+        self.stable = Stable(link, self.orders, metrics, turn=self._look_around)
         self.broken = False
         """Whether the loop ended for a fault of ours; the process then exits with an error."""
         self._ttl = max(1, round(self.settings.heartbeat_ttl_s))
@@ -95,6 +98,11 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
             log_job_description=False,
         )
         self.queue: Queue = self.queues[0]
+
+    def start(self) -> None:
+        """Listen to signals and load the child; raises ModelUnavailable."""
+        self._install_signal_handlers()
+        self.stable.open()
 
     # RQ's loop, bent to ours
 
@@ -130,7 +138,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         idle_since = time.monotonic()
         while not self._stop_requested:
             try:
-                self.stable()
+                self.stable.see_to_child()
                 self._look_around()
                 if self._stop_requested:
                     break
@@ -140,6 +148,10 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
             except RedisError as error:
                 self._wait_for_redis(error)
                 continue
+            except ModelUnavailable as error:
+                log.error("worker.gave_up", error=str(error))
+                self.broken = True
+                return None
             if job is not None:
                 return job, self.queue
             if timeout is None:
@@ -220,8 +232,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
                 beat=self.heartbeat,
             )
             ending = errand.walk()
-            if not self.link.alive:
-                self.metrics.restarts.labels(ending.code or "died").inc()
+            self.stable.mourn(ending.code)
             ended = self._settled(errand, ending)
         finally:
             self._unregister(job, well=ended)
@@ -285,91 +296,32 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
                 self._wait_for_redis(error)
 
     def _register(self, job: RqJob) -> None:
-        with self.connection.pipeline(transaction=False) as pipe:
+        """In RQ's books; an outage there is no reason not to run a job that is ours."""
+        self._current, self._horse_pid, self._began = job, self.link.pid, utc_now()
+        self.metrics.running.set(1)
+        with self._books() as pipe:
             self.execution = Execution.create(job, self._ttl, pipe, worker_name=self.name)
             self.set_state(WorkerStatus.BUSY, pipeline=pipe)
             self.set_current_job_id(job.id, pipeline=pipe)
-            pipe.execute()
-        self._current = job
-        self._horse_pid = self.link.pid
-        self._began = utc_now()
-        self.metrics.running.set(1)
 
     def _unregister(self, job: RqJob, *, well: bool) -> None:
+        self._current, self._horse_pid = None, 0
         self.metrics.running.set(0)
-        self.metrics.child_rss.set(self.link.rss())
-        self._horse_pid, self._current = 0, None
-        spent: timedelta = utc_now() - self._began
-        with self.connection.pipeline(transaction=False) as pipe:
+        with self._books() as pipe:
             self.cleanup_execution(job, pipe)
             self.set_state(WorkerStatus.IDLE, pipeline=pipe)
             (self.increment_successful_job_count if well else self.increment_failed_job_count)(pipe)
-            self.increment_total_working_time(spent, pipe)
-            pipe.execute()
+            self.increment_total_working_time(utc_now() - self._began, pipe)
 
-    # the child
-
-    def start(self) -> None:
-        """The first child; a model that cannot be loaded is told at once, not tried again."""
-        self._install_signal_handlers()
-        why = self._load()
-        if why:
-            raise ModelUnavailable(f"the child could not load its model: {why}")
-
-    def stable(self) -> None:
-        """See to a child that is ready before a job is taken; heartbeats go on while it loads."""
-        self._notice()
-        if self.link.ready is not None:
-            reason = self.link.worn()
-            if not reason:
-                return
-            log.info("child.recycled", reason=reason, jobs=self.link.jobs_done, rss=self.link.rss())
-            self.metrics.restarts.labels(reason).inc()
-            self.link.retire()
-        self.metrics.ready.set(0)
-        for tried in range(1, LOAD_TRIES + 1):
-            why = self._load()
-            if not why or self._stop_requested:
-                return
-            log.error("child.unready", tried=tried, error=why)
-            self.metrics.restarts.labels("load").inc()
-            self._rest(min(2.0**tried, 30.0) if tried < LOAD_TRIES else 0.0)
-        self.broken = True
-        raise ModelUnavailable(f"the child could not load its model {LOAD_TRIES} times: {why}")
-
-    def _notice(self) -> None:
-        """A child may die between jobs as well."""
-        if self.link.alive and self.link.wait(0) is None:
-            log.warning("child.died", how=self.link.closed())
-            self.metrics.restarts.labels("died").inc()
-
-    def _load(self) -> str:
-        """Start the child and wait until it is ready; says why it is not."""
-        self.link.open()
-        end = time.monotonic() + self.settings.child_start_timeout_s
-        while self.link.ready is None and not self._stop_requested:
-            said: list[wire.Message] | None = self.link.wait(min(0.5, end - time.monotonic()))
-            self._look_around()
-            if said is None or self.link.refusal:
-                how = self.link.closed()
-                return self.link.refusal or f"it {how}: {self.link.last_words()[-300:]}"
-            if time.monotonic() > end:
-                self.link.kill()
-                self.link.closed()
-                return f"it was not ready after {self.settings.child_start_timeout_s:g} s"
-        if self.link.ready is not None:
-            facts = json.loads(self.link.ready.facts)
-            self.metrics.engine_is(facts)
-            self.metrics.ready.set(1)
-            self.metrics.child_rss.set(self.link.rss())
-            log.info("child.ready", pid=self.link.pid, rss=self.link.rss(), **facts)
-        return ""
-
-    def _rest(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._stop_requested:
-            self._look_around()
-            time.sleep(0.1)
+    @contextmanager
+    def _books(self) -> Iterator[Any]:
+        """One round trip for what is only shown to people."""
+        try:
+            with self.connection.pipeline(transaction=False) as pipe:
+                yield pipe
+                pipe.execute()
+        except RedisError as error:
+            log.warning("redis.unreachable", error=str(error))
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """RQ's commands stop-job and kill-horse, from its listening thread."""
@@ -420,7 +372,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         if self._stop_requested:
             self.orders.hurry = True
         else:
-            self._stop_requested = True
+            self._stop_requested = self.orders.stopping = True
             self.orders.drain_since = time.monotonic()
         self.orders.wake()
 

@@ -195,8 +195,8 @@ class Link:
         for message in messages or ():
             match message:
                 case wire.Ready():
+                    self.first_rss = self.first_rss or self.rss()
                     self.ready = message
-                    self.first_rss = self.rss()
                 case wire.Unready():
                     self.refusal = message.message
                 case wire.Done() | wire.Failed():
@@ -252,8 +252,10 @@ class Link:
             self._connection.close()
             self._connection = None
         self.ready = None
-        status = "left" if self.shared else "exited"
-        if self._process is not None:
+        status = "left"
+        if self.shared:
+            self._let_live()
+        elif self._process is not None:
             try:
                 code = self._process.wait(5.0)
             except subprocess.TimeoutExpired:
@@ -273,18 +275,14 @@ class Link:
     def retire(self) -> None:
         """Ask the child to leave and let go of it; its next open() is another child."""
         self.say(wire.Shutdown())
-        if self.shared:
-            self._let_live()
         self.closed()
 
     def close(self) -> None:
         """The parent's own end: an exclusive child is killed, its folder removed."""
-        if self.shared:
-            self._let_live()
-            self.closed()
-        else:
+        if not self.shared:
             self.kill()
-            self.closed()
+        self.closed()
+        if not self.shared:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _let_live(self) -> None:

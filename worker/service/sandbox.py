@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from pathlib import Path
 
 from worker.settings import Settings
 
@@ -69,10 +69,12 @@ _CLONE_NEWUSER, _CLONE_NEWNET, _PR_SET_PDEATHSIG = 0x10000000, 0x40000000, 1
 def environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
     """The child's whole environment."""
     kept = {name: outside[name] for name in KEPT if name in outside}
-    known = {field.name for field in fields(settings)}
     for name in SETTINGS:
-        if name in known:
-            kept[f"RALF_{name.upper()}"] = str(getattr(settings, name))
+        kept[f"RALF_{name.upper()}"] = str(getattr(settings, name))
+    # The child has another working directory: what was a path from ours must not be one from its.
+    for name in ("RALF_MODELS_DIR", "RALF_MODEL"):
+        if os.sep in kept[name] or (name == "RALF_MODELS_DIR" and kept[name]):
+            kept[name] = str(Path(kept[name]).absolute())
     return kept
 
 

@@ -36,11 +36,11 @@ from worker import telemetry
 from worker.contract import Priority
 from worker.errors import Infrastructure
 from worker.service import jobs
-from worker.service.errand import Orders
 from worker.service.horse import Horse
 from worker.service.http import Health, queue_counts, serving
 from worker.service.janitor import Janitor
 from worker.service.link import Link
+from worker.service.orders import Orders
 from worker.service.store import Store, connect
 from worker.settings import Settings
 
@@ -315,7 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
     roles.add_parser("run").add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     if options.parent is not None:
-        _die_with(options.parent)
+        # Redis may still write down what it has; the others would only wait for it in vain.
+        _die_with(options.parent, signal.SIGTERM if options.role == "run" else signal.SIGKILL)
     if options.role == "run":
         os.execv(options.command[0], options.command)
     settings = Settings.from_environment()
@@ -334,10 +335,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 5
 
 
-def _die_with(parent: int) -> None:
-    """SIGTERM when that process dies, so that its kill leaves no service behind."""
+def _die_with(parent: int, number: signal.Signals) -> None:
+    """This signal when that process dies, so that its kill leaves no service behind."""
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         sys.exit(0)
 

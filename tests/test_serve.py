@@ -1,0 +1,205 @@
+"""The service's processes as a supervisor sees them: checks, metrics, exits, one machine's all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis
+
+from tests.documents import a_job
+from tests.test_horse import QUICK, TESTS, until
+from worker.service import jobs
+from worker.service.http import Health, queue_counts, serving_at
+from worker.service.serve import DidNotStart, as_environment, embedded
+from worker.service.store import Store, connect
+from worker.settings import Settings
+from worker.telemetry import Metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    """Status and body."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_the_checks_follow_the_loop_and_the_child():
+    """Live from progress; ready only with a checked model."""
+    pulse, ready = [time.monotonic()], [False]
+    health = Health(Settings(), pulse=lambda: pulse[0], ready=lambda: ready[0])
+    with serving_at("127.0.0.1", 0, health, Metrics()) as port:
+        assert [get(port, path)[0] for path in ("/healthz", "/readyz")] == [200, 503]
+        ready[0] = True
+        assert get(port, "/readyz") == (200, "ready\n")
+        pulse[0] -= 3 * Settings().heartbeat_s + 1
+        assert [get(port, path)[0] for path in ("/healthz", "/readyz")] == [503, 503]
+        assert get(port, "/etc/passwd?x=<script>") == (
+            404,
+            "there are /metrics, /healthz and /readyz\n",
+        )
+
+
+def test_metrics_show_the_queue_as_redis_has_it(redis_url: str):
+    """Text that Prometheus' own parser reads; names in its conventions."""
+    store = Store(connect(redis_url), QUICK)
+    store.submit([a_job("1"), a_job("2", priority="high")])
+    metrics = Metrics()
+    metrics.watch_queue(queue_counts(store))
+    with serving_at("127.0.0.1", 0, Health(QUICK, pulse=time.monotonic), metrics) as port:
+        status, text = get(port, "/metrics")
+    store.redis.close()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+
+    assert status == 200
+    assert {s.labels["priority"]: s.value for s in families["ralf_queued_jobs"].samples} == {
+        "high": 1,
+        "default": 1,
+    }
+    assert families["ralf_redis_up"].samples[0].value == 1
+    assert families["ralf_queue_oldest_age_seconds"].samples[0].value >= 0
+    assert {"ralf_jobs", "ralf_child_restarts", "ralf_quarantined_jobs", "ralf_outbox_due"} <= set(
+        families
+    )
+    assert [name for name in families if not name.startswith("ralf_")] == []
+
+
+def test_settings_survive_the_way_through_an_environment():
+    """What embedded() starts sees exactly what it was given."""
+    settings = replace(
+        QUICK, file_roots=("/a", "/b"), allow_private_addresses=True, webhook_secrets=("d=whsec_x",)
+    )
+    environment = as_environment(settings, {"PATH": "/bin", "RALF_MODEL": "other"})
+    read = Settings.from_environment(environment)
+
+    assert [
+        f.name for f in fields(read) if getattr(read, f.name) != getattr(settings, f.name)
+    ] == []
+    assert environment["PATH"] == "/bin"
+
+
+def test_embedded_serves_and_leaves_nothing_behind():
+    """A real Redis and a worker while the block runs; afterwards neither process nor socket."""
+    with embedded(QUICK, bodies="test", deliver=False) as service:
+        store = Store(connect(service.redis_url), service.settings)
+        job = a_job("1", tag="hello")
+        store.submit([job], function=jobs.PREFIX + "trivial")
+        until(lambda: store.verdict(job.job_id) is not None)
+        verdict = store.verdict(job.job_id)
+        store.redis.close()
+        pids = dict(service.pids)
+
+    assert verdict is not None
+    assert verdict.tag == "hello"
+    assert set(pids) == {"redis", "worker"}
+    assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
+    assert not Path(service.redis_url.removeprefix("unix://")).exists()
+
+
+def test_embedded_keeps_its_data_where_it_is_told(tmp_path: Path):
+    """With a folder the queue outlives the block."""
+    for attempt in range(2):
+        with embedded(QUICK, bodies="test", deliver=False, data=tmp_path) as service:
+            with Redis.from_url(service.redis_url) as redis:
+                assert redis.incr("kept") == attempt + 1
+
+
+def test_embedded_dies_with_whoever_started_it():
+    """kill -9 leaves no server behind."""
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from tests.test_serve import *\n"
+        "with embedded(QUICK, bodies='test', deliver=False) as service:\n"
+        "    print(*service.pids.values(), flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+    ) as owner:
+        assert owner.stdout is not None
+        pids = owner.stdout.readline().split()
+        owner.kill()
+
+    assert len(pids) == 2
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_a_part_that_does_not_start_says_so(tmp_path: Path):
+    """And what was started before it is stopped."""
+    settings = replace(QUICK, models_dir=str(tmp_path), model="absent")
+    with pytest.raises(DidNotStart, match="ended with 5"):
+        with embedded(settings, deliver=False):
+            pass
+
+
+def test_a_janitor_alone_sweeps_and_stops_on_sigterm(redis_url: str):
+    """`ralf janitor`: a put-off job comes back without any worker."""
+    settings = replace(QUICK, redis_url=redis_url)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker.service.serve", "janitor"],
+        env=as_environment(settings, os.environ),
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        store = Store(connect(redis_url), settings)
+        store.submit([a_job("1")])
+        store.redis.delete(f"rq:queue:{store.queue('default')}")
+        until(lambda: store.redis.llen(f"rq:queue:{store.queue('default')}") == 1)
+        store.redis.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_worker_tells_its_metrics_and_is_ready_after_its_child(redis_url: str):
+    """The port of Settings; counts go up as jobs end."""
+    settings = replace(QUICK, redis_url=redis_url, http_port=free_port())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker.service.serve", "worker", *TESTS],
+        env=as_environment(settings, os.environ),
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        store = Store(connect(redis_url), settings)
+        until(lambda: store.counts().workers["default"] == 1)
+        assert get(settings.http_port, "/readyz")[0] == 200
+        store.submit([a_job("1")], function=jobs.PREFIX + "trivial")
+        wanted = 'ralf_jobs_total{code="",outcome="succeeded"} 1.0'
+        until(lambda: wanted in get(settings.http_port, "/metrics")[1])
+        text = get(settings.http_port, "/metrics")[1]
+        store.redis.close()
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
+
+    assert "ralf_ready 1.0" in text
+    assert 'ralf_engine_info{decoder="",device="",engine="test"' in text
+    assert "ralf_child_rss_bytes" in text
+
+
+def free_port() -> int:
+    """A port that nobody has."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
