@@ -18,9 +18,10 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from worker.errors import RalfError
 from worker.service.targets import EgressDenied, Target, read_url, refusal
@@ -32,6 +33,7 @@ CONNECT_S = 10.0
 IDLE_S = 20.0
 """The longest silence; the deadline bounds what trickles."""
 TURN_S = 1.0
+AGENT = "ralf"
 MOST_ADDRESSES = 16
 
 Resolve = Callable[[str], Sequence[str]]
@@ -118,9 +120,9 @@ class _Reader(io.RawIOBase):
 class Answer:
     """A response whose body is still to be read; close it."""
 
-    def __init__(self, target: Target, response: HTTPResponse, sock: socket.socket) -> None:
+    def __init__(self, target: Target, response: HTTPResponse, line: _Line) -> None:
         self.target, self.status = target, response.status
-        self._response, self._sock = response, sock
+        self._response, self._line = response, line
         self.length = response.length
         """Bytes of the body, where the server said."""
         self._read = 0
@@ -140,10 +142,17 @@ class Answer:
             raise EgressFailed(f"{self.target} broke off: {self._read} of {self.length} bytes came")
         return part
 
+    def drain(self, most: int) -> None:
+        """Hear the body for a moment, so that the other side can finish; forget it."""
+        self._line.deadline = min(self._line.deadline, time.monotonic() + TURN_S)
+        with suppress(EgressFailed):
+            while self._read < most and self.read(most):
+                pass
+
     def close(self) -> None:
         """Hang up."""
         self._response.close()
-        self._sock.close()
+        self._line.sock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -238,16 +247,21 @@ class Egress:
         sock = self._connected(target, addresses, deadline, watch)
         try:
             connection = HTTPConnection(target.host, target.port)
-            line: Any = _Line(sock, deadline, allowance, watch)
-            connection.sock = line
+            line = _Line(sock, deadline, allowance, watch)
+            connection.sock = cast(Any, line)
             connection.putrequest(method, target.path, skip_host=True, skip_accept_encoding=True)
-            given = {"Host": target.authority, "Connection": "close", **headers}
+            given = {
+                "Host": target.authority,
+                "Connection": "close",
+                "User-Agent": AGENT,
+                **headers,
+            }
             if body is not None:
                 given["Content-Length"] = str(len(body))
             for name, value in given.items():
                 connection.putheader(name, value)
             connection.endheaders(body)
-            return Answer(target, connection.getresponse(), sock)
+            return Answer(target, connection.getresponse(), line)
         except (OSError, HTTPException, ValueError) as error:
             sock.close()
             raise EgressFailed(f"{target} did not answer: {_named(error)}") from error

@@ -45,6 +45,10 @@ class Outbox:
         """Try again then; nothing, when it was settled meanwhile."""
         self.store.call("settle", None, delivery_id, "outbox", due_at, error)
 
+    def put_off(self, delivery_id: str, due_at: float) -> None:
+        """Give a taken one back untried; the attempt that `take` counted is taken off again."""
+        self.store.call("put_off", None, delivery_id, due_at)
+
     def bury(self, delivery_id: str, error: str, *, now: float | None = None) -> None:
         """Give up: a dead letter, kept until it is redelivered or dropped."""
         self.store.call("settle", None, delivery_id, "dead", self._at(now), error)

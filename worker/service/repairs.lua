@@ -127,6 +127,14 @@ function op.take(now, limit, lease)
   return taken
 end
 
+-- Give a taken delivery back untried.
+function op.put_off(now, id, at)
+  if not redis.call('ZSCORE', P .. 'outbox', id) then return 0 end
+  redis.call('ZADD', P .. 'outbox', at, id)
+  redis.call('HINCRBY', P .. 'delivery:' .. id, 'attempts', -1)
+  return 1
+end
+
 -- Put a delivery that is still in the outbox off, or among the dead.
 function op.settle(now, id, place, at, error)
   if not redis.call('ZSCORE', P .. 'outbox', id) then return 0 end

@@ -1,0 +1,234 @@
+"""A job's URI made a local file: within the roots, the buckets, the caps; whole or not at all.
+
+    file:         a regular file under one of settings.file_roots, links resolved first, then opened
+                  component by component without following any.  It is used in place, not copied:
+                  who may write under the roots could still swap it afterwards, so give the roots
+                  to trusted writers only.
+    http, https   through egress.py; each redirect is judged like the first URL, https never leads
+                  to http.  A broken download goes on where it stopped (Range, If-Range) when the
+                  server says what it is by a strong ETag or a date.
+    s3, gs        fsspec, with this worker's own credentials; hence only buckets that the settings
+                  name for the tenant, and only the endpoint that the settings name.
+
+Bytes, time, the declared and the actual size, and the SHA-256 are checked while they stream.
+Messages never hold a query: that of a signed URL is a credential.
+"""
+
+import os
+import re
+import stat
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import fsspec
+
+from worker.contract import Media
+from worker.errors import Cancelled, FetchDenied, FetchFailed, UnreadableFile
+from worker.service.download import CHUNK, RESUMES, Download
+from worker.service.egress import Egress
+from worker.service.intake import Fetched, Intake, receiving
+from worker.settings import Settings
+
+__all__ = ["Fetched", "fetch", "open_store"]
+
+BLOCK = 8 << 20
+
+_OBJECT = re.compile(r"(s3|gs)://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/([^\x00-\x1f\x7f]+)")
+
+
+def fetch(
+    media: Media,
+    folder: Path,
+    *,
+    tenant: str,
+    settings: Settings,
+    cancelled: Callable[[], bool] = lambda: False,
+    egress: Egress | None = None,
+    store: Callable[[str, Settings], Any] | None = None,
+) -> Fetched:
+    """Get the upload, into `folder` unless it is local.
+
+    Raises FetchDenied, TooLarge, HashMismatch, UnreadableFile (never retried),
+    FetchFailed (retried) or Cancelled.  store opens an fsspec filesystem for s3 or gs; egress is
+    the way to http(s).
+    """
+    deadline = time.monotonic() + settings.fetch_timeout_s
+
+    def watch() -> None:
+        if cancelled():
+            raise Cancelled
+        if time.monotonic() >= deadline:
+            raise FetchFailed(f"the upload took more than {settings.fetch_timeout_s:g} s to fetch")
+
+    scheme = media.uri.partition(":")[0].lower()
+    if scheme == "file":
+        return _local(media, settings, watch)
+    if scheme in {"http", "https"}:
+        door = egress or Egress(settings, hosts=settings.fetch_hosts)
+        with receiving(media, folder, settings, watch) as intake:
+            Download(media.uri, door, settings, deadline, intake).run()
+        return intake.fetched
+    if scheme in {"s3", "gs"}:
+        path = _object(media.uri, tenant, settings)
+        with receiving(media, folder, settings, watch) as intake:
+            _from_store(scheme, path, (store or open_store)(scheme, settings), intake)
+        return intake.fetched
+    raise FetchDenied(f"{scheme[:20]}: is not fetched; expected https, http, s3, gs or file")
+
+
+# file
+
+
+def _local(media: Media, settings: Settings, watch: Callable[[], None]) -> Fetched:
+    path, root = _inside(media.uri, settings)
+    try:
+        handle = _opened(path, root)
+    except OSError as error:
+        raise UnreadableFile(f"{path} could not be opened: {error.strerror}") from error
+    with os.fdopen(handle, "rb") as file:
+        before = os.fstat(handle)
+        if not stat.S_ISREG(before.st_mode):
+            raise UnreadableFile(f"{path} is not a regular file")
+        intake = Intake(media, path, settings.max_bytes, watch)
+        intake.expect(before.st_size)
+        try:
+            while part := file.read(CHUNK):
+                intake.write(part)
+        except OSError as error:
+            raise FetchFailed(f"{path} could not be read: {error.strerror}") from error
+        after = os.fstat(handle)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise FetchFailed(f"{path} changed while it was read; submit it when it is complete")
+    return intake.finish()
+
+
+def _inside(uri: str, settings: Settings) -> tuple[Path, Path]:
+    """The path without links, and the root that it is under."""
+    found = re.fullmatch(r"(?i:file)://(?:localhost)?(/[^?#]*)", uri)
+    try:
+        name = unquote(found[1], errors="strict") if found else ""
+    except UnicodeDecodeError:
+        name = ""
+    if not name or "\0" in name or not settings.file_roots:
+        raise FetchDenied(
+            "expected file:///path without query, under a folder of RALF_FILE_ROOTS"
+            + ("" if settings.file_roots else ", which names none")
+        )
+    path = Path(os.path.realpath(name))
+    for root in settings.file_roots:
+        real = Path(os.path.realpath(root))
+        if path != real and path.is_relative_to(real):
+            return path, real
+    raise FetchDenied("the file is not under a folder of RALF_FILE_ROOTS")
+
+
+def _opened(path: Path, root: Path) -> int:
+    """Open it from the root down, no link followed: what realpath saw is what is read."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not block
+    at = os.open(root, flags | os.O_DIRECTORY)
+    parts = path.relative_to(root).parts
+    for place, part in enumerate(parts):
+        kind = os.O_DIRECTORY if place < len(parts) - 1 else 0
+        try:
+            below = os.open(part, flags | kind, dir_fd=at)
+        finally:
+            os.close(at)
+        at = below
+    return at
+
+
+# s3, gs
+
+
+def _object(uri: str, tenant: str, settings: Settings) -> str:
+    """bucket/key, if this tenant may read that bucket with the worker's credentials."""
+    found = _OBJECT.fullmatch(uri)
+    if found is None or any(part in {".", ".."} for part in found[3].split("/")):
+        raise FetchDenied("expected s3://bucket/key or gs://bucket/key, no . or .. in the key")
+    bucket = f"{found[1]}://{found[2]}"
+    if not {f"{tenant}={bucket}", f"*={bucket}"} & set(settings.buckets):
+        raise FetchDenied(
+            f"{bucket} is not open to tenant {tenant}; "
+            f"the operator may add {tenant}={bucket} to RALF_BUCKETS"
+        )
+    return f"{found[2]}/{found[3]}"
+
+
+def open_store(scheme: str, settings: Settings) -> Any:
+    """The filesystem of a scheme, one for each endpoint and process."""
+    return _opened_store(scheme, settings.s3_endpoint if scheme == "s3" else settings.gs_endpoint)
+
+
+@lru_cache(maxsize=8)
+def _opened_store(scheme: str, endpoint: str) -> Any:
+    shared = {"skip_instance_cache": True, "use_listings_cache": False}
+    try:
+        if scheme == "s3":
+            return fsspec.filesystem(
+                "s3",
+                client_kwargs={"endpoint_url": endpoint} if endpoint else {},
+                config_kwargs={
+                    "connect_timeout": 10,
+                    "read_timeout": 30,
+                    "ignore_configured_endpoint_urls": True,  # endpoints come from Settings only
+                },
+                **shared,
+            )
+        return fsspec.filesystem(
+            "gs",
+            access="read_only",
+            requests_timeout=30,
+            endpoint_url=endpoint or "https://storage.googleapis.com",
+            **shared,
+        )
+    except ImportError as error:
+        raise FetchFailed(
+            f"{scheme}:// needs the extra `stores`; on the worker: pip install 'ralf[stores]'"
+        ) from error
+
+
+def _from_store(scheme: str, path: str, files: Any, intake: Intake) -> None:
+    """Block by block, so that time, cancel and caps are looked at; a block is tried again."""
+    name = f"{scheme}://{path}"
+    facts = _asked(name, lambda: files.info(path))
+    size = facts.get("size")
+    if facts.get("type") != "file" or not isinstance(size, int):
+        raise FetchDenied(f"{name} is not an object with a size")
+    intake.expect(size)
+    broken = 0
+    while intake.size < size:
+        intake.watch()
+        start, end = intake.size, min(intake.size + BLOCK, size)
+        try:
+            part = _asked(name, lambda a=start, b=end: files.cat_file(path, start=a, end=b))
+            if len(part) != end - start:
+                raise FetchFailed(f"{name} broke off: {start + len(part)} of {size} bytes came")
+        except FetchFailed:
+            broken += 1
+            if broken > RESUMES:
+                raise
+            continue
+        intake.write(part)
+    if _version(_asked(name, lambda: files.info(path))) != _version(facts):
+        raise FetchFailed(f"{name} changed while it was fetched")
+
+
+def _asked(name: str, ask: Callable[..., Any]) -> Any:
+    """The border to libraries of which each has errors of its own."""
+    try:
+        return ask()
+    except FileNotFoundError as error:
+        raise FetchDenied(f"{name} does not exist, or may not be seen") from error
+    except PermissionError as error:
+        raise FetchDenied(f"{name} may not be read with the worker's credentials") from error
+    except Exception as error:
+        raise FetchFailed(f"{name}: the store failed with {type(error).__name__}") from error
+
+
+def _version(facts: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("size", "ETag", "etag", "generation", "LastModified", "mtime")
+    return tuple(facts.get(name) for name in names)
