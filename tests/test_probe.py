@@ -1,6 +1,5 @@
 """What a file is: facts against the plain reference decoder, limits echoed, nothing left open."""
 
-import os
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -243,31 +242,31 @@ def test_matroska_content_encryption_is_refused(tmp_path: Path):
     body = kind + encryption
     encoding = bytes.fromhex("6240") + bytes([0x80 | len(body)]) + body
     encodings = bytes.fromhex("6d80") + bytes([0x80 | len(encoding)]) + encoding
-    track = data.index(b"\xae", data.index(bytes.fromhex("1654ae6b")) + 4)
     path = tmp_path / "encrypted.mkv"
-    path.write_bytes(_grown(data, track, encodings))
+    path.write_bytes(_with_track_element(data, encodings))
 
     with pytest.raises(EncryptedMedia):
         probe(path, SETTINGS)
 
 
-def _grown(data: bytes, track: int, extra: bytes) -> bytes:
+def _with_track_element(data: bytes, extra: bytes) -> bytes:
     """The Matroska file with `extra` at the end of its track entry, both lengths corrected."""
-    tracks = data.index(bytes.fromhex("1654ae6b"))
+    name = bytes.fromhex("1654ae6b")
+    tracks = data.index(name, data.index(name) + 4)  # the first is its entry in the seek head
+    track = data.index(b"\xae", tracks + 4)
     out = bytearray(data)
     end = 0
     for at in (tracks + 4, track + 1):
         width = 9 - data[at].bit_length()
         value = int.from_bytes(data[at : at + width], "big") & ((1 << 7 * width) - 1)
         end = at + width + value
-        grown = (value + len(extra)) | 1 << 7 * width
-        out[at : at + width] = grown.to_bytes(width, "big")
+        out[at : at + width] = ((value + len(extra)) | 1 << 7 * width).to_bytes(width, "big")
     return bytes(out[:end]) + extra + bytes(out[end:])
 
 
 def test_a_cover_picture_is_not_a_video(tmp_path: Path):
     """The error says what is there instead."""
-    with pytest.raises(NoVideoStream, match="audio, video \\(attached picture\\)"):
+    with pytest.raises(NoVideoStream, match=r"audio, video \(attached picture\)"):
         probe(sound_only(tmp_path / "song.mp4", cover=True), SETTINGS)
 
 
@@ -293,19 +292,24 @@ def test_every_allowed_codec_can_be_decoded_here():
     assert ffmpeg_version().startswith("FFmpeg ")
 
 
+def open_files() -> int:
+    """Descriptors of this process."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def test_probing_leaves_no_descriptor_open(tmp_path: Path):
     """Neither for a good file nor for a refused one."""
     good = make_clip(tmp_path / "good.mp4", 3)
     bad = patch(make_clip(tmp_path / "bad.mp4", 3, b_frames=0), b"stts", 12, bytes(4))
     probe(good, SETTINGS)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
 
     for _ in range(5):
         probe(good, SETTINGS)
         with pytest.raises(CorruptMedia):
             probe(bad, SETTINGS)
 
-    assert before == len(os.listdir("/proc/self/fd"))
+    assert before == open_files()
 
 
 @pytest.mark.parametrize(
