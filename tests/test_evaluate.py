@@ -1,0 +1,191 @@
+"""Judging: crops by the model's contract, figures by hand, tables, and the CSV of videos."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from kernels.artifact import ArtifactError
+from kernels.manifest import Calibration, InputContract, Sampling
+from tests.faces_on_disk import faces
+from train.evaluate import Judge, evaluate, examples_for, judge_of, of_network, score, write_videos
+from train.index import Index, IndexFault
+from train.tables import KINDS, Ask, Table, table
+
+CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=4))
+
+
+def sharpness(crops: Tensor) -> Tensor:
+    """A judge that knows something: how much fine detail there is."""
+    grey = crops.float().mean(dim=1)
+    return (grey[:, :, 1:] - grey[:, :, :-1]).abs().mean(dim=(1, 2)) / 4 - 1
+
+
+JUDGE = Judge(name="sharp", score=sharpness, input=CONTRACT)
+QUICK = Ask(split="val", families=("smooth", "inner"), replicates=20)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Index:
+    return faces(tmp_path_factory.mktemp("data") / "d", val=4, forgeries="boundary")
+
+
+def test_figures_are_those_of_the_scores(index):
+    """AUC by frame over all, by method against all reals: against scikit-learn."""
+    found = evaluate(JUDGE, index, "val", families=("smooth",), replicates=0)
+    kept = [video[1] in ("real", "smooth") for video in found.scored.video]
+    forged, logit = found.scored.forged, found.scored.logit
+
+    assert (found.frames.real, found.frames.forged) == (4, 8)
+    assert {"boundary", "smooth"} == set(found.by_method)
+    assert pytest.approx(roc_auc_score(forged, logit)) == found.frames.auc
+    assert pytest.approx(roc_auc_score(forged[kept], logit[kept])) == found.by_method["smooth"].auc
+
+
+def test_judging_twice_gives_the_same_figures(index):
+    """To the last bit, intervals too."""
+    one, two = (evaluate(JUDGE, index, "val", families=("inner",), replicates=50) for _ in "12")
+
+    assert one.frames == two.frames and one.videos == two.videos
+
+
+def test_crops_are_cut_by_the_models_own_contract(index):
+    """Another size or margin is another model."""
+    wide = replace(JUDGE, input=CONTRACT.model_copy(update={"size": 48, "margin": 1.6}))
+
+    assert tuple(examples_for(wide, index, "val")[0].crops.shape[2:]) == (48, 48)
+
+
+def test_frames_of_a_video_are_pooled(index):
+    """Four frames are one row by video."""
+    first = next(row for row in index if row.split == "val" and not row.label)
+    others = tuple(row for row in index if row.split == "val" and row.label)
+    rows = tuple(replace(first, frame=n) for n in range(6))
+    found = evaluate(JUDGE, Index(index.root, rows + others), "val", replicates=0)
+
+    assert (found.frames.real, found.videos.real) == (4, 1)
+
+
+def test_the_models_threshold_and_calibration_count(index):
+    """Accuracy is at the threshold that the model ships with."""
+    everything = replace(JUDGE, threshold=0.0)
+    nothing = replace(JUDGE, threshold=1.0, calibration=Calibration(shift=1e3))
+    share = [
+        evaluate(judge, index, "val", replicates=0).frames.accuracy
+        for judge in (everything, nothing)
+    ]
+
+    assert share == [0.5, 0.5]
+
+
+def test_a_network_is_judged_in_inference(index):
+    """Dropout sleeps and running statistics stay as they are."""
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(3 * 64 * 64, 1))
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network
+
+        def forward(self, crops: Tensor) -> Tensor:
+            return self.inner(crops.float() / 255)[:, 0]
+
+    judge = of_network("plain", One().train(), CONTRACT)
+    examples = examples_for(judge, index, "val")
+
+    assert np.array_equal(score(judge, examples).logit, score(judge, examples).logit)
+
+
+def test_a_diverged_network_is_refused(index):
+    """NaN is no score."""
+    broken = replace(JUDGE, score=lambda crops: torch.full((len(crops),), float("nan")))
+
+    with pytest.raises(ValueError, match="diverged"):
+        evaluate(broken, index, "val")
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    """With the hint that a run would do."""
+    with pytest.raises(ArtifactError, match="ralf train"):
+        judge_of("nobody", tmp_path)
+
+
+def test_a_row_for_every_video(index, tmp_path):
+    """And its score is the calibrated, pooled one."""
+    found = evaluate(JUDGE, index, "val", replicates=0)
+    with write_videos(tmp_path / "v.csv", JUDGE, [found]).open() as file:
+        rows = list(csv.DictReader(file))
+
+    assert len(found.scored.pooled(JUDGE.aggregation)) == len(rows) == 8
+    assert {("real", "0"), ("boundary", "1")} == {(row["method"], row["forged"]) for row in rows}
+    first = float(rows[0]["logit"])
+    assert pytest.approx(1 / (1 + np.exp(-first)), abs=1e-5) == float(rows[0]["score"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_table_prints_and_keeps_its_figures(index, tmp_path, kind):
+    """Rows fit their columns; the JSON holds numbers, not text."""
+    ask = replace(QUICK, conditions=("blur:2",))
+    made = table(kind, [JUDGE, replace(JUDGE, name="twin")], index, ask)
+
+    assert made.rows and all(len(row) == len(made.columns) for row in made.rows)
+    assert "twin" in str(made)
+    stored = json.loads(made.save(tmp_path / "t.json").read_text())
+    assert set(made.figures) == set(stored["figures"])
+
+
+def renamed(index: Index, dataset: str, compression: str) -> Index:
+    rows = (replace(row, dataset=dataset, compression=compression) for row in index)
+    return Index(index.root, tuple(rows))
+
+
+def published_rows(made: Table) -> int:
+    return sum(row[0].startswith("published") for row in made.rows)
+
+
+def test_published_rows_stand_only_beside_the_same_data(index):
+    """FaceForensics++ c23 has them; our own portraits do not."""
+    ask = replace(QUICK, families=(), conditions=("contrast:2",))
+    same, other = renamed(index, "ffpp", "c23"), renamed(index, "own", "")
+
+    assert published_rows(table("intra", [JUDGE], same, ask)) == 9
+    assert published_rows(table("robustness", [JUDGE], same, ask)) == 12
+    assert published_rows(table("intra", [JUDGE], other, ask)) == 0
+    assert published_rows(table("ablation", [JUDGE], same, ask)) == 0
+    low = renamed(index, "ffpp", "c40")
+    assert published_rows(table("ablation", [JUDGE], low, ask)) == 5
+    assert published_rows(table("cross", [JUDGE], renamed(index, "dfdc", ""), ask)) == 6
+
+
+def test_robustness_is_told_as_a_change(index):
+    """The clean row changes by nothing; blur takes the detail that this judge lives by."""
+    made = table("robustness", [JUDGE], index, replace(QUICK, conditions=("blur:5",)))
+
+    assert made.rows[0][2] == "+0.00"
+    assert (
+        made.figures["sharp clean"]["frames"]["auc"]
+        != made.figures["sharp blur:5"]["frames"]["auc"]
+    )
+
+
+def test_false_positives_count_reals_alone(index):
+    """By size, colour and pose; with an exact interval."""
+    strict = replace(JUDGE, threshold=0.0)
+    made = table("false_positives", [strict], index, replace(QUICK, conditions=("jpeg=50",)))
+    facts = made.figures["sharp clean all"]
+
+    assert (facts["faces"], facts["forged"]) == (4, 4) and facts["interval"][1] == 1
+    assert any("colour" in name for name in made.figures)
+
+
+def test_a_split_without_reals_is_refused(index):
+    """There would be nothing to rank against."""
+    with pytest.raises(IndexFault, match="no real faces"):
+        table("intra", [JUDGE], index.where(label=1), QUICK)
+    with pytest.raises(ValueError, match="there are intra, cross"):
+        table("beauty", [JUDGE], index, QUICK)
