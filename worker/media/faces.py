@@ -64,15 +64,16 @@ def _whole(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _resampled(image: Tensor, region: list[int], contract: InputContract) -> Tensor:
     """The region of u8 [3,h,w] as u8 [3,size,size].
 
-    Columns are padded and shrunk before rows are touched, so that a region much larger than the
-    frame never stands in memory whole.
+    Columns are shrunk before rows are padded, so that a region much larger than the frame never
+    stands in memory whole.  The kernel does columns first itself: the same bits come out.
     """
     x0, y0, x1, y1 = region
     height = image.shape[1]
     top = min(max(y0, 0), height - 1)
     bottom = max(min(y1, height), top + 1)
     band = _padded(image[:, top:bottom], 2, x0, x1, contract)
-    band = _resized(band, bottom - top, contract.size)
+    if y0 < 0 or y1 > height:
+        band = _resized(band, bottom - top, contract.size)
     band = _padded(band, 1, y0 - top, y1 - top, contract)
     return _resized(band, contract.size, contract.size)
 

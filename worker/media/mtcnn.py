@@ -39,9 +39,12 @@ from worker.media.types import Faces, Frames
 WINDOW, STRIDE = 12, 2  # P-Net's view, and the step between two of its cells
 FACTOR = 0.709  # from one level of the pyramid to the next: half the area
 ACCEPT = (0.6, 0.7, 0.7)  # least P(face) after P-, R- and O-Net
-PIXELS_A_PASS = 8 * 640 * 360  # of reduced copies: eight 1080p frames
-CROPS_A_PASS = 512
-MOST_CANDIDATES = 4096  # of one frame after P-Net; a crowd of 100 faces gives some 1,500
+# How much goes through at once: what stays in a CPU's caches (four times as much takes 1.3 × as
+# long a frame), or what fills a GPU.
+PIXELS_A_PASS = {"cpu": 640 * 400, "cuda": 64 * 640 * 360}  # of reduced copies
+PIXELS_A_BAND = {"cpu": 640 * 400, "cuda": 64 * 640 * 360}  # of one level of the pyramid
+CROPS_A_PASS = {"cpu": 64, "cuda": 4096}
+MOST_CANDIDATES = 16_384  # of one frame after P-Net; 300 faces close together give 6,500
 
 
 class Level(NamedTuple):
@@ -92,9 +95,8 @@ def integral(pixels: Tensor) -> Tensor:
     return F.pad(sums, (0, 0, 1, 0, 1, 0))
 
 
-def _windows(length: Tensor | int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First and one-past-last input pixel of each of `count` outputs over `length` inputs."""
-    steps = torch.arange(count, device=device)
+def _windows(length: Tensor | int, count: int, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """First and one-past-last input pixel of those steps of `count` outputs over `length` inputs."""
     if isinstance(length, Tensor):
         length = length[:, None]
     return steps * length // count, ((steps + 1) * length + count - 1) // count
@@ -105,20 +107,34 @@ def _normalised(sums: Tensor, area: Tensor) -> Tensor:
     return ((sums / area - 127.5) * 0.0078125).permute(0, 3, 1, 2)
 
 
-def shrink(sums: Tensor, height: int, width: int) -> Tensor:
-    """Integral pictures [n,h+1,w+1,3] → the pictures at height × width, normalised."""
-    y0, y1 = _windows(sums.shape[1] - 1, height, sums.device)
-    x0, x1 = _windows(sums.shape[2] - 1, width, sums.device)
+def shrink(sums: Tensor, level: Level, first: int, last: int) -> Tensor:
+    """Integral pictures [n,h+1,w+1,3] → their rows from first to last at one level, normalised."""
+    steps = torch.arange(max(level.width, last), device=sums.device)
+    y0, y1 = _windows(sums.shape[1] - 1, level.height, steps[first:last])
+    x0, x1 = _windows(sums.shape[2] - 1, level.width, steps[: level.width])
     rows = sums.index_select(1, y1) - sums.index_select(1, y0)
     windows = rows.index_select(2, x1) - rows.index_select(2, x0)
     return _normalised(windows, ((y1 - y0)[:, None] * (x1 - x0))[None, :, :, None])
 
 
+def bands(level: Level, pixels: int) -> Iterator[tuple[int, int]]:
+    """Rows of a level, first and last, to show P-Net in turn: together they give its whole answer.
+
+    P-Net's row j sees rows 2j to 2j + 11 of its input, so neighbouring bands share ten rows.
+    """
+    answers = (level.height - WINDOW + 1) // STRIDE + 1
+    at_once = max(1, (pixels // level.width - WINDOW) // STRIDE + 1)
+    for first in range(0, answers, at_once):
+        last = min(first + at_once, answers)
+        yield first * STRIDE, min((last - 1) * STRIDE + WINDOW, level.height)
+
+
 def crops(sums: Tensor, frame: Tensor, corners: Tensor, side: int) -> Tensor:
     """Squares [k,3,side,side], normalised, from corners i64 [k,4] x0 y0 x1 y1 within the copy."""
     _, height, width, _ = sums.shape
-    x0, x1 = _windows(corners[:, 2] - corners[:, 0], side, sums.device)
-    y0, y1 = _windows(corners[:, 3] - corners[:, 1], side, sums.device)
+    steps = torch.arange(side, device=sums.device)
+    x0, x1 = _windows(corners[:, 2] - corners[:, 0], side, steps)
+    y0, y1 = _windows(corners[:, 3] - corners[:, 1], side, steps)
     area = (y1 - y0)[:, :, None] * (x1 - x0)[:, None, :]
     x0, x1 = (x + corners[:, :1] for x in (x0, x1))
     y0, y1 = ((y + corners[:, 1:2] + frame[:, None] * height) * width for y in (y0, y1))
@@ -220,6 +236,9 @@ class Mtcnn:
         self.finder = finder
         self.device = torch.device(device)
         self.nets = pretrained(self.device)
+        self._pixels = PIXELS_A_PASS[self.device.type]
+        self._band = PIXELS_A_BAND[self.device.type]
+        self._crops = CROPS_A_PASS[self.device.type]
 
     @torch.inference_mode()
     def find(self, frames: Frames) -> Faces:
@@ -228,7 +247,7 @@ class Mtcnn:
         rows, columns = reduced_size(height, width, self.finder)
         least = self.finder.min_face * max(rows, columns) / max(height, width, 1)
         zoom = np.array([width / columns, height / rows], np.float32)
-        at_once = max(1, PIXELS_A_PASS // (rows * columns))
+        at_once = max(1, self._pixels // (rows * columns))
         found = [
             self._pass(self.reduced(frames.pixels[first : first + at_once]), least, zoom, first)
             for first in range(0, n, at_once)
@@ -273,9 +292,10 @@ class Mtcnn:
         windows = _all_windows(height, width, least, sums.device)
         logits, offsets = [sums.new_zeros((n, 0))], [sums.new_zeros((n, 4, 0))]
         for level in windows.levels:
-            logit, offset = self.nets.pnet(shrink(sums, level.height, level.width))
-            logits.append(logit.flatten(1))
-            offsets.append(offset.flatten(2))
+            for rows in bands(level, self._band // n):
+                logit, offset = self.nets.pnet(shrink(sums, level, *rows))
+                logits.append(logit.flatten(1))
+                offsets.append(offset.flatten(2))
         probability = torch.cat(logits, 1).sigmoid()
         frame, cell = (probability >= ACCEPT[0]).nonzero().unbind(1)
         found = Candidates(windows.boxes[cell], probability[frame, cell], frame)
@@ -295,7 +315,7 @@ class Mtcnn:
         corners, some = _corners(found.boxes, sums.shape[1] - 1, sums.shape[2] - 1)
         answers = [
             self.nets.rnet(crops(sums, found.frame[batch], corners[batch], 24))
-            for batch in _batches(len(corners))
+            for batch in _batches(len(corners), self._crops)
         ]
         logit, offset = (torch.cat(part) for part in zip(*answers, strict=True))
         found = found._replace(score=logit.sigmoid())
@@ -310,7 +330,7 @@ class Mtcnn:
         corners, some = _corners(found.boxes, sums.shape[1] - 1, sums.shape[2] - 1)
         answers = [
             self.nets.onet(crops(sums, found.frame[batch], corners[batch], 48))
-            for batch in _batches(len(corners))
+            for batch in _batches(len(corners), self._crops)
         ]
         logit, offset, points = (torch.cat(part) for part in zip(*answers, strict=True))
         found = found._replace(score=logit.sigmoid())
@@ -321,9 +341,9 @@ class Mtcnn:
         return found._replace(boxes=_moved(found.boxes, offset)), landmarks
 
 
-def _batches(count: int) -> Iterator[slice]:
+def _batches(count: int, at_once: int) -> Iterator[slice]:
     """Bounded runs over `count` rows; one empty run where there are none."""
-    yield from (slice(i, i + CROPS_A_PASS) for i in range(0, max(count, 1), CROPS_A_PASS))
+    yield from (slice(i, i + at_once) for i in range(0, max(count, 1), at_once))
 
 
 def _strongest(found: Candidates, most: int) -> Tensor:
