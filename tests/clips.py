@@ -310,6 +310,7 @@ def decode_all(path: str | Path, stream: int = 0, **colour: Any) -> list[Shown]:
     """Every frame, plainly: FFmpeg's own choice of demuxer, one thread, no seek.
 
     Times are relative to the first frame.  `colour` goes to swscale, which otherwise follows tags.
+    A packet that does not decode is passed over, as a player does.
     """
     flags = av.video.reformatter.Interpolation
     kind = flags.BILINEAR | flags.ACCURATE_RND | flags.FULL_CHR_H_INT
@@ -317,9 +318,14 @@ def decode_all(path: str | Path, stream: int = 0, **colour: Any) -> list[Shown]:
         video = file.streams.video[stream]
         video.codec_context.thread_count = 1
         shown = []
-        for frame in file.decode(video):
-            pixels = frame.to_ndarray(format="rgb24", interpolation=kind, **colour)
-            shown.append((frame.time, pixels.transpose(2, 0, 1), frame.key_frame))
+        for packet in file.demux(video):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                continue
+            for frame in frames:
+                pixels = frame.to_ndarray(format="rgb24", interpolation=kind, **colour)
+                shown.append((frame.time, pixels.transpose(2, 0, 1), frame.key_frame))
     start = shown[0][0]
     return [Shown(time - start, np.ascontiguousarray(pixels), key) for time, pixels, key in shown]
 

@@ -43,6 +43,8 @@ frames 0.421 / 0.477 and 0.435 / 0.490, over 20 frames 0.339 / 0.476 and 0.368 /
 """
 THREAD_BYTES = 512 * 1024**2
 """Pictures in flight in the decoder's threads, at most."""
+SKIPS = frozenset({"h264", "hevc", "mpeg4", "vp8"})
+"""Codecs that read `skip_frame` anew for each packet; AV1 reads it once, when it opens."""
 LEAST_CAP = (4096 + 128) * (2304 + 128)
 """A stream may change its size in the middle, up to this area if it began smaller."""
 BEYOND = 64
@@ -177,7 +179,7 @@ class _Reader:
         """
         # a second field may have its own packet, and packets may come before what they are shown as
         extra = (1 if self.probe.interlaced else 0) + (self.reorder if self.by_order else 0)
-        every = pending is None or extra > 0
+        every = pending is None or extra > 0 or self.probe.codec not in SKIPS
         for packet in self.unread:
             if hidden(packet, self.stream):
                 continue

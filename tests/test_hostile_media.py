@@ -1,0 +1,152 @@
+"""The two lists: what is refused by name, and what breaks in the middle and is judged anyway."""
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.clips import decode_all, make_clip, number_of
+from tests.hostile import BROKEN, REFUSED, flipped
+from tests.test_probe import open_files
+from worker.contract import Sampling
+from worker.errors import CorruptMedia, Rejected, UnreadableFile
+from worker.media.decode_pyav import PyavDecoder
+from worker.media.probe import probe
+from worker.media.types import Clip
+from worker.settings import Settings
+
+SETTINGS = Settings()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.timeout(20)
+def test_a_bad_file_gets_its_named_error(tmp_path: Path, name: str):
+    """At once, saying what came, and leaving no descriptor and no file behind."""
+    ending, make, error = REFUSED[name]
+    path = make(tmp_path / f"clip.{ending}")
+    files, before = sorted(tmp_path.iterdir()), open_files()
+
+    with pytest.raises(error) as caught:
+        probe(path, SETTINGS)
+
+    assert error is type(caught.value)
+    assert 20 < len(str(caught.value)) < 300
+    assert before == open_files()
+    assert files == sorted(tmp_path.iterdir())
+
+
+def test_a_file_without_permission_is_named():
+    """Also when the tests run as root, who may read everything."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        path = make_clip(folder / "clip.mp4", 2)
+        folder.chmod(0o755)
+        path.chmod(0)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            with pytest.raises(UnreadableFile, match="Permission denied"):
+                probe(path, SETTINGS)
+        finally:
+            os.seteuid(user)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("count", [300, 8])
+def test_a_clip_that_breaks_is_judged_on_what_can_be_read(tmp_path: Path, name: str, count: int):
+    """Frames up to the break are right, those after it are what any player would show, and
+    somebody says so."""
+    ending, make = BROKEN[name]
+    path = make(tmp_path / f"clip.{ending}")
+    found = probe(path, SETTINGS)
+    clip = Clip(found, Sampling(max_frames=count))
+
+    chunks = list(PyavDecoder(threads=1).decode([clip]))
+
+    pixels = np.concatenate([chunk.pixels.numpy() for chunk in chunks])
+    indices = [int(i) for chunk in chunks for i in chunk.indices]
+    warnings = [*found.warnings, *(text for chunk in chunks for text in chunk.warnings)]
+    assert any(
+        text.startswith(("broken_clip:", "short_video:", "damaged_clip:")) for text in warnings
+    )
+    assert sorted(set(indices)) == indices
+    assert min(count, found.frame_count) == chunks[-1].asked == chunks[-1].total
+    assert len(indices) >= (18 if count == 300 else 6)
+    good = [row for row, index in enumerate(indices) if index < 12]
+    assert [indices[row] for row in good] == [number_of(pixels[row]) for row in good]
+    shown = {round(frame.time_s, 6): frame.pixels for frame in decode_all(path)}
+    for row, index in enumerate(indices):
+        np.testing.assert_array_equal(shown[round(float(found.times_s[index]), 6)], pixels[row])
+
+
+def test_a_frame_that_does_not_decode_is_replaced_by_its_nearest_neighbour(tmp_path: Path):
+    """Counted, warned of, never a neighbour that is already in, and each with its own time."""
+    ending, make = BROKEN["overwritten in the middle"]
+    found = probe(make(tmp_path / f"clip.{ending}"), SETTINGS)
+
+    chunks = list(PyavDecoder().decode([Clip(found, Sampling(max_frames=8))]))
+
+    indices = [int(i) for chunk in chunks for i in chunk.indices]
+    asked = [3, 9, 15, 21, 27, 33, 39, 45]
+    stand_ins = [index for index in indices if index not in asked]
+    assert len(stand_ins) == sum(chunk.replaced for chunk in chunks) > 0
+    for index in stand_ins:
+        near = min(asked, key=lambda wanted: abs(wanted - index))
+        assert near not in indices
+    assert found.times_s[indices].tolist() == np.concatenate([c.times_s for c in chunks]).tolist()
+
+
+def test_a_clip_of_which_nothing_decodes_is_corrupt(tmp_path: Path):
+    """The first frame was whole when the file was probed; then the disk was not."""
+    path = make_clip(tmp_path / "clip.mp4", 24, container_options={"movflags": "faststart"})
+    clip = Clip(probe(path, SETTINGS), Sampling(max_frames=6))
+    data = path.read_bytes()
+    body = data.index(b"mdat") + 4
+    path.write_bytes(data[:body] + bytes(len(data) - body))
+
+    with pytest.raises(CorruptMedia, match="none of the 6 frames"):
+        list(PyavDecoder().decode([clip]))
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "avi"])
+def test_flipped_bits_end_in_frames_or_in_a_named_error(tmp_path: Path, ending: str):
+    """Forty files of each container: nothing else is ever raised, nothing stays open."""
+    codec = "mpeg4" if ending == "avi" else "libx264"
+    good = make_clip(tmp_path / f"clip.{ending}", 16, codec=codec, quality=25).read_bytes()
+    bad = tmp_path / f"bad.{ending}"
+    before, ends = open_files(), {"frames": 0, "refused": 0}
+    strict = Settings(max_width=1920, max_height=1080, max_seconds=600)
+
+    for seed in range(40):
+        bad.write_bytes(flipped(good, seed))
+        try:
+            clip = Clip(probe(bad, strict), Sampling(max_frames=4))
+            for chunk in PyavDecoder(threads=1).decode([clip]):
+                assert len(chunk) > 0
+            ends["frames"] += 1
+        except Rejected:
+            ends["refused"] += 1
+
+    assert before == open_files()
+    assert ends["frames"] > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_after_a_good_beginning_is_survived(tmp_path: Path, seed: int):
+    """A header that opens, then random bytes."""
+    rng = np.random.default_rng(seed)
+    for ending in ("mkv", "ts", "avi"):
+        good = make_clip(tmp_path / f"clip.{ending}", 8, codec="mpeg4").read_bytes()
+        bad = tmp_path / f"bad.{ending}"
+        noise = rng.integers(0, 256, 20_000, np.uint8).tobytes()
+        bad.write_bytes(good[: len(good) // 2] + noise)
+        with suppress(Rejected):
+            clip = Clip(probe(bad, SETTINGS), Sampling(max_frames=4))
+            assert list(PyavDecoder().decode([clip]))
