@@ -89,10 +89,11 @@ def _local(media: Media, settings: Settings, watch: Callable[[], None]) -> Fetch
         handle = _opened(path, root)
     except OSError as error:
         raise UnreadableFile(f"{path} could not be opened: {error.strerror}") from error
+    before = os.fstat(handle)
+    if not stat.S_ISREG(before.st_mode):
+        os.close(handle)
+        raise UnreadableFile(f"{path} is not a regular file")
     with os.fdopen(handle, "rb") as file:
-        before = os.fstat(handle)
-        if not stat.S_ISREG(before.st_mode):
-            raise UnreadableFile(f"{path} is not a regular file")
         intake = Intake(media, path, settings.max_bytes, watch)
         intake.expect(before.st_size)
         try:
