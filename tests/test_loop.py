@@ -421,7 +421,9 @@ def test_a_look_is_scikit_learns_figure():
     assert said.bce == pytest.approx(log_loss(forged, 1 / (1 + np.exp(-logit))), rel=1e-6)
     for each in (0, 1):
         kept = ~forged | (family == each)
-        assert said.family_auc[each] == pytest.approx(roc_auc_score(forged[kept], logit[kept]))
+        assert said.family_auc[f"family_{each}"] == pytest.approx(
+            roc_auc_score(forged[kept], logit[kept])
+        )
     assert network.training
 
 

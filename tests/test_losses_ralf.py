@@ -414,6 +414,21 @@ def test_the_total_is_the_weighted_sum(ralf: RalfObjective):
     )
 
 
+def test_a_patch_is_the_same_square_of_both_and_moves_with_the_step():
+    """Full resolution, a part of the cost; a resumed run draws the same."""
+    made = objective(tiny("ralf", con_patch="16"), StubRalf())
+    image = torch.rand(2, 3, 32, 32)
+
+    one, other = made._patch(3, image, image + 1)
+
+    assert one.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(one + 1, other)
+    assert torch.equal(one, made._patch(3, image)[0])
+    assert len({made._patch(step, image)[0].sum().item() for step in range(9)}) > 5
+    whole = objective(tiny("ralf"), StubRalf())
+    assert whole._patch(3, image)[0] is image
+
+
 REACH = {
     "bce": {"mask", "encoder", "decoder", "classifier"},
     "l1": {"mask", "encoder", "decoder"},

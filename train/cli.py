@@ -190,7 +190,7 @@ def _publish(subparsers: Commands) -> None:
     parser = _parser(subparsers, "publish", "make a model of a run", run_publish)
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder that `ralf train` wrote")
     parser.add_argument("--name", required=True, help="the model's name, as ralf-small")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="where models lie")
+    parser.add_argument("--models", type=Path, help="where models lie: RALF_MODELS_DIR, or ours")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="the index, for the card")
     parser.add_argument(
         "--golden-from", metavar="DATASET,…", help="collections whose faces may ship, of --data"
@@ -204,6 +204,15 @@ def _publish(subparsers: Commands) -> None:
         "--failure", action="append", default=[], help="a known failure, repeatable"
     )
     parser.add_argument("--promote", action="store_true", help="make it the current version")
+
+
+def _models(args: argparse.Namespace) -> Path:
+    """The option, the environment, or the models that come with the code."""
+    import os
+
+    from kernels.artifact import SHIPPED
+
+    return args.models or Path(os.environ.get("RALF_MODELS_DIR") or SHIPPED)
 
 
 def run_publish(args: argparse.Namespace) -> int:
@@ -227,9 +236,9 @@ def run_publish(args: argparse.Namespace) -> int:
         golden=golden,
         golden_source=source,
     )
-    artifact = publish(args.folder, args.name, args.models, told)
+    artifact = publish(args.folder, args.name, _models(args), told)
     if args.promote:
-        promote(args.models, artifact.name, artifact.version)
+        promote(_models(args), artifact.name, artifact.version)
     print(artifact.path)
     return OK
 
@@ -265,7 +274,7 @@ def _calibrate(subparsers: Commands) -> None:
         subparsers, "calibrate", "fit a model's scores and thresholds: a new version", run_calibrate
     )
     parser.add_argument("model", metavar="MODEL", help="name, name@version or path")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="where models lie")
+    parser.add_argument("--models", type=Path, help="where models lie: RALF_MODELS_DIR, or ours")
     parser.add_argument("--scores", type=Path, metavar="CSV", help="columns logit and label")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="score this data instead")
     parser.add_argument("--split", default="val", help="a split that chose nothing else")
@@ -285,7 +294,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
     if (args.scores is None) == (args.data is None):
         raise ValueError("calibrate needs either --scores CSV or --data PATH")
-    artifact = resolve(args.models, args.model)
+    artifact = resolve(_models(args), args.model)
     if args.scores:
         found = _calibrated_on(args.scores, args.fitted_on, shift=not args.no_shift)
     else:
@@ -297,7 +306,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
             f"{name}: {each.score:.4f}  rate {each.rate:.3f} [{low:.3f}, {high:.3f}]{support}",
             file=sys.stderr,
         )
-    print(recalibrate(artifact, args.models, found).path)
+    print(recalibrate(artifact, _models(args), found).path)
     return OK
 
 

@@ -119,6 +119,8 @@ class RalfLoss:
     """Equation 6 for each real and the forgery made from it; False: of the two batch means."""
     con_eps: float = 1e-3
     """Keeps the ratio of equation 6 finite where a forgery is reconstructed well."""
+    con_patch: int | None = None
+    """Side of the square that equation 6 is taken on, at a place drawn each step; None: all."""
     rival_lr: float = 2e-4
     """The discriminator's own Adam."""
     rival_betas: tuple[float, float] = (0.5, 0.999)
@@ -130,6 +132,8 @@ class RalfLoss:
                 f"loss.radius_forged {self.radius_forged}, neither negative"
             )
         _between("loss.centre_momentum", self.centre_momentum, 0, 1)
+        if self.con_patch is not None:
+            _at_least("loss.con_patch", self.con_patch, 16)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Deterministic batches, every process its share, all logits gathered; only the va
 ever given here, never test.  The full tables are train.evaluate's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,12 @@ class Look:
     faces: int
     auc: float
     bce: float
-    family_auc: dict[int, float]
+    family_auc: dict[str, float]
     """Each way of forging against all reals."""
 
     def facts(self) -> dict[str, float | int | str | None]:
         """For the log."""
-        families = {f"auc_family_{family}": value for family, value in self.family_auc.items()}
+        families = {f"auc_{family}": value for family, value in self.family_auc.items()}
         return {"faces": self.faces, "auc": self.auc, "bce": self.bce, **families}
 
     def figure(self, select: str) -> float:
@@ -62,10 +62,11 @@ def look(
         rows.append(np.stack([column.numpy().astype(np.float64) for column in columns], axis=1))
     network.train(was_training)
     mine = np.concatenate(rows) if rows else np.zeros((0, 3))
-    return _judge(np.asarray(ranks.gather(mine, device), np.float64))
+    names = getattr(batches, "names", ())
+    return _judge(np.asarray(ranks.gather(mine, device), np.float64), names)
 
 
-def _judge(rows: np.ndarray[Any, np.dtype[np.float64]]) -> Look:
+def _judge(rows: np.ndarray[Any, np.dtype[np.float64]], names: Sequence[str]) -> Look:
     logit, forged, family = rows[:, 0], rows[:, 1] == 1, rows[:, 2].astype(int)
     if forged.all() or not forged.any():
         raise ValueError(
@@ -74,7 +75,7 @@ def _judge(rows: np.ndarray[Any, np.dtype[np.float64]]) -> Look:
         )
     bce = float(np.mean(np.logaddexp(0, np.where(forged, -logit, logit))))
     families = {
-        each: auc(forged[chosen], logit[chosen])
+        names[each] if each < len(names) else f"family_{each}": auc(forged[chosen], logit[chosen])
         for each in sorted(set(family[forged].tolist()))
         for chosen in [~forged | (family == each)]
     }

@@ -223,7 +223,11 @@ class RalfObjective(Objective):
             parts["adv"] = adversarial_loss(self.discriminator(seen.rebuilt))
         if self.features is not None:
             parts["con"] = contrastive_loss(
-                self._moved(seen.rebuilt, image), forged, batch.pair, loss.con_eps, loss.con_pairs
+                self._moved(*self._patch(moment.step, seen.rebuilt, image)),
+                forged,
+                batch.pair,
+                loss.con_eps,
+                loss.con_pairs,
             )
         return Terms(self._total(parts, alpha(loss.alpha, moment)), parts, seen.logit)
 
@@ -238,6 +242,16 @@ class RalfObjective(Objective):
             "con": loss.weight_con,
         }
         return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+
+    def _patch(self, step: int, *images: Tensor) -> list[Tensor]:
+        """The same square of each, at full resolution: drawn from the step, so that a resumed run
+        and every process draw alike."""
+        side = self.loss.con_patch
+        if side is None or side >= images[0].shape[-1]:
+            return list(images)
+        place = torch.Generator().manual_seed(step)
+        top, left = torch.randint(images[0].shape[-1] - side + 1, (2,), generator=place).tolist()
+        return [image[..., top : top + side, left : left + side] for image in images]
 
     def _moved(self, rebuilt: Tensor, image: Tensor) -> Tensor:
         """The mean absolute difference of each face's features, [layers, m]."""
