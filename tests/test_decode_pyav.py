@@ -62,6 +62,7 @@ UNUSUAL: dict[str, tuple[str, dict, int, bool]] = {
     "4:4:4": ("mp4", {"pixel_format": "yuv444p"}, 0, False),
     "interlaced": ("mp4", {"interlaced": True}, 0, False),
     "edit list in the middle of a group": ("mp4", {"shift": -5}, 0, False),
+    "edit list that hides the only keyframe": ("mp4", {"shift": -5, "gop": 50}, 0, False),
     "negative start": ("mkv", {"shift": -5}, 0, False),
     "several streams": ("mkv", {"others": 3, "audio": True}, 0, False),
     "wrong extension": ("jpg", {"container": "mp4"}, 0, False),

@@ -103,6 +103,8 @@ class _Reader:
         gaps = gaps[gaps > 0]
         self.tolerance = max(1e-6, 0.49 * float(gaps.min())) if len(gaps) else 1e-6
         self.unread = packets(container, self.stream, _never)
+        # an edit list may hide the first keyframe: -1 is the start of the file
+        self.starts = np.r_[-1, probe.keyframes]
         # AVI has no presentation times; with B-frames of H.264 only the order of output is true
         self.by_order = (
             probe.container == "avi" and probe.codec in ("h264", "hevc") and self.reorder > 0
@@ -113,13 +115,13 @@ class _Reader:
 
     def pictures(self, wanted: NDArray[np.int64]) -> Iterator[_Picture]:
         """Every wanted frame in order, itself, a neighbour in its place, or nothing."""
-        keys = self.probe.keyframes
-        governing = np.searchsorted(keys, wanted, side="right") - 1
+        governing = np.searchsorted(self.starts, wanted, side="right") - 1
+        begins = self.starts[governing]
         reach = _reach(self.probe.times_s, wanted)
         at = 0
         while at < len(wanted):
             end = at + 1
-            while end < len(wanted) and keys[governing[end]] <= wanted[end - 1] + NEAR:
+            while end < len(wanted) and begins[end] <= wanted[end - 1] + NEAR:
                 end += 1
             for picture in self._fast(wanted[at:end], int(governing[at])):
                 yield picture
@@ -224,15 +226,14 @@ class _Reader:
         return index if abs(self.probe.times_s[index] - time) <= self.tolerance else None
 
     def _jump(self, governing: int) -> None:
-        """Stand at this keyframe (counted among keyframes), or at one before it.
+        """Stand at this one of the starts, or before it.
 
         Indices hold decoding times in some containers, so where a seek came down is checked.
         """
-        keys = self.probe.keyframes
         for back in (governing, governing - 1, governing - 2):
-            if back < 0:
+            if back <= 0:
                 break
-            if self._seek(float(self.probe.times_s[keys[back]])) <= keys[governing]:
+            if self._seek(float(self.probe.times_s[self.starts[back]])) <= self.starts[governing]:
                 return
         self._seek(-10.0)  # the start, and whatever an edit list hides before it
 
