@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.contract import Evidence, Job, Media, Progress, Verdict, dump
-from worker.errors import Cancelled, DecoderCrashed, GpuFatal, GpuOom, TooLong
-from worker.service import jobs, sandbox, wire
-from worker.service.child import rss
+from worker.errors import (
+    BadRequest,
+    Cancelled,
+    DecoderCrashed,
+    GpuFatal,
+    GpuOom,
+    ModelUnavailable,
+    TooLong,
+)
+from worker.service import jobs, limits, sandbox, shelf, wire
 from worker.service.link import Link
+from worker.service.procfs import rss
 from worker.settings import Settings
 
 SETTINGS = Settings(child_max_jobs=3)
@@ -146,7 +155,7 @@ def test_an_unknown_function_is_refused_by_the_child_too(shared_link: Link):
     failed = answer(shared_link, replace(ask("j", "trivial"), function="os.system"))
 
     assert isinstance(failed, wire.Failed)
-    assert failed.code == "decoder_crashed" and "os.system" in failed.message
+    assert failed.code == "bad_request" and "os.system" in failed.message
 
 
 def test_a_crash_is_the_end_of_the_child_and_not_of_the_parent():
@@ -422,3 +431,198 @@ class OutOfMemoryError(RuntimeError):
 def test_every_error_of_a_body_has_a_name(error: Exception, kind: type[Exception]):
     """What a library raises is translated once, at the border."""
     assert kind is type(jobs.as_job_error(error))
+
+
+# which model a job is walked with
+
+
+class Published:
+    """A models folder as far as the shelf sees it, and what was loaded from it."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.broken: set[str] = set()
+        self.loads: list[str | None] = []
+
+    def promoted(self, settings: Settings) -> str | None:
+        """What `current` names."""
+        return self.version
+
+    def load(self, settings: Settings, model: str | None) -> Any:
+        """Parts that know their own version."""
+        self.loads.append(model)
+        name, _, version = (model or settings.model).partition("@")
+        version = version or self.version
+        if version in self.broken:
+            raise ModelUnavailable(f"{version} fails its golden check")
+        manifest = SimpleNamespace(name=name)
+        engine = SimpleNamespace(name="torch", precision="fp32", device="cpu")
+        return SimpleNamespace(
+            artifact=SimpleNamespace(version=version, manifest=manifest),
+            engine=engine,
+            decoder=SimpleNamespace(name="pyav"),
+        )
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> Published:
+    """Version aaaaaaaa, looked for at each job."""
+    monkeypatch.setattr(shelf, "LOOK_EVERY_S", 0.0)
+    return Published("aaaaaaaa")
+
+
+def shelved(published: Published, **settings: str) -> shelf.Shelf:
+    """An open shelf over it."""
+    made = shelf.Shelf(
+        replace(SETTINGS, **settings),  # type: ignore[arg-type]
+        load=published.load,
+        promoted=published.promoted,
+    )
+    made.open()
+    return made
+
+
+def version_of(made: shelf.Shelf, model: str | None = None) -> str:
+    """The version that a job is walked with."""
+    parts: Any = made.of(Job.model_validate_json(document("j")).model_copy(update={"model": model}))
+    return str(parts.artifact.version)
+
+
+def test_a_promotion_is_followed_between_two_jobs(published: Published):
+    """Loaded beside the old one, then in its place."""
+    made = shelved(published)
+    assert made.follow() is None
+    published.version = "bbbbbbbb"
+    facts = made.follow()
+
+    assert facts is not None
+    assert facts["version"] == "bbbbbbbb"
+    assert version_of(made) == "bbbbbbbb"
+
+
+def test_a_promoted_model_that_does_not_load_leaves_the_old_one(published: Published):
+    """And is not tried again and again."""
+    made = shelved(published)
+    published.version, published.broken = "bbbbbbbb", {"bbbbbbbb"}
+    assert [made.follow(), made.follow()] == [None, None]
+    assert (version_of(made), published.loads.count("ralf-small@bbbbbbbb")) == ("aaaaaaaa", 1)
+    published.version = "cccccccc"
+    assert (made.follow() or {})["version"] == "cccccccc"
+
+
+def test_a_pinned_setting_is_not_followed(published: Published):
+    """Who names a version wants that version."""
+    made = shelved(published, model="ralf-small@aaaaaaaa")
+    published.version = "bbbbbbbb"
+
+    assert made.follow() is None
+    assert version_of(made) == "aaaaaaaa"
+
+
+def test_a_job_may_pin_a_model_which_stays_loaded(published: Published):
+    """The last one; the worker's own is never dropped for it."""
+    made = shelved(published)
+    assert [version_of(made, "ralf-small@dddddddd") for _ in range(3)] == ["dddddddd"] * 3
+    assert version_of(made, "ralf-small") == version_of(made) == "aaaaaaaa"
+    assert published.loads == [None, "ralf-small@dddddddd"]
+
+
+def test_a_pin_that_cannot_be_loaded_is_the_jobs_fault(published: Published):
+    """bad_request, never retried; not a crash of the child."""
+    made = shelved(published)
+    published.broken = {"dddddddd"}
+
+    with pytest.raises(BadRequest, match="golden check"):
+        version_of(made, "ralf-small@dddddddd")
+
+
+def test_out_of_device_memory_is_tried_once_more_with_half_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Inside the child, before the queue hears of it."""
+    sizes: list[int] = []
+
+    def walk(task: jobs.Task, parts: Any) -> Any:
+        sizes.append(parts.decoder.chunk_bytes)
+        if parts.decoder.chunk_bytes > 64:
+            raise OutOfMemoryError("CUDA out of memory")
+        return "verdict"
+
+    monkeypatch.setattr(jobs, "_analyze", walk)
+    monkeypatch.setattr(jobs, "halved", lambda parts: parts_of(parts.decoder.chunk_bytes // 2))
+    task: Any = None
+    assert jobs.moderate(task, parts_of(100)) == "verdict"  # type: ignore[comparison-overlap]
+    assert sizes == [100, 50]
+    with pytest.raises(OutOfMemoryError):
+        jobs.moderate(task, parts_of(1000))
+
+
+def parts_of(chunk_bytes: int) -> Any:
+    """Parts as far as the retry sees them."""
+    return SimpleNamespace(decoder=SimpleNamespace(chunk_bytes=chunk_bytes))
+
+
+# when a run has had enough
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6))
+def test_the_time_allowed_grows_with_the_clip_within_its_bounds(one: float, other: float):
+    """clamp(60 + 0.5 × seconds, 120, 1800); an unknown length gets the most."""
+    settings = Settings()
+    allowed = limits.time_allowed(settings, one)
+
+    assert limits.time_allowed(settings, 0) == 1800
+    assert 120 <= allowed <= 1800
+    if 0 < other <= one:
+        assert limits.time_allowed(settings, other) <= allowed
+    if 120 <= one <= 3480:
+        assert allowed == pytest.approx(60 + 0.5 * one)
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "cpu_s", "code"),
+    [
+        (59, 0, None),
+        (61, 0, "job_timeout"),
+        (61, 30, None),
+        (299, 200, None),
+        (301, 250, "job_timeout"),
+    ],
+)
+def test_silence_is_a_hang_sooner_when_nothing_is_computed(
+    silent_s: float, cpu_s: float, code: str | None
+):
+    """A slow machine is not a hung one."""
+    pace = limits.Pace(started=1000.0, progressed=1000.0, cpu=50.0)
+    fault = limits.overrun(
+        Settings(),
+        pace,
+        now=1000.0 + silent_s,
+        cpu=50.0 + cpu_s,
+        rss=1,
+        rss_allowed=2,
+        deadline=None,
+    )
+
+    assert (fault and fault.code) == code
+
+
+def test_before_its_turn_a_job_has_no_time_to_lose():
+    """It waits in a shared child's line; only its deadline counts there."""
+    pace = limits.Pace()
+    args: dict[str, Any] = {"now": 1e6, "cpu": 0.0, "rss": 3, "rss_allowed": 2}
+    late = datetime(2020, 1, 1, tzinfo=UTC)
+
+    assert limits.overrun(Settings(), pace, **args, deadline=None) is None
+    fault = limits.overrun(Settings(), pace, **args, deadline=late)
+    assert fault is not None
+    assert fault.code == "deadline_passed"
+
+
+def test_a_relative_models_folder_is_still_found_by_the_child(monkeypatch: pytest.MonkeyPatch):
+    """It runs in another working directory."""
+    environment = sandbox.environment(Settings(models_dir="models", model="./mine"), {})
+
+    assert environment["RALF_MODELS_DIR"] == str(Path("models").absolute())
+    assert environment["RALF_MODEL"] == str(Path("mine").absolute())
+    assert sandbox.environment(Settings(), {})["RALF_MODELS_DIR"] == ""

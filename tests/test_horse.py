@@ -423,6 +423,17 @@ def test_a_hang_is_ended_though_it_hears_nothing(make: Callable[..., Service]):
     assert "no progress" in status.failure.message
 
 
+def test_a_busy_child_gets_longer_and_ends_all_the_same(make: Callable[..., Service]):
+    """Native code that holds the interpreter's lock is ended as well."""
+    service = make(hang_s=0.2)
+    service.worker()
+    status = service.reaches(service.submit("spin"), "quarantined")
+
+    assert status.failure is not None
+    assert status.failure.code == "job_timeout"
+    assert "busy all the while" in status.failure.message
+
+
 def test_a_job_gets_the_time_of_its_length_and_no_more(make: Callable[..., Service]):
     """The child tells the clip's seconds; the limit is clamped between least and most."""
     service = make(
@@ -432,7 +443,7 @@ def test_a_job_gets_the_time_of_its_length_and_no_more(make: Callable[..., Servi
     status = service.reaches(service.submit("sleep", "sleep:30"), "quarantined")
 
     assert status.failure is not None
-    assert "ran for more than 0.4 s" in status.failure.message
+    assert "ran for more than 0.4 s, which is what a clip of 30 s gets" in status.failure.message
 
 
 def test_a_child_above_its_memory_bound_is_killed_in_the_job(make: Callable[..., Service]):

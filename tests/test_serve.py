@@ -92,7 +92,7 @@ def test_settings_survive_the_way_through_an_environment():
 
 def test_embedded_serves_and_leaves_nothing_behind():
     """A real Redis and a worker while the block runs; afterwards neither process nor socket."""
-    with embedded(QUICK, bodies="test", deliver=False) as service:
+    with embedded(QUICK, bodies="test") as service:
         store = Store(connect(service.redis_url), service.settings)
         job = a_job("1", tag="hello")
         store.submit([job], function=jobs.PREFIX + "trivial")
@@ -103,7 +103,7 @@ def test_embedded_serves_and_leaves_nothing_behind():
 
     assert verdict is not None
     assert verdict.tag == "hello"
-    assert set(pids) == {"redis", "worker"}
+    assert set(pids) == {"redis", "worker", "deliverer"}
     assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
     assert not Path(service.redis_url.removeprefix("unix://")).exists()
 

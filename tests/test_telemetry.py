@@ -54,8 +54,8 @@ def finish(**fields: object) -> Finish:
         ("https://user:pw@h:8443/x", "https://h:8443/x"),
         ("redis://:s3cret@host/0", "redis://host/0"),
         (
-            "got 403 from https://h/a?sig=1, then https://k/b#frag",
-            "got 403 from https://h/a?…, then",
+            "403 from https://h/a?sig=1 then https://k/b#abc",
+            "403 from https://h/a?… then https://k/b",
         ),
         ("no url at all? none", "no url at all? none"),
     ],

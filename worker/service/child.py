@@ -24,14 +24,14 @@ import sys
 import threading
 import time
 import traceback
-from typing import Literal
 
 import structlog
 
 from worker import telemetry
 from worker.contract import Job, dump
-from worker.errors import Cancelled, GpuFatal, JobError, RalfError
+from worker.errors import BadRequest, Cancelled, GpuFatal, JobError, RalfError
 from worker.service import jobs, sandbox, wire
+from worker.service.procfs import rss
 from worker.service.shelf import EmptyShelf, Facts, Shelf
 from worker.service.turnstile import Peer, Turnstile, Visit
 from worker.settings import Settings
@@ -204,7 +204,9 @@ class Child:
         """Run the body; whatever it raises has a name in the answer."""
         run = visit.run
         try:
-            body = self._table[run.function]
+            body = self._table.get(run.function)
+            if body is None:
+                raise BadRequest(f"this child runs {sorted(self._table)}, not {run.function!r}")
             job = Job.model_validate_json(run.job)
             parts = self._shelf.of(job) if body.heavy else None
             verdict, evidence = body.work(jobs.Task(run, job, visit.report), parts)
@@ -220,17 +222,8 @@ class Child:
             return wire.Failed(run.job_id, named.code, str(named), fatal)
 
 
-def rss(pid: int | Literal["self"] = "self") -> int:
-    """Resident bytes of a process; 0 where /proc does not tell."""
-    try:
-        with open(f"/proc/{pid}/statm") as file:  # noqa: PTH123  read each tick, kept cheap
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
 def _ready(facts: Facts) -> wire.Ready:
-    return wire.Ready(os.getpid(), rss(), json.dumps(facts))
+    return wire.Ready(os.getpid(), rss(os.getpid()), json.dumps(facts))
 
 
 def main(arguments: list[str] | None = None) -> int:

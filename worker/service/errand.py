@@ -143,7 +143,8 @@ class Errand:
     def _heard(self, message: wire.Message) -> Ending | None:
         match message:
             case wire.Started():
-                self._pace.started = self._pace.progressed = time.monotonic()
+                self._pace.started = time.monotonic()
+                self._moved()
             case wire.Company(others=others):
                 self._others = others
                 self._beat(alone=others == 0)
@@ -158,7 +159,7 @@ class Errand:
         return None
 
     def _advanced(self, message: wire.Advanced) -> None:
-        self._pace.progressed = time.monotonic()
+        self._moved()
         try:
             self._progress = Progress.model_validate_json(message.progress)
             if message.partial:
@@ -166,6 +167,9 @@ class Errand:
         except ValidationError as error:
             log.warning("child.misunderstood", job_id=self.claim.job_id, error=str(error)[:300])
         self._pace.seconds = max(self._pace.seconds, message.seconds)
+
+    def _moved(self) -> None:
+        self._pace.progressed, self._pace.cpu = time.monotonic(), self.link.cpu()
 
     def _done(self, message: wire.Done) -> Ending:
         """A verdict counts only if it is one, and about this job."""
@@ -237,6 +241,7 @@ class Errand:
             self.settings,
             self._pace,
             now=now,
+            cpu=self.link.cpu(),
             rss=self.link.rss(),
             rss_allowed=self._rss_allowed,
             deadline=self.claim.job.deadline,

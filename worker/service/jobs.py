@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from worker.contract import (
@@ -84,9 +85,13 @@ def moderate(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
 def _analyze(task: Task, parts: "Parts") -> tuple[Verdict, Evidence]:
     from pathlib import Path
 
+    from worker.media.probe import probe
     from worker.pipeline import Ask, Partial, analyze
 
     run = task.run
+    # The parent times the job by the clip's length, and the first chunk may take long.
+    length = probe(Path(run.path), parts.settings).duration_s
+    task.report(Progress(stage="probe", percent=0), length)
     ask = dataclasses.replace(
         Ask.of(task.job, attempt=run.attempt, sha256=run.sha256 or None),
         fetch_ms=run.fetch_ms or None,
@@ -239,6 +244,12 @@ def hang(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
         time.sleep(3600)
 
 
+def spin(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
+    """Computes for ever in one call into native code, the interpreter's lock in its hand."""
+    sum(repeat(0))
+    return blank_verdict(task), Evidence()
+
+
 def leak(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     """Keeps so many MiB for good, and then is done."""
     _LEAKED.append(bytearray(os.urandom(1024) * (1024 * int(_argument(task, 32.0)))))
@@ -265,7 +276,7 @@ ALLOWED: dict[str, Body] = {MODERATE: Body(moderate, fetches=True, heavy=True)}
 """What a worker runs. Everything else that a queue may name is refused."""
 TESTS: dict[str, Body] = {
     PREFIX + work.__name__: Body(work, fetches=work is weigh, heavy=False)
-    for work in (trivial, weigh, sleep, crash, crash_once, hang, leak, oom, poison)
+    for work in (trivial, weigh, sleep, crash, crash_once, hang, spin, leak, oom, poison)
 }
 
 

@@ -2,6 +2,10 @@
 
 The time is clamp(base + per second of video × its seconds, least, most); until the child has told
 the clip's length it is the most.  It counts from the job's turn in the child, not from the fetch.
+
+Silence alone is not a hang: on a slow machine one chunk of frames may take minutes.  A child that
+says nothing for hang_s and has hardly used the processor meanwhile is blocked and will stay so;
+one that computes gets BUSY_FACTOR times as long, and its time above all.
 """
 
 import contextlib
@@ -13,6 +17,10 @@ from pathlib import Path
 from worker.errors import DeadlinePassed, DecoderCrashed, Hung, JobError
 from worker.settings import Settings
 
+BUSY_FACTOR = 5
+BUSY_SHARE = 0.05
+"""Of one core, over the silence."""
+
 
 @dataclass
 class Pace:
@@ -21,6 +29,8 @@ class Pace:
     started: float | None = None
     """When its turn in the child came."""
     progressed: float = 0.0
+    cpu: float = 0.0
+    """Processor seconds of the child when it progressed last."""
     seconds: float = 0.0
     """The clip's length; 0 while it is not known."""
 
@@ -48,6 +58,7 @@ def overrun(
     pace: Pace,
     *,
     now: float,
+    cpu: float,
     rss: int,
     rss_allowed: int,
     deadline: datetime | None,
@@ -61,8 +72,12 @@ def overrun(
     if now - pace.started > allowed:
         length = f"a clip of {pace.seconds:g} s" if pace.seconds else "any clip"
         return Hung(f"ran for more than {allowed:g} s, which is what {length} gets")
-    if now - pace.progressed > settings.hang_s:
-        return Hung(f"no progress for {settings.hang_s:g} s; the child was killed")
+    silence = now - pace.progressed
+    if silence > settings.hang_s:
+        busy = cpu - pace.cpu > BUSY_SHARE * silence
+        if not busy or silence > BUSY_FACTOR * settings.hang_s:
+            how = "busy all the while" if busy else "and idle"
+            return Hung(f"no progress for {silence:.1f} s, {how}; the child was killed")
     if rss > rss_allowed:
         return DecoderCrashed(f"its child held {rss} bytes; at most {rss_allowed} are allowed")
     return None

@@ -27,8 +27,8 @@ from pathlib import Path
 import structlog
 
 from worker.service import sandbox, wire
-from worker.service.child import rss
 from worker.service.jobs import Bodies
+from worker.service.procfs import cpu, rss
 from worker.settings import Settings
 
 log = structlog.get_logger()
@@ -219,6 +219,10 @@ class Link:
     def rss(self) -> int:
         """Resident bytes of the child."""
         return rss(self.pid) if self.pid else 0
+
+    def cpu(self) -> float:
+        """Processor seconds that the child has used."""
+        return cpu(self.pid) if self.pid else 0.0
 
     def worn(self) -> str:
         """Why this child should be replaced before its next job; empty while it should not."""

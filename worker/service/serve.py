@@ -200,7 +200,8 @@ def embedded(
         inside = replace(settings, redis_url=f"unix://{folder / 'redis.sock'}")
         pids = {"redis": _start_redis(stack, inside, folder, data)}
         if deliver:
-            pids["deliverer"] = _start(stack, inside, "deliver").pid
+            # The port of /metrics is the worker's.
+            pids["deliverer"] = _start(stack, replace(inside, http_port=0), "deliver").pid
         worker = _start(stack, inside, "worker", "--bodies", bodies)
         pids["worker"] = worker.pid
         store = Store(connect(inside.redis_url), inside)
@@ -330,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
                 capacity=options.capacity,
             )
         return run_janitor(settings) if options.role == "janitor" else run_deliverer(settings)
-    except (Infrastructure, RedisError) as error:
+    except (Infrastructure, RedisError, OSError) as error:
         log.error("process.failed", role=options.role, error=str(error))
         return 5
 
