@@ -51,7 +51,7 @@ def backdrop(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def scene(width: int, height: int, faces: Sequence[tuple[int, int, int]], seed: int = 0) -> Picture:
-    """A frame with portraits pasted in: (x, y of the head's corner, face size), variants in turn."""
+    """A frame with portraits pasted in, all variants in turn: (x, y of the corner, face size)."""
     picture = backdrop(width, height, seed)
     for number, (x, y, face_px) in enumerate(faces):
         picture.paste(portrait(face_px, number + seed), (x, y))

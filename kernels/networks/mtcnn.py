@@ -77,10 +77,10 @@ class PNet(nn.Module):
         x = self.prelu2(self.conv2(x))
         x = self.prelu3(self.conv3(x)).permute(0, 2, 3, 1)
         # Both 1×1 convolutions as one product: torch's kernel for two channels out is a slow one.
-        weight = torch.cat([self.conv4_1.weight, self.conv4_2.weight]).flatten(1)
-        bias = torch.cat([self.conv4_1.bias, self.conv4_2.bias])
-        scores, offsets = F.linear(x, weight, bias).permute(0, 3, 1, 2).split([2, 4], 1)
-        return _face_logit(scores), offsets
+        last = [dict(layer.named_parameters()) for layer in (self.conv4_1, self.conv4_2)]
+        weight = torch.cat([layer["weight"] for layer in last]).flatten(1)
+        both = F.linear(x, weight, torch.cat([layer["bias"] for layer in last])).permute(0, 3, 1, 2)
+        return _face_logit(both[:, :2]), both[:, 2:]
 
 
 class RNet(nn.Module):

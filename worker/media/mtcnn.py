@@ -96,7 +96,7 @@ def integral(pixels: Tensor) -> Tensor:
 
 
 def _windows(length: Tensor | int, count: int, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """First and one-past-last input pixel of those steps of `count` outputs over `length` inputs."""
+    """First and one-past-last input of those `steps` among `count` outputs over `length` inputs."""
     if isinstance(length, Tensor):
         length = length[:, None]
     return steps * length // count, ((steps + 1) * length + count - 1) // count

@@ -20,7 +20,7 @@ The ids depend on the frames alone: not on the borders of chunks, not on the ord
 Imports no torch: segments of a stream are joined where there is none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +36,6 @@ Boxes = NDArray[np.float64]
 GROWS_FOR_S = 2.0
 REACH, REACH_PER_S = 0.5, 0.5
 STRETCH, STRETCH_PER_S = 0.5, 0.25
-APART = 1.0 + REACH + REACH_PER_S * GROWS_FOR_S
-"""The cost of any worst match allowed.  Two that may not match cost no more than that, so that a
-good match is never given up only in order to make two bad ones."""
 MISSES, UNSEEN_S = 3, 2.0
 
 
@@ -61,6 +58,8 @@ class Start:
     track: int
     box: tuple[float, float, float, float]
     time_s: float
+    looked: int
+    """Frames looked at before."""
 
 
 def overlap(a: Boxes, b: Boxes) -> Boxes:
@@ -76,16 +75,23 @@ def _area(boxes: Boxes) -> Boxes:
     return np.asarray(np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3), axis=1))
 
 
-def match(before: Boxes, after: Boxes, gap_s: Boxes) -> list[tuple[int, int]]:
-    """Pairs (row of before, row of after) that are one face; gap_s [len(before), len(after)]."""
+def match(before: Boxes, after: Boxes, gap_s: Boxes, missed: Boxes) -> list[tuple[int, int]]:
+    """Pairs (row of before, row of after) that are one face.
+
+    gap_s and missed, both [len(before), len(after)], are the time between the two and the frames
+    in between that did not show the face.
+    """
     size_a, size_b = np.sqrt(_area(before))[:, None], np.sqrt(_area(after))[None]
     between = (before[:, None, :2] + before[:, None, 2:] - after[:, :2] - after[:, 2:]) / 2
     distance = np.hypot(between[..., 0], between[..., 1]) / np.sqrt(size_a * size_b)
     stretch = np.abs(np.log2(size_b / size_a))
     grown = np.clip(gap_s, 0, GROWS_FOR_S)
-    may = distance <= REACH + REACH_PER_S * grown
-    may &= stretch <= STRETCH + STRETCH_PER_S * grown
-    cost = np.where(may, 1 - overlap(before, after) + distance, APART)
+    reach = REACH + REACH_PER_S * grown
+    may = (distance <= reach) & (stretch <= STRETCH + STRETCH_PER_S * grown)
+    may &= (missed <= MISSES) | (gap_s <= UNSEEN_S)
+    # Two that may not match cost what the worst match does and no more: at a higher price, a face
+    # that stayed in its place would be given away in order to pair off two that did not.
+    cost = np.where(may, 1 - overlap(before, after) + distance, 1 + reach)
     return [
         (int(a), int(b)) for a, b in zip(*linear_sum_assignment(cost), strict=True) if may[a, b]
     ]
@@ -101,6 +107,7 @@ class Tracker:
         self.overflowed = False
         """True once a frame had more faces than can be followed."""
         self._next = 0
+        self._looked = 0
         self._open: list[Open] = []
         self._starts: list[Start] = []
 
@@ -119,33 +126,34 @@ class Tracker:
         strength = _area(boxes) * confidence
         followed = np.lexsort((*boxes.T, -strength))[: self.max_tracks]
         self.overflowed |= len(boxes) > self.max_tracks
-        before = np.array([track.box for track in self._open], np.float64).reshape(-1, 4)
-        gap = np.array([time_s - track.time_s for track in self._open], np.float64)
-        pairs = match(before, boxes[followed], np.tile(gap[:, None], (1, len(followed))))
-        ids[followed[[b for _, b in pairs]]] = [self._open[a].track for a, _ in pairs]
-        for row in followed:
-            if ids[row] < 0:
-                ids[row] = self._begin(time_s, boxes[row])
-        seen = [
-            Open(int(ids[row]), _plain(boxes[row]), time_s)
-            for row in sorted(followed, key=lambda row: int(ids[row]))
-        ]
-        self._open = [*seen, *self._missed(time_s, {track.track for track in seen})]
-        del self._open[self.max_tracks :]
+        now = boxes[followed]
+        gap, missed = (
+            np.tile(np.array(column, np.float64)[:, None], (1, len(now)))
+            for column in ([time_s - t.time_s for t in self._open], [t.missed for t in self._open])
+        )
+        for a, b in match(_stacked(self._open), now, gap, missed):
+            ids[followed[b]] = self._open[a].track
+        for row in followed[ids[followed] < 0]:
+            ids[row] = self._begin(time_s, boxes[row])
+        seen = [Open(int(ids[row]), _plain(boxes[row]), time_s) for row in followed]
+        self._open = self._kept(time_s, seen)
+        self._looked += 1
         return ids
 
     def _begin(self, time_s: float, box: Boxes) -> int:
         """A new track's id."""
         self._next += 1
         if len(self._starts) < 2 * self.max_tracks:
-            self._starts.append(Start(self._next - 1, _plain(box), time_s))
+            self._starts.append(Start(self._next - 1, _plain(box), time_s, self._looked))
         return self._next - 1
 
-    def _missed(self, time_s: float, seen: set[int]) -> list[Open]:
-        """Open tracks that this frame did not show, the latest seen first."""
-        waiting = [replace(t, missed=t.missed + 1) for t in self._open if t.track not in seen]
+    def _kept(self, time_s: float, seen: list[Open]) -> list[Open]:
+        """The tracks of this frame, then those it did not show, the latest seen first."""
+        here = {track.track for track in seen}
+        waiting = [replace(t, missed=t.missed + 1) for t in self._open if t.track not in here]
         stay = [t for t in waiting if t.missed <= MISSES or time_s - t.time_s <= UNSEEN_S]
-        return sorted(stay, key=lambda track: (track.missed, track.track))
+        kept = [*sorted(seen, key=_by_track), *sorted(stay, key=lambda t: (t.missed, t.track))]
+        return kept[: self.max_tracks]
 
     def state(self) -> dict[str, Any]:
         """What the next segment of a stream needs to go on, as plain JSON."""
@@ -156,7 +164,8 @@ class Tracker:
                 for t in self._open
             ],
             "starts": [
-                {"track": t.track, "box": list(t.box), "time_s": t.time_s} for t in self._starts
+                {"track": t.track, "box": list(t.box), "time_s": t.time_s, "looked": t.looked}
+                for t in self._starts
             ],
         }
 
@@ -179,18 +188,18 @@ def join(
     """Tracks of `after` that continue one of `before`: {id after: id before}.
 
     For two neighbouring segments that were scored apart, each by a fresh Tracker; the second
-    begins `elapsed_s` after the first did.  The last boxes of the tracks still open meet the first
-    boxes of those that began before a track would have been closed for absence.
+    begins `elapsed_s` after the first did.  The tracks open at the end of the first meet the first
+    boxes of those of the second, by the rules that hold within a clip.
     """
-    ends = [replace(end, time_s=end.time_s - elapsed_s) for end in _opened(before)]
-    starts = [Start(int(s["track"]), _plain(s["box"]), float(s["time_s"])) for s in after["starts"]]
-    times = sorted({start.time_s for start in starts})[: MISSES + 1]
-    starts = [s for s in starts if s.time_s <= max(UNSEEN_S, *times[:1])]
-    gap = np.array([[start.time_s - end.time_s for start in starts] for end in ends], np.float64)
+    ends, starts = _opened(before), _started(after)
+    gap = [[s.time_s + elapsed_s - end.time_s for s in starts] for end in ends]
+    missed = [[end.missed + s.looked for s in starts] for end in ends]
+    shape = (len(ends), len(starts))
     pairs = match(
-        np.array([end.box for end in ends], np.float64).reshape(-1, 4),
-        np.array([start.box for start in starts], np.float64).reshape(-1, 4),
-        gap.reshape(len(ends), len(starts)),
+        _stacked(ends),
+        _stacked(starts),
+        np.array(gap, np.float64).reshape(shape),
+        np.array(missed, np.float64).reshape(shape),
     )
     return {starts[b].track: ends[a].track for a, b in pairs}
 
@@ -200,6 +209,21 @@ def _opened(state: Mapping[str, Any]) -> list[Open]:
         Open(int(t["track"]), _plain(t["box"]), float(t["time_s"]), int(t["missed"]))
         for t in state["open"]
     ]
+
+
+def _started(state: Mapping[str, Any]) -> list[Start]:
+    return [
+        Start(int(t["track"]), _plain(t["box"]), float(t["time_s"]), int(t["looked"]))
+        for t in state["starts"]
+    ]
+
+
+def _stacked(tracks: Sequence[Open] | Sequence[Start]) -> Boxes:
+    return np.array([track.box for track in tracks], np.float64).reshape(-1, 4)
+
+
+def _by_track(track: Open) -> int:
+    return track.track
 
 
 def _plain(box: Any) -> tuple[float, float, float, float]:
