@@ -320,7 +320,9 @@ class Client:
         """Redis' errors as the client's."""
         try:
             yield
-        except exceptions.OutOfMemoryError as fault:
+        except exceptions.ResponseError as fault:
+            if "used memory > 'maxmemory'" not in str(fault):  # Redis 6 has no class for it
+                raise
             raise QueueUnavailable(
                 "Redis is out of memory and takes no job; give it more (maxmemory), or wait until "
                 "verdicts expire"

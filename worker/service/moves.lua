@@ -64,11 +64,9 @@ function op.beat(now, id, claim, alone, file_sha, progress, partial)
   redis.call('ZADD', P .. 'running:' .. seen[4], now + C.lease, id)
   if alone ~= '' then redis.call('HSET', key, 'alone', alone) end
   if file_sha ~= '' then redis.call('HSET', key, 'file_sha', file_sha) end
-  if progress ~= '' then
-    redis.call('HSET', key, 'progress', progress)
-    if partial ~= '' then redis.call('HSET', key, 'partial', partial) end
-    tell(id, 'running')
-  end
+  if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
+  if partial ~= '' then redis.call('HSET', key, 'partial', partial) end
+  if progress ~= '' or partial ~= '' then tell(id, 'running') end
   return seen[3] and 'cancel' or 'go_on'
 end
 
