@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from types import TracebackType
 from typing import Any, Self, cast
@@ -55,6 +56,12 @@ def system_resolve(host: str) -> list[str]:
 def tcp_connect(address: str, port: int, timeout_s: float) -> socket.socket:
     """A connection to an address; nothing is looked up."""
     return socket.create_connection((address, port), timeout_s)
+
+
+@lru_cache(maxsize=1)
+def _system_tls() -> ssl.SSLContext:
+    """The system's authorities, read once: that takes longer than many a download."""
+    return ssl.create_default_context()
 
 
 class _Line:
@@ -182,7 +189,7 @@ class Egress:
         self._ports = settings.fetch_ports
         self._hosts = tuple(host.lower() for host in hosts)
         self._resolve, self._connect = resolve, connect
-        self._tls = tls or ssl.create_default_context()
+        self._tls = tls
 
     def target(self, url: str) -> Target:
         """The URL, if its text, host and port are allowed; nothing is looked up yet."""
@@ -288,7 +295,7 @@ class Egress:
                 return sock
             try:
                 sock.settimeout(max(0.001, min(CONNECT_S, deadline - time.monotonic())))
-                return self._tls.wrap_socket(sock, server_hostname=target.host)
+                return (self._tls or _system_tls()).wrap_socket(sock, server_hostname=target.host)
             except (OSError, ValueError) as error:
                 sock.close()
                 last = error

@@ -7,6 +7,7 @@ signatures joined by a space, so that a receiver may know the old secret or the 
 import base64
 import binascii
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -52,11 +53,14 @@ def body_of(delivery: Delivery, most: int) -> str | None:
     A failure's message is the one part that may be long: it is cut.
     """
     text = _json(delivery, delivery.data)
-    over = len(text.encode()) - most
     message = delivery.data.get("message")
-    if over > 0 and isinstance(message, str):
-        cut = message[: max(0, len(message) - over - len("…".encode()))] + "…"
-        text = _json(delivery, {**delivery.data, "message": cut})
+    if len(text.encode()) > most and isinstance(message, str):
+
+        def cut(kept: int) -> str:
+            return _json(delivery, {**delivery.data, "message": message[:kept] + "…"})
+
+        fits = bisect_right(range(len(message)), most, key=lambda kept: len(cut(kept).encode()))
+        text = cut(max(0, fits - 1))
     return text if len(text.encode()) <= most else None
 
 

@@ -1,0 +1,61 @@
+"""Read verdicts from the stream as one of a group: each goes to one consumer, none is lost.
+
+    python docs/examples/stream_consumer.py redis://127.0.0.1:6379/0 --group review --name a
+
+Prints one JSON line an entry.  An entry is acknowledged after its effect; one whose consumer died
+in between is claimed by another after a minute and seen again, so let the effect be keyed by
+job_id.  With --drain it stops when nothing is left.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import ResponseError
+
+
+def entries(redis: Any, stream: str, group: str, name: str, idle_ms: int) -> Iterator[Any]:
+    """(id, fields) for ever: first what others left behind, then what is new; None: nothing yet."""
+    try:
+        redis.xgroup_create(stream, group, id="0", mkstream=True)
+    except ResponseError as error:
+        if "BUSYGROUP" not in str(error):
+            raise
+    while True:
+        _, left, *_ = redis.xautoclaim(stream, group, name, idle_ms, count=100)
+        new = redis.xreadgroup(group, name, {stream: ">"}, count=100, block=1000)
+        found = [*left, *(new[0][1] if new else [])]
+        yield from found or [None]
+
+
+def handle(entry: dict[str, Any]) -> None:
+    """Your effect."""
+    print(json.dumps(entry), flush=True)
+
+
+def main() -> None:
+    """Consume until interrupted."""
+    parser = argparse.ArgumentParser(description="Consume Ralf's verdicts.")
+    parser.add_argument("redis", help="URL of the service's Redis")
+    parser.add_argument("--stream", default="ralf:verdicts")
+    parser.add_argument("--group", default="review")
+    parser.add_argument("--name", default="a", help="this consumer's, unlike the others'")
+    parser.add_argument("--idle-ms", type=int, default=60_000, help="claim what idles so long")
+    parser.add_argument("--drain", action="store_true", help="stop when nothing is left")
+    options = parser.parse_args()
+    with Redis.from_url(options.redis, decode_responses=True) as redis:
+        for found in entries(redis, options.stream, options.group, options.name, options.idle_ms):
+            if found is None:
+                if options.drain:
+                    return
+                continue
+            number, fields = found
+            if fields:  # an entry that was trimmed away has none
+                handle({**fields, "data": json.loads(fields["data"])})
+            redis.xack(options.stream, options.group, number)
+
+
+if __name__ == "__main__":
+    main()
