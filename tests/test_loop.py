@@ -519,7 +519,7 @@ def test_clipping_bounds_the_whole_gradient(tmp_path: Path):
         (p.detach() - b).square().sum() for p, b in zip(network.parameters(), before, strict=True)
     ]
     assert terms["gradient_norm"] > 0.01
-    assert math.sqrt(torch.stack(moves).sum().item()) == pytest.approx(0.01, rel=1e-3)
+    assert math.sqrt(torch.stack(moves).sum().item()) == pytest.approx(0.01, rel=5e-3)
 
 
 def test_batch_norms_follow_at_the_recipes_pace(tmp_path: Path):
