@@ -297,6 +297,16 @@ def no_frames(path: str | Path) -> Path:
     return Path(path)
 
 
+def packet_places(path: str | Path) -> list[tuple[int, int]]:
+    """Where each video packet's payload lies in the file, and its length, in decoding order."""
+    data, places = Path(path).read_bytes(), []
+    with av.open(str(path)) as file:
+        for packet in file.demux(video=0):
+            if packet.size:
+                places.append((data.index(bytes(packet)), packet.size))
+    return places
+
+
 @dataclass(frozen=True)
 class Shown:
     """One frame as the reference decoder gives it."""

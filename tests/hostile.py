@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.clips import make_clip, no_frames, picture, sound_only
+from tests.clips import make_clip, no_frames, packet_places, picture, sound_only
 from worker.errors import (
     CodecUnsupported,
     ContainerUnsupported,
@@ -229,11 +229,35 @@ def overwritten(path: Path) -> Path:
     return written(path, bytes(data))
 
 
+def smeared(path: Path) -> Path:
+    """One frame's coded blocks are wrong, its header is whole: decoders paint over the hole."""
+    make_clip(path, 48, gop=12, b_frames=0, quality=20)
+    data = bytearray(path.read_bytes())
+    at, size = packet_places(path)[SMEARED]
+    for byte in range(at + size // 3, at + size):
+        data[byte] ^= 0x55
+    return written(path, bytes(data))
+
+
+SMEARED = 27
+"""The number of the frame that `smeared` ruins."""
+
+
+def with_hidden_frames(path: Path) -> Path:
+    """VP8 of which three frames are decoded and never shown, as its alternate references are."""
+    make_clip(path, 24, codec="libvpx", gop=24)
+    data = bytearray(path.read_bytes())
+    for at, _ in packet_places(path)[5:14:4]:
+        data[at] &= ~0x10  # show_frame
+    return written(path, bytes(data))
+
+
 BROKEN: dict[str, tuple[str, Maker]] = {
     "cut short": ("mp4", cut_short),
     "cut matroska": ("mkv", cut_matroska),
     "cut transport stream": ("ts", cut_transport),
     "overwritten in the middle": ("mp4", overwritten),
+    "smeared": ("mp4", smeared),
 }
 """Clips of 48 frames that break in the middle."""
 

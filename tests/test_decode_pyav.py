@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.clips import Shown, decode_all, make_clip, number_of, picture
+from tests.hostile import with_hidden_frames
 from tests.test_probe import UNEVEN, open_files
 from worker.contract import Sampling, Span
 from worker.errors import BadRequest
@@ -113,6 +114,17 @@ def test_unusual_clips_come_out_as_the_reference_decodes_them(
     np.testing.assert_array_equal(expected[indices_of(few)], pixels_of(few))
     assert 0 == sum(chunk.replaced for chunk in every + few)
     assert [] == [text for chunk in every + few for text in chunk.warnings]
+
+
+def test_hidden_reference_frames_are_decoded_though_never_shown(tmp_path: Path):
+    """What leans on them is right only then."""
+    path = with_hidden_frames(tmp_path / "clip.webm")
+    expected = reference(path)
+
+    few = decoded(clip_of(path, Sampling(max_frames=4)))
+
+    np.testing.assert_array_equal(expected, pixels_of(decoded(clip_of(path))))
+    np.testing.assert_array_equal(expected[indices_of(few)], pixels_of(few))
 
 
 @pytest.mark.parametrize("matrix", ["untagged", "bt601", "bt709", "bt2020", "smpte240m"])
@@ -251,6 +263,17 @@ def test_uniform_takes_the_frame_on_screen_at_the_centre_of_each_bin(tmp_path: P
     assert [4, 5, 6, 7] == plan(clip_of(path, span)).tolist()
 
 
+def test_a_span_takes_frames_that_begin_inside_it(tmp_path: Path):
+    """Not the one that still stands from before, unless no other begins there."""
+    path = make_clip(tmp_path / "clip.mp4", 10, b_frames=0)
+
+    inside = Sampling(max_frames=1, spans=(Span(start_ms=50, end_ms=90),))
+    between = Sampling(max_frames=1, spans=(Span(start_ms=50, end_ms=70),))
+
+    assert [2] == plan(clip_of(path, inside)).tolist()
+    assert [1] == plan(clip_of(path, between)).tolist()
+
+
 def test_fps_and_keyframes_are_thinned_evenly_to_the_most_frames(tmp_path: Path):
     """A cap does not cut the end of the clip off."""
     path = make_clip(tmp_path / "clip.mp4", 100, gop=10, b_frames=0)
@@ -299,6 +322,27 @@ def _count_packets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(decode_pyav._Reader, "_send", counted)
     return seen
+
+
+def test_frames_that_no_other_leans_on_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two of three frames of this clip are such."""
+    path = make_clip(tmp_path / "clip.mp4", 24, gop=24, b_frames=2)
+    out: list[int] = []
+    original = decode_pyav._Reader._decoded
+
+    def counted(self: Any, *given: Any, **named: Any) -> Any:
+        for index, frame in original(self, *given, **named):
+            out.append(index)
+            yield index, frame
+
+    monkeypatch.setattr(decode_pyav._Reader, "_decoded", counted)
+
+    one = decoded(clip_of(path, Sampling(max_frames=1, spans=(Span(start_ms=880, end_ms=900),))))
+
+    assert [22] == indices_of(one)
+    assert 22 in out and len(out) < 18
 
 
 def test_closing_early_lets_go_of_the_file(tmp_path: Path):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.clips import decode_all, make_clip, number_of
-from tests.hostile import BROKEN, REFUSED, flipped
+from tests.hostile import BROKEN, REFUSED, SMEARED, flipped
 from tests.test_probe import open_files
-from worker.contract import Sampling
+from worker.contract import Sampling, Span
 from worker.errors import CorruptMedia, Rejected, UnreadableFile
-from worker.media.decode_pyav import PyavDecoder
+from worker.media.decode_pyav import PyavDecoder, plan
 from worker.media.probe import probe
 from worker.media.types import Clip
 from worker.settings import Settings
@@ -101,6 +101,20 @@ def test_a_frame_that_does_not_decode_is_replaced_by_its_nearest_neighbour(tmp_p
         near = min(asked, key=lambda wanted: abs(wanted - index))
         assert near not in indices
     assert found.times_s[indices].tolist() == np.concatenate([c.times_s for c in chunks]).tolist()
+
+
+def test_a_smeared_frame_is_not_taken_for_whole(tmp_path: Path):
+    """The decoder paints over the hole and says so; its neighbour stands in."""
+    ending, make = BROKEN["smeared"]
+    found = probe(make(tmp_path / f"clip.{ending}"), SETTINGS)
+    span = Span(start_ms=SMEARED * 40 - 100, end_ms=SMEARED * 40 + 140)
+
+    (chunk,) = PyavDecoder().decode([Clip(found, Sampling(max_frames=1, spans=(span,)))])
+
+    assert [SMEARED] == plan(chunk.clip).tolist()
+    assert [SMEARED - 1] == chunk.indices.tolist() == [number_of(chunk.pixels[0])]
+    assert 1 == chunk.replaced
+    assert chunk.warnings[-1].startswith("replaced_frames: 1")
 
 
 def test_a_clip_of_which_nothing_decodes_is_corrupt(tmp_path: Path):

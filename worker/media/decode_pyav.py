@@ -109,9 +109,9 @@ class _Reader:
         self.by_order = (
             probe.container == "avi" and probe.codec in ("h264", "hevc") and self.reorder > 0
         )
-        self.next_out = 0
+        self.next_out = self.landed = 0
         self.damaged: list[int] = []
-        """Frames whose packets gave an error, since this was last emptied."""
+        """Frames that gave an error or came out damaged, since this was last emptied."""
 
     def pictures(self, wanted: NDArray[np.int64]) -> Iterator[_Picture]:
         """Every wanted frame in order, itself, a neighbour in its place, or nothing."""
@@ -183,9 +183,9 @@ class _Reader:
         extra = (1 if self.probe.interlaced else 0) + (self.reorder if self.by_order else 0)
         every = pending is None or extra > 0 or self.probe.codec not in SKIPS
         for packet in self.unread:
-            if hidden(packet, self.stream):
-                continue
-            index = self._number(packet.pts if packet.pts is not None else packet.dts)
+            index = None
+            if not hidden(packet, self.stream):
+                index = self._number(packet.pts if packet.pts is not None else packet.dts)
             asked = every or (pending is not None and index in pending)
             self.context.skip_frame = "DEFAULT" if asked else "NONREF"
             yield from self._send(packet)
@@ -212,8 +212,12 @@ class _Reader:
                 self.next_out += 1
             else:
                 index = self._number(frame.pts if frame.pts is not None else frame.dts)
-            if index is not None and not frame.is_corrupt:
+            if index is None:
+                continue
+            if not frame.is_corrupt:
                 yield index, frame
+            elif index >= self.landed:  # before it lie pictures that lean on what was jumped over
+                self.damaged.append(index)
 
     def _number(self, tick: int | None) -> int | None:
         """The frame shown at this time of the stream; None if the probe saw none."""
@@ -250,7 +254,7 @@ class _Reader:
             if packet.is_keyframe:
                 index = self._number(packet.pts if packet.pts is not None else packet.dts)
                 self.unread = chain((packet,), self.unread)
-                self.next_out = index or 0
+                self.next_out = self.landed = index or 0
                 return np.inf if index is None else index
         return np.inf
 
@@ -323,7 +327,7 @@ class _Chunk:
     def _warnings(self, reader: _Reader) -> Iterator[str]:
         damaged, reader.damaged = reader.damaged, []
         for numbers, what in (
-            (damaged, "damaged_clip: {} packets do not decode {}; later frames may be smeared"),
+            (damaged, "damaged_clip: {} frames are damaged {}; later ones may be smeared"),
             (self.replaced, "replaced_frames: {} do not decode {}; neighbours stand in for them"),
             (self.lost, "lost_frames: {} do not decode {}, nor does any near them"),
         ):
