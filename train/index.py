@@ -24,6 +24,7 @@ from train.hulls import FaceGeometry
 Kind = Literal["video", "frames", "image", "lmdb"]
 Split = Literal["train", "val", "test", "check", ""]
 SPLITS: tuple[Split, ...] = get_args(Split)
+MESHES = "landmarks.npz"
 REAL = "real"
 """The method of what nobody forged."""
 
@@ -60,7 +61,8 @@ class Row:
     five: tuple[float, ...] = ()
     """Ten numbers: eyes, nose, mouth corners, x before y."""
     mesh: str = ""
-    """The name under which landmarks.npz beside the pictures holds 468 points."""
+    """The name under which landmarks.npz beside the index's root holds 468 points; with another
+    file's path and "::" before it, the name in there."""
     face_px: int = 0
     """Size of the face where it came from, in pixels; 0: not known."""
 
@@ -107,7 +109,7 @@ class Index:
 
     def __add__(self, other: "Index") -> "Index":
         """Both tables; paths under the other root become absolute."""
-        moved = tuple(replace(row, path=other.whole_path(row)) for row in other)
+        moved = tuple(other.anywhere(row) for row in other)
         return Index(self.root, self.rows + moved, self.notes + other.notes)
 
     def __repr__(self) -> str:
@@ -117,6 +119,14 @@ class Index:
     def whole_path(self, row: Row) -> str:
         """The row's path from anywhere."""
         return row.path if Path(row.path).is_absolute() else str(self.root / row.path)
+
+    def anywhere(self, row: Row) -> Row:
+        """The row with whole paths, to stand in an index of another root."""
+        mesh = row.mesh
+        if mesh and "::" not in mesh:
+            mesh = f"{(self.root / MESHES).absolute()}::{mesh}"
+        path = row.path if Path(row.path).is_absolute() else str((self.root / row.path).absolute())
+        return replace(row, path=path, mesh=mesh)
 
     def where(self, **wanted: object) -> "Index":
         """The rows whose fields have these values: where(split="val", label=0)."""

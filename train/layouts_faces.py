@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.index import REAL, Index, IndexFault, Row, Split
+from train.index import MESHES, REAL, Index, IndexFault, Row, Split
 from train.layouts_video import SPLIT_NAMES, VIDEOS
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -120,10 +120,10 @@ def _holds_pictures(folder: Path) -> bool:
 def faces_csv(root: Path) -> Index:
     """file, identity and split; box, points, source and label where the table has them."""
     meshes = set()
-    if (root / "landmarks.npz").exists():
+    if (root / MESHES).exists():
         import numpy as np
 
-        with np.load(root / "landmarks.npz") as packed:
+        with np.load(root / MESHES) as packed:
             meshes = set(packed["files"].tolist())
     with (root / "faces.csv").open(newline="") as file:
         reader = csv.DictReader(file)

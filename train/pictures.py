@@ -18,7 +18,7 @@ from PIL import Image as Picture
 from PIL import UnidentifiedImageError
 
 from train.hulls import FaceGeometry
-from train.index import Index, IndexFault, Row
+from train.index import MESHES, Index, IndexFault, Row
 from train.layouts_faces import PICTURES
 from train.layouts_packed import Store
 
@@ -120,16 +120,19 @@ class Pictures:
         return self._stores[folder]
 
     def _read_meshes(self, frames: Sequence[Frame]) -> dict[str, NDArray[np.float32]]:
-        wanted = {frame.row.mesh for frame in frames} - {""}
-        if not wanted:
-            return {}
-        with np.load(self.root / "landmarks.npz") as packed:
-            points = packed["points_eighth_px"].astype(np.float32) / 8
-            return {
-                name: points[place]
-                for place, name in enumerate(packed["files"].tolist())
-                if name in wanted
-            }
+        wanted: dict[Path, dict[str, str]] = {}
+        for mesh in {frame.row.mesh for frame in frames} - {""}:
+            elsewhere, _, name = mesh.rpartition("::")
+            place = Path(elsewhere) if elsewhere else self.root / MESHES
+            wanted.setdefault(place, {})[name] = mesh
+        found = {}
+        for file, names in wanted.items():
+            with np.load(file) as packed:
+                points = packed["points_eighth_px"].astype(np.float32) / 8
+                for place, name in enumerate(packed["files"].tolist()):
+                    if name in names:
+                        found[names[name]] = points[place]
+        return found
 
     def _hold(
         self, frames: Sequence[Frame], ram_bytes: int

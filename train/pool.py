@@ -4,7 +4,9 @@ On disk a forgery belongs to a real face by its target; where there is none, one
 swap takes its donor from the same split, another person with a similar shape of face.
 """
 
+import json
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 
@@ -16,11 +18,28 @@ from train.index import Index, IndexFault
 from train.pictures import Frame, Image, Pictures, frames_of
 from train.recipe import Data
 
+PREPARED = "prepare.json"
+"""Beside an index that `ralf data prepare` made: how."""
+
+
+def refuse_other_contract(root: Path, contract: InputContract) -> None:
+    """An error where faces under `root` were found otherwise than the contract says."""
+    if not (root / PREPARED).exists():
+        return
+    made = InputContract.model_validate(json.loads((root / PREPARED).read_text())["contract"])
+    for name in ("finder", "colour"):
+        if getattr(made, name) != getattr(contract, name):
+            raise IndexFault(
+                f"{root} was prepared with {name} {getattr(made, name)}, the recipe's input has "
+                f"{getattr(contract, name)}: prepare again, or change data.input.{name}"
+            )
+
 
 class Pool:
     """The frames of one split, real and forged, and how forgeries are found or made for them."""
 
     def __init__(self, index: Index, data: Data, split: str, *, ram_bytes: int) -> None:
+        refuse_other_contract(index.root, data.input)
         chosen = index.where(split=split)
         videos = frames_of(chosen)
         self.real = [frames for frames in videos.values() if not frames[0].row.label]
