@@ -1,0 +1,161 @@
+"""`make demo`: the sample clips through the real queue; prints verdicts and writes their pages.
+
+A Redis of its own, one worker, one deliverer and a receiver for webhooks, all on this machine and
+all gone at the end.  Each clip is submitted as a backend would, its verdict is read from the
+stream of verdicts and compared with what was pushed to the receiver.
+"""
+
+import json
+import os
+import secrets
+import sys
+import tempfile
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from standardwebhooks import Webhook
+
+from train.samples import make_samples
+from worker.client import Client, connect
+from worker.contract import Callback, Verdict
+from worker.files import write_whole
+from worker.report import page
+from worker.service.serve import embedded
+from worker.settings import Settings
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE / "out"
+PATIENCE_S = 600.0
+
+
+def main() -> int:
+    """Run it all; 1 where a verdict is missing or was not pushed."""
+    OUT.mkdir(exist_ok=True)
+    say("making the sample clips")
+    truth = make_samples(OUT / "clips")
+    secret = "whsec_" + b64encode(secrets.token_bytes(32)).decode()
+    with tempfile.TemporaryDirectory(prefix="ralf-demo-") as work, receiver(secret) as inbox:
+        settings = replace(
+            Settings.from_environment(os.environ),
+            work_dir=work,
+            file_roots=(str(OUT / "clips"),),
+            webhook_secrets=(f"default={secret}",),
+            allow_private_addresses=True,  # the receiver is on this machine
+            fetch_ports=(inbox.port,),
+            log_level="warning",
+        )
+        say("starting Redis, a worker and a deliverer; the model is loaded and checked")
+        with embedded(settings) as service:
+            client = connect(service.redis_url)
+            missing = moderate(client, [clip.file for clip in truth], inbox)
+    truths = {clip.file: clip.label for clip in truth}
+    print(f"\nthe truth of the clips: {json.dumps(truths)}")
+    print(f"pages: {OUT.relative_to(Path.cwd()) if OUT.is_relative_to(Path.cwd()) else OUT}/*.html")
+    return 1 if missing else 0
+
+
+def say(text: str) -> None:
+    """What is going on, on stderr."""
+    print(f"· {text}", file=sys.stderr, flush=True)
+
+
+class Inbox:
+    """What the receiver got, signature checked, by job."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.pushed: dict[str, dict[str, Any]] = {}
+        self.came = threading.Condition()
+
+    def put(self, data: dict[str, Any]) -> None:
+        with self.came:
+            self.pushed[data["job_id"]] = data
+            self.came.notify_all()
+
+    def wait_for(self, job_id: str, seconds: float) -> dict[str, Any] | None:
+        with self.came:
+            self.came.wait_for(lambda: job_id in self.pushed, seconds)
+            return self.pushed.get(job_id)
+
+
+@contextmanager
+def receiver(secret: str) -> Iterator[Inbox]:
+    """A backend's endpoint: it believes nothing that is not signed."""
+    check = Webhook(secret)
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            try:
+                inbox.put(check.verify(body, dict(self.headers))["data"])
+                self.send_response(204)
+            except Exception as error:  # noqa: BLE001 - an unsigned push is refused, whatever it is
+                say(f"refused a push: {error}")
+                self.send_response(400)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    inbox = Inbox(server.server_port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield inbox
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def moderate(client: Client, files: list[str], inbox: Inbox) -> int:
+    """Submit, follow, print; how many verdicts or pushes are missing."""
+    callback = Callback(url=f"http://127.0.0.1:{inbox.port}/ralf")
+    jobs = {}
+    for name in files:
+        uri = (OUT / "clips" / name).as_uri()
+        made = client.submit(uri, token=f"demo-{time.time_ns()}", tag=name, callback=callback)
+        jobs[made.job_id] = name
+    print(f"{'clip':16} {'verdict':18} {'score':>6}  {'pushed':7} why")
+    missing = 0
+    for verdict in from_stream(client, set(jobs)):
+        job_id = verdict.job_id or ""
+        push = inbox.wait_for(job_id, 30)
+        agreed = push is not None and push["label"] == verdict.label
+        missing += not agreed
+        score = "–" if verdict.score is None else f"{verdict.score:.3f}"
+        print(
+            f"{jobs[job_id]:16} {verdict.label:18} {score:>6}  {'yes' if agreed else 'NO':7} "
+            f"{verdict.reason}",
+            flush=True,
+        )
+        for warning in verdict.warnings:
+            print(f"{'':16} ! {warning}", flush=True)
+        write_whole(OUT / f"{jobs[job_id]}.html", page(verdict, client.evidence(job_id)))
+    return missing
+
+
+def from_stream(client: Client, waiting: set[str]) -> Iterator[Verdict]:
+    """Verdicts as they are pushed to the stream, until every job has ended."""
+    stream, last = client.store.key("verdicts"), "0"
+    deadline = time.monotonic() + PATIENCE_S
+    while waiting and time.monotonic() < deadline:
+        for _, entries in client.store.redis.xread({stream: last}, block=1000) or ():
+            for entry, fields in entries:
+                last = entry
+                job_id = fields[b"job_id"].decode()
+                if job_id in waiting:
+                    waiting.discard(job_id)
+                    yield client.result(job_id)
+    if waiting:
+        raise SystemExit(f"no verdict within {PATIENCE_S:.0f} s for {sorted(waiting)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
