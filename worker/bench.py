@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from kernels.bench import Record, interleave, machine
-from kernels.engine_torch import reference_network
+from kernels.engine_torch import restore
 from kernels.manifest import InputContract
 from worker.contract import Sampling
 from worker.media.decode_pyav import PyavDecoder
@@ -80,7 +80,7 @@ class PlainWay:
         from facenet_pytorch import MTCNN
 
         self.finder = MTCNN(keep_all=True, device="cpu")
-        self.network = reference_network(parts.artifact)
+        self.network = restore(parts.artifact.manifest, parts.artifact.read("weights.safetensors"))
         self.contract: InputContract = parts.artifact.manifest.input
         self.sampling, self.settings = sampling, parts.settings
 
