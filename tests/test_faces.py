@@ -277,7 +277,7 @@ def walks(draw: st.DrawFn) -> tuple[list[list[tuple[float, ...]]], list[float]]:
     )
     boxes = draw(st.lists(st.lists(face, max_size=5), min_size=1, max_size=14))
     gaps = draw(
-        st.lists(st.sampled_from([0.04, 0.5, 3.0]), min_size=len(boxes), max_size=len(boxes))
+        st.lists(st.sampled_from([0.03125, 0.5, 3.0]), min_size=len(boxes), max_size=len(boxes))
     )
     return boxes, np.cumsum(gaps).tolist()
 

@@ -23,18 +23,8 @@ import worker.media.mtcnn as finder_module
 from kernels.manifest import Finder
 from kernels.networks.mtcnn import WeightsMissing, pretrained, weights_path
 from tests.scenes import backdrop, frames_of, portrait, scene
-from worker.media.mtcnn import (
-    Candidates,
-    Level,
-    Mtcnn,
-    bands,
-    crops,
-    integral,
-    pyramid,
-    reduced_size,
-    shrink,
-    smallest_wins,
-)
+from worker.media.mtcnn import Candidates, Mtcnn, reduced_size, smallest_wins
+from worker.media.pyramid import Level, bands, crops, integral, pyramid, shrink
 from worker.media.tracks import overlap
 from worker.media.types import Faces, Frames
 

@@ -4,11 +4,9 @@
                                              ├→ 24×24 crops → R-Net → NMS
                                              └→ 48×48 crops → O-Net → NMS → faces
 
-The idea.  MTCNN resizes by area: each output pixel is the mean of a window of whole input pixels.
-So every resize it asks for, levels of the pyramid and crops of candidates alike, is a difference
-of four corners of one integral picture.  It is made once a frame, in integers, hence exactly; all
-crops of all frames are then one gather, with no loop over boxes.  The networks meet the pixels
-that facenet-pytorch's own loop would show them, so both find the same faces.
+The idea.  Every resize that the cascade asks for, levels and crops alike, is a gather from one
+integral picture (pyramid.py), with no loop over boxes.  The networks meet the very pixels that
+facenet-pytorch's own loop would show them, so both find the same faces.
 
 Size.  Faces are sought on a copy whose longer side is `finder.long_side`; only crops are cut from
 full resolution.  Where `finder.min_face` would be smaller than P-Net's window of 12 pixels on that
@@ -16,9 +14,9 @@ copy, the copy is as much larger as it takes: reducing first and enlarging after
 same and shows it less.  Frames are never enlarged.
 
 Boxes and landmarks come back in pixels of the source.  Boxes may reach over the frame's edges.
-FP32 throughout: in bf16, P-Net and R-Net gain nothing on a CPU (measured: slower), and faces near
-a threshold change.  Memory is bounded: frames go through a few at a time, candidates in batches,
-and a frame has at most MOST_CANDIDATES of them.
+FP32 throughout: on a CPU with bf16 in hardware, P-Net and R-Net are slower in it, and O-Net saves
+5 to 10 % of the whole.  Memory is bounded: frames go through a few at a time, large levels in
+bands, candidates in batches, and of each frame's candidates only the best so many go on.
 """
 
 from collections.abc import Iterator
@@ -34,25 +32,17 @@ from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 
 from kernels.manifest import Finder
 from kernels.networks.mtcnn import pretrained
+from worker.media.pyramid import STRIDE, WINDOW, Level, bands, crops, integral, pyramid, shrink
 from worker.media.types import Faces, Frames
 
-WINDOW, STRIDE = 12, 2  # P-Net's view, and the step between two of its cells
-FACTOR = 0.709  # from one level of the pyramid to the next: half the area
 ACCEPT = (0.6, 0.7, 0.7)  # least P(face) after P-, R- and O-Net
 # How much goes through at once: what stays in a CPU's caches (four times as much takes 1.3 × as
 # long a frame), or what fills a GPU.
 PIXELS_A_PASS = {"cpu": 640 * 400, "cuda": 64 * 640 * 360}  # of reduced copies
 PIXELS_A_BAND = {"cpu": 640 * 400, "cuda": 64 * 640 * 360}  # of one level of the pyramid
 CROPS_A_PASS = {"cpu": 64, "cuda": 4096}
-MOST_CANDIDATES = 16_384  # of one frame after P-Net; 300 faces close together give 6,500
-
-
-class Level(NamedTuple):
-    """One scale of the pyramid: the copy shrunk by `scale` to height × width."""
-
-    scale: float
-    height: int
-    width: int
+# Of one frame after P-Net, and after R-Net; 310 faces side by side give 6,500 and 720.
+MOST_PROPOSED, MOST_REFINED = 16_384, 2048
 
 
 class Candidates(NamedTuple):
@@ -72,79 +62,6 @@ def reduced_size(height: int, width: int, finder: Finder) -> tuple[int, int]:
     longest = max(height, width, 1)
     scale = min(1.0, max(finder.long_side / longest, WINDOW / finder.min_face))
     return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def pyramid(height: int, width: int, min_face: float) -> list[Level]:
-    """The levels at which a face of `min_face` pixels or more fills P-Net's window."""
-    levels = []
-    scale = WINDOW / min_face
-    side = min(height, width) * scale
-    while side >= WINDOW:
-        levels.append(Level(scale, int(height * scale + 1), int(width * scale + 1)))
-        scale, side = scale * FACTOR, side * FACTOR
-    return levels
-
-
-def integral(pixels: Tensor) -> Tensor:
-    """u8 [n,3,h,w] → i32 [n,h+1,w+1,3]: the sum of all pixels above and to the left.
-
-    Sums of a whole 8k frame wrap around; differences of them do not care, as long as one window's
-    own sum fits, which is any window under 8 million pixels.
-    """
-    sums = pixels.permute(0, 2, 3, 1).cumsum(2, dtype=torch.int32).cumsum(1, dtype=torch.int32)
-    return F.pad(sums, (0, 0, 1, 0, 1, 0))
-
-
-def _windows(length: Tensor | int, count: int, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """First and one-past-last input of those `steps` among `count` outputs over `length` inputs."""
-    if isinstance(length, Tensor):
-        length = length[:, None]
-    return steps * length // count, ((steps + 1) * length + count - 1) // count
-
-
-def _normalised(sums: Tensor, area: Tensor) -> Tensor:
-    """Window sums [k,y,x,3] over their areas [·,y,x,1] → network input [k,3,y,x], channels-last."""
-    return ((sums / area - 127.5) * 0.0078125).permute(0, 3, 1, 2)
-
-
-def shrink(sums: Tensor, level: Level, first: int, last: int) -> Tensor:
-    """Integral pictures [n,h+1,w+1,3] → their rows from first to last at one level, normalised."""
-    steps = torch.arange(max(level.width, last), device=sums.device)
-    y0, y1 = _windows(sums.shape[1] - 1, level.height, steps[first:last])
-    x0, x1 = _windows(sums.shape[2] - 1, level.width, steps[: level.width])
-    rows = sums.index_select(1, y1) - sums.index_select(1, y0)
-    windows = rows.index_select(2, x1) - rows.index_select(2, x0)
-    return _normalised(windows, ((y1 - y0)[:, None] * (x1 - x0))[None, :, :, None])
-
-
-def bands(level: Level, pixels: int) -> Iterator[tuple[int, int]]:
-    """Rows of a level, first and last, to show P-Net in turn: together they give its whole answer.
-
-    P-Net's row j sees rows 2j to 2j + 11 of its input, so neighbouring bands share ten rows.
-    """
-    answers = (level.height - WINDOW + 1) // STRIDE + 1
-    at_once = max(1, (pixels // level.width - WINDOW) // STRIDE + 1)
-    for first in range(0, answers, at_once):
-        last = min(first + at_once, answers)
-        yield first * STRIDE, min((last - 1) * STRIDE + WINDOW, level.height)
-
-
-def crops(sums: Tensor, frame: Tensor, corners: Tensor, side: int) -> Tensor:
-    """Squares [k,3,side,side], normalised, from corners i64 [k,4] x0 y0 x1 y1 within the copy."""
-    _, height, width, _ = sums.shape
-    steps = torch.arange(side, device=sums.device)
-    x0, x1 = _windows(corners[:, 2] - corners[:, 0], side, steps)
-    y0, y1 = _windows(corners[:, 3] - corners[:, 1], side, steps)
-    area = (y1 - y0)[:, :, None] * (x1 - x0)[:, None, :]
-    x0, x1 = (x + corners[:, :1] for x in (x0, x1))
-    y0, y1 = ((y + corners[:, 1:2] + frame[:, None] * height) * width for y in (y0, y1))
-    flat = sums.view(-1, 3)
-
-    def at(y: Tensor, x: Tensor) -> Tensor:
-        places = y[:, :, None] + x[:, None, :]
-        return flat.index_select(0, places.flatten()).view(*places.shape, 3)
-
-    return _normalised(at(y1, x1) - at(y0, x1) - at(y1, x0) + at(y0, x0), area[..., None])
 
 
 def _squared(boxes: Tensor) -> Tensor:
@@ -175,7 +92,7 @@ def _corners(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def smallest_wins(found: Candidates, threshold: float) -> NDArray[np.bool_]:
-    """Greedy NMS by overlap over the *smaller* box, every frame at once; True where a box stays.
+    """Greedy NMS by overlap over the *smaller* box, within each frame; True where a box stays.
 
     A box is dropped when a kept, better one of its frame overlaps it.  Repeating "dropped when any
     better box not dropped overlaps" until nothing changes gives the same answer without walking
@@ -301,7 +218,7 @@ class Mtcnn:
         found = Candidates(windows.boxes[cell], probability[frame, cell], frame)
         offset = torch.cat(offsets, 2)[frame, :, cell]
 
-        chosen = _strongest(found, MOST_CANDIDATES)
+        chosen = _strongest(found, MOST_PROPOSED)
         found, offset, level_of = found.take(chosen), offset[chosen], windows.level[cell[chosen]]
         alone = batched_nms(*found[:2], found.frame * len(windows.levels) + level_of, 0.5)
         found, offset = found.take(alone), offset[alone]
@@ -322,6 +239,7 @@ class Mtcnn:
         passed = ((found.score > ACCEPT[1]) & some).nonzero().flatten()
         found, offset = found.take(passed), offset[passed]
         alone = batched_nms(*found, 0.7)
+        alone = alone[_strongest(found.take(alone), MOST_REFINED)]
         found, offset = found.take(alone), offset[alone]
         return found._replace(boxes=_squared(_moved(found.boxes, offset)))
 
