@@ -282,7 +282,7 @@ def test_no_interleaving_loses_a_job_or_ends_it_twice(redis):
     run_state_machine_as_test(
         lambda: Service(redis),
         settings=settings(
-            max_examples=60,
+            max_examples=40,
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

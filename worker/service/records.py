@@ -4,16 +4,18 @@ Times are seconds since the epoch, by Redis' own clock.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from worker.contract import ENDED, Failure, Job, Label, Priority, Progress, State
+from worker.contract import ENDED, Failure, Job, Label, Priority, Progress, State, dump
 
 Order = Literal["go_on", "cancel", "lost"]
 """What a running job should do next; lost: its lease ran out and another may have it."""
 Outcome = Literal["retried", "failed", "quarantined", "cancelled", "expired", "lost"]
 """What became of a run without a verdict; lost: the claim was void, nothing changed."""
+NOT_BODY = frozenset({"job_id", "submitted_at", "traceparent"})
+"""What may differ between two submissions of the same body."""
 Event = Literal["verdict.ready", "verdict.failed", "session.alert"]
 
 
@@ -27,6 +29,17 @@ class Submitted:
     """The token was known, with the same body: this is the stored job."""
     conflict: tuple[str, ...] = ()
     """The token was known with another body: the fields that differ; nothing was submitted."""
+
+    @classmethod
+    def read(cls, job: Job, reply: Sequence[bytes]) -> "Submitted":
+        """From what the script answered to this job."""
+        kind, job_id, state, document = reply
+        differ: set[str] = set()
+        if kind == b"conflict":
+            stored, asked = json.loads(document), json.loads(dump(job))
+            fields = stored.keys() | asked.keys()
+            differ = {f for f in fields if stored.get(f) != asked.get(f)} - NOT_BODY or {"body"}
+        return cls(job_id.decode(), _state(state.decode()), kind != b"new", tuple(sorted(differ)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,33 @@ class Status:
 
     @property
     def ended(self) -> bool:
+        """Whether this is the last word."""
         return self.state in ENDED
+
+    @classmethod
+    def read(cls, job_id: str, stored: Mapping[str, str]) -> "Status":
+        """From the job's hash in Redis."""
+
+        def moment(name: str) -> float | None:
+            return float(stored[name]) if stored.get(name) else None
+
+        facts = json.loads(stored.get("facts", "{}"))
+        progress, failure = stored.get("progress"), stored.get("failure")
+        return cls(
+            job_id=job_id,
+            state=_state(stored["state"]),
+            tenant=stored["tenant"],
+            tag=stored["tag"] or None,
+            attempts=int(stored["attempts"]),
+            submitted_at=float(stored["submitted_at"]),
+            started_at=moment("started_at"),
+            ended_at=moment("ended_at"),
+            cancelling=bool(stored.get("cancel")),
+            progress=Progress.model_validate_json(progress) if progress else None,
+            failure=Failure.model_validate_json(failure) if failure else None,
+            label=facts.get("label"),
+            score=facts.get("score"),
+        )
 
 
 @dataclass(frozen=True)
@@ -162,3 +201,7 @@ class Counts:
     outbox: int
     dead: int
     quarantined: int
+
+
+def _state(text: str) -> State:
+    return cast(State, text)

@@ -35,48 +35,31 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC
-from importlib.resources import files
 from typing import Any, Literal, cast
 
 from pydantic import ValidationError
-from redis import Redis, exceptions
-from redis.backoff import EqualJitterBackoff
-from redis.retry import Retry
+from redis import exceptions
 
 from worker.contract import Evidence, Failure, Job, Priority, Progress, State, Verdict, dump
 from worker.service import sessions
-from worker.service.records import Claim, Counts, Order, Outcome, Status, Submitted
+from worker.service.records import NOT_BODY, Claim, Counts, Order, Outcome, Status, Submitted
+from worker.service.script import PRIORITIES, Script, connect, decoded, queue_prefix
 from worker.settings import Settings
 
+__all__ = ["END_BY_CODE", "MODERATE", "PRIORITIES", "Store", "body_of", "connect", "decoded"]
+
 MODERATE = "worker.service.jobs.moderate"
-PRIORITIES: tuple[Priority, ...] = ("high", "default")
-NOT_BODY = frozenset({"job_id", "submitted_at", "traceparent"})
-"""What may differ between two submissions of the same body."""
-RQ_TTL_S = 3600
 DETAIL_BYTES = 4096
 END_BY_CODE: Mapping[str, State] = {"cancelled": "cancelled", "deadline_passed": "expired"}
 
 
-def connect(url: str, *, attempts: int = 10) -> Redis:
-    """A client of Redis that rides out a restart of some ten seconds: every script here may be sent
-    twice."""
-    return Redis.from_url(
-        url,
-        retry=Retry(EqualJitterBackoff(base=0.05, cap=2.0), attempts),
-        retry_on_error=[
-            exceptions.ConnectionError,
-            exceptions.TimeoutError,
-            exceptions.BusyLoadingError,
-        ],
-        health_check_interval=30,
-    )
-
-
 def body_of(job: Job) -> str:
-    """The hash of what the client asked for; the same token with another body is a conflict."""
-    return hashlib.sha256(
-        json.dumps(job.model_dump(mode="json", exclude=set(NOT_BODY)), sort_keys=True).encode()
-    ).hexdigest()
+    """The hash of what the client asked for; the same token with another body is a conflict.
+
+    Without what has its default, so that a release with a new field is no conflict with the last.
+    """
+    body = job.model_dump(mode="json", exclude=set(NOT_BODY), exclude_defaults=True)
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
@@ -87,7 +70,7 @@ class Store:
         self.settings = settings
         self.function = function
         self.prefix = settings.redis_prefix
-        self._script = self.redis.register_script(_source(settings))
+        self._script = Script(redis, settings)
 
     # names in Redis
 
@@ -97,7 +80,7 @@ class Store:
 
     def queue(self, priority: Priority) -> str:
         """The name of RQ's queue."""
-        return _queue(self.settings) + priority
+        return queue_prefix(self.settings) + priority
 
     def watch_channel(self, job_id: str) -> str:
         """Where a message says that a job's status is worth reading again."""
@@ -118,9 +101,10 @@ class Store:
             return []
         with self.redis.pipeline(transaction=False) as pipe:
             for job in jobs:
-                self._send(pipe, "submit", now, *_submission(job, function or self.function))
+                name = function or self.function
+                self._script.run("submit", now, *_submission(job, name), client=pipe)
             replies = pipe.execute()
-        return [_submitted(job, reply) for job, reply in zip(jobs, replies, strict=True)]
+        return [Submitted.read(job, reply) for job, reply in zip(jobs, replies, strict=True)]
 
     def cancel(self, job_id: str, *, now: float | None = None) -> State | None:
         """Ask for the end; gives the state that the job then has, None for an unknown one."""
@@ -130,7 +114,7 @@ class Store:
     def status(self, job_id: str) -> Status | None:
         """Where the job stands; None for an unknown one."""
         stored = self.hash(self.key("job", job_id))
-        return _status(job_id, stored) if stored.get("state") else None
+        return Status.read(job_id, stored) if stored else None
 
     def job(self, job_id: str) -> Job | None:
         """The job as it was submitted."""
@@ -315,53 +299,18 @@ class Store:
             quarantined=quarantined,
         )
 
-    # the script
-
-    def _send(self, client: Any, operation: str, now: float | None, *arguments: Any) -> Any:
-        at = "" if now is None else repr(now)
-        return self._script(args=[operation, at, *arguments], client=client)
+    # the scripts
 
     def call(self, operation: str, now: float | None, *arguments: Any) -> Any:
         """Run one operation of the scripts."""
-        return self._send(self.redis, operation, now, *arguments)
-
-    def _outcome(self, operation: str, now: float | None, *arguments: Any) -> Outcome:
-        return cast(Outcome, decoded(self.call(operation, now, *arguments)))
+        return self._script.run(operation, now, *arguments)
 
     def hash(self, key: str) -> dict[str, str]:
         """A hash in Redis, empty when there is none."""
-        return {decoded(name): decoded(value) for name, value in self.redis.hgetall(key).items()}
+        return {decoded(k): decoded(value) for k, value in self.redis.hgetall(key).items()}
 
-
-def _queue(settings: Settings) -> str:
-    return settings.redis_prefix.replace(":", "-")
-
-
-def _source(settings: Settings) -> str:
-    """The three files as one script, the settings written before them as constants."""
-    constants = {
-        "prefix": settings.redis_prefix,
-        "queue": _queue(settings),
-        "lease": settings.heartbeat_ttl_s,
-        "reclaim": settings.reclaim_after_s,
-        "retries": settings.retries,
-        "quarantine_after": settings.quarantine_after,
-        "job_ttl": settings.job_ttl_s,
-        "token_ttl": settings.token_ttl_s,
-        "verdict_ttl": settings.verdict_ttl_s,
-        "evidence_ttl": settings.evidence_ttl_s,
-        "session_ttl": settings.session_ttl_s,
-        "crash_ttl": settings.crash_ttl_s,
-        "stream": settings.stream_max_len,
-        # RQ's own clock is only a last resort: the parent ends a job that is late.
-        "rq_timeout": int(settings.timeout_most_s) + 120,
-        "rq_ttl": RQ_TTL_S,
-    }
-    lines = [f"  {name} = {json.dumps(value)}," for name, value in constants.items()]
-    lines.append("  priorities = {" + ", ".join(json.dumps(name) for name in PRIORITIES) + "},")
-    folder = files("worker.service")
-    parts = [folder.joinpath(f"{name}.lua").read_text() for name in ("states", "moves", "repairs")]
-    return "\n".join(["local C = {", *lines, "}", *parts])
+    def _outcome(self, operation: str, now: float | None, *arguments: Any) -> Outcome:
+        return cast(Outcome, decoded(self.call(operation, now, *arguments)))
 
 
 def _submission(job: Job, function: str) -> tuple[Any, ...]:
@@ -383,48 +332,5 @@ def _submission(job: Job, function: str) -> tuple[Any, ...]:
     )
 
 
-def _submitted(job: Job, reply: Any) -> Submitted:
-    kind, job_id, state, document = reply
-    if kind != b"conflict":
-        return Submitted(decoded(job_id), cast(State, decoded(state)), kind == b"existing")
-    stored = json.loads(document)
-    asked = json.loads(dump(job))
-    differ = {name for name in stored.keys() | asked.keys() if stored.get(name) != asked.get(name)}
-    return Submitted(
-        decoded(job_id),
-        cast(State, decoded(state)),
-        True,
-        tuple(sorted(differ - NOT_BODY)) or ("body",),
-    )
-
-
-def _status(job_id: str, stored: Mapping[str, str]) -> Status:
-    def moment(name: str) -> float | None:
-        return float(stored[name]) if stored.get(name) else None
-
-    facts = json.loads(stored.get("facts", "{}"))
-    progress, failure = stored.get("progress"), stored.get("failure")
-    return Status(
-        job_id=job_id,
-        state=cast(State, stored["state"]),
-        tenant=stored["tenant"],
-        tag=stored["tag"] or None,
-        attempts=int(stored["attempts"]),
-        submitted_at=float(stored["submitted_at"]),
-        started_at=moment("started_at"),
-        ended_at=moment("ended_at"),
-        cancelling=bool(stored.get("cancel")),
-        progress=Progress.model_validate_json(progress) if progress else None,
-        failure=Failure.model_validate_json(failure) if failure else None,
-        label=facts.get("label"),
-        score=facts.get("score"),
-    )
-
-
 def _flag(value: bool) -> Literal["0", "1"]:
     return "1" if value else "0"
-
-
-def decoded(value: Any) -> str:
-    """What Redis answered, as a string."""
-    return value.decode() if isinstance(value, bytes) else str(value)
