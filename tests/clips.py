@@ -299,12 +299,10 @@ def no_frames(path: str | Path) -> Path:
 
 def packet_places(path: str | Path) -> list[tuple[int, int]]:
     """Where each video packet's payload lies in the file, and its length, in decoding order."""
-    data, places = Path(path).read_bytes(), []
+    data = Path(path).read_bytes()
     with av.open(str(path)) as file:
-        for packet in file.demux(video=0):
-            if packet.size:
-                places.append((data.index(bytes(packet)), packet.size))
-    return places
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    return [(data.index(packet), len(packet)) for packet in packets]
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,21 @@ holds no table, and refuses two things: encrypted video (a sample entry `encv` o
 sample table that promises more samples than the file has room for, which FFmpeg would allocate.
 """
 
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, Literal
 
-from worker.errors import ContainerUnsupported, CorruptMedia, EncryptedMedia, TooManyFrames
+from worker.errors import (
+    ContainerUnsupported,
+    CorruptMedia,
+    EncryptedMedia,
+    TooLarge,
+    TooManyFrames,
+    UnreadableFile,
+)
 
 Demuxer = Literal["mov", "matroska", "avi", "mpegts"]
 
@@ -43,6 +53,38 @@ _KNOWN_OTHERS: tuple[tuple[bytes, str], ...] = (
 _ENCRYPTED_ENTRIES = {b"encv", b"drmi"}
 _MOST_BOXES = 1_000_000
 """A walk over more boxes than this is a trap; four hours of half-second fragments are 60,000."""
+
+
+def first_look(name: str, max_bytes: int, most_frames: int) -> tuple[Demuxer, int, tuple[int, int]]:
+    """Container, size and packet layout; no FFmpeg yet, and never a wait for a pipe's writer."""
+    try:
+        kind = Path(name).stat().st_mode
+        if not stat.S_ISREG(kind):
+            raise UnreadableFile(f"expected a regular file, {name} is {_kind(kind)}")
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {name}: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadableFile(f"expected a regular file, {name} is {_kind(found.st_mode)}")
+        size = found.st_size
+        if size == 0:
+            raise CorruptMedia(f"{name} is empty (0 bytes); upload it again")
+        if size > max_bytes:
+            raise TooLarge(f"{size} bytes; at most {max_bytes} are taken (RALF_MAX_BYTES)")
+        head = file.read(HEAD_BYTES)
+        demuxer = demuxer_of(head)
+        if demuxer == "mov":
+            check_boxes(file, size, most_frames)
+        elif demuxer == "mpegts":
+            refuse_scrambled(head)
+    return demuxer, size, packet_layout(head) or (0, 188)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def demuxer_of(head: bytes) -> Demuxer:

@@ -17,16 +17,14 @@ is CorruptMedia.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import av
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from worker.errors import CorruptMedia
+from worker.media.chunks import Picture, chunks
 from worker.media.colour import colour_of
 from worker.media.probe import hidden, open_media, packets
 from worker.media.sampling import plan
@@ -53,15 +51,6 @@ _EXACT = av.video.reformatter.Interpolation
 _SCALING = _EXACT.BILINEAR | _EXACT.ACCURATE_RND | _EXACT.FULL_CHR_H_INT
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """A wanted frame as it came out; `frame` None means nothing near it could be decoded."""
-
-    wanted: int
-    index: int
-    frame: Any = field(repr=False)
-
-
 class PyavDecoder:
     """Clips in, chunks of at most `chunk_bytes` of pixels out; `threads` 0 is one per core."""
 
@@ -80,7 +69,15 @@ class PyavDecoder:
             cap = max(LEAST_CAP, (clip.probe.coded_width + 128) * (clip.probe.coded_height + 128))
             with open_media(clip.probe.path, clip.probe.container, cap) as container:
                 reader = _Reader(container, clip.probe, self.threads or os.cpu_count() or 1, cap)
-                yield from _chunks(clip, wanted, reader, self.chunk_bytes)
+                painter = _Painter(clip.probe)
+                yield from chunks(
+                    clip,
+                    wanted,
+                    reader,
+                    painter=painter,
+                    chunk_bytes=self.chunk_bytes,
+                    decoder=self.name,
+                )
 
 
 class _Reader:
@@ -113,7 +110,7 @@ class _Reader:
         self.damaged: list[int] = []
         """Frames that gave an error or came out damaged, since this was last emptied."""
 
-    def pictures(self, wanted: NDArray[np.int64]) -> Iterator[_Picture]:
+    def pictures(self, wanted: NDArray[np.int64]) -> Iterator[Picture]:
         """Every wanted frame in order, itself, a neighbour in its place, or nothing."""
         governing = np.searchsorted(self.starts, wanted, side="right") - 1
         begins = self.starts[governing]
@@ -130,7 +127,7 @@ class _Reader:
                 yield from self._exact(wanted[at:end], reach[at:end], int(governing[at]))
                 at = end
 
-    def _fast(self, group: NDArray[np.int64], governing: int) -> Iterator[_Picture]:
+    def _fast(self, group: NDArray[np.int64], governing: int) -> Iterator[Picture]:
         """The group's frames, stopping at the first that does not come out whole."""
         left = group.tolist()
         pending = set(left)
@@ -139,14 +136,14 @@ class _Reader:
             if index > left[0]:
                 return
             if index == left[0]:
-                yield _Picture(index, index, frame)
+                yield Picture(index, index, frame)
                 left.pop(0)
                 if not left:
                     return
 
     def _exact(
         self, group: NDArray[np.int64], reach: NDArray[np.float64], governing: int
-    ) -> Iterator[_Picture]:
+    ) -> Iterator[Picture]:
         """The group again, one keyframe earlier and every frame, with neighbours where need be."""
         left = list(zip(group.tolist(), reach.tolist(), strict=True))
         times = self.probe.times_s
@@ -162,15 +159,15 @@ class _Reader:
                     if low <= times[i] < high
                 ]
                 best = min(near, key=lambda found: found[:2], default=(0.0, wanted, None))
-                yield _Picture(wanted, int(best[1]), best[2])
+                yield Picture(wanted, int(best[1]), best[2])
             if not left:
                 return
             before = (index, frame)
         for wanted, (low, high) in left:
             if before is not None and low <= times[before[0]] < high:
-                yield _Picture(wanted, *before)
+                yield Picture(wanted, *before)
             else:
-                yield _Picture(wanted, wanted, None)
+                yield Picture(wanted, wanted, None)
 
     def _decoded(
         self, pending: set[int] | None, until: int | None = None
@@ -269,72 +266,6 @@ def _reach(times: NDArray[np.float64], wanted: NDArray[np.int64]) -> NDArray[np.
     at = times[wanted]
     middles = (at[1:] + at[:-1]) / 2
     return np.stack([np.r_[-np.inf, middles], np.r_[middles, np.inf]], axis=1)
-
-
-def _chunks(
-    clip: Clip, wanted: NDArray[np.int64], reader: _Reader, chunk_bytes: int
-) -> Iterator[Frames]:
-    """Pictures gathered into chunks; one goes out only when the next has its first picture.
-
-    So the last chunk can carry the warning for what was lost after it.
-    """
-    probe = clip.probe
-    most = max(1, chunk_bytes // (3 * probe.width * probe.height))
-    painter = _Painter(probe)
-    chunk, done = _Chunk(probe, min(most, len(wanted))), 0
-    for picture in reader.pictures(wanted):
-        if picture.frame is not None and len(chunk.indices) == len(chunk.pixels):
-            yield chunk.frames(clip, done, len(wanted), reader)
-            chunk = _Chunk(probe, min(most, len(wanted) - done))
-        done += 1
-        if picture.frame is None:
-            chunk.lost.append(picture.wanted)
-            continue
-        painter.paint(picture.frame, chunk.pixels[len(chunk.indices)].numpy())
-        chunk.indices.append(picture.index)
-        if picture.index != picture.wanted:
-            chunk.replaced.append(picture.wanted)
-    if not chunk.indices:
-        raise CorruptMedia(f"none of the {len(wanted)} frames asked for can be decoded")
-    yield chunk.frames(clip, done, len(wanted), reader)
-
-
-class _Chunk:
-    """Room for so many frames, and what happened while they came."""
-
-    def __init__(self, probe: Probe, count: int) -> None:
-        self.probe = probe
-        self.pixels = torch.empty((count, 3, probe.height, probe.width), dtype=torch.uint8)
-        self.indices: list[int] = []
-        self.replaced: list[int] = []
-        self.lost: list[int] = []
-
-    def frames(self, clip: Clip, asked: int, total: int, reader: _Reader) -> Frames:
-        """What came, and what the reader met since the last chunk."""
-        indices = np.asarray(self.indices, dtype=np.int64)
-        return Frames(
-            clip=clip,
-            pixels=self.pixels[: len(indices)],
-            times_s=self.probe.times_s[indices],
-            indices=indices,
-            asked=asked,
-            total=total,
-            replaced=len(self.replaced),
-            decoder=PyavDecoder.name,
-            warnings=tuple(self._warnings(reader)),
-        )
-
-    def _warnings(self, reader: _Reader) -> Iterator[str]:
-        damaged, reader.damaged = reader.damaged, []
-        for numbers, what in (
-            (damaged, "damaged_clip: {} frames are damaged {}; later ones may be smeared"),
-            (self.replaced, "replaced_frames: {} do not decode {}; neighbours stand in for them"),
-            (self.lost, "lost_frames: {} do not decode {}, nor does any near them"),
-        ):
-            if numbers:
-                times = self.probe.times_s[numbers]
-                between = f"between {times.min():.3f} and {times.max():.3f} s"
-                yield what.format(len(set(numbers)), between)
 
 
 class _Painter:

@@ -11,7 +11,6 @@ A clip that breaks in the middle passes, with a warning and the frames up to the
 """
 
 import os
-import stat
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from worker.errors import (
     CorruptMedia,
     EncryptedMedia,
     NoVideoStream,
-    TooLarge,
     TooLong,
     TooManyFrames,
     TooManyPixels,
@@ -32,14 +30,7 @@ from worker.errors import (
     UnreadableFile,
 )
 from worker.media.colour import describe_colour, turn
-from worker.media.containers import (
-    HEAD_BYTES,
-    Demuxer,
-    check_boxes,
-    demuxer_of,
-    packet_layout,
-    refuse_scrambled,
-)
+from worker.media.containers import Demuxer, first_look
 from worker.media.timeline import Seen, Timeline, timeline
 from worker.media.types import Probe
 from worker.settings import Settings
@@ -77,7 +68,7 @@ def ffmpeg_version() -> str:
 def probe(path: str | os.PathLike[str], settings: Settings) -> Probe:
     """The facts of a video file; raises a Rejected error that names why it is refused."""
     name = str(Path(path).absolute())
-    demuxer, size, layout = _first_look(name, settings)
+    demuxer, size, layout = first_look(name, settings.max_bytes, most_frames(settings))
     most_pixels = _padded_area(settings.max_width, settings.max_height)
     with open_media(name, demuxer, most_pixels) as container:
         stream = _video_stream(container, settings)
@@ -93,38 +84,6 @@ def most_frames(settings: Settings) -> int:
 
 def _padded_area(width: int, height: int) -> int:
     return (width + 128) * (height + 128)  # coded pictures are padded to whole blocks
-
-
-def _first_look(name: str, settings: Settings) -> tuple[Demuxer, int, tuple[int, int]]:
-    """Container, size and packet layout; no FFmpeg yet, and never a wait for a pipe's writer."""
-    try:
-        kind = Path(name).stat().st_mode
-        if not stat.S_ISREG(kind):
-            raise UnreadableFile(f"expected a regular file, {name} is {_kind(kind)}")
-        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise UnreadableFile(f"cannot read {name}: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise UnreadableFile(f"expected a regular file, {name} is {_kind(found.st_mode)}")
-        size = found.st_size
-        if size == 0:
-            raise CorruptMedia(f"{name} is empty (0 bytes); upload it again")
-        if size > settings.max_bytes:
-            raise TooLarge(f"{size} bytes; at most {settings.max_bytes} are taken (RALF_MAX_BYTES)")
-        head = file.read(HEAD_BYTES)
-        demuxer = demuxer_of(head)
-        if demuxer == "mov":
-            check_boxes(file, size, most_frames(settings))
-        elif demuxer == "mpegts":
-            refuse_scrambled(head)
-    return demuxer, size, packet_layout(head) or (0, 188)
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def open_media(name: str, demuxer: str, most_pixels: int) -> Any:
