@@ -21,8 +21,9 @@ same in FP64, and what the first transform of a white u8 image without centring 
 Half a step of an 8-bit pixel is 2.0e-3: FP16 stays below, bf16 does not, so the networks run
 this part in FP32 where they run in bf16.
 
-The op is opaque to torch.compile and torch.export, so that a fused kernel can take its place;
-`destruct_reference` is what it means, in plain torch, and what export decomposes it to.
+The op and its backward are opaque to torch.compile and torch.export, so that fused kernels can
+take their place; `destruct_reference` is what the op means, in plain torch, and what export
+decomposes it to.  Differentiable once.
 """
 
 import math
@@ -57,7 +58,8 @@ def _make_basis(size: int) -> Tensor:
 
 
 def _bases_of(image: Tensor) -> tuple[Tensor, Tensor]:
-    height, width = image.shape[-2:]
+    # A side is a constant of its model, so a tracer with symbolic shapes fixes it here.
+    height, width = (int(side) for side in image.shape[-2:])
     return (
         basis(height, image.dtype, image.device),
         basis(width, image.dtype, image.device),
@@ -108,22 +110,37 @@ def _destruct_shape(image: Tensor, mask: Tensor) -> Tensor:
     return torch.empty(image.shape, dtype=mask.dtype, device=image.device)
 
 
+@torch.library.custom_op("ralf::destruct_backward", mutates_args=())
+def destruct_backward(grad: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to image and mask; the image's is empty where the image is u8.
+
+    destruct is its own adjoint; the mask's share is the product of both spectra.
+    """
+    with torch.autocast(grad.device.type, enabled=False):
+        spectrum = dct2(grad)
+        products = spectrum * dct2(centred(image, mask.dtype))
+        to_mask = products.reshape(-1, *mask.shape).sum(0)
+        to_mask[0, 0] += CENTRE * grad.sum()
+        if image.dtype == torch.uint8:
+            return grad.new_empty(0), to_mask
+        return idct2(spectrum * mask).to(image.dtype), to_mask
+
+
+@destruct_backward.register_fake
+def _destruct_backward_shape(grad: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    to_image = grad.new_empty(0) if image.dtype == torch.uint8 else image.new_empty(image.shape)
+    return to_image, mask.new_empty(mask.shape)
+
+
 def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _destruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The operator is its own adjoint; the mask's share is the product of both spectra."""
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     image, mask = ctx.saved_tensors
-    spectrum = dct2(grad)
-    to_image = to_mask = None
-    if ctx.needs_input_grad[0]:
-        to_image = idct2(spectrum * mask).to(image.dtype)
-    if ctx.needs_input_grad[1]:
-        products = spectrum * dct2(centred(image, mask.dtype))
-        to_mask = products.reshape(-1, *mask.shape).sum(0)
-        to_mask[0, 0] += CENTRE * grad.sum()
-    return to_image, to_mask
+    to_image, to_mask = destruct_backward(grad, image, mask)
+    wants_image, wants_mask = ctx.needs_input_grad
+    return (to_image if wants_image else None, to_mask if wants_mask else None)
 
 
-destruct.register_autograd(_destruct_backward, setup_context=_keep_for_backward)
+destruct.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -79,8 +79,7 @@ class TorchEngine:
         if max_batch is not None and max_batch < 1:
             raise EngineError(f"max_batch should be at least 1, got {max_batch}")
         network = restore(artifact.manifest, artifact.read("weights.safetensors"))
-        network = lowered(network, precision).to(device)
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = placed(network, precision, device)
         batch = max_batch or (CPU_BATCH if device.type == "cpu" else CUDA_BATCH)
         return cls(artifact, network, str(device), precision, batch)
 
@@ -119,11 +118,12 @@ def batches(crops: Tensor, most: int) -> Iterator[Tensor]:
         yield crops[start : start + most]
 
 
-def lowered(network: nn.Module, precision: Precision) -> nn.Module:
-    """The network with its bulk in the precision's dtype."""
-    if precision == "fp32":
-        return network
-    return cast("Detector", network).lower(DTYPES[precision])
+def placed(network: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
+    """The network as the engine runs it: its bulk in the precision's dtype, channels last."""
+    if precision != "fp32":
+        network = cast("Detector", network).lower(DTYPES[precision])
+    network.to(device)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def best_precision(manifest: Manifest, device: torch.device) -> Precision:
@@ -204,7 +204,7 @@ def pack(
     logits = reference_logits(draft, weights, crops)
     budget = {"logit": draft.error_budget["logit"]}
     budget["logit_fp32"] = min(budget["logit"], 1e-3 * max(1.0, float(np.abs(logits).max())))
-    rounded = logits_of(lowered(restore(draft, weights), "bf16"), crops)
+    rounded = logits_of(placed(restore(draft, weights), "bf16", torch.device("cpu")), crops)
     error = 2 * float(np.abs(rounded - logits).max())
     if error <= budget["logit"]:
         budget["logit_bf16"] = round(max(error, 1e-3), 6)

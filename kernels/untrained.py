@@ -70,7 +70,7 @@ def publish_untrained(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         network = build("ralf", **dimensions)
-        settle(network, crops)
+        settle(network, crops[:8])
         with torch.no_grad():  # its scores stay near a coin's, as they should
             network.get_parameter("classifier.head.weight").mul_(0.1)
     draft = Manifest(
@@ -78,6 +78,8 @@ def publish_untrained(
         network=Network(build="ralf", **dimensions),
         input=InputContract(size=size),
         files={},
+        # Random weights amplify rounding more than learnt ones, and here no verdict hangs on it.
+        error_budget={"logit": 0.25},
         trained={"recipe": "none", "seed": SEED},
         untrained=True,
     )
@@ -92,8 +94,7 @@ def settle(network: nn.Module, crops: NDArray[np.uint8]) -> None:
     """Set the batch norms' statistics to those of the crops, so that activations keep in range."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the plain mean over batches
+            module.momentum = None  # the plain mean: this one batch's
     network.train()
-    for start in range(0, len(crops), 8):
-        network(torch.from_numpy(crops[start : start + 8]))
+    network(torch.from_numpy(crops))
     network.eval()
