@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.data_cli import data_commands, evaluate_commands
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -34,6 +36,8 @@ def commands(subparsers: Commands) -> None:
     _train(subparsers)
     _publish(subparsers)
     _calibrate(subparsers)
+    data_commands(subparsers, refusing)
+    evaluate_commands(subparsers, refusing)
 
 
 def refusing(run: Run) -> Run:

@@ -128,6 +128,10 @@ class Index:
         path = row.path if Path(row.path).is_absolute() else str((self.root / row.path).absolute())
         return replace(row, path=path, mesh=mesh)
 
+    def elsewhere(self, root: Path) -> "Index":
+        """The same rows under another root, their paths whole."""
+        return Index(root, tuple(self.anywhere(row) for row in self), self.notes)
+
     def where(self, **wanted: object) -> "Index":
         """The rows whose fields have these values: where(split="val", label=0)."""
         kept = (

@@ -21,7 +21,7 @@ import numpy as np
 
 from train import published
 from train.calibrate import interval as share_interval
-from train.evaluate import Judge, Result, evaluate, examples_for, result, score
+from train.evaluate import Judge, Result, Watch, evaluate, examples_for, result, score
 from train.index import Index, IndexFault
 from train.metrics import RATES, Metrics
 from train.perturb import CLEAN, DEEPERFORENSICS, TABLE_3, all_conditions
@@ -43,6 +43,7 @@ class Ask:
     frames: int | None = None
     limit: int | None = None
     replicates: int = 1000
+    watch: Watch | None = None
 
 
 @dataclass
@@ -101,7 +102,7 @@ def _auc(found: Metrics) -> str:
 def _judged(judge: Judge, index: Index, ask: Ask, condition: str = CLEAN) -> Result:
     return evaluate(
         judge, index, ask.split, families=ask.families, condition=condition,
-        frames=ask.frames, limit=ask.limit, replicates=ask.replicates,
+        frames=ask.frames, limit=ask.limit, replicates=ask.replicates, watch=ask.watch,
     )  # fmt: skip
 
 
@@ -255,7 +256,7 @@ def false_positives(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
             examples = examples_for(
                 judge, reals, ask.split, condition=condition, frames=ask.frames, limit=ask.limit
             )
-            each = result(judge, score(judge, examples), condition, replicates=0)
+            each = result(judge, score(judge, examples, ask.watch), condition, replicates=0)
             found.results.append(each)
             wrong = calibrated(each.scored.logit, judge.calibration) >= judge.threshold
             groups = _groups(examples)

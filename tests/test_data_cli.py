@@ -1,0 +1,119 @@
+"""`ralf data` and `ralf evaluate` from the command line to files on disk."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from kernels.networks import build
+from tests.faces_on_disk import faces
+from train.animate import animate, encode
+from train.checkpoint import Checkpoint, State, save
+from train.cli import commands
+from train.index import load
+from train.recipe_text import override
+from train.recipes import named
+from train.samples import portraits
+
+
+def ralf(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    commands(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(word) for word in words])
+    return int(args.run(args))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return faces(tmp_path / "d", val=4).root
+
+
+def test_check_says_what_is_there(folder, capsys):
+    """Counts on stdout; exit 1 where something is wrong."""
+    assert ralf("data", "check", folder) == 0
+    assert "0 leaks" in capsys.readouterr().out
+
+    (folder / "faces/tim-kaine.jpg").unlink()
+    assert ralf("data", "check", folder) == 1
+    assert "faces/tim-kaine.jpg" in capsys.readouterr().out
+
+
+def test_an_index_elsewhere_still_finds_its_pictures(folder, tmp_path, capsys):
+    """Paths become whole; new splits hold no identity twice."""
+    out = tmp_path / "elsewhere" / "index.csv"
+    assert ralf("data", "index", folder, "--out", out, "--split", "--val", "0.4") == 0
+
+    index = load(out)
+    assert capsys.readouterr().out.strip() == str(out)
+    assert ralf("data", "check", out) == 0 and len(index) == 8
+
+
+def test_only_some_rows(folder, tmp_path, capsys):
+    """FIELD=VALUE, typed; an unknown field is refused."""
+    out = tmp_path / "val.csv"
+
+    assert ralf("data", "index", folder, "--out", out, "--only", "split=val") == 0
+    assert len(load(out)) == 4
+    assert ralf("data", "index", folder, "--out", out, "--only", "beauty=1") == 2
+    assert "--only takes FIELD=VALUE" in capsys.readouterr().err
+
+
+def test_no_layout_is_a_refusal_in_words(tmp_path, capsys):
+    """No traceback."""
+    assert ralf("data", "check", tmp_path / "nowhere") == 2
+    assert "no data at" in capsys.readouterr().err
+
+
+def test_prepare_from_the_command_line(tmp_path, capsys):
+    """A film in, a table of faces out."""
+    (tmp_path / "own/real").mkdir(parents=True)
+    portrait = portraits()["tim-kaine.jpg"].image
+    film = animate(portrait, seconds=0.2, fps=10, size=(320, 240))
+    encode(film, tmp_path / "own/real/a.mp4")
+    assert ralf("data", "prepare", tmp_path / "own", "--out", tmp_path / "out", "--frames", 2) == 0
+
+    said = capsys.readouterr()
+    assert len(load(said.out.strip())) == 2 and "2 faces" in said.err
+
+
+def run_folder(tmp_path):
+    """A run whose network was never trained."""
+    recipe = override(
+        named("ralf_small_cpu"),
+        {"network.size": "64", "data.input.size": "64", "init.backbone": ""},
+    )
+    torch.manual_seed(0)
+    network = build(recipe.network.build, **recipe.network.dimensions)
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    run = tmp_path / "run"
+    run.mkdir()
+    save(
+        run / "last.safetensors",
+        Checkpoint(recipe, State(), tensors, (), {}, "0" * 64, None, {}),
+    )
+    return run
+
+
+def test_evaluate_writes_table_videos_and_page(folder, tmp_path, capsys):
+    """A run's folder is a model; figures come out the same twice."""
+    words = ("evaluate", run_folder(tmp_path), "--data", folder, "--split", "val")
+    words += ("--families", "inner,boundary", "--out", tmp_path / "out")
+    assert ralf(*words) == 0
+    first = capsys.readouterr().out
+    assert ralf(*words) == 0
+
+    assert first == capsys.readouterr().out and "boundary" in first
+    figures = json.loads((tmp_path / "out/intra.json").read_text())["figures"]
+    assert figures["run portraits"]["frames"]["real"] == 4
+    assert (tmp_path / "out/run-intra.csv").read_text().count("\n") == 13
+    assert (tmp_path / "out/run.html").exists()
+
+
+def test_an_unknown_table_or_model_is_a_refusal(folder, tmp_path, capsys):
+    """With what there is."""
+    assert ralf("evaluate", "nobody", "--data", folder, "--models-dir", tmp_path) == 2
+    assert "ralf train" in capsys.readouterr().err
+    run = run_folder(tmp_path)
+    assert ralf("evaluate", run, "--data", folder, "--table", "beauty") == 2
+    assert "there are intra" in capsys.readouterr().err
