@@ -103,7 +103,7 @@ class Stepper:
                 norm=float(norm), rate=now, network=self.network, objective=self.objective,
             )  # fmt: skip
         self._move(now, moment.step)
-        return terms | {"gradient_norm": float(norm), "lr": now}
+        return terms | {"gradient_norm": float(norm), "lr": self.main.param_groups[0]["lr"]}
 
     def _follow(
         self, batch: OnDevice, moment: Moment, share: float, *, alone: bool
