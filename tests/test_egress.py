@@ -404,6 +404,13 @@ class TestHosts:
         assert "secret" not in repr(target)
         assert target.url == "https://public.example/a/b.mp4?X-Signature=secret"
 
+    def test_a_user_in_the_url_is_named_as_the_reason(self):
+        """And not repeated: it may be a password."""
+        with pytest.raises(EgressDenied, match="user before its host") as caught:
+            read_url("https://me:hunter2@media.example/x.mp4")
+
+        assert "hunter2" not in str(caught.value)
+
     def test_an_error_shows_no_query(self):
         """Nor do messages."""
         with serving(lambda request: [b"junk"]) as web:
