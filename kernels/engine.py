@@ -67,8 +67,10 @@ def load(
 
 def pick_device(device: str) -> torch.device:
     """The torch device that a setting names, or an EngineError that says what is there."""
-    kind, _, index = device.partition(":")
-    if kind not in {"auto", "cpu", "cuda"} or (index and (kind != "cuda" or not index.isdigit())):
+    kind, colon, index = device.partition(":")
+    if kind not in {"auto", "cpu", "cuda"} or (
+        colon and not (kind == "cuda" and index.isdecimal())
+    ):
         raise EngineError(f"device should be auto, cpu, cuda or cuda:N, got {device!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cpu" or (kind == "auto" and count == 0):

@@ -162,7 +162,9 @@ def weights_bytes(network: nn.Module) -> bytes:
 def restore(manifest: Manifest, weights: bytes) -> nn.Module:
     """The reference: the manifest's network with the weights on disk, in FP32, for inference."""
     try:
-        network = build(manifest.network.build, **manifest.network.dimensions)
+        # Fresh weights, about to be overwritten, must not move a training run's random state.
+        with torch.random.fork_rng(devices=[]):
+            network = build(manifest.network.build, **manifest.network.dimensions)
     except ValueError as error:
         raise EngineError(f"{manifest.name}: {error}") from error
     if network.size != manifest.input.size:
