@@ -2,12 +2,19 @@
 
 import os
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from kernels.artifact import promote
+from kernels.untrained import publish_untrained
+from tests.clips import face_clip, make_clip
 from tests.redis_server import redis, redis_server, redis_url
+from worker.runtime import Parts, load
+from worker.settings import Settings
 
 __all__ = ["redis", "redis_server", "redis_url"]
 
@@ -27,3 +34,40 @@ def _same_random_state() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one model, `tiny`: the whole network, very narrow, never trained."""
+    folder = tmp_path_factory.mktemp("models")
+    made = publish_untrained(folder, name="tiny", base=4, blocks=1, size=64, golden_crops=4)
+    promote(folder, "tiny", made.version)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tiny_models: Path) -> Parts:
+    """What the pipeline works with, around the tiny model, on one thread."""
+    return load(replace(Settings(), models_dir=str(tiny_models), threads=1), model="tiny")
+
+
+@pytest.fixture(scope="session")
+def astronaut() -> np.ndarray:
+    """A public-domain portrait with one clear face, u8 [256, 256, 3]."""
+    from skimage.data import astronaut
+
+    return np.ascontiguousarray(astronaut()[0:256, 96:352])
+
+
+@pytest.fixture(scope="session")
+def clip_of_two(tmp_path_factory: pytest.TempPathFactory, astronaut: np.ndarray) -> Path:
+    """Two seconds of two moving faces, H.264."""
+    path = tmp_path_factory.mktemp("clips") / "two.mp4"
+    portraits = [astronaut, np.ascontiguousarray(astronaut[:, ::-1])]
+    return face_clip(path, portraits, 2.0, size=(640, 360), fps=10, face_height=0.6)
+
+
+@pytest.fixture(scope="session")
+def clip_of_none(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One second without any face."""
+    return make_clip(tmp_path_factory.mktemp("clips") / "none.mp4", 10, fps=10)

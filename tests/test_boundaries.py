@@ -43,6 +43,17 @@ TORCH_FREE = {
         f"worker/service/{name}.py"
         for name in (
             "store",
+            "script",
+            "records",
+            "outbox",
+            "quarantine",
+            "targets",
+            "intake",
+            "download",
+            "signing",
+            "errand",
+            "link",
+            "jobs",
             "egress",
             "fetch",
             "horse",

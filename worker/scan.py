@@ -4,6 +4,7 @@ One bad file does not stop the others; the exit code is the worst that happened.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from worker import telemetry
 from worker.contract import Evidence, Sampling, Verdict, dump
 from worker.errors import JobError
 from worker.files import write_whole
@@ -37,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     if args.models:
         settings = replace(settings, models_dir=args.models)
+    # a person wants the verdict; the service's lines are for logs, and shown when asked for
+    telemetry.configure(replace(settings, log_level=os.environ.get("RALF_LOG_LEVEL", "warning")))
     report = _report_target(args.report, len(files))
     parts = load(settings, model=args.model, device=args.device, min_face=args.min_face)
     ask = Ask(sampling=_sampling(args, parts))

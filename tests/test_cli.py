@@ -1,0 +1,188 @@
+"""The command line: results on stdout, the rest on stderr, and the exit codes of the design."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worker.cli import main
+from worker.contract import Verdict
+
+
+def scan(*arguments: object) -> int:
+    """`ralf scan` in this process."""
+    return main(["scan", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def _tiny_model(tiny_models: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RALF_MODELS_DIR", str(tiny_models))
+    monkeypatch.setenv("RALF_MODEL", "tiny")
+    monkeypatch.setenv("RALF_THREADS", "1")
+
+
+def test_scan_prints_the_contracts_json(clip_of_none: Path, capsys: pytest.CaptureFixture[str]):
+    """One document a file, nothing else on stdout."""
+    code = scan(clip_of_none, "--json")
+    out = capsys.readouterr().out
+
+    assert 0 == code
+    assert "no_faces" == Verdict.model_validate_json(out).label
+
+
+def test_scan_prints_a_table_for_people(clip_of_two: Path, capsys: pytest.CaptureFixture[str]):
+    """The verdict's word, each face, each warning."""
+    code = scan(clip_of_two, "--max-frames", 4)
+    out = capsys.readouterr().out
+
+    assert 0 == code
+    assert "two.mp4" in out
+    assert "t1" in out
+    assert "t2" in out
+    assert "untrained_model" in out
+
+
+def test_fail_on_forged_turns_the_verdict_into_the_exit_code(clip_of_two: Path, tiny_models: Path):
+    """1 for a forged verdict, 0 for one that is not; only when asked."""
+    forged = "likely_forged" == label_of(clip_of_two)
+
+    assert int(forged) == scan(clip_of_two, "--max-frames", 4, "--fail-on", "forged")
+    assert 0 == scan(clip_of_two, "--max-frames", 4)
+
+
+def test_fail_on_inconclusive_counts_a_clip_without_faces(clip_of_none: Path):
+    """What is not likely_authentic is not passed."""
+    assert 1 == scan(clip_of_none, "--fail-on", "inconclusive")
+    assert 0 == scan(clip_of_none, "--fail-on", "forged")
+
+
+def label_of(clip: Path) -> str:
+    """The label by a fresh process, as a user's script would read it."""
+    run = subprocess.run(
+        [sys.executable, "-m", "worker.cli", "scan", str(clip), "--json", "--max-frames", "4"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(run.stdout)["label"]
+
+
+def test_a_bad_file_exits_4_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its named error is on stderr, no page is half-written."""
+    bad = tmp_path / "bad.mp4"
+    bad.write_text("not a video at all, but long enough to be read as something")
+    code = scan(bad, "--report", tmp_path / "page.html")
+    captured = capsys.readouterr()
+
+    assert 4 == code
+    assert "container_unsupported" in captured.err or "corrupt_media" in captured.err
+    assert "" == captured.out
+    assert ["bad.mp4"] == [entry.name for entry in tmp_path.iterdir()]
+
+
+def test_one_bad_file_does_not_stop_the_others(
+    tmp_path: Path, clip_of_none: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The good one is judged; the code is the worst that happened."""
+    code = scan(tmp_path / "missing.mp4", clip_of_none, "--json")
+    captured = capsys.readouterr()
+
+    assert 4 == code
+    assert "no_faces" == json.loads(captured.out)["label"]
+    assert "unreadable_file" in captured.err
+
+
+def test_a_page_is_written_for_each_file(tmp_path: Path, clip_of_none: Path):
+    """Into a folder that is made when it is not there."""
+    folder = tmp_path / "pages"
+    code = scan(clip_of_none, clip_of_none, "--report", folder)
+
+    assert 0 == code
+    assert ["none.mp4.html"] == [entry.name for entry in folder.iterdir()]
+    assert "<!doctype html>" in (folder / "none.mp4.html").read_text().lower()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--sampling", "often"],
+        ["--sampling", "fps"],
+        ["--sampling", "fps:0"],
+        ["--sampling", "uniform:3"],
+        ["--max-frames", "0"],
+        ["--max-frames", "100000"],
+    ],
+)
+def test_nonsense_is_a_usage_error(clip_of_none: Path, arguments: list[str]):
+    """Exit 2, before any file is opened."""
+    with pytest.raises(SystemExit) as caught:
+        scan(clip_of_none, *arguments)
+
+    assert 2 == caught.value.code
+
+
+def test_a_page_in_a_folder_that_is_not_there_is_a_usage_error(tmp_path: Path, clip_of_none: Path):
+    """Said before the work, not after it."""
+    with pytest.raises(SystemExit) as caught:
+        scan(clip_of_none, "--report", tmp_path / "nowhere" / "page.html")
+
+    assert 2 == caught.value.code
+
+
+def test_a_missing_model_is_infrastructure(clip_of_none: Path, capsys: pytest.CaptureFixture[str]):
+    """Exit 5, with what was sought and what is there."""
+    code = scan(clip_of_none, "--model", "nobody")
+    err = capsys.readouterr().err
+
+    assert 5 == code
+    assert "nobody" in err
+    assert "tiny" in err
+
+
+def test_an_unknown_setting_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, clip_of_none: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A typo in the environment cannot hide."""
+    monkeypatch.setenv("RALF_MODLE", "x")
+    code = scan(clip_of_none)
+
+    assert 2 == code
+    assert "RALF_MODLE" in capsys.readouterr().err
+
+
+def test_asking_for_a_gpu_that_is_not_there_is_infrastructure(
+    clip_of_none: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Never a silent fall to the CPU."""
+    import torch
+
+    device = "cuda:99" if torch.cuda.is_available() else "cuda"
+
+    assert 5 == scan(clip_of_none, "--device", device)
+    assert device in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_traceback(clip_of_none: Path):
+    """`ralf scan … | head -0` ends quietly."""
+    run = subprocess.run(
+        f"{sys.executable} -m worker.cli scan {clip_of_none} --json | head -c 0",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=os.environ.copy(),
+    )
+
+    assert "Traceback" not in run.stderr
+
+
+def test_a_command_without_redis_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Exit 5 and the cure."""
+    monkeypatch.setenv("RALF_REDIS_URL", "redis://127.0.0.1:1/0")
+
+    assert 5 == main(["status", "nothing"])
+    assert "RALF_REDIS_URL" in capsys.readouterr().err

@@ -1,0 +1,229 @@
+"""The walk as a whole: a file in, a verdict out, chunk by chunk."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worker.contract import EarlyStop, EvidencePolicy, Job, Media, Sampling, Verdict, dump
+from worker.errors import Cancelled, CorruptMedia
+from worker.media.decode_pyav import PyavDecoder
+from worker.pipeline import Ask, Partial, analyze, file_sha256, walk
+from worker.runtime import Parts, with_decoder
+
+FEW = Sampling(mode="uniform", max_frames=6)
+
+
+@pytest.fixture(scope="module")
+def small_chunks(tiny_parts: Parts) -> Parts:
+    """Two frames of 640×360 at a time."""
+    return with_decoder(tiny_parts, PyavDecoder(chunk_bytes=2 * 640 * 360 * 3, threads=1))
+
+
+@pytest.fixture(scope="module")
+def of_two(tiny_parts: Parts, clip_of_two: Path):
+    """The verdict and evidence of the two faces."""
+    return analyze(clip_of_two, tiny_parts, ask=Ask(sampling=FEW))
+
+
+def test_two_faces_become_two_tracks_of_every_sampled_frame(of_two):
+    """Each face is followed through the clip under one name."""
+    verdict, _ = of_two
+
+    assert [6, 6] == [track.faces for track in verdict.tracks]
+    assert ["t1", "t2"] == [track.track_id for track in verdict.tracks]
+    assert 12 == verdict.made.faces
+    assert verdict.tracks[0].samples[0].box.left != verdict.tracks[1].samples[0].box.left
+
+
+def test_a_verdict_says_what_it_was_made_with(of_two, tiny_parts: Parts, clip_of_two: Path):
+    """Media, model, engine, frames, timings: enough to make it again."""
+    verdict, _ = of_two
+    made = verdict.made
+
+    assert file_sha256(clip_of_two) == verdict.media.sha256
+    assert ("h264", 640, 360, 20) == (
+        verdict.media.codec,
+        verdict.media.width,
+        verdict.media.height,
+        verdict.media.frames,
+    )
+    assert tiny_parts.artifact.version == made.version
+    assert tiny_parts.artifact.manifest.files["weights.safetensors"] == made.weights_sha256
+    assert (6, 6, 0) == (made.frames_asked, made.frames_decoded, made.frames_replaced)
+    assert {"probe", "decode", "find", "score"} <= made.stages_ms.keys()
+    assert "pyav" == made.decoder
+
+
+def test_an_untrained_model_is_named_in_every_verdict(of_two):
+    """Its score means nothing, and the reader is told."""
+    verdict, _ = of_two
+
+    assert any(text.startswith("untrained_model") for text in verdict.warnings)
+
+
+def test_another_sampling_than_the_models_is_marked(of_two):
+    """The calibration speaks of the model's own sampling."""
+    verdict, _ = of_two
+
+    assert any(text.startswith("uncalibrated_sampling") for text in verdict.warnings)
+
+
+def test_the_models_own_sampling_is_not_marked(tiny_parts: Parts, clip_of_none: Path):
+    """No warning without a cause."""
+    verdict, _ = analyze(clip_of_none, tiny_parts)
+
+    assert not any(text.startswith("uncalibrated") for text in verdict.warnings)
+
+
+def test_no_face_is_an_ordinary_outcome(tiny_parts: Parts, clip_of_none: Path):
+    """No score is invented for it."""
+    verdict, evidence = analyze(clip_of_none, tiny_parts)
+
+    assert ("no_faces", None, ()) == (verdict.label, verdict.score, verdict.tracks)
+    assert () == evidence.pictures
+
+
+def test_chunks_change_nothing_but_the_memory(small_chunks: Parts, of_two, clip_of_two: Path):
+    """The same frames in smaller portions give the same verdict."""
+    verdict, _ = analyze(clip_of_two, small_chunks, ask=Ask(sampling=FEW))
+    whole, _ = of_two
+
+    assert whole.label == verdict.label
+    assert whole.score == pytest.approx(verdict.score, abs=1e-4)
+    assert [t.faces for t in whole.tracks] == [t.faces for t in verdict.tracks]
+
+
+def test_a_walk_tells_its_progress_and_what_it_would_say(small_chunks: Parts, clip_of_two: Path):
+    """After each chunk there is a partial verdict, and the last says all frames were seen."""
+    seen: list[tuple[Partial, Verdict]] = []
+
+    def note(partial: Partial) -> None:
+        seen.append((partial, partial.verdict()))
+
+    final, _ = analyze(clip_of_two, small_chunks, ask=Ask(sampling=FEW), progress=note)
+
+    assert [2, 4, 6] == [partial.progress.frames_done for partial, _ in seen]
+    assert [True, True, True] == [verdict.partial for _, verdict in seen]
+    assert final.partial is False
+    assert final.score == seen[-1][1].score
+    assert 100.0 == seen[-1][0].progress.percent
+
+
+def test_cancelling_stops_the_walk_at_its_next_chunk(small_chunks: Parts, clip_of_two: Path):
+    """Whoever hears the progress may say stop."""
+    heard = []
+
+    def stop(partial: Partial) -> None:
+        heard.append(partial.progress.frames_done)
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        analyze(clip_of_two, small_chunks, ask=Ask(sampling=FEW), progress=stop)
+
+    assert [2] == heard
+
+
+def test_closing_a_walk_releases_the_file(small_chunks: Parts, clip_of_two: Path):
+    """No descriptor on the clip stays open."""
+    steps = walk(clip_of_two, small_chunks, Ask(sampling=FEW))
+    next(steps)
+    steps.close()
+
+    open_files = [entry.resolve() for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
+    assert clip_of_two.resolve() not in open_files
+
+
+def test_a_walk_may_stop_early_and_says_so(small_chunks: Parts, clip_of_two: Path):
+    """Off by default; with it the verdict is marked partial."""
+    ask = Ask(sampling=FEW, stop_early=EarlyStop(score=0.0, after_faces=3))
+    verdict, _ = analyze(clip_of_two, small_chunks, ask=ask)
+
+    assert verdict.partial
+    assert 4 == verdict.made.frames_asked
+    assert any(text.startswith("stopped_early: looked at 4 of 6") for text in verdict.warnings)
+
+
+def test_evidence_holds_the_strongest_faces_with_their_residuals(of_two):
+    """At most five a track, each a JPEG of the face as it was scored."""
+    _, evidence = of_two
+    by_track = {t: [p for p in evidence.pictures if p.track_id == t] for t in ("t1", "t2")}
+
+    for pictures in by_track.values():
+        assert 5 == len(pictures)
+        scores = [picture.score for picture in pictures]
+        assert sorted(scores, reverse=True) == scores
+        assert all(picture.residual for picture in pictures)
+
+
+def test_evidence_can_be_declined(tiny_parts: Parts, clip_of_two: Path):
+    """Zero retention: no picture of anybody is made."""
+    ask = Ask(sampling=FEW, evidence=EvidencePolicy(thumbnails=False))
+    _, evidence = analyze(clip_of_two, tiny_parts, ask=ask)
+
+    assert () == evidence.pictures
+
+
+def test_a_job_is_echoed_in_its_verdict(tiny_parts: Parts, clip_of_none: Path):
+    """Id, tag and tenant come back as they went in."""
+    job = Job(
+        job_id="j1",
+        token="t",
+        tag="upload 42",
+        tenant="acme",
+        media=Media(uri="file:///x"),
+        submitted_at=datetime.now(UTC),
+    )
+    verdict, _ = analyze(clip_of_none, tiny_parts, ask=Ask.of(job, attempt=2))
+
+    assert ("j1", "upload 42", "acme") == (verdict.job_id, verdict.tag, verdict.tenant)
+    assert 2 == verdict.made.attempt
+    assert Verdict.model_validate_json(dump(verdict)) == verdict
+
+
+def test_too_many_faces_are_warned_of(tiny_parts: Parts, clip_of_two: Path):
+    """One followed of two: the reader learns that some were not."""
+    verdict, _ = analyze(clip_of_two, tiny_parts, ask=Ask(sampling=FEW, max_tracks=1))
+
+    assert 1 == len(verdict.tracks)
+    assert any(text.startswith("too_many_tracks") for text in verdict.warnings)
+
+
+def test_a_broken_file_is_a_named_error(tiny_parts: Parts, tmp_path: Path):
+    """Noise under a video's name."""
+    path = tmp_path / "noise.mp4"
+    path.write_bytes(np.random.default_rng(0).bytes(4000))
+
+    with pytest.raises(Exception, match=r".") as caught:
+        analyze(path, tiny_parts)
+
+    assert caught.value.code in ("corrupt_media", "container_unsupported")
+    assert issubclass(CorruptMedia, type(caught.value).__mro__[1])
+
+
+def test_spans_limit_what_is_looked_at(tiny_parts: Parts, clip_of_two: Path):
+    """Only the second half is sampled."""
+    sampling = Sampling(max_frames=4, spans=({"start_ms": 1000, "end_ms": 2000},))
+    verdict, _ = analyze(clip_of_two, tiny_parts, ask=Ask(sampling=sampling))
+    times = [sample.time_ms for track in verdict.tracks for sample in track.samples]
+
+    assert min(times) >= 1000
+
+
+def test_the_same_clip_gives_the_same_verdict_twice(tiny_parts: Parts, clip_of_two: Path, of_two):
+    """Nothing in the walk draws at random."""
+    again, _ = analyze(clip_of_two, tiny_parts, ask=Ask(sampling=FEW))
+    first, _ = of_two
+    ignored = {"finished_at", "made"}
+
+    assert first.model_dump(exclude=ignored) == again.model_dump(exclude=ignored)
+
+
+def test_another_smallest_face_is_marked(tiny_parts: Parts, clip_of_none: Path):
+    """The finder's settings belong to the model's calibration."""
+    smaller = tiny_parts.finder_settings.model_copy(update={"min_face": 30})
+    verdict, _ = analyze(clip_of_none, replace(tiny_parts, finder_settings=smaller))
+
+    assert any(text.startswith("uncalibrated_finder") for text in verdict.warnings)
