@@ -141,7 +141,8 @@ class Link:
                 start_new_session=True,
             )
             self.pid = self._process.pid
-            (self.folder / "pid").write_text(str(self.pid))
+            (self.folder / "pid.new").write_text(str(self.pid))
+            (self.folder / "pid.new").replace(self.folder / "pid")
             connection = socket.socket(socket.AF_UNIX)
             connection.connect(str(path))
         if self._process.stderr is not None:
