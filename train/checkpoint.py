@@ -173,7 +173,9 @@ def pack_optimiser(name: str, chosen: torch.optim.Optimizer) -> tuple[dict[str, 
     return tensors, {"state": scalars, "param_groups": state["param_groups"]}
 
 
-def unpack_optimiser(chosen: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Any):
+def unpack_optimiser(
+    chosen: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Any
+) -> None:
     """Put back what pack_optimiser took."""
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():

@@ -17,10 +17,9 @@ from train.recipe import (
     Optimiser,
     RalfLoss,
     Recipe,
-    RecipeError,
     Schedule,
 )
-from train.recipe_text import override
+from train.recipe_text import RecipeError, override
 
 BLENDED = (
     "self_blend",

@@ -25,15 +25,25 @@ from train.recipe import BceLoss, RalfLoss, Recipe
 class Batch(Protocol):
     """What the loop reads of a batch; train.data makes them."""
 
-    crops: Tensor
-    """u8 [m, 3, s, s] RGB."""
-    forged: Tensor
-    """bool [m]."""
-    pair: Tensor
-    """int64 [m]: for a forgery the row of the real face it was made from, or −1."""
-    family: Tensor
-    """int64 [m]: how it was forged."""
-    ids: list[str]
+    @property
+    def crops(self) -> Tensor:
+        """u8 [m, 3, s, s] RGB."""
+
+    @property
+    def forged(self) -> Tensor:
+        """bool [m]."""
+
+    @property
+    def pair(self) -> Tensor:
+        """int64 [m]: for a forgery the row of the real face it was made from, or −1."""
+
+    @property
+    def family(self) -> Tensor:
+        """int64 [m]: how it was forged."""
+
+    @property
+    def ids(self) -> list[str]:
+        """What each face is called."""
 
 
 @dataclass(frozen=True)

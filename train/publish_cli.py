@@ -1,0 +1,187 @@
+"""`ralf publish` and `ralf calibrate`: a run becomes a model, and its scores mean something."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.command import OK, Commands, parser_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from train.calibrate import Calibrated
+    from train.index import Index
+
+
+def publish_command(subparsers: Commands) -> None:
+    parser = parser_of(subparsers, "publish", "make a model of a run", run_publish)
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder that `ralf train` wrote")
+    parser.add_argument("--name", required=True, help="the model's name, as ralf-small")
+    parser.add_argument("--models", type=Path, help="where models lie: RALF_MODELS_DIR, or ours")
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="the index, for the card")
+    parser.add_argument(
+        "--golden-from", metavar="DATASET,…", help="collections whose faces may ship, of --data"
+    )
+    parser.add_argument(
+        "--metrics", type=Path, metavar="JSON", help="figures for manifest and card"
+    )
+    parser.add_argument("--scores", type=Path, metavar="CSV", help="logit,label: to calibrate on")
+    parser.add_argument("--fitted-on", default="", help="what --scores is, in words")
+    parser.add_argument(
+        "--failure", action="append", default=[], help="a known failure, repeatable"
+    )
+    parser.add_argument("--promote", action="store_true", help="make it the current version")
+
+
+def _models(args: argparse.Namespace) -> Path:
+    """The option, the environment, or the models that come with the code."""
+    import os
+
+    from kernels.artifact import SHIPPED
+
+    return args.models or Path(os.environ.get("RALF_MODELS_DIR") or SHIPPED)
+
+
+def run_publish(args: argparse.Namespace) -> int:
+    """A run as a new version of a model; its folder on stdout."""
+    from kernels.artifact import promote
+    from train.card import portions
+    from train.layouts import read_all
+    from train.publish import Told, publish
+
+    index = read_all(args.data) if args.data else None
+    golden, source = None, Told.golden_source
+    if args.golden_from:
+        if index is None:
+            raise ValueError("--golden-from needs --data")
+        golden, source = golden_faces(args.folder, index, args.golden_from.split(","))
+    told = Told(
+        calibrated=_calibrated_on(args.scores, args.fitted_on) if args.scores else None,
+        metrics=json.loads(args.metrics.read_text()) if args.metrics else {},
+        data=portions(index) if index is not None else (),
+        failures=tuple(args.failure),
+        golden=golden,
+        golden_source=source,
+    )
+    artifact = publish(args.folder, args.name, _models(args), told)
+    if args.promote:
+        promote(_models(args), artifact.name, artifact.version)
+    print(artifact.path)
+    return OK
+
+
+def golden_faces(run: Path, index: "Index", datasets: list[str]) -> tuple["NDArray[np.uint8]", str]:
+    """Sixteen reals and sixteen forgeries of the named collections, evenly from all there are."""
+    import numpy as np
+    import torch
+
+    from train.checkpoint import load
+    from train.examples import Examples
+    from train.index import Index, IndexFault
+    from train.publish import GOLDEN, judged
+
+    kept = Index(index.root, tuple(row for row in index if row.dataset in datasets))
+    if not len(kept):
+        have = sorted({row.dataset for row in index})
+        raise IndexFault(f"no rows of {', '.join(datasets)} (have: {', '.join(have)})")
+    data = load(judged(run)).recipe.data
+    split = "val" if len(kept.where(split="val")) else kept.rows[0].split
+    examples = Examples(kept, data, split)
+    chosen = []
+    for forged in (False, True):
+        items = [item for item in examples.items if item.forged == forged]
+        count = min(len(items), GOLDEN // 2)
+        chosen += [items[place * len(items) // count] for place in range(count)]
+    crops: NDArray[np.uint8] = torch.stack([examples.crop(item) for item in chosen]).numpy()
+    return crops, f"{', '.join(datasets)}, split {split or 'unnamed'}"
+
+
+def calibrate_command(subparsers: Commands) -> None:
+    parser = parser_of(
+        subparsers, "calibrate", "fit a model's scores and thresholds: a new version", run_calibrate
+    )
+    parser.add_argument("model", metavar="MODEL", help="name, name@version or path")
+    parser.add_argument("--models", type=Path, help="where models lie: RALF_MODELS_DIR, or ours")
+    parser.add_argument("--scores", type=Path, metavar="CSV", help="columns logit and label")
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="score this data instead")
+    parser.add_argument("--split", default="val", help="a split that chose nothing else")
+    parser.add_argument(
+        "--conditions", default="clean", metavar="A,B", help="wear put on both classes alike"
+    )
+    parser.add_argument("--families", default="", metavar="A,B", help="forgeries to blend")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--fitted-on", default="", help="what it was fitted on, in words")
+    parser.add_argument("--no-shift", action="store_true", help="fit the temperature alone")
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Publish the same weights with new calibration; the new version's folder on stdout."""
+    from kernels.artifact import resolve
+    from train.publish import recalibrate
+
+    if (args.scores is None) == (args.data is None):
+        raise ValueError("calibrate needs either --scores CSV or --data PATH")
+    artifact = resolve(_models(args), args.model)
+    if args.scores:
+        found = _calibrated_on(args.scores, args.fitted_on, shift=not args.no_shift)
+    else:
+        found = _calibrated_by(artifact, args)
+    for name, each in found.thresholds.items():
+        low, high = each.interval
+        support = "" if each.supported else "  (too few faces to support it)"
+        print(
+            f"{name}: {each.score:.4f}  rate {each.rate:.3f} [{low:.3f}, {high:.3f}]{support}",
+            file=sys.stderr,
+        )
+    print(recalibrate(artifact, _models(args), found).path)
+    return OK
+
+
+def _calibrated_on(path: Path, fitted_on: str, *, shift: bool = True) -> "Calibrated":
+    """From a table of logits and labels (1 = forged), one row a decision: a track, or a video."""
+    import csv
+
+    import numpy as np
+
+    from train.calibrate import CalibrationError, calibrate
+
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"logit", "label"} <= rows[0].keys():
+        raise CalibrationError(f"{path} should be a CSV with columns logit and label (1 = forged)")
+    logit = np.array([float(row["logit"]) for row in rows])
+    forged = np.array([row["label"] for row in rows]) == "1"
+    return calibrate(logit, forged, fitted_on=fitted_on or path.name, shift=shift)
+
+
+def _calibrated_by(artifact: Any, args: argparse.Namespace) -> "Calibrated":
+    """By the model itself on a split, under each condition."""
+    import numpy as np
+
+    from kernels.engine import load
+    from train.blend import FAMILIES, HELD_OUT
+    from train.calibrate import calibrate
+    from train.examples import Examples
+    from train.layouts import read_all
+    from train.recipe import Data
+
+    engine = load(artifact, args.device)
+    index = read_all(args.data)
+    families = tuple(filter(None, args.families.split(",")))
+    if not families and not len(index.where(split=args.split, label=1)):
+        families = tuple(family for family in FAMILIES if family != HELD_OUT)
+    data = Data(input=artifact.manifest.input)
+    logits, forged = [], []
+    for condition in args.conditions.split(","):
+        for batch in Examples(index, data, args.split, families=families, condition=condition):
+            logits.append(engine(batch.crops).numpy())
+            forged.append(batch.forged.numpy())
+    return calibrate(
+        np.concatenate(logits).astype(np.float64),
+        np.concatenate(forged),
+        fitted_on=args.fitted_on or f"{args.split}: {args.conditions}",
+        shift=not args.no_shift,
+    )
