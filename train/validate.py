@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from train.losses.objective import Batch
+from train.metrics import auc
 from train.ranks import Ranks
 
 
@@ -80,10 +80,3 @@ def _judge(rows: np.ndarray[Any, np.dtype[np.float64]], names: Sequence[str]) ->
         for chosen in [~forged | (family == each)]
     }
     return Look(len(rows), auc(forged, logit), bce, families)
-
-
-def auc(forged: np.ndarray, logit: np.ndarray) -> float:
-    """The chance that a forged face scores above a real one; ties count half."""
-    ranks = rankdata(logit)
-    n = int(forged.sum())
-    return float((ranks[forged].sum() - n * (n + 1) / 2) / (n * (len(forged) - n)))
