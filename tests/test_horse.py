@@ -58,6 +58,7 @@ class Service:
         self.store = Store(connect(url), self.settings)
         self.queue = self.store.queue("default")
         self.workers: list[subprocess.Popen[bytes]] = []
+        self.shared: Path | None = None
 
     def worker(self, *arguments: str) -> subprocess.Popen[bytes]:
         """One more worker, up when this returns."""
@@ -117,13 +118,17 @@ class Service:
         """End the workers; gives what they logged."""
         lines: list[dict[str, Any]] = []
         for process in self.workers:
-            if process.poll() is None:
-                process.terminate()
+            process.terminate()
+        for process in self.workers:
             try:
-                _, said = process.communicate(timeout=10)
+                process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
-                _, said = process.communicate()
+        if self.shared is not None:  # it would linger, with our end of its stderr open
+            with suppress(OSError):
+                os.kill(int((self.shared / "pid").read_text()), signal.SIGKILL)
+        for process in self.workers:
+            _, said = process.communicate(timeout=20)
             for line in said.decode().splitlines():
                 with suppress(ValueError):
                     lines.append(json.loads(line))
@@ -637,18 +642,14 @@ def test_a_job_that_does_not_end_in_time_is_handed_back_uncharged(
 def test_a_crash_in_company_blames_nobody(make: Callable[..., Service], tmp_path: Path):
     """Both are run again; the guilty one alone, where it is counted twice and put aside."""
     service = make()
-    shared = ("--shared", str(tmp_path / "gpu0"), "--capacity", "2")
-    service.worker(*shared)
-    service.worker(*shared)
+    service.shared = tmp_path / "gpu0"
+    for _ in range(2):
+        service.worker("--shared", str(service.shared), "--capacity", "2")
     innocent = service.submit("sleep", "sleep:2")
     service.runs(innocent)
     guilty = service.submit("crash", "crash:0.4")
-    try:
-        service.reaches(guilty, "quarantined", "succeeded", seconds=40)
-        assert service.reaches(innocent, "succeeded", "quarantined").state == "succeeded"
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(int((tmp_path / "gpu0" / "pid").read_text()), signal.SIGKILL)
+    service.reaches(guilty, "quarantined", "succeeded", seconds=40)
+    assert service.reaches(innocent, "succeeded", "quarantined").state == "succeeded"
     entry = json.loads(service.redis.hget(service.store.key("quarantine"), guilty) or b"{}")
     assert [crash["alone"] for crash in entry["crashes"]] == [False, True, True]
 
