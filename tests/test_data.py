@@ -99,6 +99,19 @@ def test_every_video_comes_round_before_any_comes_again(reals):
     assert 6 == len(set(shown)) == len(shown)
 
 
+def test_the_order_of_faces_changes_with_seed_and_epoch(reals):
+    """Each round is its own shuffle."""
+    one, two = (Batches(reals, data(families=("inner",), batch=4), seed=seed) for seed in (1, 2))
+    epoch = len(one)
+    orders = [
+        [name for n in range(first, first + epoch) for name in batches[n].ids[:2]]
+        for batches, first in ((one, 0), (two, 0), (one, epoch))
+    ]
+
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+
+
 def test_balanced_batches_take_real_and_forged_apart(copies):
     """No pair is claimed where there is none."""
     batch = Batches(copies, data(pairing="balanced"))[0]
@@ -114,6 +127,15 @@ def test_a_forgery_on_disk_stands_beside_its_own_target(copies):
 
     assert torch.allclose(batch.crops[:4].float(), batch.crops[4:].float(), atol=30)
     assert batches.names[int(batch.family[4])] == "copies"
+
+
+def test_both_halves_of_a_pair_wear_the_same(copies):
+    """The same picture called real and forged comes out the same, whatever it went through."""
+    batches = Batches(copies, data(augment=replace(HARD, noise=0.0), batch=16))
+    for number in range(4):
+        batch = batches[number]
+
+        assert torch.equal(batch.crops[:8], batch.crops[8:])
 
 
 def test_the_share_of_blends_among_forgeries(copies):

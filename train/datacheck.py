@@ -30,7 +30,7 @@ class Count:
 
     def __str__(self) -> str:
         wanted = "—" if self.expected is None else str(self.expected)
-        return f"{self.dataset:<16} {self.what:<34} {self.found:>7} {wanted:>9}" + (
+        return f"{self.dataset:<18} {self.what:<34} {self.found:>7} {wanted:>9}" + (
             "" if self.fine else "  differs"
         )
 
@@ -51,7 +51,7 @@ class Check:
         return not self.leaks and not self.missing and all(count.fine for count in self.counts)
 
     def __str__(self) -> str:
-        lines = [f"{'dataset':<16} {'what':<34} {'found':>7} {'expected':>9}"]
+        lines = [f"{'dataset':<18} {'what':<34} {'found':>7} {'expected':>9}"]
         lines += [str(count) for count in self.counts]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"{len(self.missing)} files are missing", *(f"  {m}" for m in self.missing[:20])]
