@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from skimage.data import astronaut
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.probe import probe
 
 from train.animate import animate, encode, recompress
 from worker.contract import Sampling
+from worker.media.decode_pyav import PyavDecoder
+from worker.media.probe import probe
 from worker.media.types import Clip
 from worker.settings import Settings
 
