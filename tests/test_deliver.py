@@ -26,7 +26,7 @@ from tests.web import Request, Web, reply, serving
 from worker import telemetry
 from worker.contract import Callback
 from worker.service import deliver
-from worker.service.deliver import DELAYS_S, Deliverer
+from worker.service.deliver import Deliverer
 from worker.service.outbox import Outbox
 from worker.service.records import Delivery
 from worker.service.signing import Secrets, body_of
@@ -34,6 +34,7 @@ from worker.service.store import Store
 from worker.settings import Settings, SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
+DELAYS_S = Settings().webhook_delays_s
 
 
 def a_secret(seed: int, size: int = 32) -> str:

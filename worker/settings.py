@@ -97,6 +97,18 @@ class Settings:
     s3_endpoint: str = ""
     gs_endpoint: str = ""
     webhook_timeout_s: float = 20.0
+    webhook_delays_s: tuple[float, ...] = (
+        5.0,
+        300.0,
+        1800.0,
+        7200.0,
+        18000.0,
+        36000.0,
+        50400.0,
+        72000.0,
+        86400.0,
+    )
+    """Between one attempt at a push and the next: ten attempts over some 75 hours."""
     webhook_secrets: tuple[str, ...] = ()
     """secret_id=whsec_…; the same id twice means rotation: both sign."""
     webhook_max_body: int = 20_000

@@ -39,8 +39,6 @@ from worker.settings import Settings
 
 log = structlog.get_logger()
 
-DELAYS_S = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
-"""Between one attempt and the next: ten attempts over some 75 hours."""
 RETRY_AFTER_MOST_S = 86400.0
 BUSY = frozenset({429, 502, 503, 504})
 THREADS = 32
@@ -49,6 +47,8 @@ SLOW_S = 2.0
 PUT_OFF_S = {"new": 0.5, "quick": 0.5, "slow": 15.0}
 """How long a delivery waits that got no thread; it is not counted as tried."""
 POLL_S = 0.5
+LEASE_SPARE_S = 10.0
+"""A taken delivery is due again after three timeouts and this."""
 ANSWER_BYTES = 1 << 16
 POLITE_BYTES = 4096
 """So much of an answer is read, so that the other side can finish what it says; none is kept."""
@@ -110,7 +110,7 @@ class Deliverer:
             free = THREADS - self._running.total()
         if free <= 0:
             return 0
-        lease = 2 * self.settings.webhook_timeout_s + 30.0
+        lease = 3 * self.settings.webhook_timeout_s + LEASE_SPARE_S
         now = self.now()
         taken = self.outbox.take(free, lease, now=now)
         for delivery in taken:
@@ -244,8 +244,9 @@ class Deliverer:
             return
         if result.kind == "gone":
             self.outbox.disable_endpoint(delivery.tenant, delivery.url, now=self.now())
-        if result.kind == "retry" and delivery.attempts <= len(DELAYS_S):
-            wait = DELAYS_S[delivery.attempts - 1] * self._jitter()
+        delays = self.settings.webhook_delays_s
+        if result.kind == "retry" and delivery.attempts <= len(delays):
+            wait = delays[delivery.attempts - 1] * self._jitter()
             wait = max(wait, result.retry_after_s)
             self.outbox.postpone(delivery.id, self.now() + wait, result.detail)
             metric.labels("failed").inc()
