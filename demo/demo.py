@@ -6,7 +6,6 @@ stream of verdicts and compared with what was pushed to the receiver.
 """
 
 import json
-import os
 import secrets
 import sys
 import tempfile
@@ -22,11 +21,14 @@ from typing import Any
 
 from standardwebhooks import Webhook
 
+from kernels.artifact import ArtifactError, promote, resolve
+from kernels.untrained import publish_untrained
 from train.samples import make_samples
 from worker.client import Client, connect
 from worker.contract import Callback, Verdict
 from worker.files import write_whole
 from worker.report import page
+from worker.runtime import models_dir
 from worker.service.serve import embedded
 from worker.settings import Settings
 
@@ -43,7 +45,7 @@ def main() -> int:
     secret = "whsec_" + b64encode(secrets.token_bytes(32)).decode()
     with tempfile.TemporaryDirectory(prefix="ralf-demo-") as work, receiver(secret) as inbox:
         settings = replace(
-            Settings.from_environment(os.environ),
+            with_model(Settings.from_environment()),
             work_dir=work,
             file_roots=(str(OUT / "clips"),),
             webhook_secrets=(f"default={secret}",),
@@ -59,6 +61,19 @@ def main() -> int:
     print(f"\nthe truth of the clips: {json.dumps(truths)}")
     print(f"pages: {OUT.relative_to(Path.cwd()) if OUT.is_relative_to(Path.cwd()) else OUT}/*.html")
     return 1 if missing else 0
+
+
+def with_model(settings: Settings) -> Settings:
+    """The settings as they are where their model is there, else those of one that knows nothing."""
+    try:
+        resolve(models_dir(settings), settings.model)
+    except ArtifactError as error:
+        say(f"{error}; publishing a model with untrained weights instead: its scores mean nothing")
+        place = OUT / "models"
+        made = publish_untrained(place)
+        promote(place, made.name, made.version)
+        return replace(settings, models_dir=str(place), model=made.name)
+    return settings
 
 
 def say(text: str) -> None:

@@ -39,6 +39,8 @@ TORCH_FREE = {
     "worker/report.py",
     "kernels/manifest.py",
     "kernels/artifact.py",
+    "kernels/disk.py",
+    "worker/telemetry.py",
     *(
         f"worker/service/{name}.py"
         for name in (
@@ -52,8 +54,19 @@ TORCH_FREE = {
             "download",
             "signing",
             "errand",
+            "ending",
+            "fetching",
+            "limits",
             "link",
+            "orders",
+            "procfs",
+            "stable",
+            "wire",
+            "sandbox",
+            "turnstile",
+            "shelf",
             "jobs",
+            "child",
             "egress",
             "fetch",
             "horse",

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.engine_torch import TorchEngine
 from worker.contract import (
     EarlyStop,
     Evidence,
@@ -291,9 +292,9 @@ class _Walk:
         if not kept:
             return Evidence()
         residuals = None
-        explain = getattr(self.parts.engine, "explain", None)
-        if explain is not None and self.ask.evidence.residuals:
-            residuals = explain(torch.stack([item.crop for item in kept])).residual
+        engine = self.parts.engine
+        if isinstance(engine, TorchEngine) and engine.explains and self.ask.evidence.residuals:
+            residuals = engine.explain(torch.stack([item.crop for item in kept])).residual
         logits = np.array([item.logit for item in kept], np.float32)
         scores = calibrated(logits, self.manifest.calibration).tolist()
         return Evidence(pictures=pictures(kept, names, scores, residuals))
