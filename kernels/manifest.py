@@ -30,7 +30,8 @@ class Finder(Strict):
     """How faces are looked for."""
 
     long_side: Annotated[int, Field(ge=128, le=8192)] = 640
-    """Frames are reduced so that their longer side is this, never enlarged."""
+    """Frames are reduced so that their longer side is this, or what shows min_face at 12 pixels if
+    that is more; never enlarged."""
     min_face: Annotated[int, Field(ge=12, le=2000)] = 48
     """Smallest face, in pixels of the source."""
 

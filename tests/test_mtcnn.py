@@ -3,6 +3,8 @@
 import io
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ import worker.media.mtcnn as finder_module
 from kernels.manifest import Finder
 from kernels.networks.mtcnn import WeightsMissing, pretrained, weights_path
 from tests.scenes import backdrop, frames_of, portrait, scene
+from worker.media.lanes import side_by_side
 from worker.media.mtcnn import Candidates, Mtcnn, reduced_size, smallest_wins
 from worker.media.pyramid import Level, bands, crops, integral, pyramid, shrink
 from worker.media.tracks import overlap
@@ -378,3 +381,27 @@ def test_a_frame_of_8k_is_ordinary(finder: Mtcnn):
 
     assert len(faces) == 2
     np.testing.assert_allclose(height, [80, 1400], rtol=0.35)
+
+
+def test_frames_run_side_by_side_with_the_same_answer(finder: Mtcnn):
+    """One lane or two, and torch's own setting is left as it was, for threads to come as well."""
+    frames = frames_of([scene(320, 240, [(10, 10, 60), (170, 20, 80)], seed=k) for k in range(3)])
+    alone = finder.find(frames)
+    torch.set_num_threads(2)
+    beside = finder.find(frames)
+    with ThreadPoolExecutor(1) as later:
+        counts = (torch.get_num_threads(), later.submit(torch.get_num_threads).result())
+
+    np.testing.assert_array_equal(alone.boxes, beside.boxes)
+    np.testing.assert_array_equal(alone.frame, beside.frame)
+    assert counts == (2, 2)
+
+
+def test_work_side_by_side_keeps_its_order_and_its_errors():
+    """Results come in the order of the work; an error in a lane is the caller's."""
+    torch.set_num_threads(2)
+
+    assert side_by_side([partial(int, text) for text in "3141"]) == [3, 1, 4, 1]
+    assert side_by_side([torch.get_num_threads] * 4) == [1] * 4
+    with pytest.raises(ValueError, match="invalid literal"):
+        side_by_side([partial(int, "1"), partial(int, "x")])

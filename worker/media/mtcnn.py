@@ -17,10 +17,11 @@ Boxes and landmarks come back in pixels of the source.  Boxes may reach over the
 FP32 throughout: on a CPU with bf16 in hardware, P-Net and R-Net are slower in it, and O-Net saves
 5 to 10 % of the whole.  Memory is bounded: frames go through a few at a time, large levels in
 bands, candidates in batches, and of each frame's candidates only the best so many go on.
+On a CPU frames run side by side, one to a core (lanes.py).
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 
 from kernels.manifest import Finder
 from kernels.networks.mtcnn import pretrained
+from worker.media.lanes import side_by_side
 from worker.media.pyramid import STRIDE, WINDOW, Level, bands, crops, integral, pyramid, shrink
 from worker.media.types import Faces, Frames
 
@@ -40,6 +42,7 @@ ACCEPT = (0.6, 0.7, 0.7)  # least P(face) after P-, R- and O-Net
 # long a frame), or what fills a GPU.
 PIXELS_A_PASS = {"cpu": 640 * 400, "cuda": 64 * 640 * 360}  # of reduced copies
 PIXELS_A_BAND = {"cpu": 640 * 400, "cuda": 64 * 640 * 360}  # of one level of the pyramid
+PIXELS_IN_LANES = 960 * 540  # a larger copy goes alone, and spreads over the cores inside
 CROPS_A_PASS = {"cpu": 64, "cuda": 4096}
 # Of one frame after P-Net, and after R-Net; 310 faces side by side give 6,500 and 720.
 MOST_PROPOSED, MOST_REFINED = 16_384, 2048
@@ -157,18 +160,17 @@ class Mtcnn:
         self._band = PIXELS_A_BAND[self.device.type]
         self._crops = CROPS_A_PASS[self.device.type]
 
-    @torch.inference_mode()
     def find(self, frames: Frames) -> Faces:
         """Every face of the chunk: frame by frame, the most confident first within one."""
         n, _, height, width = frames.pixels.shape
         rows, columns = reduced_size(height, width, self.finder)
-        least = self.finder.min_face * max(rows, columns) / max(height, width, 1)
-        zoom = np.array([width / columns, height / rows], np.float32)
         at_once = max(1, self._pixels // (rows * columns))
-        found = [
-            self._pass(self.reduced(frames.pixels[first : first + at_once]), least, zoom, first)
+        passes = [
+            partial(self._pass, frames.pixels[first : first + at_once], first)
             for first in range(0, n, at_once)
         ]
+        beside = self.device.type == "cpu" and rows * columns <= PIXELS_IN_LANES
+        found = side_by_side(passes) if beside else [one() for one in passes]
         if not found:
             return Faces.none()
         return Faces(
@@ -189,12 +191,18 @@ class Mtcnn:
             return smaller.round_().clamp_(0, 255).to(torch.uint8)
         return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
 
-    def _pass(self, copy: Tensor, least: float, zoom: NDArray[np.float32], first: int) -> Faces:
-        """The faces on a few reduced copies, in pixels of the source."""
+    @torch.inference_mode()
+    def _pass(self, pixels: Tensor, first: int) -> Faces:
+        """The faces of a few frames; `first` is the row of the first one in its chunk."""
+        _, _, height, width = pixels.shape
+        copy = self.reduced(pixels)
+        _, _, rows, columns = copy.shape
         sums = integral(copy)
+        least = self.finder.min_face * max(rows, columns) / max(height, width)
         found, landmarks = self._judge(sums, self._refine(sums, self._propose(sums, least)))
         keep = smallest_wins(found, 0.7)
         boxes, score, frame, points = (t.cpu().numpy()[keep] for t in (*found, landmarks))
+        zoom = np.array([width / columns, height / rows], np.float32)
         order = np.lexsort((-score, frame))
         return Faces(
             boxes=(boxes * np.tile(zoom, 2))[order],
