@@ -87,6 +87,16 @@ def test_a_delivered_one_is_gone(outbox, redis):
     assert not redis.keys("ralf:delivery:*")
 
 
+def test_an_untried_one_loses_one_attempt_however_often_it_is_given_back(outbox):
+    """The answer may be lost and the same be sent again; fewer than none would wait for a day."""
+    end_one(outbox)
+    [delivery] = outbox.take(1, 30.0, now=100.0)
+    outbox.put_off(delivery.id, 101.0)
+    outbox.put_off(delivery.id, 101.0)
+
+    assert outbox.take(1, 30.0, now=101.0)[0].attempts == 1
+
+
 def test_a_postponed_one_is_due_then(outbox):
     """Not before."""
     end_one(outbox)

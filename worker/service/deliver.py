@@ -44,8 +44,9 @@ BUSY = frozenset({429, 502, 503, 504})
 THREADS = 32
 SHARE = {"new": 4, "quick": THREADS, "slow": 1}
 SLOW_S = 2.0
-PUT_OFF_S = {"new": 0.5, "quick": 0.5, "slow": 15.0}
-"""How long a delivery waits that got no thread; it is not counted as tried."""
+PUT_OFF_S = 0.5
+"""How long a delivery waits that got no thread; it is not counted as tried.  For a slow endpoint
+three quarters of a push's timeout."""
 POLL_S = 0.5
 LEASE_SPARE_S = 10.0
 """A taken delivery is due again after three timeouts and this."""
@@ -117,8 +118,8 @@ class Deliverer:
             endpoint = _endpoint(delivery)
             manner = self._admitted(endpoint)
             if manner:
-                wait = PUT_OFF_S[manner] * random.uniform(0.5, 1.5)
-                self.outbox.put_off(delivery.id, now + wait)
+                wait = 0.75 * self.settings.webhook_timeout_s if manner == "slow" else PUT_OFF_S
+                self.outbox.put_off(delivery.id, now + wait * random.uniform(0.5, 1.5))
             else:
                 pool.submit(self._handle, delivery, endpoint)
         return len(taken)

@@ -87,7 +87,7 @@ class Errand:
         self.orders.stopped = ""
         if not self.body.fetches:
             return self._in_child(Path())
-        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self.link.folder))
+        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self.link.uploads))
         try:
             path, early = self._fetched(folder)
             return early or self._in_child(path)

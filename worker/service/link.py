@@ -13,12 +13,10 @@ import contextlib
 import fcntl
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ import structlog
 
 from worker.service import sandbox, wire
 from worker.service.jobs import Bodies
+from worker.service.ownfolder import OwnFolder
 from worker.service.procfs import cpu, rss
 from worker.settings import Settings
 
@@ -62,11 +61,12 @@ class Link:
         self.bodies: Bodies = bodies
         self.shared = shared is not None
         self.capacity = capacity
-        if shared is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="ralf-", dir=settings.work_dir or None))
-        else:
-            shared.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.folder = shared
+        self._own = OwnFolder(settings.work_dir)
+        self.uploads = self._own.path
+        """Where this parent's jobs are fetched to."""
+        self.folder = shared or self._own.path
+        """Where the child's socket lies."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.ready: wire.Ready | None = None
         self.refusal: str = ""
         """Why the last child could not load its model."""
@@ -287,8 +287,7 @@ class Link:
         if not self.shared:
             self.kill()
         self.closed()
-        if not self.shared:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._own.close()
 
     def _let_live(self) -> None:
         """A shared child outlives this link: it is not waited for, only reaped later."""

@@ -1,0 +1,45 @@
+"""A worker's private folder for uploads, which goes with it, even when it is killed.
+
+A folder holds a file `owner` that its owner keeps locked; the kernel lets go of the lock when the
+process dies, however it dies.  Whoever makes a folder first removes those beside it that nobody
+owns any more, so that a killed worker's half-fetched uploads do not fill the disk.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX = "ralf-"
+_OWNER = "owner"
+
+
+class OwnFolder:
+    """A new private folder; gone after close(), or when the next one is made after our death."""
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        place = Path(root or tempfile.gettempdir())
+        _sweep(place)
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        # Locked before it has the name that others look for, so that none can take it as unowned.
+        self._lock = (self.path / "owner.new").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        (self.path / "owner.new").rename(self.path / _OWNER)
+
+    def close(self) -> None:
+        """Remove it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _sweep(place: Path) -> None:
+    """Remove our folders there whose owners are dead; those of other users are left alone."""
+    for owner in place.glob(f"{PREFIX}*/{_OWNER}"):
+        with suppress(OSError):  # it is locked, or somebody else is removing it
+            if owner.lstat().st_uid != os.getuid() or owner.parent.is_symlink():
+                continue
+            with owner.open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(owner.parent, ignore_errors=True)
