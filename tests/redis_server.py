@@ -45,6 +45,7 @@ class RedisServer:
             "dir": self._folder.name,
             "save": "",
             "appendonly": "yes" if self._aof else "no",
+            "appendfsync": "always",  # everysec may hold an answered write back
             "loglevel": "warning",
         }
         command = [executable()]

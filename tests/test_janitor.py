@@ -1,6 +1,8 @@
 """Whatever a dead process left is found, and put back once."""
 
 import threading
+import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -47,6 +49,27 @@ def test_a_killed_workers_job_runs_again_within_a_minute(store, janitor):
     assert not early
     assert report.lost == {"j1": "retried"}
     assert claim(store, now=136.0).alone
+
+
+def test_after_an_outage_a_running_job_is_not_taken_for_lost(redis):
+    """Nobody could beat, nor sweep: who runs may say so first; who is dead is found later."""
+    store = Store(redis, replace(SETTINGS, heartbeat_ttl_s=0.6, janitor_every_s=0.1))
+    janitor = Janitor(store, store.settings)
+    store.submit([a_job("1"), a_job("2")])
+    well, dead = claim(store), claim(store)
+    assert janitor.run_if_due() is not None
+    time.sleep(0.7)
+    report = janitor.run_if_due()
+    assert report is not None
+    assert report.lost == {}
+    assert store.beat(well) == "go_on"
+    time.sleep(0.2)
+    assert not janitor.run_if_due()
+    time.sleep(0.2)
+    found = janitor.run_if_due()
+
+    assert found is not None
+    assert found.lost == {dead.job_id: "retried"}
 
 
 def test_a_worker_that_beats_keeps_its_job(store, janitor):

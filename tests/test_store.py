@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from redis.client import Pipeline
 from rq import Queue
 from rq.job import Job as RqJob
 from rq.serializers import JSONSerializer
@@ -540,6 +541,25 @@ def test_a_client_rides_out_a_restart_of_redis():
         assert store.status("j1").state == "succeeded"
     finally:
         server.stop()
+
+
+def test_a_submission_survives_a_redis_that_lost_its_script(
+    store, redis, monkeypatch
+):
+    """Restarted after redis-py gave it the script and before the jobs came."""
+    load = Pipeline.load_scripts
+    flushed = []
+
+    def load_and_lose(self: Pipeline) -> None:
+        load(self)
+        if not flushed:
+            flushed.append(redis.script_flush())
+
+    monkeypatch.setattr(Pipeline, "load_scripts", load_and_lose)
+    made = store.submit([a_job("1"), a_job("2")])
+
+    assert flushed
+    assert [one.state for one in made] == ["queued", "queued"]
 
 
 def test_redis_clock_decides_what_is_late(store):

@@ -14,6 +14,9 @@ Each step is a script that looks again before it moves anything, so any number o
 one in every parent, and `ralf janitor` alone.  Within settings.janitor_every_s only one of them
 sweeps, to save work; safety does not rest on that.  With a lease of 30 s and a sweep each 5 s a job
 of a killed worker runs again within 36 s, a popped one within 26 s.
+
+After an outage of Redis every lease has run out while every worker was well.  When nobody swept for
+half a lease, the running jobs get half a lease more before they are lost.
 """
 
 import threading
@@ -74,7 +77,10 @@ class Janitor:
         """One sweep, unless another janitor swept within settings.janitor_every_s."""
         key = self.store.key("janitor")
         every_ms = max(1, int(self.settings.janitor_every_s * 900))
-        return self.run_once() if self.store.redis.set(key, "1", nx=True, px=every_ms) else None
+        if not self.store.redis.set(key, "1", nx=True, px=every_ms):
+            return None
+        self.store.call("awake", None)
+        return self.run_once()
 
     def run_forever(self, stop: threading.Event) -> None:
         """Sweep until told to stop; an outage of Redis is waited out."""

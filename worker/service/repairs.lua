@@ -12,6 +12,23 @@ function op.due(now)
   return ids
 end
 
+-- Before a sweep. When none was for long, Redis or all janitors were away and nobody could beat, or
+-- be missed: who runs gets time to say so before he is taken for dead, and his job for a killer.
+function op.awake(now)
+  local last = redis.call('GET', P .. 'swept')
+  redis.call('SET', P .. 'swept', now)
+  if not last or now - tonumber(last) <= C.lease / 2 then return 0 end
+  local spared, grace = 0, now + C.lease / 2
+  for _, priority in ipairs(C.priorities) do
+    local running = P .. 'running:' .. priority
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', running, '-inf', grace)) do
+      redis.call('ZADD', running, grace, id)
+      spared = spared + 1
+    end
+  end
+  return spared
+end
+
 function op.lost(now)
   local report = {}
   for _, priority in ipairs(C.priorities) do
@@ -127,9 +144,10 @@ function op.take(now, limit, lease)
   return taken
 end
 
--- Give a taken delivery back untried.
+-- Give a taken delivery back untried; sent twice, it takes one attempt off.
 function op.put_off(now, id, at)
-  if not redis.call('ZSCORE', P .. 'outbox', id) then return 0 end
+  local due = redis.call('ZSCORE', P .. 'outbox', id)
+  if not due or tonumber(due) == tonumber(at) then return 0 end
   redis.call('ZADD', P .. 'outbox', at, id)
   redis.call('HINCRBY', P .. 'delivery:' .. id, 'attempts', -1)
   return 1

@@ -5,6 +5,7 @@ each call names one operation, which is one atomic step.
 """
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -18,6 +19,7 @@ from worker.settings import Settings
 PRIORITIES: tuple[Priority, ...] = ("high", "default")
 RQ_TTL_S = 3600
 """What RQ shows of an ended job is kept for so long."""
+TRIES = 3
 
 
 def connect(url: str, *, attempts: int = 10) -> Redis:
@@ -48,6 +50,23 @@ class Script:
         at = "" if now is None else repr(now)
         client = self._redis if client is None else client
         return self._script(args=[operation, at, *arguments], client=client)
+
+    def run_many(self, operation: str, now: float | None, calls: Sequence[Sequence[Any]]) -> Any:
+        """One operation for each list of arguments, in one round trip.
+
+        redis-py gives Redis the script before it sends them, and sends them again, without it, to
+        a Redis that was started anew meanwhile; so this begins again.  All may be sent twice.
+        """
+        for left in reversed(range(TRIES)):
+            with self._redis.pipeline(transaction=False) as pipe:
+                for arguments in calls:
+                    self.run(operation, now, *arguments, client=pipe)
+                try:
+                    return pipe.execute()
+                except exceptions.NoScriptError:
+                    if not left:
+                        raise
+        raise AssertionError  # the last try returns or raises
 
 
 def queue_prefix(settings: Settings) -> str:

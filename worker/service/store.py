@@ -21,8 +21,8 @@ What lies where, under settings.redis_prefix: token:TENANT:TOKEN, job:ID, verdic
 pending:PRIORITY:TENANT, turn:PRIORITY (tenants in turn), waiting:PRIORITY and running:PRIORITY
 (zsets of queued and running jobs), due, deadlines, popped, verdicts (stream), outbox, dead,
 delivery:ID, endpoints:disabled, crashes:job:ID, crashes:file:SHA, quarantine, session:TENANT:ID,
-sessions:changed; channel watch:ID.  Beside them RQ's own: rq:job:ID and rq:queue:ralf-PRIORITY hold
-an id and a function's name, as JSON; the job itself is ours.
+sessions:changed, swept; channel watch:ID.  Beside them RQ's own: rq:job:ID and
+rq:queue:ralf-PRIORITY hold an id and a function's name, as JSON; the job itself is ours.
 
 Time is Redis' own unless a test passes `now`.  One Redis (6.2 or later), with persistence on and
 `noeviction`; not a Redis Cluster, since one script touches keys of many hash slots.
@@ -99,11 +99,8 @@ class Store:
         """Store and queue each job, in order, in one round trip; see `Submitted`."""
         if not jobs:
             return []
-        with self.redis.pipeline(transaction=False) as pipe:
-            for job in jobs:
-                name = function or self.function
-                self._script.run("submit", now, *_submission(job, name), client=pipe)
-            replies = pipe.execute()
+        calls = [_submission(job, function or self.function) for job in jobs]
+        replies = self._script.run_many("submit", now, calls)
         return [Submitted.read(job, reply) for job, reply in zip(jobs, replies, strict=True)]
 
     def cancel(self, job_id: str, *, now: float | None = None) -> State | None:
