@@ -18,7 +18,7 @@ Fusing ReLU and sum into oneDNN's convolutions was tried and gained nothing: ari
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from kernels.artifact import Artifact, Golden
 from kernels.engine import EngineError, Precision, check_crops, check_precision
+from kernels.lanes import side_by_side
 from kernels.manifest import Manifest
 from kernels.networks import build
 from kernels.networks.ralf import Explanation
@@ -100,8 +101,13 @@ class TorchEngine:
         check_crops(crops, self.artifact)
         if not len(crops):
             return torch.zeros(0)
-        parts = [self.network(part.to(self.device)) for part in batches(crops, self.max_batch)]
-        return torch.cat(parts).float().cpu()
+        if self.device != "cpu":
+            parts = [self.network(part.to(self.device)) for part in batches(crops, self.max_batch)]
+            return torch.cat(parts).float().cpu()
+        # as many lanes as cores, each with its share, in batches no larger than the bound
+        share = -(-len(crops) // torch.get_num_threads())
+        pieces = batches(crops, min(self.max_batch, share))
+        return torch.cat(side_by_side([partial(_alone, self.network, one) for one in pieces]))
 
     @torch.inference_mode()
     def explain(self, crops: Tensor) -> Explanation:
@@ -116,6 +122,13 @@ class TorchEngine:
         parts = [network.explain(b.to(self.device)) for b in batches(wanted, self.max_batch)]
         columns = zip(*parts, strict=True)
         return Explanation(*(torch.cat(column)[: len(crops)].float().cpu() for column in columns))
+
+
+def _alone(network: nn.Module, crops: Tensor) -> Tensor:
+    """One lane's piece; inference mode belongs to the thread that entered it."""
+    with torch.inference_mode():
+        logits: Tensor = network(crops)
+        return logits.float()
 
 
 def batches(crops: Tensor, most: int) -> Iterator[Tensor]:

@@ -22,10 +22,10 @@ from PIL import Image
 
 import kernels.networks.mtcnn as networks
 import worker.media.mtcnn as finder_module
+from kernels.lanes import side_by_side
 from kernels.manifest import Finder
 from kernels.networks.mtcnn import WeightsMissing, pretrained, weights_path
 from tests.scenes import backdrop, frames_of, portrait, scene
-from worker.media.lanes import side_by_side
 from worker.media.mtcnn import Candidates, Mtcnn, reduced_size, smallest_wins
 from worker.media.pyramid import Level, bands, crops, integral, pyramid, shrink
 from worker.media.tracks import overlap

@@ -17,7 +17,8 @@ from PIL import Image
 from kernels.bench import Record, interleave, machine
 from kernels.engine_torch import restore
 from kernels.manifest import InputContract
-from worker.contract import Sampling
+from worker import telemetry
+from worker.contract import EvidencePolicy, Sampling
 from worker.media.decode_pyav import PyavDecoder
 from worker.media.probe import probe
 from worker.media.sampling import plan
@@ -40,13 +41,16 @@ def run_scan(args: argparse.Namespace) -> int:
         )
         return 2
     settings = Settings.from_environment()
+    telemetry.configure(settings)
     parts = load(settings, model=args.model, device="cpu")
     sampling = Sampling(mode="uniform", max_frames=args.frames)
     plain = PlainWay(parts, sampling)
     found: dict[str, Any] = {}
 
+    ask = Ask(sampling=sampling, evidence=EvidencePolicy(thumbnails=False))  # as scan --json
+
     def ours() -> None:
-        verdict, _ = analyze(clip, parts, ask=Ask(sampling=sampling))
+        verdict, _ = analyze(clip, parts, ask=ask)
         found["faces"], found["stages_ms"] = verdict.made.faces, verdict.made.stages_ms
 
     def theirs() -> None:

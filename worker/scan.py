@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from worker import telemetry
-from worker.contract import Evidence, Sampling, Verdict, dump
+from worker.contract import Evidence, EvidencePolicy, Sampling, Verdict, dump
 from worker.errors import JobError
 from worker.files import write_whole
 from worker.pipeline import Ask, Partial, analyze
@@ -43,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
     telemetry.configure(replace(settings, log_level=os.environ.get("RALF_LOG_LEVEL", "warning")))
     report = _report_target(args.report, len(files))
     parts = load(settings, model=args.model, device=args.device, min_face=args.min_face)
-    ask = Ask(sampling=_sampling(args, parts))
+    # pictures are only for the page
+    wanted = EvidencePolicy(thumbnails=report is not None)
+    ask = Ask(sampling=_sampling(args, parts), evidence=wanted)
     worst = 0
     for file in files:
         try:

@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 
+from kernels.lanes import side_by_side
 from kernels.manifest import Finder
 from kernels.networks.mtcnn import pretrained
-from worker.media.lanes import side_by_side
 from worker.media.pyramid import STRIDE, WINDOW, Level, bands, crops, integral, pyramid, shrink
 from worker.media.types import Faces, Frames
 
