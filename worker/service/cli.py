@@ -366,9 +366,14 @@ def _chaos(subparsers: Any) -> None:
         "chaos", help="kill things at random under load and prove that nothing was lost"
     )
     chaos.add_argument("--jobs", type=int, default=300)
-    chaos.add_argument("--workers", type=int, default=2)
+    chaos.add_argument(
+        "--workers", type=int, default=3, help="two or more; the last serves the high pool"
+    )
     chaos.add_argument("--seed", type=int, default=0)
-    chaos.add_argument("--minutes", type=float, default=10.0, help="give up after so long")
+    chaos.add_argument("--minutes", type=float, help="give up after so long (10, or 60)")
+    chaos.add_argument(
+        "--default-timings", action="store_true", help="leases and delays as in production"
+    )
     chaos.set_defaults(run=_run_chaos)
 
 

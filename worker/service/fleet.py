@@ -1,0 +1,226 @@
+"""The processes of a chaos run, and the small supervisor that starts each again when it ends.
+
+A post is one process that should be there: the Redis, a worker, a janitor, a deliverer.  tend()
+fills empty posts and keeps what is worth knowing of an end that nobody caused.  Redis writes its
+append-only file with `appendfsync always`: what it acknowledged is on disk before the answer, so a
+kill -9 may take nothing back.  With `everysec` it may hold a write back while an fsync is under
+way, and chaos could not tell that loss from one of ours.
+
+Each process dies with whoever runs the fleet; each has a session of its own, so that a Ctrl-C
+reaches only that one, who stops them in order.  Needs Linux, for /proc and for that.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from redis.exceptions import RedisError
+
+from worker.contract import Priority
+from worker.errors import Infrastructure
+from worker.service.serve import as_environment, redis_server
+from worker.service.store import connect
+from worker.settings import Settings
+
+Role = Literal["redis", "worker", "janitor", "deliverer"]
+START_S = 30.0
+NO_REDIS = 5
+"""Exit status of a process that could not reach Redis when it started."""
+_LOG_TAIL = 1500
+
+
+class FleetFailed(Infrastructure):
+    """A process of the run did not come up."""
+
+
+@dataclass
+class Post:
+    """One process that should be there."""
+
+    name: str
+    role: Role
+    command: list[str]
+    log: Path
+    process: "subprocess.Popen[bytes] | None" = None
+    empty_until: float = 0.0
+    """Not filled before then."""
+    leaving: bool = False
+    """It was told to stop, or killed: its end is no surprise."""
+    starts: int = 0
+
+    @property
+    def pid(self) -> int:
+        """Of the process; 0 when the post is empty."""
+        return self.process.pid if self.process is not None and self.process.poll() is None else 0
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """A process that ended by itself."""
+
+    name: str
+    status: int
+    log: str
+
+
+@dataclass
+class Fleet:
+    """A Redis and everything that works on it, in one folder."""
+
+    settings: Settings
+    folder: Path
+    posts: list[Post] = field(default_factory=list)
+    surprises: list[Surprise] = field(default_factory=list)
+    stubborn: list[str] = field(default_factory=list)
+    """Posts that SIGTERM did not end in time."""
+
+    def add(self, role: Role, *arguments: str) -> Post:
+        """One more post, filled at the next tend()."""
+        number = sum(post.role == role for post in self.posts)
+        name = f"{role}-{number}"
+        post = Post(name, role, list(arguments), self.folder / f"{name}.log")
+        self.posts.append(post)
+        return post
+
+    def of(self, role: Role) -> list[Post]:
+        """The posts of a role."""
+        return [post for post in self.posts if post.role == role]
+
+    def tend(self) -> None:
+        """Fill every post that is empty and may be filled."""
+        for post in self.posts:
+            if post.pid or time.monotonic() < post.empty_until:
+                continue
+            if post.process is not None and not post.leaving:
+                self.surprises.append(Surprise(post.name, post.process.returncode, _tail(post.log)))
+            self._fill(post)
+
+    def _fill(self, post: Post) -> None:
+        head = [sys.executable, "-m", "worker.service.serve", "--parent", str(os.getpid())]
+        with post.log.open("ab") as log:
+            post.process = subprocess.Popen(
+                [*head, *post.command],
+                env=self._environment(),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        post.leaving, post.starts = False, post.starts + 1
+
+    def _environment(self) -> Mapping[str, str]:
+        environment = as_environment(self.settings, os.environ)
+        root = str(Path(__file__).resolve().parent.parent.parent)
+        path = environment.get("PYTHONPATH")
+        return environment | {"PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+
+    def signal(self, post: Post, number: signal.Signals, *, empty_s: float = 0.0) -> bool:
+        """Send it to the post's process, which may stay away so long; False when there is none."""
+        if not post.pid or post.process is None:
+            return False
+        if number in (signal.SIGKILL, signal.SIGTERM):
+            post.leaving = True
+            post.empty_until = time.monotonic() + empty_s
+        post.process.send_signal(number)
+        if number == signal.SIGKILL:
+            post.process.wait()
+        return True
+
+    def wait_for_redis(self) -> None:
+        """Until it answers; raises FleetFailed when it does not."""
+        end = time.monotonic() + START_S
+        client = connect(self.settings.redis_url, attempts=0)
+        try:
+            while True:
+                with suppress(RedisError):
+                    client.ping()
+                    return
+                if time.monotonic() > end:
+                    log = _tail(self.of("redis")[0].log)
+                    raise FleetFailed(f"Redis did not answer within {START_S:g} s: {log}")
+                self.tend()
+                time.sleep(0.05)
+        finally:
+            client.close()
+
+    def stop(self, *roles: Role) -> None:
+        """SIGTERM all of these roles' processes, then SIGKILL those that take too long."""
+        going = [post for post in self.posts if post.role in roles and post.process is not None]
+        for post in going:
+            post.leaving = True
+            if post.pid and post.process is not None:
+                post.process.send_signal(signal.SIGCONT)
+                post.process.terminate()
+        end = time.monotonic() + self.settings.grace_s + 15.0
+        for post in going:
+            assert post.process is not None
+            try:
+                post.process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.stubborn.append(post.name)
+                post.process.kill()
+                post.process.wait()
+
+
+def child_of(pid: int) -> int:
+    """The warm child of a worker; 0 when it has none."""
+    with suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if b"worker.service.child" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    return 0
+
+
+@contextmanager
+def redis_alone(settings: Settings, folder: Path, *, durable: bool) -> Iterator[Fleet]:
+    """A Redis at settings.redis_url while the block runs, and whatever is added to it."""
+    fleet = Fleet(settings, folder)
+    options = {
+        "port": "0",
+        "unixsocket": settings.redis_url.removeprefix("unix://"),
+        "unixsocketperm": "700",
+        "dir": str(folder),
+        "save": "",
+        "appendonly": "yes" if durable else "no",
+        "appendfsync": "always",
+        "maxmemory-policy": "noeviction",
+        "loglevel": "warning",
+    }
+    given = (part for name, value in options.items() for part in (f"--{name}", value))
+    fleet.add("redis", "run", redis_server(), *given)
+    try:
+        fleet.tend()
+        fleet.wait_for_redis()
+        yield fleet
+    finally:
+        fleet.stop("worker", "janitor", "deliverer")
+        fleet.stop("redis")
+
+
+@contextmanager
+def running(
+    settings: Settings, folder: Path, *, workers: Mapping[Priority, int]
+) -> Iterator[Fleet]:
+    """A durable Redis, workers with test bodies, a janitor and a deliverer; stopped in any case."""
+    with redis_alone(settings, folder, durable=True) as fleet:
+        for priority, count in workers.items():
+            for _ in range(count):
+                fleet.add("worker", "worker", "--bodies", "test", "--priority", priority)
+        fleet.add("janitor", "janitor")
+        fleet.add("deliverer", "deliver")
+        fleet.tend()
+        yield fleet
+
+
+def _tail(log: Path) -> str:
+    with suppress(OSError):
+        return log.read_bytes()[-_LOG_TAIL:].decode(errors="replace")
+    return ""
