@@ -45,7 +45,7 @@ SHORT: dict[str, Any] = {
     "heartbeat_ttl_s": 5.0,
     "janitor_every_s": 0.5,
     "reclaim_after_s": 2.0,
-    "hang_s": 4.0,
+    "hang_s": 3.0,
     "retry_delays_s": (0.2, 0.6),
     "grace_s": 3.0,
     "child_max_jobs": 20,
@@ -54,8 +54,10 @@ SHORT: dict[str, Any] = {
 }
 """Settings of a run that takes minutes."""
 BRIEF = Tempo(gap_s=1.2, redis_down_s=2.0, process_down_s=0.5)
-LONG = Tempo(gap_s=15.0, redis_down_s=15.0, process_down_s=5.0)
-CALM_SHARE = 0.9
+LONG = Tempo(gap_s=10.0, redis_down_s=15.0, process_down_s=5.0)
+STRETCH = 10.0
+"""With the timings of production the jobs are longer too, or no blow would hit one."""
+CALM_SHARE = 0.75
 """When so many jobs have ended, and all was sent, the storm is over and the rest may end."""
 TURN_S = 0.05
 TELL_S = 5.0
@@ -81,7 +83,7 @@ class Plan:
     @property
     def upload_s(self) -> float:
         """The jobs come in over so long."""
-        return self.jobs * (1.5 if self.default_timings else 0.2)
+        return self.jobs * (2.0 if self.default_timings else 0.2)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,7 +134,12 @@ def chaos(plan: Plan) -> dict[str, Any]:
         client = Client(connect(settings.redis_url, attempts=3), settings)
         stack.callback(client.close)
         uploader = Uploader(
-            client, receiver, count=plan.jobs, seconds=plan.upload_s, seed=plan.seed
+            client,
+            receiver,
+            count=plan.jobs,
+            seconds=plan.upload_s,
+            stretch=STRETCH if plan.default_timings else 1.0,
+            seed=plan.seed,
         )
         fleet = stack.enter_context(running(settings, folder, workers=priorities(plan.workers)))
         stack.callback(uploader.stop)

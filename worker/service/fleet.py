@@ -31,6 +31,7 @@ from worker.settings import Settings
 
 Role = Literal["redis", "worker", "janitor", "deliverer"]
 START_S = 30.0
+STILLBORN = 5
 NO_REDIS = 5
 """Exit status of a process that could not reach Redis when it started."""
 _LOG_TAIL = 1500
@@ -54,6 +55,9 @@ class Post:
     leaving: bool = False
     """It was told to stop, or killed: its end is no surprise."""
     starts: int = 0
+    started: float = 0.0
+    stillborn: int = 0
+    """How often in a row it ended by itself soon after its start."""
 
     @property
     def pid(self) -> int:
@@ -94,13 +98,21 @@ class Fleet:
         return [post for post in self.posts if post.role == role]
 
     def tend(self) -> None:
-        """Fill every post that is empty and may be filled."""
+        """Fill every post that is empty and may be filled; raises FleetFailed."""
         for post in self.posts:
             if post.pid or time.monotonic() < post.empty_until:
                 continue
             if post.process is not None and not post.leaving:
-                self.surprises.append(Surprise(post.name, post.process.returncode, _tail(post.log)))
+                self._wonder(post, post.process.returncode)
             self._fill(post)
+
+    def _wonder(self, post: Post, status: int) -> None:
+        """Nobody ended it; one that never gets up ends the run."""
+        self.surprises.append(Surprise(post.name, status, _tail(post.log)))
+        soon = time.monotonic() - post.started < START_S
+        post.stillborn = post.stillborn + 1 if soon else 0
+        if post.stillborn > STILLBORN:
+            raise FleetFailed(f"{post.name} ends with {status} each time: {_tail(post.log)}")
 
     def _fill(self, post: Post) -> None:
         head = [sys.executable, "-m", "worker.service.serve", "--parent", str(os.getpid())]
@@ -114,7 +126,7 @@ class Fleet:
                 stderr=log,
                 start_new_session=True,
             )
-        post.leaving, post.starts = False, post.starts + 1
+        post.leaving, post.starts, post.started = False, post.starts + 1, time.monotonic()
 
     def _environment(self) -> Mapping[str, str]:
         environment = as_environment(self.settings, os.environ)

@@ -63,8 +63,10 @@ KINDS: Mapping[str, Kind] = {
 
 def mix(count: int, rng: random.Random) -> list[str]:
     """So many kinds in a random order, each by its share and, if there is room, at least once."""
-    chosen = [name for name, kind in KINDS.items() for _ in range(max(1, int(kind.share * count)))]
-    chosen += ["trivial"] * (count - len(chosen))
+    more = [name for name, kind in KINDS.items() for _ in range(int(kind.share * count) - 1)]
+    more += ["trivial"] * (count - len(KINDS) - len(more))
+    rng.shuffle(more)
+    chosen = [*KINDS, *more[: max(0, count - len(KINDS))]]
     rng.shuffle(chosen)
     return chosen[:count]
 
@@ -80,13 +82,21 @@ class Wish:
 
 
 class Uploader:
-    """Sends all jobs over about `seconds` in a thread of its own, and writes down the answers."""
+    """Sends all jobs over about `seconds` in a thread of its own, and writes down the answers;
+    `stretch` makes the jobs, their deadlines and the waits before cancels so many times longer."""
 
     def __init__(
-        self, client: Client, receiver: Receiver, *, count: int, seconds: float, seed: int
+        self,
+        client: Client,
+        receiver: Receiver,
+        *,
+        count: int,
+        seconds: float,
+        stretch: float = 1.0,
+        seed: int = 0,
     ) -> None:
         self._client, self._receiver = client, receiver
-        self._seconds = seconds
+        self._seconds, self._stretch = seconds, stretch
         self._random = random.Random(seed)
         self._stop = threading.Event()
         self._wishes = [self._wish(n, k) for n, k in enumerate(mix(count, self._random))]
@@ -131,11 +141,14 @@ class Uploader:
         job = request(
             f"https://media.example/{number}.mp4",
             token=f"upload-{number}",
-            tag=f"{name}:{rng.uniform(*kind.seconds):.2f}" if kind.seconds else None,
+            tag=f"{name}:{self._between(*kind.seconds):.2f}" if kind.seconds else None,
             tenant=rng.choice(TENANTS),
             priority=rng.choices(("default", "high"), (0.7, 0.3))[0],
         )
         return Wish(job, name, jobs.PREFIX + kind.body, [])
+
+    def _between(self, least: float, most: float) -> float:
+        return self._stretch * self._random.uniform(least, most)
 
     def _run(self) -> None:
         """Batches at even steps, cancels as they come due, some tokens once more."""
@@ -160,12 +173,12 @@ class Uploader:
             self._submit(same)
             for wish in same:
                 if KINDS[wish.kind].cancelled:
-                    self._cancels.append((time.monotonic() + self._random.uniform(0.0, 2.5), wish))
+                    self._cancels.append((time.monotonic() + self._between(0.0, 2.5), wish))
 
     def _with_deadline(self, wish: Wish) -> Job:
         if not KINDS[wish.kind].deadline:
             return wish.job
-        moment = datetime.now(UTC) + timedelta(seconds=self._random.uniform(0.2, 6.0))
+        moment = datetime.now(UTC) + timedelta(seconds=self._between(0.2, 6.0))
         return wish.job.model_copy(update={"deadline": moment})
 
     def _with_callback(self, job: Job) -> Job:
