@@ -22,11 +22,11 @@ from typing import Any
 from standardwebhooks import Webhook
 
 from kernels.artifact import ArtifactError, promote, resolve
+from kernels.disk import replace_text
 from kernels.untrained import publish_untrained
 from train.samples import make_samples
 from worker.client import Client, connect
 from worker.contract import Callback, Verdict
-from worker.files import write_whole
 from worker.report import page
 from worker.runtime import models_dir
 from worker.service.serve import embedded
@@ -152,7 +152,7 @@ def moderate(client: Client, files: list[str], inbox: Inbox) -> int:
         )
         for warning in verdict.warnings:
             print(f"{'':16} ! {warning}", flush=True)
-        write_whole(OUT / f"{jobs[job_id]}.html", page(verdict, client.evidence(job_id)))
+        replace_text(OUT / f"{jobs[job_id]}.html", page(verdict, client.evidence(job_id)))
     return missing
 
 

@@ -90,13 +90,22 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_lines(path: Path, lines: list[str]) -> None:
-    """A small text file, old or new, never between."""
-    staging = path.with_name(f".{path.name}.new")
+def replace_text(path: Path, text: str) -> None:
+    """A text file, old or new, never between; nothing else stays behind."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
     staging.unlink(missing_ok=True)
-    write(staging, "".join(f"{line}\n" for line in lines).encode())
-    staging.replace(path)
+    try:
+        write(staging, text.encode())
+        staging.replace(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
+
+
+def replace_lines(path: Path, lines: list[str]) -> None:
+    """The same, a line each."""
+    replace_text(path, "".join(f"{line}\n" for line in lines))
 
 
 @contextmanager

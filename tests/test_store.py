@@ -14,6 +14,7 @@ from rq.serializers import JSONSerializer
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
 from tests.redis_server import RedisServer
 from worker.contract import Callback, EvidencePolicy, Media, Progress
+from worker.service.outbox import Outbox
 from worker.service.records import Claim
 from worker.service.store import Store, connect
 from worker.settings import Settings
@@ -265,6 +266,17 @@ class TestEnd:
             redis.ttl(f"ralf:{kind}:j1") // 86400 for kind in ("job", "verdict", "evidence")
         ] == [30, 30, 7]
         assert store.counts().running == {"default": 0, "high": 0}
+
+    def test_the_trace_reaches_the_stream_and_the_push(self, store, redis):
+        """Whoever consumes the verdict can join it to the trace of the upload."""
+        trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+        store.submit([a_job(traceparent=trace, callback=Callback(url="https://a.b/c"))])
+        store.end(claim(store), a_verdict())
+        [(_, entry)] = redis.xrange("ralf:verdicts")
+        [push] = Outbox(store).take(1, 60.0)
+
+        assert json.loads(entry[b"data"])["traceparent"] == trace
+        assert push.data["traceparent"] == trace
 
     def test_the_second_end_changes_nothing(self, store):
         """Not from the same worker, nor with another outcome."""
@@ -543,9 +555,7 @@ def test_a_client_rides_out_a_restart_of_redis():
         server.stop()
 
 
-def test_a_submission_survives_a_redis_that_lost_its_script(
-    store, redis, monkeypatch
-):
+def test_a_submission_survives_a_redis_that_lost_its_script(store, redis, monkeypatch):
     """Restarted after redis-py gave it the script and before the jobs came."""
     load = Pipeline.load_scripts
     flushed = []

@@ -61,8 +61,6 @@ def run(args: argparse.Namespace) -> int:
 def settings_shown(settings: Settings) -> Iterator[tuple[str, str]]:
     """Each environment variable and its value; secrets as their count."""
     for part in dataclasses.fields(settings):
-        if part.name == "extra":
-            continue
         value = getattr(settings, part.name)
         if part.name == "webhook_secrets":
             value = f"{len(value)} secrets"

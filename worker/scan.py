@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from kernels.disk import replace_text
 from worker import telemetry
 from worker.contract import Evidence, EvidencePolicy, Sampling, Verdict, dump
 from worker.errors import JobError
-from worker.files import write_whole
 from worker.pipeline import Ask, Partial, analyze
 from worker.report import page
 from worker.runtime import Parts, load
@@ -112,7 +112,7 @@ def _report_target(target: str | None, count: int) -> Callable[[Path], Path] | N
 
 
 def _write_page(place: Path, verdict: Verdict, evidence: Evidence) -> None:
-    write_whole(place, page(verdict, evidence))
+    replace_text(place, page(verdict, evidence))
     print(f"page: {place}", file=sys.stderr)
 
 

@@ -6,7 +6,7 @@ with their values. A value that does not parse is an error that names the variab
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 GIB = 1024**3
@@ -120,14 +120,12 @@ class Settings:
     log_level: str = "info"
     log_format: str = "auto"
 
-    extra: Mapping[str, str] = field(default_factory=dict, repr=False)
-
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":
         """Read RALF_* once; unknown RALF_ names are refused so that a typo cannot hide."""
         env = os.environ if environment is None else environment
         hints = get_type_hints(cls)
-        known = {f"RALF_{f.name.upper()}": f.name for f in fields(cls) if f.name != "extra"}
+        known = {f"RALF_{f.name.upper()}": f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for name, text in env.items():
             if name in known:

@@ -144,8 +144,8 @@ def _shown(status: Any) -> dict[str, Any]:
 
 
 def _run_result(args: argparse.Namespace) -> int:
+    from kernels.disk import replace_text
     from worker.contract import Evidence, dump
-    from worker.files import write_whole
     from worker.report import page
 
     with _client(args) as client:
@@ -153,7 +153,7 @@ def _run_result(args: argparse.Namespace) -> int:
         print(dump(verdict), flush=True)
         if args.report:
             kept = client.store.evidence(args.job)
-            write_whole(Path(args.report), page(verdict, kept or Evidence()))
+            replace_text(Path(args.report), page(verdict, kept or Evidence()))
     return 0
 
 

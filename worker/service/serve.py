@@ -225,7 +225,7 @@ def _start_redis(stack: ExitStack, settings: Settings, folder: Path, data: Path 
         "save": "",
         "appendonly": "yes" if data else "no",
         "maxmemory-policy": "noeviction",
-        "loglevel": "warning",
+        "logfile": str(folder / "redis.log"),
     }
     command = [redis_server()]
     for name, value in options.items():
@@ -291,8 +291,6 @@ def as_environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, 
     environment = {name: value for name, value in outside.items() if not name.startswith("RALF_")}
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if field.name == "extra":
-            continue
         if isinstance(value, tuple):
             text = ",".join(map(str, value))
         else:

@@ -141,6 +141,8 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
   data.job_id, data.tenant, data.state = id, job.tenant, state
   data.tag = job.tag ~= '' and job.tag or cjson.null
   if job.session ~= '' then data.session = cjson.decode(job.session) end
+  local trace = cjson.decode(redis.call('HGET', key, 'document')).traceparent
+  if trace and trace ~= cjson.null then data.traceparent = trace end
   local text = cjson.encode(data)
   redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', event, 'job_id', id,
     'tenant', job.tenant, 'data', text)
