@@ -15,7 +15,7 @@ demo: $(VENV)/ready
 	$(RUN)/python demo/demo.py
 
 test: $(VENV)/ready
-	$(RUN)/pytest
+	OMP_NUM_THREADS=1 $(RUN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/ready
 	$(RUN)/ruff check .
