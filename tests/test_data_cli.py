@@ -112,7 +112,7 @@ def test_evaluate_writes_table_videos_and_page(folder, tmp_path, capsys):
 
 def test_an_unknown_table_or_model_is_a_refusal(folder, tmp_path, capsys):
     """With what there is."""
-    assert ralf("evaluate", "nobody", "--data", folder, "--models-dir", tmp_path) == 2
+    assert ralf("evaluate", "nobody", "--data", folder, "--models", tmp_path) == 2
     assert "ralf train" in capsys.readouterr().err
     run = run_folder(tmp_path)
     assert ralf("evaluate", run, "--data", folder, "--table", "beauty") == 2

@@ -63,7 +63,9 @@ def evaluate_commands(subparsers: Commands, refusing: Refusing) -> None:
     parser.add_argument("--frames", type=int, help="frames of each video (the model's own)")
     parser.add_argument("--limit", type=int, help="only so many videos of each class")
     parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--models-dir", type=Path, metavar="DIR", help="where models lie")
+    parser.add_argument(
+        "--models", dest="judged_in", type=Path, metavar="DIR", help="where models lie"
+    )
     parser.add_argument("--device", default="cpu", help="FP32 either way")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="table.json, videos.csv and a page for each model")  # fmt: skip
@@ -154,7 +156,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from train.layouts import read_all
     from train.tables import Ask, table
 
-    models = args.models_dir or Path(os.environ.get("RALF_MODELS_DIR") or SHIPPED)
+    models = args.judged_in or Path(os.environ.get("RALF_MODELS_DIR") or SHIPPED)
     judges = [judge_of(spec, models, device=args.device) for spec in args.models]
     index = read_all(args.data).where(**_only(args.only))
     families = FAMILIES if args.families == "all" else tuple(filter(None, args.families.split(",")))
