@@ -202,7 +202,7 @@ def _a_job_of_nobody(world: World) -> None:
 
 
 def _blame(world: World) -> None:
-    crash = {"code": "worker_lost", "worker": "host-77-0123abcd", "message": "no heartbeat"}
+    crash = {"code": "worker_lost", "worker": "host-77-0123abcd", "message": "", "alone": True}
     world.redis.hset("ralf:job:j1", "crashes", json.dumps([crash]))
 
 

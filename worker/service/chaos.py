@@ -72,6 +72,7 @@ class Plan:
     seed: int
     minutes: float
     default_timings: bool = False
+    share: bool = False
 
     @property
     def tempo(self) -> Tempo:
@@ -89,7 +90,9 @@ class Plan:
 def run(args: argparse.Namespace) -> int:
     """Run it, print the figures, say what is wrong."""
     minutes = args.minutes or (60.0 if args.default_timings else 10.0)
-    plan = Plan(args.jobs, max(2, args.workers), args.seed, minutes, args.default_timings)
+    plan = Plan(
+        args.jobs, max(2, args.workers), args.seed, minutes, args.default_timings, args.share
+    )
     print(f"ralf: chaos with seed {plan.seed}", file=sys.stderr, flush=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -141,7 +144,9 @@ def chaos(plan: Plan) -> dict[str, Any]:
             stretch=STRETCH if plan.default_timings else 1.0,
             seed=plan.seed,
         )
-        fleet = stack.enter_context(running(settings, folder, workers=priorities(plan.workers)))
+        fleet = stack.enter_context(
+            running(settings, folder, workers=priorities(plan.workers), share=plan.share)
+        )
         stack.callback(uploader.stop)
         return Run(plan, fleet, uploader, receiver).to_the_end(stack)
 
@@ -278,6 +283,7 @@ class Run:
             "tempo": asdict(self.plan.tempo),
             "appendfsync": "always",
             "workers": self.plan.workers,
+            "shared_child": self.plan.share,
             "jobs": dict(Counter(job.asked.kind for job in jobs)),
             "ends": dict(ends),
             "blows": dict(self.storm.blows),

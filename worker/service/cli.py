@@ -369,6 +369,7 @@ def _chaos(subparsers: Any) -> None:
     chaos.add_argument(
         "--workers", type=int, default=3, help="two or more; the last serves the high pool"
     )
+    chaos.add_argument("--share", action="store_true", help="the default workers share one child")
     chaos.add_argument("--seed", type=int, default=0)
     chaos.add_argument("--minutes", type=float, help="give up after so long (10, or 60)")
     chaos.add_argument(

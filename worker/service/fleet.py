@@ -82,6 +82,8 @@ class Fleet:
     folder: Path
     posts: list[Post] = field(default_factory=list)
     surprises: list[Surprise] = field(default_factory=list)
+    shared: Path | None = None
+    """The folder of the child that the default workers share; none: each has its own."""
     stubborn: list[str] = field(default_factory=list)
     """Posts that SIGTERM did not end in time."""
 
@@ -181,14 +183,40 @@ class Fleet:
                 post.process.kill()
                 post.process.wait()
 
+    def child_of(self, post: Post) -> int:
+        """The warm child of a worker; 0 when it has none."""
+        if self.shared is not None and str(self.shared) in post.command:
+            return self._shared_child()
+        with suppress(OSError):
+            for child in Path(f"/proc/{post.pid}/task/{post.pid}/children").read_text().split():
+                if _is_child(int(child)):
+                    return int(child)
+        return 0
 
-def child_of(pid: int) -> int:
-    """The warm child of a worker; 0 when it has none."""
+    def sharing(self, post: Post) -> list[Post]:
+        """The workers that lose their child with this one's."""
+        if self.shared is None or str(self.shared) not in post.command:
+            return [post]
+        return [other for other in self.of("worker") if str(self.shared) in other.command]
+
+    def _shared_child(self) -> int:
+        with suppress(OSError, ValueError):
+            pid = int((self.shared / "pid").read_text()) if self.shared else 0
+            return pid if _is_child(pid) else 0
+        return 0
+
+    def end_shared_child(self) -> None:
+        """It outlives its parents for some seconds, which is longer than the fleet's folder."""
+        pid = self._shared_child()
+        if pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_child(pid: int) -> bool:
     with suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            if b"worker.service.child" in Path(f"/proc/{child}/cmdline").read_bytes():
-                return int(child)
-    return 0
+        return b"worker.service.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 @contextmanager
@@ -214,18 +242,26 @@ def redis_alone(settings: Settings, folder: Path, *, durable: bool) -> Iterator[
         yield fleet
     finally:
         fleet.stop("worker", "janitor", "deliverer")
+        fleet.end_shared_child()
         fleet.stop("redis")
 
 
 @contextmanager
 def running(
-    settings: Settings, folder: Path, *, workers: Mapping[Priority, int]
+    settings: Settings, folder: Path, *, workers: Mapping[Priority, int], share: bool = False
 ) -> Iterator[Fleet]:
-    """A durable Redis, workers with test bodies, a janitor and a deliverer; stopped in any case."""
+    """A durable Redis, workers with test bodies, a janitor and a deliverer; stopped in any case.
+
+    share: the default workers have one child, which runs two jobs at a time.
+    """
     with redis_alone(settings, folder, durable=True) as fleet:
+        fleet.shared = folder / "shared" if share else None
         for priority, count in workers.items():
+            arguments = ["worker", "--bodies", "test", "--priority", priority]
+            if priority == "default" and share:
+                arguments += ["--shared", str(fleet.shared), "--capacity", "2"]
             for _ in range(count):
-                fleet.add("worker", "worker", "--bodies", "test", "--priority", priority)
+                fleet.add("worker", *arguments)
         fleet.add("janitor", "janitor")
         fleet.add("deliverer", "deliver")
         fleet.tend()

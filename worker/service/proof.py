@@ -6,7 +6,7 @@ Every check gives sentences about what is wrong; none means proven.
                  verdict or one named failure, as its kind may end
     ends         one entry in the verdict stream for each job, saying what its state says; an end
                  that somebody saw is the end that is there
-    blame        a well-behaved job carries no crash that nobody caused
+    blame        a well-behaved job carries no crash that nobody caused, but those in company
     deliveries   for each callback at least one push that was taken, under the id that the end
                  determines, one body for each id, each signature right; none that nobody asked for
     leftovers    no list, registry, lease or worker's record holds anything
@@ -159,7 +159,7 @@ def _ends(store: Store, found: Mapping[str, Ended], seen: Iterable[Sighting]) ->
 def _blame(found: Mapping[str, Ended], struck: Collection[int]) -> Iterator[str]:
     for job_id, job in found.items():
         for crash in job.crashes if job.asked.innocent else ():
-            if pid_of(crash["worker"]) not in struck:
+            if crash["alone"] and pid_of(crash["worker"]) not in struck:
                 yield (
                     f"job {job_id} ({job.asked.kind}) is blamed for {crash['code']} in "
                     f"{crash['worker']}, to which nothing was done: {crash['message']}"

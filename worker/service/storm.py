@@ -25,7 +25,7 @@ from typing import Any, Literal
 from redis.exceptions import RedisError
 
 from worker.contract import ENDED
-from worker.service.fleet import Fleet, Post, child_of
+from worker.service.fleet import Fleet, Post
 from worker.service.proof import Sighting, pid_of
 from worker.service.store import PRIORITIES, Store, decoded
 
@@ -40,6 +40,8 @@ WEIGHTS: Mapping[Blow, float] = {
     "redis": 0.12,
 }
 LOOK_S = 0.25
+LONG_OUTAGES = 0.25
+"""So many outages of Redis outlast every lease."""
 PATIENCE = 0.95
 """How likely a blow waits for the next turn when it would hit nothing."""
 
@@ -63,7 +65,7 @@ class Tempo:
     gap_s: float
     """Between two blows, on average."""
     redis_down_s: float
-    """Redis stays away for up to so long."""
+    """Redis stays away for up to so long, now and then for a lease more."""
     process_down_s: float
     """A killed process stays away for up to so long, as a supervisor's pause."""
 
@@ -136,6 +138,8 @@ class Storm:
         match blow:
             case "redis":
                 down = self._random.uniform(0.0, self._tempo.redis_down_s)
+                if self._random.random() < LONG_OUTAGES:
+                    down += fleet.settings.heartbeat_ttl_s
                 return fleet.signal(fleet.of("redis")[0], signal.SIGKILL, empty_s=down)
             case "deliverer" | "janitor":
                 if blow == "deliverer" and not self._pushing() and self._random.random() < PATIENCE:
@@ -159,29 +163,36 @@ class Storm:
     def _hurt_worker(self, blow: Blow, away: float) -> bool:
         """A worker in the middle of a job, if there is one."""
         held, posts = self._held(), self._up()
+        posts_by_pid = {post.pid: post for post in posts}
         busy = [post for post in posts if post.pid in held]
         if not posts or (not busy and self._random.random() < PATIENCE):
             return False
         post = self._random.choice(busy or posts)
-        pid, child, at = post.pid, child_of(post.pid), time.time()
+        at, hurt = time.time(), [post]
         if blow == "child":
-            if not child or not self._kill(child):
+            hurt = self._fleet.sharing(post)
+            self.struck.update(other.pid for other in hurt)
+            if not self._kill(self._fleet.child_of(post)):
                 return False
         elif blow == "parent":
+            self.struck.add(post.pid)
             self._fleet.signal(post, signal.SIGKILL, empty_s=away)
-        else:
-            if self._paused is not None:
-                return False
+        elif self._paused is None:
+            self.struck.add(post.pid)
             self._fleet.signal(post, signal.SIGSTOP)
             lease = self._fleet.settings.heartbeat_ttl_s
             self._paused = (time.monotonic() + self._random.uniform(0.8, 1.6) * lease, post)
-        self.struck.add(pid)
-        if pid in held:
+        else:
+            return False
+        pids = {pid for pid, known in posts_by_pid.items() if known in hurt}
+        for pid in pids & held.keys():
             job_id, attempt = held[pid]
             self.wounds.append(Wound(blow, job_id, attempt, at))
         return True
 
     def _kill(self, pid: int) -> bool:
+        if not pid:
+            return False
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
