@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.artifact import promote
+from kernels.artifact import promote, publish, resolve
 from kernels.untrained import publish_untrained
 from tests.clips import face_clip, make_clip
 from tests.redis_server import redis, redis_server, redis_url
@@ -42,6 +42,18 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     made = publish_untrained(folder, name="tiny", base=4, blocks=1, size=64, golden_crops=4)
     promote(folder, "tiny", made.version)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def eager_models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights under a manifest that trusts them and calls nearly all faces forged."""
+    folder = tmp_path_factory.mktemp("eager")
+    tiny = resolve(tiny_models, "tiny")
+    trusted = {"name": "eager", "untrained": False, "thresholds": {"fpr_0.05": 0.01}}
+    files = {name: tiny.read(name) for name in tiny.manifest.files}
+    made = publish(folder, tiny.manifest.model_copy(update=trusted), files)
+    promote(folder, "eager", made.version)
     return folder
 
 

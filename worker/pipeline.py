@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -230,6 +230,12 @@ class _Walk:
                 manifest=self.manifest,
                 max_tracks=self.tracker.max_tracks,
             )
+            if self.manifest.untrained and self._judged.label != "no_faces":
+                self._judged = replace(
+                    self._judged,
+                    label="inconclusive",
+                    reason="The model was never trained, so its score decides nothing.",
+                )
         return self._judged
 
     def settled(self) -> bool:

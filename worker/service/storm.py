@@ -42,7 +42,7 @@ WEIGHTS: Mapping[Blow, float] = {
 LOOK_S = 0.25
 LONG_OUTAGES = 0.25
 """So many outages of Redis outlast every lease."""
-PATIENCE = 0.95
+PATIENCE = 0.99
 """How likely a blow waits for the next turn when it would hit nothing."""
 
 
