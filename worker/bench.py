@@ -1,8 +1,11 @@
-"""`ralf bench scan`: the walk against the plain way, side by side in one run.
+"""`ralf bench scan` and `find`: the walk and its finder against the plain ways, in one run.
 
-The plain way is what one writes first: decode every frame in order, facenet-pytorch's own MTCNN
-with its defaults frame by frame at full resolution, crop and resize each face, the network in FP32
-one frame's faces at a time.  Both look at the same frames and run the same weights.
+scan: the plain way is what one writes first: decode every frame in order, facenet-pytorch's own
+MTCNN with its defaults frame by frame at full resolution, crop and resize each face, the network
+in FP32 one frame's faces at a time.  Both look at the same frames and run the same weights.
+
+find: the same 1080p frames through our finder, through facenet-pytorch's MTCNN on copies reduced
+as ours reduces them with its smallest face reduced alike, and through its defaults.
 """
 
 import argparse
@@ -16,30 +19,81 @@ from PIL import Image
 
 from kernels.bench import Record, interleave, machine
 from kernels.engine_torch import restore
-from kernels.manifest import InputContract
+from kernels.manifest import Finder, InputContract
 from worker import telemetry
 from worker.contract import EvidencePolicy, Sampling
 from worker.media.decode_pyav import PyavDecoder
+from worker.media.mtcnn import Mtcnn
 from worker.media.probe import probe
 from worker.media.sampling import plan
 from worker.media.types import Clip
 from worker.pipeline import Ask, analyze
-from worker.runtime import Parts, load
+from worker.runtime import Parts, cores, load
 from worker.settings import Settings
 
 SAMPLE = Path("demo/out/clips/six_faces.mp4")
 
 
-def run_scan(args: argparse.Namespace) -> int:
-    """Print the record; the ratio is what counts."""
+def _clip(args: argparse.Namespace) -> Path:
+    """The clip named, or the samples' crowd; a usage error where it is not there."""
     clip = Path(args.clip) if args.clip else SAMPLE
     if not clip.is_file():
         print(
-            f"ralf bench scan: no clip at {clip}; name one, "
+            f"ralf bench: no clip at {clip}; name one, "
             "or make the samples with: python -m train.samples",
             file=sys.stderr,
         )
-        return 2
+        raise SystemExit(2)
+    return clip
+
+
+def run_find(args: argparse.Namespace) -> int:
+    """Print the record of the finders."""
+    from facenet_pytorch import MTCNN
+
+    clip, settings, wanted = _clip(args), Settings.from_environment(), Finder()
+    torch.set_num_threads(cores(settings))
+    found = probe(clip, settings)
+    sampling = Sampling(mode="uniform", max_frames=args.frames)
+    decoder = PyavDecoder(chunk_bytes=2 * 2**30)
+    frames = next(decoder.decode([Clip(found, sampling)]))
+    ours = Mtcnn(wanted)
+    full = list(frames.pixels.permute(0, 2, 3, 1).contiguous().numpy())
+    copies = list(ours.reduced(frames.pixels).permute(0, 2, 3, 1).contiguous().numpy())
+    least = max(12, round(wanted.min_face * copies[0].shape[1] / found.width))
+    alike, plain = MTCNN(keep_all=True, min_face_size=least), MTCNN(keep_all=True)
+    timings = interleave(
+        {
+            "ralf": lambda: ours.find(frames),
+            "stock, same setting": lambda: [alike.detect(copy) for copy in copies],
+            "stock, defaults": lambda: [plain.detect(frame) for frame in full],
+        },
+        repeats=args.repeats,
+    )
+    mine = timings["ralf"].median_s
+    record = Record(
+        theme="find",
+        machine=machine(),
+        conditions={
+            "frames": f"{len(full)} of {found.width}×{found.height}",
+            "finder": wanted.model_dump(),
+            "threads": torch.get_num_threads(),
+            "seconds": "for all frames",
+        },
+        timings=timings,
+        ratios={
+            f"{name} / ralf": round(timings[name].median_s / mine, 2)
+            for name in ("stock, same setting", "stock, defaults")
+        },
+        facts={"faces": len(ours.find(frames))},
+    )
+    print(record.dump())
+    return 0
+
+
+def run_scan(args: argparse.Namespace) -> int:
+    """Print the record; the ratio is what counts."""
+    clip = _clip(args)
     settings = Settings.from_environment()
     telemetry.configure(settings)
     parts = load(settings, model=args.model, device="cpu")

@@ -88,6 +88,15 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     scan.add_argument("--repeats", type=int, default=3)
     scan.add_argument("--model", metavar="NAME", help="name, name@version or folder")
     scan.set_defaults(run=_run_bench_scan)
+    find = what.add_parser(
+        "find",
+        help="the face finder against facenet-pytorch's own",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    find.add_argument("clip", nargs="?", metavar="CLIP", help="a video; the samples' crowd if none")
+    find.add_argument("--frames", type=int, default=8)
+    find.add_argument("--repeats", type=int, default=5)
+    find.set_defaults(run=_run_bench_find)
     queue = what.add_parser(
         "queue",
         help="the queue against RQ's own workers",
@@ -101,6 +110,12 @@ def _run_bench_scan(args: argparse.Namespace) -> int:
     from worker.bench import run_scan
 
     return run_scan(args)
+
+
+def _run_bench_find(args: argparse.Namespace) -> int:
+    from worker.bench import run_find
+
+    return run_find(args)
 
 
 def _run_bench_queue(args: argparse.Namespace) -> int:
