@@ -14,7 +14,9 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 class Strict(BaseModel):
     """Frozen, and an unknown name is an error: a typo must not become a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
 
 
 class Sampling(Strict):
@@ -108,7 +110,3 @@ class Manifest(Strict):
     trained: dict[str, Any] = Field(default_factory=dict)
     untrained: bool = False
     """True for weights that were never trained: every verdict then says so."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )

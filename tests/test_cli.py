@@ -179,11 +179,12 @@ def test_a_closed_pipe_is_no_traceback(clip_of_none: Path):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("command", ["status nothing", "janitor --once", "quarantine list"])
 def test_a_command_without_redis_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Exit 5 and the cure."""
     monkeypatch.setenv("RALF_REDIS_URL", "redis://127.0.0.1:1/0")
 
-    assert 5 == main(["status", "nothing"])
+    assert 5 == main(command.split())
     assert "RALF_REDIS_URL" in capsys.readouterr().err

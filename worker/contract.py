@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from kernels.manifest import Sampling as ModelSampling
 from kernels.manifest import Strict, Unit
@@ -118,10 +118,6 @@ class Job(Strict):
     """Pin a model by name or name@version; None is the worker's own."""
     traceparent: Annotated[str, Field(pattern=r"^[0-9a-f-]{55}$")] | None = None
     submitted_at: AwareDatetime
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )
 
 
 class Progress(Strict):
@@ -275,10 +271,6 @@ class Verdict(Strict):
     """True for a verdict on what was seen so far, or when the walk stopped early."""
     finished_at: datetime
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )
-
 
 class Failure(Strict):
     """How a job ended without a verdict."""
@@ -305,10 +297,6 @@ class Evidence(Strict):
 
     schema_: Literal["ralf.evidence/1"] = Field("ralf.evidence/1", alias="schema")
     pictures: tuple[Picture, ...] = ()
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )
 
 
 class FaceAt(Strict):
@@ -350,10 +338,6 @@ class Review(Strict):
     tracks: tuple[TrackReview, ...]
     note: Annotated[str, Field(max_length=4000)] = ""
     reviewed_at: AwareDatetime
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )
 
 
 class Gap(Strict):
@@ -411,10 +395,6 @@ class SessionVerdict(Strict):
     """Came more than once; the first verdict counts."""
     failed: tuple[FailedSegment, ...] = ()
     warnings: tuple[str, ...] = ()
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
-    )
 
 
 def dump(document: Strict) -> str:

@@ -24,6 +24,24 @@ def commands(subparsers: Any) -> None:
         add(subparsers)
 
 
+def _reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The command, with a Redis that does not answer as one line instead of a traceback."""
+
+    def reach(args: argparse.Namespace) -> int:
+        from redis.exceptions import RedisError
+
+        from worker.errors import Infrastructure
+
+        try:
+            return run(args)
+        except RedisError as error:
+            raise Infrastructure(
+                f"Redis does not answer: {error}; check RALF_REDIS_URL or --redis, and that it runs"
+            ) from error
+
+    return reach
+
+
 @contextmanager
 def _client(args: argparse.Namespace) -> Iterator["Client"]:
     """The client at --redis or RALF_REDIS_URL; given back at the end."""
@@ -197,7 +215,7 @@ def _worker(subparsers: Any) -> None:
     worker.add_argument("--capacity", type=int, default=1, help="jobs at once in a shared child")
     _redis(worker)
     _model(worker)
-    worker.set_defaults(run=_run_worker)
+    worker.set_defaults(run=_reaching(_run_worker))
 
 
 def _run_worker(args: argparse.Namespace) -> int:
@@ -250,7 +268,7 @@ def _deliver(subparsers: Any) -> None:
     what.add_argument("--disabled", action="store_true", help="list endpoints that said 410 Gone")
     what.add_argument("--enable", nargs=2, metavar=("TENANT", "URL"), help="use one again")
     _redis(deliver)
-    deliver.set_defaults(run=_run_deliver)
+    deliver.set_defaults(run=_reaching(_run_deliver))
 
 
 def _run_deliver(args: argparse.Namespace) -> int:
@@ -307,7 +325,7 @@ def _janitor(subparsers: Any) -> None:
     janitor = subparsers.add_parser("janitor", help="put back what was lost, until told to stop")
     janitor.add_argument("--once", action="store_true", help="one sweep, and say what it found")
     _redis(janitor)
-    janitor.set_defaults(run=_run_janitor)
+    janitor.set_defaults(run=_reaching(_run_janitor))
 
 
 def _run_janitor(args: argparse.Namespace) -> int:
@@ -334,7 +352,7 @@ def _quarantine(subparsers: Any) -> None:
         if name != "list":
             one.add_argument("job", metavar="JOB")
         _redis(one)
-    quarantine.set_defaults(run=_run_quarantine)
+    quarantine.set_defaults(run=_reaching(_run_quarantine))
 
 
 def _run_quarantine(args: argparse.Namespace) -> int:
