@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from worker.errors import Infrastructure
 from worker.service.ownfolder import OwnFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,3 +45,15 @@ def test_a_killed_owners_folder_goes_with_the_next_and_a_living_ones_stays(tmp_p
     assert left == {"ralf-of-somebody", living.path.name, during.path.name, after.path.name}
     for folder in (living, during, after):
         folder.close()
+
+
+def test_a_place_that_cannot_hold_a_socket_is_refused_by_name(tmp_path: Path):
+    """Python's own word for it names neither the setting nor the limit."""
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+
+    with pytest.raises(Infrastructure, match="RALF_WORK_DIR should be at most"):
+        OwnFolder(deep)
+    with pytest.raises(Infrastructure, match="there is none at"):
+        OwnFolder(tmp_path / "gone")
+    assert [deep] == list(tmp_path.iterdir())

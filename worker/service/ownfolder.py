@@ -12,8 +12,12 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from worker.errors import Infrastructure
+
 PREFIX = "ralf-"
 _OWNER = "owner"
+MOST_BYTES = 85
+"""A Unix socket's path holds 107 bytes; the folder's own name and the socket's take the rest."""
 
 
 class OwnFolder:
@@ -21,6 +25,13 @@ class OwnFolder:
 
     def __init__(self, root: str | Path | None = None) -> None:
         place = Path(root or tempfile.gettempdir())
+        if len(os.fsencode(place.absolute())) > MOST_BYTES:
+            raise Infrastructure(
+                f"RALF_WORK_DIR should be at most {MOST_BYTES} bytes long, since a socket lies in "
+                f"it, got {len(os.fsencode(place.absolute()))}: {place}"
+            )
+        if not place.is_dir():
+            raise Infrastructure(f"RALF_WORK_DIR should be a folder, there is none at {place}")
         _sweep(place)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
         # Locked before it has the name that others look for, so that none can take it as unowned.
