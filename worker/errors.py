@@ -4,8 +4,8 @@ RalfError
 ├─ JobError            a job's named end; `code` is what the verdict store and the metrics show
 │  ├─ Rejected         never retried: the same bytes will fail again
 │  │    FetchDenied HashMismatch UnreadableFile TooLarge TooLong TooManyPixels TooManyFrames
-│  │    TooManyStreams ContainerUnsupported CodecUnsupported CorruptMedia NoVideoStream EncryptedMedia
-│  │    BadRequest DeadlinePassed
+│  │    TooManyStreams ContainerUnsupported CodecUnsupported CorruptMedia NoVideoStream
+│  │    EncryptedMedia BadRequest DeadlinePassed
 │  ├─ Interrupted      retried with back-off: FetchFailed GpuOom GpuFatal
 │  └─ Crashed          counted, quarantined at the second: DecoderCrashed Hung WorkerLost
 ├─ Infrastructure      not the job's fault: ModelUnavailable
