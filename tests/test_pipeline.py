@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from worker.contract import EarlyStop, EvidencePolicy, Job, Media, Sampling, Verdict, dump
-from worker.errors import Cancelled, CorruptMedia
+from worker.errors import BadRequest, Cancelled, CorruptMedia
 from worker.media.decode_pyav import PyavDecoder
 from worker.pipeline import Ask, Partial, analyze, file_sha256, walk
 from worker.runtime import Parts, with_decoder
@@ -227,3 +227,11 @@ def test_another_smallest_face_is_marked(tiny_parts: Parts, clip_of_none: Path):
     verdict, _ = analyze(clip_of_none, replace(tiny_parts, finder_settings=smaller))
 
     assert any(text.startswith("uncalibrated_finder") for text in verdict.warnings)
+
+
+def test_more_frames_than_the_operator_allows_are_refused(tiny_parts: Parts, clip_of_none: Path):
+    """The bound is the machine's, not the job's."""
+    strict = replace(tiny_parts, settings=replace(tiny_parts.settings, max_frames=4))
+
+    with pytest.raises(BadRequest, match="RALF_MAX_FRAMES"):
+        analyze(clip_of_none, strict, ask=Ask(sampling=FEW))

@@ -33,6 +33,7 @@ from worker.contract import (
     Sampling,
     Verdict,
 )
+from worker.errors import BadRequest
 from worker.evidence import Gallery, pictures
 from worker.media.faces import cut
 from worker.media.probe import probe
@@ -133,6 +134,11 @@ class _Walk:
             self.probe: Probe = probe(path, parts.settings)
             self.sha256 = ask.sha256 or file_sha256(path)
         self.sampling = ask.sampling or parts.default_sampling
+        if self.sampling.max_frames > parts.settings.max_frames:
+            raise BadRequest(
+                f"sampling.max_frames should be at most {parts.settings.max_frames} here "
+                f"(RALF_MAX_FRAMES), got {self.sampling.max_frames}"
+            )
         self.clip = Clip(self.probe, self.sampling)
         self.warnings: dict[str, None] = dict.fromkeys(self.probe.warnings)  # ordered, once each
         if self.manifest.untrained:

@@ -46,8 +46,8 @@ class Settings:
     max_tracks: int = 16
 
     # bounds of one walk
-    chunk_bytes: int = 256 * 1024**2
-    """Decoded pixels held at once."""
+    chunk_bytes: int = 64 * 1024**2
+    """Decoded pixels held at once: ten frames of 1080p.  Progress is told after each chunk."""
 
     # one job's time: clamp(base + per_second * seconds of video, least, most)
     timeout_base_s: float = 60.0
