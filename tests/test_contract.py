@@ -11,7 +11,21 @@ from jsonschema import Draft202012Validator, ValidationError
 from pydantic import ValidationError as Refused
 
 from tests import verdicts
-from worker.contract import DOCUMENTS, Job, Review, Strict, Verdict, dump, schemas, write_schemas
+from worker.contract import (
+    DOCUMENTS,
+    FailedSegment,
+    Gap,
+    Job,
+    Review,
+    SessionTrack,
+    SessionVerdict,
+    Strict,
+    Threshold,
+    Verdict,
+    dump,
+    schemas,
+    write_schemas,
+)
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SUBMITTED = "2025-11-20T07:30:00Z"
@@ -62,6 +76,37 @@ def review() -> Review:
     )
 
 
+def session() -> SessionVerdict:
+    """A stream of which a segment is missing and another failed."""
+    return SessionVerdict(
+        session_id="live-1",
+        tenant="acme",
+        revision=4,
+        label="likely_forged",
+        score=0.97,
+        reason="0.t1, the strongest of 1, scored 0.970000: at or above 0.8.",
+        threshold=Threshold(policy="fpr_0.05", forged_at=0.8, authentic_below=0.2),
+        tracks=(
+            SessionTrack(
+                track_id="0.t1",
+                start_ms=0,
+                end_ms=9000,
+                faces=40,
+                score=0.97,
+                score_max=0.99,
+                decisive=True,
+                segments=(0, 1),
+            ),
+        ),
+        segments=2,
+        complete=False,
+        missing=(Gap(first=2, last=3),),
+        late=(0,),
+        repeated=(1,),
+        failed=(FailedSegment(number=4, code="corrupt_media"),),
+    )
+
+
 def samples() -> dict[str, list[Strict]]:
     """Documents of every kind."""
     seen = [
@@ -75,6 +120,7 @@ def samples() -> dict[str, list[Strict]]:
         "verdict": list(seen),
         "evidence": [verdicts.evidence(seen[0]), verdicts.evidence(seen[-1])],
         "review": [review()],
+        "session": [session()],
     }
 
 

@@ -1,7 +1,7 @@
 """The wire format: what a backend sends and what it gets back.
 
-Job in, Verdict and Evidence out, and a person's Review of them: JSON documents with a `schema`
-name, exported to docs/ as JSON Schema by `python -m worker.contract`.
+Job in, Verdict and Evidence out, a stream's SessionVerdict, and a person's Review: JSON documents
+with a `schema` name, exported to docs/ as JSON Schema by `python -m worker.contract`.
 Boxes are fractions of the displayed frame; times are whole milliseconds of the stream's own
 clock; every score is P(forged), 0 to 1.  Unknown fields are refused on the way in.
 Imports no torch: worker.client needs this file.
@@ -407,6 +407,7 @@ DOCUMENTS: dict[str, type[Strict]] = {
     "verdict": Verdict,
     "evidence": Evidence,
     "review": Review,
+    "session": SessionVerdict,
 }
 
 
