@@ -8,8 +8,9 @@ from scipy.interpolate import RBFInterpolator
 from skimage.data import astronaut
 
 from train import samples, sources
-from train.blend import FAMILIES, HELD_OUT, Portrait, forge
+from train.blend import Portrait, forge
 from train.hulls import FaceGeometry, fill
+from train.recipe import FAMILIES, HELD_OUT
 from train.samples import PORTRAITS, make_samples, portraits
 from train.warp import blur, grid, remap, resize
 

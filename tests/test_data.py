@@ -13,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 
 from kernels.manifest import InputContract
 from tests.faces_on_disk import faces
-from train.blend import FAMILIES
 from train.crops import Cut, region
 from train.data import REAL, Batches
 from train.degrade import Wear, draw, put_on
@@ -21,7 +20,7 @@ from train.examples import Examples
 from train.hulls import FaceGeometry
 from train.index import Index, IndexFault
 from train.pictures import Pictures, frames_of
-from train.recipe import Augment, Data
+from train.recipe import FAMILIES, Augment, Data
 from train.samples import portraits
 from worker.media.faces import cut_one
 

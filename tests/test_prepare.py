@@ -15,13 +15,12 @@ from PIL import Image
 from kernels.manifest import Finder, InputContract, Sampling
 from train import prepare as module
 from train.animate import animate, encode
-from train.blend import HELD_OUT
 from train.data import Batches
 from train.extract import Extractor, Task, Way
 from train.index import Index, IndexFault, Row, load
 from train.layouts import read
 from train.prepare import prepare
-from train.recipe import Augment, Data
+from train.recipe import HELD_OUT, Augment, Data
 from train.samples import forged, portraits
 from worker.contract import Sampling as Asked
 from worker.media.decode_pyav import PyavDecoder

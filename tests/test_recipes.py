@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.manifest import InputContract, Network
-from train.recipe import Augment, Data, RalfLoss, Recipe, RecipeError
+from train.recipe import FAMILIES, Augment, Data, RalfLoss, Recipe, RecipeError
 from train.recipe_text import differences, from_json, names, override, to_json
 from train.recipes import RECIPES, named
 
@@ -77,12 +77,12 @@ def test_the_classifier_alone_differs_from_ralf_small_only_in_network_and_loss()
 
 def test_every_family_is_one_that_blending_knows():
     """A recipe must not name what cannot be made, nor train on what is held out."""
-    blend = pytest.importorskip("train.blend")
-
     for name in RECIPES:
         data = named(name).data
-        assert set() == {*data.families, *filter(None, [data.held_out])} - set(blend.FAMILIES)
+        assert set() == {*data.families, *filter(None, [data.held_out])} - set(FAMILIES)
         assert data.held_out not in data.families
+    ours = named("ralf").data
+    assert {*FAMILIES} == {*ours.families, ours.held_out}
 
 
 def test_overrides_reach_every_part_by_name():
@@ -143,6 +143,8 @@ def test_sizes_that_must_agree_are_set_together():
         ({"flip": "1.5"}, "from 0 to 1"),
         ({"radius_real": "2"}, "below"),
         ({"families": "boundary"}, "trained on too"),
+        ({"families": "inner,magic"}, "families should be self_blend, inner.*, not 'magic'"),
+        ({"held_out": "magic"}, "held_out should be self_blend"),
         ({"network.deep": "3"}, "no 'network.deep'"),
     ],
 )

@@ -22,30 +22,16 @@ It refuses an unknown family, and a swap without a donor.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from train import sources
 from train.hulls import FaceGeometry, Region, fill, grown
+from train.recipe import FAMILIES, Family
 from train.warp import Pixels, blur, grid, remap, resize, smooth_field, to_u8
 
 Image = NDArray[np.uint8]
-Family = Literal[
-    "self_blend",
-    "inner",
-    "swap",
-    "mouth",
-    "eyes",
-    "reenact",
-    "resample",
-    "smooth",
-    "spectrum",
-    "boundary",
-]
-FAMILIES: tuple[Family, ...] = get_args(Family)
-HELD_OUT: Family = "boundary"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.blend import FAMILIES, Family
 from train.crops import Cut, region
 from train.datacheck import refuse_leaks
 from train.degrade import Wear, draw, put_on
@@ -27,7 +26,7 @@ from train.hulls import FaceGeometry
 from train.index import Index, IndexFault
 from train.pictures import Frame, Image
 from train.pool import Pool
-from train.recipe import Data
+from train.recipe import FAMILIES, Data, Family
 
 REAL = -1
 """The family of a real face."""

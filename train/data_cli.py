@@ -151,9 +151,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     import os
 
     from kernels.artifact import SHIPPED
-    from train.blend import FAMILIES
     from train.evaluate import judge_of, write_videos
     from train.layouts import read_all
+    from train.recipe import FAMILIES
     from train.tables import Ask, table
 
     models = args.judged_in or Path(os.environ.get("RALF_MODELS_DIR") or SHIPPED)

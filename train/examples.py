@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.blend import FAMILIES, Family
 from train.crops import Cut, region
 from train.data import REAL, Batch
 from train.index import Index, IndexFault
 from train.perturb import CLEAN, parse, perturb
 from train.pictures import Frame
 from train.pool import Pool
-from train.recipe import Data
+from train.recipe import FAMILIES, Data, Family
 
 
 @dataclass(frozen=True)

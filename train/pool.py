@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from kernels.manifest import InputContract
-from train.blend import FAMILIES, Family, Portrait, forge
+from train.blend import Portrait, forge
 from train.crops import Cut, region
 from train.hulls import FaceGeometry
 from train.index import Index, IndexFault
 from train.pictures import Frame, Image, Pictures, frames_of
-from train.recipe import Data
+from train.recipe import FAMILIES, Data, Family
 
 PREPARED = "prepare.json"
 """Beside an index that `ralf data prepare` made: how."""

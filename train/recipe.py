@@ -8,7 +8,7 @@ refused when a part is made.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from kernels.manifest import InputContract, Network
 from train.recipe_text import RecipeError
@@ -24,8 +24,22 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise RecipeError(f"{name} should be {least} or more, not {value}")
 
 
-Family = str
-"""A way of making pseudo-forgeries, by its name in train.blend."""
+Family = Literal[
+    "self_blend",
+    "inner",
+    "swap",
+    "mouth",
+    "eyes",
+    "reenact",
+    "resample",
+    "smooth",
+    "spectrum",
+    "boundary",
+]
+"""A way of making pseudo-forgeries; train.blend says what each is and makes it."""
+FAMILIES: tuple[Family, ...] = get_args(Family)
+HELD_OUT: Family = "boundary"
+"""What ours never train on: made otherwise than the rest."""
 
 
 @dataclass(frozen=True)

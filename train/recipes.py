@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from kernels.manifest import InputContract, Network, Sampling
 from train.recipe import (
+    FAMILIES,
+    HELD_OUT,
     Augment,
     BceLoss,
     Data,
@@ -21,18 +23,8 @@ from train.recipe import (
 )
 from train.recipe_text import RecipeError, override
 
-BLENDED = (
-    "self_blend",
-    "inner",
-    "swap",
-    "mouth",
-    "eyes",
-    "reenact",
-    "resample",
-    "smooth",
-    "spectrum",
-)
-"""Families of train.blend that ours train on; boundary stays held out."""
+BLENDED = tuple(family for family in FAMILIES if family != HELD_OUT)
+"""The families that ours train on; the held-out one judges what generalises."""
 
 PAPER_NOTES = (
     "L_freq takes the authors' magnitudes; equation 5 is loss.freq=difference.",
@@ -94,7 +86,7 @@ def ralf() -> Recipe:
         name="ralf",
         network=Network(build="ralf", base=32, blocks=8, backbone="xception", size=256),
         loss=RalfLoss(),
-        data=Data(families=BLENDED, held_out="boundary", augment=OUR_AUGMENT),
+        data=Data(families=BLENDED, held_out=HELD_OUT, augment=OUR_AUGMENT),
         optimiser=Optimiser(lr=2e-4, weight_decay=1e-4, norm_momentum=0.05),
         schedule=Schedule(epochs=40, patience=10),
         notes=OUR_NOTES,

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 
 from train.animate import animate, encode
-from train.blend import HELD_OUT, Family, Portrait, forge
+from train.blend import Portrait, forge
 from train.hulls import FaceGeometry
+from train.recipe import HELD_OUT, Family
 from train.warp import blur, resize, to_u8
 
 Image = NDArray[np.uint8]
