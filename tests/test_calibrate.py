@@ -127,6 +127,23 @@ def test_five_expected_alarms_support_a_threshold():
     assert at_false_alarms(many, 0.01).supported
 
 
+def test_the_same_faces_under_three_conditions_are_no_new_evidence():
+    """Scores count three times, the interval and its support once."""
+    scores, forged = made(60, 60, seed=2)
+    once = calibrate(scores, forged, fitted_on="x")
+
+    found = calibrate(np.tile(scores, 3), np.tile(forged, 3), fitted_on="x", times=3)
+
+    for name, threshold in found.thresholds.items():
+        assert (threshold.faces, threshold.supported) == (60, False), name
+        assert threshold.interval == pytest.approx(once.thresholds[name].interval), name
+    assert (
+        calibrate(np.tile(scores, 3), np.tile(forged, 3), fitted_on="x")
+        .thresholds["fpr_0.05"]
+        .supported
+    )
+
+
 @given(
     real=st.lists(st.integers(0, 30), min_size=1, max_size=120),
     rate=st.sampled_from([0.0, 0.01, 0.05, 0.2, 1.0]),

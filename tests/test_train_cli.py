@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,8 +35,11 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and val/, each with real/ and fake/."""
+    """train/ and val/, each with real/ and fake/; a test/ that nobody could read."""
     root = tmp_path_factory.mktemp("pictures")
+    for kind in ("real", "fake"):
+        (root / "test" / kind).mkdir(parents=True)
+        (root / "test" / kind / f"sealed_{kind}.png").write_bytes(b"not a picture")
     for split, numbers in (("train", (0, 1, 2)), ("val", (10, 11))):
         for number in numbers:
             batch = MadeBatches()[number]
@@ -68,7 +72,7 @@ def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_prints_one_json_line_and_goes_on_where_it_was(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Out of time at once, then to the end, then nothing left to do."""
+    """Out of time at once, then to the end, then nothing left to do; test is never opened."""
     endings = []
     for more in (["--minutes", "0"], [], []):
         assert main(train_command(pictures, tmp_path / "run", *more)) == 0
@@ -101,11 +105,48 @@ def test_publish_and_calibrate_make_versions_that_serve_the_same_logits(
     assert second.weights_sha256 == first.weights_sha256
     assert second.manifest.calibration.fitted_on == "val: clean"
     assert "fpr_0.05:" in said.err and "too few faces to support it" in said.err
+    assert "val chose these weights" in said.err
     assert "| train | 12 |" in first.file("card.md").read_text()
     kept = golden(second)
     assert kept.crops.shape[0] == 16  # eight real and eight forged are all there are in val
     logits = load_engine(second, "cpu", precision="fp32")(torch.from_numpy(kept.crops)).numpy()
     np.testing.assert_allclose(logits, kept.logits, atol=1e-4)
+
+
+def test_a_calibrated_score_speaks_of_videos_counted_once(run: Path, tmp_path: Path):
+    """Frames are pooled as a verdict pools them, and a second condition is no second video."""
+    for number in range(2):
+        batch = MadeBatches()[20 + number]
+        for row, crop in enumerate(batch.crops):
+            kind = "fake" if batch.forged[row] else "real"
+            folder = tmp_path / "films" / "test" / kind / f"{kind}{number}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(crop.permute(1, 2, 0).numpy()).save(folder / f"{row}.png")
+    models = tmp_path / "models"
+    assert main(["publish", str(run), "--name", "small", "--models", str(models), "--promote"]) == 0
+    command = ["calibrate", "small", "--models", str(models), "--device", "cpu", "--split", "test"]
+
+    assert main([*command, "--data", str(tmp_path / "films"), "--conditions", "clean,jpeg=95"]) == 0
+
+    newest = max(models.glob("small/????????"), key=lambda path: path.stat().st_mtime_ns)
+    manifest = resolve(models, f"small@{newest.name}").manifest
+    assert manifest.calibration.fitted_on == "test: clean,jpeg=95"
+    told = manifest.metrics["calibration"]["thresholds"]
+    assert {2} == {each["faces"] for each in told.values()}
+
+
+def test_people_on_both_sides_are_refused_unless_told(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One person in train and val measures memory; --allow-leaks says that this is meant."""
+    leaking = tmp_path / "leaking"
+    shutil.copytree(pictures, leaking)
+    shutil.copy(leaking / "train/real/train0_0.png", leaking / "val/real/train0_0.png")
+    command = train_command(leaking, tmp_path / "run", "--minutes", "0")
+
+    assert main(command) == 2
+    assert "train0_0 is in train and val" in capsys.readouterr().err
+    assert main([*command, "--allow-leaks"]) == 0
 
 
 def dataset_of(pictures: Path) -> str:

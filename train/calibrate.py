@@ -69,15 +69,24 @@ class Calibrated:
 
 
 def calibrate(
-    logit: Floats, forged: NDArray[np.bool_], *, fitted_on: str, shift: bool = True
+    logit: Floats,
+    forged: NDArray[np.bool_],
+    *,
+    fitted_on: str,
+    shift: bool = True,
+    times: int = 1,
 ) -> Calibrated:
-    """Calibration and thresholds from the scores of one split."""
+    """Calibration and thresholds from the scores of one split.
+
+    `times`: how often each video stands there, once under every condition.  The same video seen
+    again is no new evidence: intervals and support count it once.
+    """
     calibration = fit(logit, forged, fitted_on=fitted_on, shift=shift)
     score = probability(logit, calibration)
     forged = np.asarray(forged, bool)
-    thresholds = {f"fpr_{rate:g}": at_false_alarms(score[~forged], rate) for rate in FPRS}
+    thresholds = {f"fpr_{rate:g}": at_false_alarms(score[~forged], rate, times) for rate in FPRS}
     lowest = min(threshold.score for threshold in thresholds.values())
-    thresholds["low"] = at_misses(score[forged], MISSED, at_most=lowest)
+    thresholds["low"] = at_misses(score[forged], MISSED, at_most=lowest, times=times)
     plain = Calibration()
     return Calibrated(
         calibration, thresholds, nll(logit, forged, plain), nll(logit, forged, calibration)
@@ -140,7 +149,7 @@ def fit(
     return Calibration(temperature=1 / slope, shift=-offset / slope, fitted_on=fitted_on)
 
 
-def at_false_alarms(real: Floats, rate: float) -> Threshold:
+def at_false_alarms(real: Floats, rate: float, times: int = 1) -> Threshold:
     """The lowest score at or above which at most `rate` of the reals lie, half-way to the next."""
     ordered = np.sort(np.asarray(real, np.float64))[::-1]
     allowed = int(np.floor(rate * len(ordered) + 1e-9))
@@ -150,15 +159,15 @@ def at_false_alarms(real: Floats, rate: float) -> Threshold:
     next_up = ordered[above - 1] if above else 1.0
     score = 0.0 if np.isneginf(barred) else _between(float(barred), float(next_up))
     alarms = int((ordered >= score).sum())
-    return _threshold(score, alarms, len(ordered), rate)
+    return _threshold(score, alarms, len(ordered), rate, times)
 
 
-def at_misses(forged: Floats, rate: float, *, at_most: float = 1.0) -> Threshold:
+def at_misses(forged: Floats, rate: float, *, at_most: float = 1.0, times: int = 1) -> Threshold:
     """The highest score, not above `at_most`, below which at most `rate` of forgeries lie."""
     ordered = np.sort(np.asarray(forged, np.float64))
     allowed = int(np.floor(rate * len(ordered) + 1e-9))
     score = min(float(ordered[min(allowed, len(ordered) - 1)]), at_most)
-    return _threshold(score, int((ordered < score).sum()), len(ordered), rate)
+    return _threshold(score, int((ordered < score).sum()), len(ordered), rate, times)
 
 
 def interval(events: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -169,8 +178,10 @@ def interval(events: int, of: int, confidence: float = 0.95) -> tuple[float, flo
     return low, high
 
 
-def _threshold(score: float, events: int, of: int, rate: float) -> Threshold:
-    return Threshold(score, events / of, interval(events, of), of, of * rate >= EXPECTED)
+def _threshold(score: float, events: int, of: int, rate: float, times: int) -> Threshold:
+    faces = of // times
+    span = interval(min(round(events / times), faces), faces)
+    return Threshold(score, events / of, span, faces, faces * rate >= EXPECTED)
 
 
 def _between(low: float, high: float) -> float:

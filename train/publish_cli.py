@@ -128,6 +128,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     if args.scores:
         found = _calibrated_on(args.scores, args.fitted_on, shift=not args.no_shift)
     else:
+        _warn_of_a_used_split(artifact, args.split)
         found = _calibrated_by(artifact, args)
     for name, each in found.thresholds.items():
         low, high = each.interval
@@ -158,30 +159,47 @@ def _calibrated_on(path: Path, fitted_on: str, *, shift: bool = True) -> "Calibr
 
 
 def _calibrated_by(artifact: Any, args: argparse.Namespace) -> "Calibrated":
-    """By the model itself on a split, under each condition."""
+    """By the model itself on a split, a row a video and condition, pooled as a verdict pools."""
     import numpy as np
 
     from kernels.engine import load
-    from train.blend import FAMILIES, HELD_OUT
     from train.calibrate import calibrate
+    from train.evaluate import scored
     from train.examples import Examples
     from train.layouts import read_all
-    from train.recipe import Data
+    from train.recipe import FAMILIES, HELD_OUT, Data
 
     engine = load(artifact, args.device)
     index = read_all(args.data)
     families = tuple(filter(None, args.families.split(",")))
     if not families and not len(index.where(split=args.split, label=1)):
         families = tuple(family for family in FAMILIES if family != HELD_OUT)
-    data = Data(input=artifact.manifest.input)
+    manifest = artifact.manifest
+    data = Data(input=manifest.input, evaluation_frames=manifest.input.sampling.max_frames)
+    conditions = list(dict.fromkeys(filter(None, args.conditions.split(","))))
+    if not conditions:
+        raise ValueError("--conditions should name at least one, as clean,h264=30")
     logits, forged = [], []
-    for condition in args.conditions.split(","):
-        for batch in Examples(index, data, args.split, families=families, condition=condition):
-            logits.append(engine(batch.crops).numpy())
-            forged.append(batch.forged.numpy())
+    for condition in conditions:
+        examples = Examples(index, data, args.split, families=families, condition=condition)
+        found = np.concatenate([engine(batch.crops).numpy() for batch in examples])
+        videos = scored(examples, found).pooled(manifest.aggregation)
+        logits.append(videos.logit)
+        forged.append(videos.forged)
     return calibrate(
-        np.concatenate(logits).astype(np.float64),
+        np.concatenate(logits),
         np.concatenate(forged),
-        fitted_on=args.fitted_on or f"{args.split}: {args.conditions}",
+        fitted_on=args.fitted_on or f"{args.split}: {','.join(conditions)}",
         shift=not args.no_shift,
+        times=len(conditions),
     )
+
+
+def _warn_of_a_used_split(artifact: Any, split: str) -> None:
+    """The split that chose the weights flatters them; a word to whoever fits on it."""
+    if split == "val" and "validation" in artifact.manifest.metrics:
+        print(
+            "ralf: the split val chose these weights, so scores fitted on it are a little too "
+            "sure; --split with faces that chose nothing is better",
+            file=sys.stderr,
+        )
