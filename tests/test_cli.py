@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.hostile import REFUSED
 from worker.cli import main
 from worker.contract import Verdict
 
@@ -84,6 +86,30 @@ def test_a_bad_file_exits_4_and_leaves_nothing(tmp_path: Path, capsys: pytest.Ca
     assert ["bad.mp4"] == [entry.name for entry in tmp_path.iterdir()]
 
 
+def test_every_bad_file_of_the_list_is_named_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One run over all of them: each its own code on stderr, and no page, no file, for any."""
+    named, files = [], []
+    for number, (ending, make, error) in enumerate(REFUSED.values()):
+        path = make(tmp_path / f"clip{number}.{ending}")
+        files.append(path)
+        named.append(f"ralf: {path}: {error.code}: ")
+    before = sorted(tmp_path.rglob("*"))
+    pages = tmp_path.with_name("pages of the bad")
+
+    assert 4 == scan(*files, "--report", pages)
+
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert "" == said.out
+    assert [] == [
+        want for want in named if sum(line.startswith(want) for line in lines) != named.count(want)
+    ]
+    assert before == sorted(tmp_path.rglob("*"))
+    assert [] == list(pages.iterdir())
+
+
 def test_one_bad_file_does_not_stop_the_others(
     tmp_path: Path, clip_of_none: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -106,6 +132,31 @@ def test_a_page_is_written_for_each_file(tmp_path: Path, clip_of_none: Path):
     assert "<!doctype html>" in (folder / "none.mp4.html").read_text().lower()
 
 
+def test_files_of_one_name_keep_their_own_pages(tmp_path: Path, clip_of_none: Path):
+    """From two folders into one: neither page is written over."""
+    other = tmp_path / clip_of_none.name
+    shutil.copy(clip_of_none, other)
+    folder = tmp_path / "pages"
+
+    assert 0 == scan(clip_of_none, other, "--report", folder)
+    assert ["none.mp4.2.html", "none.mp4.html"] == sorted(page.name for page in folder.iterdir())
+
+
+def test_a_verdict_says_which_file_it_speaks_of(
+    tmp_path: Path, clip_of_none: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Also where the name is no text, and where it looks like markup."""
+    odd = tmp_path / os.fsdecode(b"[b] \xff\x1b[2J.mp4")
+    shutil.copy(clip_of_none, odd)
+
+    assert 0 == scan(odd, "--json", "--report", tmp_path / "page.html")
+    tag = Verdict.model_validate_json(capsys.readouterr().out).tag
+    assert "[b] \ufffd\ufffd[2J.mp4" == tag
+    assert f"<title>No faces · {tag}</title>" in (tmp_path / "page.html").read_text()
+    assert 0 == scan(odd)
+    assert tag in capsys.readouterr().out.replace("\n", "")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -115,6 +166,8 @@ def test_a_page_is_written_for_each_file(tmp_path: Path, clip_of_none: Path):
         ["--sampling", "uniform:3"],
         ["--max-frames", "0"],
         ["--max-frames", "100000"],
+        ["--min-face", "0"],
+        ["--min-face", "5000"],
     ],
 )
 def test_nonsense_is_a_usage_error(clip_of_none: Path, arguments: list[str]):
@@ -131,6 +184,47 @@ def test_a_page_in_a_folder_that_is_not_there_is_a_usage_error(tmp_path: Path, c
         scan(clip_of_none, "--report", tmp_path / "nowhere" / "page.html")
 
     assert 2 == caught.value.code
+
+
+@pytest.mark.parametrize("place", ["none.mp4", "none.mp4/pages/", "./none.mp4"])
+def test_a_page_never_takes_a_files_place(
+    tmp_path: Path, clip_of_none: Path, place: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither the clip's own, nor a folder's."""
+    shutil.copy(clip_of_none, tmp_path / "none.mp4")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        scan("none.mp4", "--report", place)
+
+    assert 2 == caught.value.code
+    assert clip_of_none.read_bytes() == (tmp_path / "none.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (KeyboardInterrupt(), (130, "ralf: interrupted")),
+        (OSError(28, "No space left on device"), (5, "ralf: [Errno 28] No space left")),
+        (ZeroDivisionError("a fault of ours"), (5, "Traceback")),
+    ],
+)
+def test_no_accident_looks_like_a_forged_verdict(
+    clip_of_none: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    ending: tuple[int, str],
+):
+    """1 is kept for --fail-on, also where Python itself would exit with it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("worker.scan.analyze", fail)
+
+    code, said = ending
+    assert code == scan(clip_of_none)
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_a_missing_model_is_infrastructure(clip_of_none: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 
@@ -155,11 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(f"ralf: {error}", file=sys.stderr)
         return USAGE
-    except JobError as error:
-        print(f"ralf: {error.code}: {error}", file=sys.stderr)
-        return BAD_MEDIA
-    except RalfError as error:
-        print(f"ralf: {error}", file=sys.stderr)
+    except (RalfError, OSError) as error:
+        named = f"{error.code}: " if isinstance(error, JobError) else ""
+        print(f"ralf: {named}{error}", file=sys.stderr)
+        return BAD_MEDIA if named else INFRASTRUCTURE
+    except Exception:  # noqa: BLE001 - the border: Python's own exit code, 1, would say forged
+        traceback.print_exc()
         return INFRASTRUCTURE
     return code
 

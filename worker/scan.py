@@ -6,7 +6,7 @@ One bad file does not stop the others; the exit code is the worst that happened.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kernels.disk import replace_text
+from kernels.manifest import Finder
 from worker import telemetry
 from worker.contract import Evidence, EvidencePolicy, Sampling, Verdict, dump
 from worker.errors import JobError
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
         settings = replace(settings, models_dir=args.models)
     # a person wants the verdict; the service's lines are for logs, and shown when asked for
     telemetry.configure(replace(settings, log_level=os.environ.get("RALF_LOG_LEVEL", "warning")))
-    report = _report_target(args.report, len(files))
+    _check_min_face(args.min_face)
+    report = _report_target(args.report, files)
     parts = load(settings, model=args.model, device=args.device, min_face=args.min_face)
     # pictures are only for the page
     wanted = EvidencePolicy(thumbnails=report is not None)
@@ -52,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
             with _bar(file, quiet=args.quiet or (args.json and not sys.stderr.isatty())) as show:
                 verdict, evidence = analyze(file, parts, ask=ask, progress=show)
         except JobError as error:
-            print(f"ralf: {file}: {error.code}: {error}", file=sys.stderr)
+            print(f"ralf: {shown_name(file)}: {error.code}: {error}", file=sys.stderr)
             worst = max(worst, 4)
             continue
+        verdict = verdict.model_copy(update={"tag": shown_name(file.name)})
         _show(file, verdict, as_json=args.json)
         if report is not None:
             _write_page(report(file), verdict, evidence)
@@ -71,6 +74,19 @@ def _failed_on(policy: str | None, verdict: Verdict) -> int:
 def _usage(message: str) -> SystemExit:
     print(f"ralf scan: {message}", file=sys.stderr)
     return SystemExit(2)
+
+
+def shown_name(file: Path | str) -> str:
+    """A file's name as text: bytes that are no UTF-8, and controls, as a visible mark."""
+    text = os.fsencode(file).decode(errors="replace")
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+
+
+def _check_min_face(asked: int | None) -> None:
+    try:
+        Finder() if asked is None else Finder(min_face=asked)
+    except ValueError:
+        raise _usage(f"--min-face should be 12 to 2000 pixels, got {asked}") from None
 
 
 def _sampling(args: argparse.Namespace, parts: Parts) -> Sampling | None:
@@ -96,19 +112,42 @@ def _sampling(args: argparse.Namespace, parts: Parts) -> Sampling | None:
     return Sampling(**wanted)
 
 
-def _report_target(target: str | None, count: int) -> Callable[[Path], Path] | None:
+def _report_target(target: str | None, files: Sequence[Path]) -> Callable[[Path], Path] | None:
     """Where each file's page goes; refuses a place that cannot be written before any work."""
     if target is None:
         return None
     place = Path(target)
-    if count > 1 or place.is_dir() or target.endswith("/"):
+    several = len(files) > 1 or place.is_dir() or target.endswith("/")
+    if several:
         if place.is_file():
             raise _usage(f"--report wants a folder for several files, {target} is a file")
-        place.mkdir(parents=True, exist_ok=True)
-        return lambda file: place / f"{file.name}.html"
-    if not place.parent.is_dir():
-        raise _usage(f"--report: there is no folder {place.parent}")
-    return lambda _file: place
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _usage(f"--report: cannot make the folder {target}: {error.strerror}") from None
+    folder = place if several else place.parent
+    if not folder.is_dir():
+        raise _usage(f"--report: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _usage(f"--report: the folder {folder} may not be written to")
+    pages = _page_names(files)
+    targets = {file: folder / pages[file] if several else place for file in files}
+    for page_at in targets.values():
+        if any(page_at.resolve() == file.resolve() for file in files):
+            raise _usage(f"--report: {page_at} is one of the files to judge")
+    return targets.__getitem__
+
+
+def _page_names(files: Sequence[Path]) -> dict[Path, str]:
+    """A name for each file's page; files of one name, from several folders, are numbered."""
+    names: dict[Path, str] = {}
+    for file in dict.fromkeys(files):
+        name, number = f"{file.name}.html", 1
+        while name in names.values():
+            number += 1
+            name = f"{file.name}.{number}.html"
+        names[file] = name
+    return names
 
 
 def _write_page(place: Path, verdict: Verdict, evidence: Evidence) -> None:
@@ -122,14 +161,14 @@ def _bar(file: Path, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
         yield lambda _partial: None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(file.name, total=None, note="")
+        task = progress.add_task(shown_name(file.name), total=None, note="")
 
         def show(partial: Partial) -> None:
             at = partial.progress
@@ -156,7 +195,7 @@ def _show(file: Path, verdict: Verdict, *, as_json: bool) -> None:
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     word, style = WORDS[verdict.label]
     score = "" if verdict.score is None else f"  score {verdict.score:.3f}"
-    line = Text.assemble(f"{file}: ", (word, style), score)
+    line = Text.assemble(f"{shown_name(file)}: ", (word, style), score)
     line.append(f"  (forged at {verdict.threshold.forged_at:.3f}, {verdict.threshold.policy})")
     console.print(line)
     console.print(Text(f"  {verdict.reason}"))
