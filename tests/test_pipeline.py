@@ -235,3 +235,18 @@ def test_more_frames_than_the_operator_allows_are_refused(tiny_parts: Parts, cli
 
     with pytest.raises(BadRequest, match="RALF_MAX_FRAMES"):
         analyze(clip_of_none, strict, ask=Ask(sampling=FEW))
+
+
+def test_a_rate_that_max_frames_cannot_keep_up_with_is_warned_of(
+    tiny_parts: Parts, clip_of_none: Path
+):
+    """Ten frames a second of one second are ten; with fewer allowed it is another rate."""
+    said = {}
+    for most in (10, 4):
+        sampling = Sampling(mode="fps", fps=10, max_frames=most)
+        verdict, _ = analyze(clip_of_none, tiny_parts, ask=Ask(sampling=sampling))
+        said[most] = [text for text in verdict.warnings if text.startswith("thinned_sampling")]
+        assert most == verdict.made.frames_asked
+
+    assert [] == said[10]
+    assert "10 frames a second are 10 here, max_frames is 4" in said[4][0]

@@ -37,7 +37,7 @@ from worker.errors import BadRequest
 from worker.evidence import Gallery, pictures
 from worker.media.faces import cut
 from worker.media.probe import probe
-from worker.media.sampling import plan
+from worker.media.sampling import plan, thinning
 from worker.media.tracks import Tracker
 from worker.media.types import Clip, Faces, Frames, Probe
 from worker.runtime import Parts
@@ -145,6 +145,8 @@ class _Walk:
             self.warn("untrained_model: these weights were never trained; the score means nothing")
         if self.sampling != parts.default_sampling:
             self.warn("uncalibrated_sampling: the model was calibrated with another sampling")
+        if (thinned := thinning(self.clip)) is not None:
+            self.warn(thinned)
         if parts.finder_changed:
             self.warn("uncalibrated_finder: the model was calibrated with another smallest face")
         self.tracker = Tracker(max_tracks=min(ask.max_tracks, parts.settings.max_tracks))

@@ -33,10 +33,30 @@ def plan(clip: Clip) -> NDArray[np.int64]:
             return keys[_centres(count, len(keys)).astype(np.int64)]
     count = sampling.max_frames
     if sampling.mode == "fps":
-        count = min(count, max(1, round(float(lengths.sum()) * (sampling.fps or 1.0))))
+        count = min(count, _at_rate(clip, spans))
     elif sampling.mode == "keyframes":
         count = min(count, len(spans))
     return _on_screen(times, spans, _centres(count, float(lengths.sum())))
+
+
+def thinning(clip: Clip) -> str | None:
+    """The warning where mode `fps` asks for more frames than `max_frames` lets it have."""
+    sampling = clip.sampling
+    if sampling.mode != "fps" or len(clip.probe.times_s) == 1:
+        return None
+    asked = _at_rate(clip, _spans(clip))
+    if asked <= sampling.max_frames:
+        return None
+    return (
+        f"thinned_sampling: {sampling.fps or 1.0:g} frames a second are {asked} here, "
+        f"max_frames is {sampling.max_frames}: these are spread evenly instead"
+    )
+
+
+def _at_rate(clip: Clip, spans: NDArray[np.float64]) -> int:
+    """Frames that mode `fps` asks for over the spans."""
+    length = float((spans[:, 1] - spans[:, 0]).sum())
+    return max(1, round(length * (clip.sampling.fps or 1.0)))
 
 
 def _centres(count: int, length: float) -> NDArray[np.float64]:
