@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from worker.settings import Settings, SettingsError
 
-
 State = Literal["ok", "missing", "broken"]
 WALK = "pip install 'ralf[cpu]'"
 
