@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.documents import a_verdict
 from worker.contract import Evidence, Job, Media, Progress, Verdict, dump
 from worker.errors import (
     BadRequest,
@@ -32,6 +34,7 @@ from worker.errors import (
 from worker.service import jobs, limits, sandbox, shelf, wire
 from worker.service.link import Link
 from worker.service.procfs import rss
+from worker.service.turnstile import PARTIAL_EVERY_S, Peer, Visit
 from worker.settings import Settings
 
 SETTINGS = Settings(child_max_jobs=3)
@@ -124,6 +127,39 @@ def test_progress_is_told_while_the_job_runs(shared_link: Link):
     assert len(advanced) >= 2
     assert Progress.model_validate_json(advanced[-1].progress).percent > 20
     assert {0.35} == {message.seconds for message in advanced}
+
+
+def test_a_partial_verdict_comes_with_the_first_chunk_and_then_now_and_then():
+    """Not with the last chunk: the verdict itself is next."""
+    ours, theirs = socket.socketpair()
+    visit = Visit(Peer(theirs), wire.Run("j1", "f", "", ""))
+    asked = []
+
+    def partial() -> Verdict:
+        asked.append(1)
+        return a_verdict(partial=True)
+
+    def told(percent: float) -> wire.Message:
+        visit.told = 0.0
+        visit.report(Progress(stage="analyze", percent=percent), 9.0, partial)
+        (message,) = wire.receive(ours, wire.Inbox()) or ()
+        return message
+
+    with ours, theirs:
+        first, second = told(10), told(20)
+        visit.judged -= PARTIAL_EVERY_S
+        third = told(30)
+        visit.judged -= PARTIAL_EVERY_S
+        last = told(100)
+
+    assert [bool(message.partial) for message in (first, second, third, last)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert len(asked) == 2
+    assert Verdict.model_validate_json(first.partial).partial
 
 
 def test_a_cancelled_job_stops_at_its_next_progress(shared_link: Link):

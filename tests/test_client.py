@@ -97,6 +97,22 @@ class TestSubmit:
 
         assert store.counts().waiting["default"] == 0
 
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"media": "https://b.example/1.mp4?X-Sig=hunter2" + "&x" * 3000},
+            {"callback": "ftp://me:hunter2@b.example/1.mp4?sig=hunter2"},
+            {"media": Media(uri=URI), "sampling": "https://me:hunter2@b.example/?a"},
+        ],
+    )
+    def test_a_refusal_shows_nothing_that_makes_a_url_a_credential(self, fields):
+        """Backends log what is raised."""
+        with pytest.raises(InvalidRequest) as refused:
+            request(**{"media": URI, "token": "u", **fields})
+
+        assert "hunter2" not in str(refused.value)
+        assert "b.example" in str(refused.value)
+
     def test_many_go_in_some_round_trips_and_keep_their_order(self, client, store):
         """Repeats among them included."""
         sent = [request(URI, token=f"u-{n % 1100}") for n in range(1200)]
@@ -305,6 +321,9 @@ def test_the_asyncio_twin_does_the_same(redis_url, store):
             if status.state == "queued":
                 running = await asyncio.to_thread(claim, store)
             elif status.state == "running":
+                assert await client.partial(submission.job_id) is None
+                await asyncio.to_thread(store.beat, running, partial=a_verdict(partial=True))
+                assert await client.partial(submission.job_id) == a_verdict(partial=True)
                 await asyncio.to_thread(store.end, running, a_verdict(), evidence=an_evidence())
         assert await client.result(submission.job_id) == a_verdict()
         assert await client.evidence(submission.job_id) == an_evidence()
@@ -312,6 +331,11 @@ def test_the_asyncio_twin_does_the_same(redis_url, store):
         assert (await client.status(submission.job_id)).ended
         with pytest.raises(NotFound):
             await client.session("none")
+        part = SessionPart(session_id="live", number=0, offset_ms=0, last=True)
+        await client.submit(URI, token="s", session=part)
+        await asyncio.to_thread(lambda: store.end(claim(store), a_verdict()))
+        rolling = [verdict async for verdict in client.watch_session("live", timeout=20)]
+        assert [verdict.complete for verdict in rolling] == [True]
         await client.close()
         return states
 

@@ -497,6 +497,34 @@ class TestTogether:
 
         assert len(web.requests) == 1
 
+    def test_it_is_live_only_while_its_own_loop_turns(self, store, monkeypatch):
+        """A loop that is stuck in Redis beats no more."""
+        beats, stuck, stop = [], threading.Event(), threading.Event()
+        pusher = Deliverer(store, Settings(), beat=lambda: beats.append(time.monotonic()))
+        take, turns = pusher.outbox.take, []
+
+        def third_blocks(*given, **named):
+            turns.append(1)
+            if len(turns) == 3:
+                stuck.wait(20)
+            return take(*given, **named)
+
+        monkeypatch.setattr(deliver, "POLL_S", 0.01)
+        monkeypatch.setattr(pusher.outbox, "take", third_blocks)
+        thread = threading.Thread(target=pusher.run_forever, args=(stop,))
+        thread.start()
+        while len(turns) < 3:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        while_stuck = len(beats)
+        stuck.set()
+        while len(beats) < 5:
+            time.sleep(0.01)
+        stop.set()
+        thread.join()
+
+        assert while_stuck == 3
+
     def test_stopping_waits_for_the_push_under_way(self, store):
         """So it is not made twice for nothing."""
         with serving(lambda request: [0.5, *reply(204)]) as web:

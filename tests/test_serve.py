@@ -196,6 +196,47 @@ def test_a_worker_tells_its_metrics_and_is_ready_after_its_child(redis_url: str)
     assert "ralf_child_rss_bytes" in text
 
 
+def test_a_draining_worker_is_live_and_not_ready(redis_url: str):
+    """It ends its job and would take no other."""
+    settings = replace(QUICK, redis_url=redis_url, http_port=free_port())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker.service.serve", "worker", *TESTS],
+        env=as_environment(settings, os.environ),
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        store = Store(connect(redis_url), settings)
+        until(lambda: store.counts().workers["default"] == 1)
+        store.submit([a_job("1", tag="sleep:1.5")], function=jobs.PREFIX + "sleep")
+        until(lambda: store.counts().running["default"] == 1)
+        before = get(settings.http_port, "/readyz")[0]
+        process.terminate()
+        until(lambda: get(settings.http_port, "/readyz")[0] == 503)
+        live = get(settings.http_port, "/healthz")[0]
+        assert process.wait(10) == 0
+        state = store.status("j1")
+        store.redis.close()
+    finally:
+        process.kill()
+        process.wait()
+
+    assert (before, live) == (200, 200)
+    assert state is not None
+    assert state.state == "succeeded"
+
+
+def test_embedded_tells_which_part_has_fallen():
+    """Whoever runs it can stop instead of serving nobody."""
+    with embedded(QUICK, bodies="test", deliver=False) as service:
+        well = service.fallen()
+        os.kill(service.pids["worker"], signal.SIGKILL)
+        until(lambda: service.fallen() != "")
+
+        assert well == ""
+        assert service.fallen() == "the worker ended with -9"
+
+
 def free_port() -> int:
     """A port that nobody has."""
     import socket

@@ -12,6 +12,7 @@ Needs redis, rq and pydantic only.  Every error is a ClientError and says what t
 """
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -159,8 +160,13 @@ def request(
         first = fault.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidRequest(
-            f"{where}: {first['msg']}, got {first['input']!r}; see docs/job.schema.json"
+            f"{where}: {first['msg']}, got {_shown(first['input'])}; see docs/job.schema.json"
         ) from None
+
+
+def _shown(value: object) -> str:
+    """What came, without what makes a URL a credential: its user and its query."""
+    return re.sub(r"(?<=://)[^/?#@'\"]*@|\?[^'\"]*", "…", repr(value))[:200]
 
 
 class Client:
@@ -352,6 +358,9 @@ class AsyncClient:
     async def result(self, job_id: str, *, timeout: float | None = None) -> Verdict:
         return await asyncio.to_thread(self._client.result, job_id, timeout=timeout)
 
+    async def partial(self, job_id: str) -> Verdict | None:
+        return await asyncio.to_thread(self._client.partial, job_id)
+
     async def evidence(self, job_id: str) -> Evidence:
         return await asyncio.to_thread(self._client.evidence, job_id)
 
@@ -366,6 +375,14 @@ class AsyncClient:
         statuses = self._client.watch(job_id, timeout=timeout)
         while (status := await asyncio.to_thread(next, statuses, None)) is not None:
             yield status
+
+    async def watch_session(
+        self, session_id: str, *, tenant: str = "default", timeout: float | None = None
+    ) -> AsyncIterator[SessionVerdict]:
+        """As Client.watch_session; cancelled, it leaves its thread as watch does."""
+        verdicts = self._client.watch_session(session_id, tenant=tenant, timeout=timeout)
+        while (verdict := await asyncio.to_thread(next, verdicts, None)) is not None:
+            yield verdict
 
     async def close(self) -> None:
         await asyncio.to_thread(self._client.close)

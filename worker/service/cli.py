@@ -1,10 +1,12 @@
 """The commands of the service: submit, status, result, cancel, watch; worker, serve, deliver,
-janitor, quarantine, chaos.  Answers are JSON on stdout, one document a line.
+janitor, quarantine, chaos.  Answers are JSON on stdout, one document a line.  A question that makes
+no sense exits 2, a job that ended without a verdict 4 (5 where it may be tried again).
 
 Nothing heavy is imported until a command runs.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +44,42 @@ def _reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     return reach
 
 
+def _answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The client's command: 2 for a wrong question, 4 for a job that has no verdict and would have
+    none if it ran again, else what other errors give."""
+
+    def answer(args: argparse.Namespace) -> int:
+        from pydantic import ValidationError
+
+        from worker import client
+        from worker.errors import Interrupted, by_code
+
+        try:
+            return run(args)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            print(f"ralf: {where}: {first['msg']}", file=sys.stderr)
+            return 2
+        except client.TimedOut:
+            raise
+        except client.JobFailed as error:
+            if issubclass(by_code().get(error.code, object), Interrupted):
+                raise
+            print(f"ralf: {error}", file=sys.stderr)
+            return 4
+        except (
+            client.InvalidRequest,
+            client.IdempotencyConflict,
+            client.NotFound,
+            client.NotFinished,
+        ) as error:
+            print(f"ralf: {error}", file=sys.stderr)
+            return 2
+
+    return answer
+
+
 @contextmanager
 def _client(args: argparse.Namespace) -> Iterator["Client"]:
     """The client at --redis or RALF_REDIS_URL; given back at the end."""
@@ -66,26 +104,30 @@ def _submit(subparsers: Any) -> None:
     submit = subparsers.add_parser("submit", help="queue uploads and print their jobs")
     submit.add_argument("uris", nargs="+", metavar="URI", help="https, s3, gs or file URI, or path")
     submit.add_argument(
-        "--token", help="request token; with several URIs, a prefix (the URI itself)"
+        "--token", help="request token; with several URIs, a prefix (made from the URI)"
     )
     submit.add_argument("--tag")
     submit.add_argument("--tenant", default="default")
     submit.add_argument("--priority", choices=("high", "default"), default="default")
     submit.add_argument("--max-frames", type=int, metavar="N")
+    submit.add_argument(
+        "--stop-early", type=float, metavar="SCORE", help="stop once a face's score is this high"
+    )
     submit.add_argument("--callback", metavar="URL", help="where the verdict is pushed")
     submit.add_argument("--secret-id", default="default", help="which secret signs the push")
     submit.add_argument("--wait", type=float, metavar="SECONDS", help="wait, print the verdicts")
     _redis(submit)
-    submit.set_defaults(run=_run_submit)
+    submit.set_defaults(run=_answering(_run_submit))
 
 
 def _run_submit(args: argparse.Namespace) -> int:
     from worker.client import request
-    from worker.contract import Callback, Sampling, dump
+    from worker.contract import Callback, EarlyStop, Sampling, dump
 
     uris = [_uri(name) for name in args.uris]
     tokens = _tokens(args.token, uris)
-    sampling = Sampling(max_frames=args.max_frames) if args.max_frames else None
+    sampling = None if args.max_frames is None else Sampling(max_frames=args.max_frames)
+    stop_early = None if args.stop_early is None else EarlyStop(score=args.stop_early)
     callback = Callback(url=args.callback, secret_id=args.secret_id) if args.callback else None
     asked = [
         request(
@@ -95,6 +137,7 @@ def _run_submit(args: argparse.Namespace) -> int:
             tenant=args.tenant,
             priority=args.priority,
             sampling=sampling,
+            stop_early=stop_early,
             callback=callback,
         )
         for uri, token in zip(uris, tokens, strict=True)
@@ -123,9 +166,11 @@ def _uri(name: str) -> str:
 
 
 def _tokens(token: str | None, uris: list[str]) -> list[str]:
-    if token is None:
-        return uris
-    return [token] if len(uris) == 1 else [f"{token}:{uri}" for uri in uris]
+    """One for each; from the URI's hash, since a URI may be long, and signed: a credential."""
+    if token is not None and len(uris) == 1:
+        return [token]
+    prefix = token or "uri"
+    return [f"{prefix}:{hashlib.sha256(uri.encode()).hexdigest()[:32]}" for uri in uris]
 
 
 def _ask(subparsers: Any) -> None:
@@ -144,7 +189,7 @@ def _ask(subparsers: Any) -> None:
         if name == "result":
             parser.add_argument("--report", metavar="PAGE", help="write the HTML page as well")
         _redis(parser)
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=_answering(run))
 
 
 def _run_status(args: argparse.Namespace) -> int:
@@ -162,14 +207,15 @@ def _shown(status: Any) -> dict[str, Any]:
 
 
 def _run_result(args: argparse.Namespace) -> int:
-    from kernels.disk import replace_text
     from worker.contract import Evidence, dump
-    from worker.report import page
 
     with _client(args) as client:
         verdict = client.result(args.job, timeout=args.wait)
         print(dump(verdict), flush=True)
         if args.report:
+            from kernels.disk import replace_text
+            from worker.report import page  # draws with NumPy, which a backend may not have
+
             kept = client.store.evidence(args.job)
             replace_text(Path(args.report), page(verdict, kept or Evidence()))
     return 0
@@ -248,6 +294,7 @@ def _run_serve(args: argparse.Namespace) -> int:
     import signal
     import threading
 
+    from worker.errors import Infrastructure
     from worker.service.serve import embedded
 
     stop = threading.Event()
@@ -255,7 +302,9 @@ def _run_serve(args: argparse.Namespace) -> int:
     with embedded(_settings(args), data=args.data) as running:
         print(f"ralf: serving; RALF_REDIS_URL={running.redis_url}", file=sys.stderr, flush=True)
         while not stop.wait(0.5):
-            pass
+            fallen = running.fallen()
+            if fallen:
+                raise Infrastructure(f"{fallen}; what it said is above")
     return 0
 
 

@@ -76,12 +76,13 @@ class Deliverer:
         egress: Egress | None = None,
         clock: Callable[[], float] | None = None,
         jitter: Callable[[], float] = lambda: random.uniform(0.9, 1.1),
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.outbox, self.settings = Outbox(store), settings
         self.egress = egress or Egress(settings)
         self.secrets = Secrets(settings.webhook_secrets)
         self.now = clock or store.now
-        self._jitter = jitter
+        self._jitter, self._beat = jitter, beat
         self._lock = threading.Lock()
         self._running: Counter[str] = Counter()
         self._manner: dict[str, Literal["quick", "slow"]] = {}
@@ -91,6 +92,7 @@ class Deliverer:
         """Until stop is set; pushes that are under way then end first."""
         with ThreadPoolExecutor(THREADS, thread_name_prefix="push") as pool:
             while not stop.is_set():
+                self._beat()
                 try:
                     taken = self.take_due(pool)
                 except RedisError as error:

@@ -276,10 +276,13 @@ class Errand:
             self.link.closed()
 
     def _beat(self, *, alone: bool | None = None) -> None:
-        """Prove that the job runs; hear whether it should go on."""
-        self._beaten = time.monotonic()
-        progress, self._progress = self._progress, None
-        partial, self._partial = self._partial, None
+        """Prove that the job runs; hear whether it should go on. News of the company goes out at
+        once and alone, so that progress is not written more often for it."""
+        progress, partial = None, None
+        if alone is None:
+            self._beaten = time.monotonic()
+            progress, self._progress = self._progress, None
+            partial, self._partial = self._partial, None
         try:
             order = self.store.beat(
                 self.claim,

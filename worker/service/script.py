@@ -27,6 +27,7 @@ def connect(url: str, *, attempts: int = 10) -> Redis:
     sent twice."""
     return Redis.from_url(
         url,
+        socket_timeout=5.0,  # redis-py before 8 waits for ever; a blocking pop asks for a second
         retry=Retry(EqualJitterBackoff(base=0.05, cap=2.0), attempts),
         retry_on_error=[
             exceptions.ConnectionError,

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -72,7 +72,11 @@ def run_worker(
     orders, stop = Orders(), threading.Event()
     link = Link(settings, bodies=bodies, shared=shared, capacity=capacity)
     telemetry.METRICS.watch_queue(queue_counts(store))
-    health = Health(settings, pulse=lambda: orders.pulse, ready=lambda: link.ready is not None)
+    health = Health(
+        settings,
+        pulse=lambda: orders.pulse,
+        ready=lambda: link.ready is not None and not orders.stopping,
+    )
     janitor = threading.Thread(
         target=Janitor(store, settings).run_forever, args=(stop,), name="janitor", daemon=True
     )
@@ -112,11 +116,10 @@ def run_deliverer(settings: Settings) -> int:
 
     with _alone(settings) as (store, stop, beat):
         deliverer = threading.Thread(
-            target=Deliverer(store, settings).run_forever, args=(stop,), name="deliver"
+            target=Deliverer(store, settings, beat=beat).run_forever, args=(stop,), name="deliver"
         )
         deliverer.start()
         while deliverer.is_alive():
-            beat()
             deliverer.join(0.5)
     return 0 if stop.is_set() else BROKEN
 
@@ -161,6 +164,8 @@ class Embedded:
     settings: Settings
     """As its parts see it: redis_url names the embedded Redis."""
     pids: Mapping[str, int]
+    fallen: Callable[[], str] = field(default=lambda: "", repr=False)
+    """Which part has ended by itself, and how; empty while all is well."""
 
     @property
     def redis_url(self) -> str:
@@ -198,12 +203,11 @@ def embedded(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ralf-redis-")))
         inside = replace(settings, redis_url=f"unix://{folder / 'redis.sock'}")
-        pids = {"redis": _start_redis(stack, inside, folder, data)}
+        parts = {"redis": _start_redis(stack, inside, folder, data)}
         if deliver:
             # The port of /metrics is the worker's.
-            pids["deliverer"] = _start(stack, replace(inside, http_port=0), "deliver").pid
-        worker = _start(stack, inside, "worker", "--bodies", bodies)
-        pids["worker"] = worker.pid
+            parts["deliverer"] = _start(stack, replace(inside, http_port=0), "deliver")
+        worker = parts["worker"] = _start(stack, inside, "worker", "--bodies", bodies)
         store = Store(connect(inside.redis_url), inside)
         stack.callback(store.redis.close)
         _until(
@@ -211,10 +215,18 @@ def embedded(
             worker,
             settings.child_start_timeout_s + START_S,
         )
-        yield Embedded(inside, pids)
+        pids = {name: process.pid for name, process in parts.items()}
+        yield Embedded(inside, pids, lambda: _fallen(parts))
 
 
-def _start_redis(stack: ExitStack, settings: Settings, folder: Path, data: Path | None) -> int:
+def _fallen(parts: Mapping[str, "subprocess.Popen[bytes]"]) -> str:
+    ended = ((name, process.poll()) for name, process in parts.items())
+    return ", ".join(f"the {name} ended with {code}" for name, code in ended if code is not None)
+
+
+def _start_redis(
+    stack: ExitStack, settings: Settings, folder: Path, data: Path | None
+) -> "subprocess.Popen[bytes]":
     if data is not None:
         data.mkdir(parents=True, exist_ok=True)
     options = {
@@ -236,7 +248,7 @@ def _start_redis(stack: ExitStack, settings: Settings, folder: Path, data: Path 
         _until(client.ping, process, START_S)
     finally:
         client.close()
-    return process.pid
+    return process
 
 
 def _until(there: Callable[[], Any], process: "subprocess.Popen[bytes]", seconds: float) -> None:
@@ -289,13 +301,13 @@ def _stop(process: "subprocess.Popen[bytes]", seconds: float) -> None:
 def as_environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
     """The environment from which Settings.from_environment() reads exactly these settings."""
     environment = {name: value for name, value in outside.items() if not name.startswith("RALF_")}
-    for field in fields(settings):
-        value = getattr(settings, field.name)
+    for part in fields(settings):
+        value = getattr(settings, part.name)
         if isinstance(value, tuple):
             text = ",".join(map(str, value))
         else:
             text = str(int(value)) if isinstance(value, bool) else str(value)
-        environment[f"RALF_{field.name.upper()}"] = text
+        environment[f"RALF_{part.name.upper()}"] = text
     return environment
 
 

@@ -6,6 +6,7 @@ nobody else runs, and nobody starts beside it.  Parents of running jobs are told
 there are, so that each knows how many suspects there would be if the child died now.
 """
 
+import math
 import socket
 import threading
 import time
@@ -21,7 +22,7 @@ SEND_TIMEOUT_S = 30.0
 TELL_EVERY_S = 0.1
 """A job tells its parent no more often; it still looks each time whether it was cancelled."""
 PARTIAL_EVERY_S = 5.0
-"""So a clip that takes longer shows what is thought of it so far."""
+"""The first comes with the first chunk, and another each time so long after."""
 
 
 class Peer:
@@ -53,7 +54,7 @@ class Visit:
     run: wire.Run
     cancelled: threading.Event = field(default_factory=threading.Event)
     told: float = 0.0
-    judged: float = field(default_factory=time.monotonic)
+    judged: float = -math.inf
 
     def report(
         self, progress: Progress, seconds: float, partial: Callable[[], Verdict] | None = None
@@ -65,7 +66,8 @@ class Visit:
         if now - self.told < TELL_EVERY_S:
             return
         self.told, document = now, ""
-        if partial is not None and now - self.judged >= PARTIAL_EVERY_S:
+        done = progress.percent >= 100  # the verdict itself is next
+        if partial is not None and not done and now - self.judged >= PARTIAL_EVERY_S:
             self.judged, document = now, dump(partial())
         self.peer.say(wire.Advanced(self.run.job_id, dump(progress), float(seconds), document))
 
