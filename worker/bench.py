@@ -32,6 +32,8 @@ from worker.runtime import Parts, cores, load
 from worker.settings import Settings
 
 SAMPLE = Path("demo/out/clips/six_faces.mp4")
+EVERY = Sampling(mode="uniform", max_frames=300)
+"""Each frame of a clip that has no more."""
 
 
 def _clip(args: argparse.Namespace) -> Path:
@@ -98,6 +100,14 @@ def run_scan(args: argparse.Namespace) -> int:
     telemetry.configure(settings)
     parts = load(settings, model=args.model, device="cpu")
     sampling = Sampling(mode="uniform", max_frames=args.frames)
+    facts = probe(clip, settings)
+    if facts.frame_count > EVERY.max_frames:
+        print(
+            f"ralf bench: {facts.frame_count} frames; the plain way decodes every one, so name a "
+            f"clip of at most {EVERY.max_frames}",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
     plain = PlainWay(parts, sampling)
     found: dict[str, Any] = {}
 
@@ -111,7 +121,6 @@ def run_scan(args: argparse.Namespace) -> int:
         found["plain_faces"] = plain(clip)
 
     timings = interleave({"ralf": ours, "plain": theirs}, repeats=args.repeats)
-    facts = probe(clip, settings)
     record = Record(
         theme="scan",
         machine=machine(),
@@ -146,10 +155,9 @@ class PlainWay:
     def __call__(self, clip: Path) -> int:
         found = probe(clip, self.settings)
         wanted = set(plan(Clip(found, self.sampling)).tolist())
-        every = Sampling(mode="uniform", max_frames=300)
         faces = 0
         # every frame is decoded, as the plain way does, and all but the wanted are thrown away
-        for chunk in PyavDecoder(chunk_bytes=64 * 2**20).decode([Clip(found, every)]):
+        for chunk in PyavDecoder(chunk_bytes=64 * 2**20).decode([Clip(found, EVERY)]):
             for row, index in enumerate(chunk.indices.tolist()):
                 if index not in wanted:
                     continue
