@@ -1,11 +1,13 @@
 """The doctor: every setting shown, secrets kept, and a fix beside each thing that is missing."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from redis import Redis
 
+from kernels.networks.mtcnn import WeightsMissing
 from tests.redis_server import RedisServer
 from worker.cli import main
 from worker.doctor import Finding, _redis, _redis_cure, examine, settings_shown
@@ -46,6 +48,29 @@ def test_everything_missing_comes_with_a_fix():
     findings = list(examine(Settings(redis_url="redis://127.0.0.1:1/0")))
 
     assert [] == [item for item in findings if item.state == "missing" and not item.fix]
+
+
+def test_what_cannot_be_examined_comes_with_a_fix_and_an_exit_code(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A machine without PyAV, the finder's weights or `unshare`: the first two stop a walk."""
+
+    def missing(_: str) -> Path:
+        raise WeightsMissing("pnet.pt is not there")
+
+    monkeypatch.setenv("RALF_MODELS_DIR", str(tiny_models))
+    monkeypatch.setenv("RALF_MODEL", "tiny")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("kernels.networks.mtcnn.weights_path", missing)
+    monkeypatch.setitem(sys.modules, "worker.media.probe", None)
+
+    assert 5 == main(["doctor", "--json"])
+    found = {item["name"]: item for item in json.loads(capsys.readouterr().out)["findings"]}
+    states = {name: found[name]["state"] for name in ("codecs", "finder", "namespaces")}
+    needed = {name: found[name]["needed"] for name in states}
+    assert {"codecs": "missing", "finder": "broken", "namespaces": "broken"} == states
+    assert {"codecs": True, "finder": True, "namespaces": False} == needed
+    assert [] == [item for item in found.values() if item["state"] != "ok" and not item["fix"]]
 
 
 def examined(redis_url: str) -> Finding:

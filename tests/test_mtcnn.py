@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -25,11 +26,17 @@ import worker.media.mtcnn as finder_module
 from kernels.lanes import side_by_side
 from kernels.manifest import Finder
 from kernels.networks.mtcnn import WeightsMissing, pretrained, weights_path
+from tests.clips import face_clip
 from tests.scenes import backdrop, frames_of, portrait, scene
+from train.samples import portraits as known_people
+from worker.contract import Sampling
+from worker.media.decode_pyav import PyavDecoder
 from worker.media.mtcnn import Candidates, Mtcnn, reduced_size, smallest_wins
+from worker.media.probe import probe
 from worker.media.pyramid import Level, bands, crops, integral, pyramid, shrink
 from worker.media.tracks import overlap
-from worker.media.types import Faces, Frames
+from worker.media.types import Clip, Faces, Frames
+from worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,7 +56,8 @@ def _one_thread():
 
 
 def composites() -> list[Frames]:
-    """Chunks of equal frames: crowds in 1080p and 720p, upright phone video, portraits.
+    """Chunks of equal frames: crowds in 1080p and 720p, upright phone video, portraits, and all
+    public-domain portraits of the repository moving in an H.264 clip.
 
     Every second frame went through a hard JPEG, as a codec would leave it.
     """
@@ -76,7 +84,16 @@ def composites() -> list[Frames]:
         for seed, (w, h, n) in enumerate(sizes)
     ]
     portraits = [np.array(portrait(160, variant).resize((266, 372))) for variant in range(12)]
-    return [*chunks, frames_of(portraits)]
+    return [*chunks, frames_of(portraits), *people()]
+
+
+def people() -> list[Frames]:
+    """Eight people side by side in 1080p, six moments of two seconds, as the decoder gives them."""
+    cut = [person.image[: round(person.image.shape[1] * 1.1)] for person in known_people().values()]
+    with TemporaryDirectory() as folder:
+        path = face_clip(Path(folder) / "people.mp4", cut, 2.0, fps=10, face_height=0.35)
+        clip = Clip(probe(path, Settings()), Sampling(max_frames=6))
+        return list(PyavDecoder(threads=1).decode([clip]))
 
 
 def compressed(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -153,16 +153,23 @@ def test_headings_and_pictures_can_be_heard(sample: Verdict):
     assert any("width=device-width" in str(meta.get("content")) for meta in seen.of("meta"))
 
 
-def test_the_wheel_carries_style_and_script():
-    """The page's own files are named in the package data."""
+def test_the_wheel_carries_what_is_not_python():
+    """Style, script and Redis's scripts are named in the package data, and every package found."""
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = ("kernels", "worker", "train")
     carried = {
         path
-        for pattern in named["package-data"]["worker"]
-        for path in (ROOT / "worker").glob(pattern)
+        for room in rooms
+        for pattern in named["package-data"].get(room, [])
+        for path in (ROOT / room).glob(pattern)
     }
+    there = [path for room in rooms for path in (ROOT / room).rglob("*.*") if path.is_file()]
+    foreign = {path for path in there if path.suffix not in (".py", ".pyc", ".typed")}
+    folders = {path.parent for path in there if path.suffix == ".py"}
 
-    assert {ROOT / "worker/page/page.css", ROOT / "worker/page/page.js"} <= carried
+    assert {ROOT / "worker/page/page.css", ROOT / "worker/service/moves.lua"} <= carried
+    assert foreign == carried
+    assert [] == [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
 # True to the verdict
