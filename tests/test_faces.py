@@ -1,6 +1,5 @@
 """Crops against Pillow's, tracks against what a person would say."""
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -15,7 +14,7 @@ from PIL import Image
 from kernels.manifest import InputContract
 from tests.scenes import frames_of, scene
 from worker.media.faces import cut, cut_one, regions
-from worker.media.tracks import Tracker, join
+from worker.media.tracks import Tracker
 from worker.media.types import Faces, Frames
 
 Seen = Sequence[Sequence[float]]  # boxes x0 y0 x1 y1, and confidence where there is a fifth
@@ -285,24 +284,15 @@ def walks(draw: st.DrawFn) -> tuple[list[list[tuple[float, ...]]], list[float]]:
 @settings(deadline=None, max_examples=60)
 @given(walk=walks(), cuts=st.sets(st.integers(1, 13)), most=st.sampled_from([1, 3, 16]))
 def test_tracks_do_not_depend_on_the_borders_of_chunks(walk, cuts, most):
-    """The same ids in one chunk, in many, and when the tracker is put away as JSON in between."""
+    """The same ids in one chunk and in many."""
     boxes, times = walk
     whole = follow(Tracker(most), boxes, times)
     borders = sorted({0, len(boxes), *(c for c in cuts if c < len(boxes))})
     chunked, tracker = [], Tracker(most)
-    resumed, state, began = [], Tracker(most).state(), 0.0
     for start, end in pairwise(borders):
         chunked += follow(tracker, boxes[start:end], times[start:end])
-        # Each segment's clock begins anew; binary fractions keep the sums exact.
-        segment = Tracker.resume(
-            json.loads(json.dumps(state)), elapsed_s=times[start] - began, max_tracks=most
-        )
-        began = times[start]
-        resumed += follow(segment, boxes[start:end], [t - began for t in times[start:end]])
-        state = segment.state()
 
     assert whole == chunked
-    assert whole == resumed
 
 
 @settings(deadline=None, max_examples=60)
@@ -325,30 +315,3 @@ def test_tracks_do_not_depend_on_the_order_of_faces(walk, seed, most):
         assert [here[k] for k in order] == mixed[start : start + len(order)]
         assert len(set(followed)) == len(followed) == min(len(here), most)
         start += len(order)
-
-
-def test_segments_scored_apart_are_joined_at_their_border():
-    """Ends of the first meet starts of the second; who was gone, or came later, is left alone."""
-    first, second = Tracker(), Tracker()
-    times = [k / 25 for k in range(50)]
-    follow(first, [[square(100, 100), square(500, 100)]] * 50, times)
-    later = [[square(505, 100), square(900, 100)]] * 50 + [[square(505, 100), square(100, 100)]]
-    follow(second, later, [*times, 2.2])
-
-    joined = join(
-        json.loads(json.dumps(first.state())), json.loads(json.dumps(second.state())), elapsed_s=2.0
-    )
-
-    assert joined == {0: 1}  # 900 is new; the one at 100 was away for more than two seconds
-
-
-def test_joining_takes_the_time_between_segments_into_account():
-    """A face that moved 90 of its 100 pixels: too far for a frame, near enough for a second."""
-    first, second = Tracker(), Tracker()
-    follow(first, [[square(100, 100)]])
-    follow(second, [[square(190, 100)]])
-
-    assert join(first.state(), second.state(), elapsed_s=0.04) == {}
-    assert join(first.state(), second.state(), elapsed_s=1.0) == {0: 0}
-    assert join(Tracker().state(), second.state(), elapsed_s=1.0) == {}
-    assert join(first.state(), Tracker().state(), elapsed_s=1.0) == {}

@@ -17,12 +17,12 @@ rest of such a frame get −1, and `overflowed` says so.  There is no limit over
 slide show of faces cannot use the tracks up before the face that matters.
 
 The ids depend on the frames alone: not on the borders of chunks, not on the order of the faces.
-Imports no torch: segments of a stream are joined where there is none.
+Tracks of a stream's segments are joined where they are folded, in worker/service/sessions.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,17 +49,6 @@ class Open:
     """When it was last seen."""
     missed: int = 0
     """Frames looked at since then."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where and when a track began."""
-
-    track: int
-    box: tuple[float, float, float, float]
-    time_s: float
-    looked: int
-    """Frames looked at before."""
 
 
 def overlap(a: Boxes, b: Boxes) -> Boxes:
@@ -107,9 +96,7 @@ class Tracker:
         self.overflowed = False
         """True once a frame had more faces than can be followed."""
         self._next = 0
-        self._looked = 0
         self._open: list[Open] = []
-        self._starts: list[Start] = []
 
     def update(self, frames: "Frames", faces: "Faces") -> NDArray[np.int64]:
         """The track of each face [m], −1 for one that is not followed; chunks in time order."""
@@ -134,18 +121,11 @@ class Tracker:
         for a, b in match(_stacked(self._open), now, gap, missed):
             ids[followed[b]] = self._open[a].track
         for row in followed[ids[followed] < 0]:
-            ids[row] = self._begin(time_s, boxes[row])
+            ids[row] = self._next
+            self._next += 1
         seen = [Open(int(ids[row]), _plain(boxes[row]), time_s) for row in followed]
         self._open = self._kept(time_s, seen)
-        self._looked += 1
         return ids
-
-    def _begin(self, time_s: float, box: Boxes) -> int:
-        """A new track's id."""
-        self._next += 1
-        if len(self._starts) < 2 * self.max_tracks:
-            self._starts.append(Start(self._next - 1, _plain(box), time_s, self._looked))
-        return self._next - 1
 
     def _kept(self, time_s: float, seen: list[Open]) -> list[Open]:
         """The tracks of this frame, then those it did not show, the latest seen first."""
@@ -155,70 +135,8 @@ class Tracker:
         kept = [*sorted(seen, key=_by_track), *sorted(stay, key=lambda t: (t.missed, t.track))]
         return kept[: self.max_tracks]
 
-    def state(self) -> dict[str, Any]:
-        """What the next segment of a stream needs to go on, as plain JSON."""
-        return {
-            "next": self._next,
-            "open": [
-                {"track": t.track, "box": list(t.box), "time_s": t.time_s, "missed": t.missed}
-                for t in self._open
-            ],
-            "starts": [
-                {"track": t.track, "box": list(t.box), "time_s": t.time_s, "looked": t.looked}
-                for t in self._starts
-            ],
-        }
 
-    @classmethod
-    def resume(
-        cls, state: Mapping[str, Any], *, elapsed_s: float, max_tracks: int = 16
-    ) -> "Tracker":
-        """Go on where `state` ended; its clip began `elapsed_s` before the next one does."""
-        tracker = cls(max_tracks)
-        tracker._next = int(state["next"])
-        tracker._open = [
-            replace(track, time_s=track.time_s - elapsed_s) for track in _opened(state)
-        ][:max_tracks]
-        return tracker
-
-
-def join(
-    before: Mapping[str, Any], after: Mapping[str, Any], *, elapsed_s: float
-) -> dict[int, int]:
-    """Tracks of `after` that continue one of `before`: {id after: id before}.
-
-    For two neighbouring segments that were scored apart, each by a fresh Tracker; the second
-    begins `elapsed_s` after the first did.  The tracks open at the end of the first meet the first
-    boxes of those of the second, by the rules that hold within a clip.
-    """
-    ends, starts = _opened(before), _started(after)
-    gap = [[s.time_s + elapsed_s - end.time_s for s in starts] for end in ends]
-    missed = [[end.missed + s.looked for s in starts] for end in ends]
-    shape = (len(ends), len(starts))
-    pairs = match(
-        _stacked(ends),
-        _stacked(starts),
-        np.array(gap, np.float64).reshape(shape),
-        np.array(missed, np.float64).reshape(shape),
-    )
-    return {starts[b].track: ends[a].track for a, b in pairs}
-
-
-def _opened(state: Mapping[str, Any]) -> list[Open]:
-    return [
-        Open(int(t["track"]), _plain(t["box"]), float(t["time_s"]), int(t["missed"]))
-        for t in state["open"]
-    ]
-
-
-def _started(state: Mapping[str, Any]) -> list[Start]:
-    return [
-        Start(int(t["track"]), _plain(t["box"]), float(t["time_s"]), int(t["looked"]))
-        for t in state["starts"]
-    ]
-
-
-def _stacked(tracks: Sequence[Open] | Sequence[Start]) -> Boxes:
+def _stacked(tracks: Sequence[Open]) -> Boxes:
     return np.array([track.box for track in tracks], np.float64).reshape(-1, 4)
 
 
@@ -226,6 +144,6 @@ def _by_track(track: Open) -> int:
     return track.track
 
 
-def _plain(box: Any) -> tuple[float, float, float, float]:
+def _plain(box: Boxes) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = (float(value) for value in box)
     return x0, y0, x1, y1
