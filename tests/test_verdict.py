@@ -10,7 +10,6 @@ from scipy.special import expit
 from scipy.stats import trim_mean
 
 from kernels.manifest import Aggregation, Calibration, Manifest, Network
-from tests.verdicts import verdict
 from worker.contract import Threshold
 from worker.scores import level, shown
 from worker.verdict import (
@@ -20,8 +19,6 @@ from worker.verdict import (
     Scores,
     calibrated,
     judge,
-    judge_by,
-    scores_of,
     threshold_for,
 )
 
@@ -506,29 +503,6 @@ def test_segments_of_a_stream_judge_as_the_whole():
     halves = [whole.take(np.arange(20)), whole.take(np.arange(20, 40))]
 
     assert judged(whole) == judged(Scores.concat(halves[::-1]))
-
-
-def test_a_stored_verdict_gives_its_scores_back():
-    """What a fold reads from a verdict judges like the first time."""
-    scores = Scores.concat([faces([1.0, 2.5, 3.0, -2.0]), faces([-1.0] * 4, track=1, face_px=30)])
-    calibration = Calibration(temperature=1.7, shift=-0.4)
-    first = judged(scores, calibration=calibration)
-
-    again, looked = scores_of(verdict(first), calibration)
-    second = judge_by(
-        again,
-        looked,
-        width=1280,  # the sample document's frame; boxes there are fractions
-        height=720,
-        duration_s=1.75,
-        calibration=calibration,
-        aggregation=MANIFEST.aggregation,
-        threshold=first.threshold,
-    )
-
-    assert (first.label, first.tracks) == (second.label, second.tracks)
-    assert first.score == pytest.approx(second.score, abs=1e-6)
-    assert np.abs(np.sort(again.logit) - np.sort(scores.logit)).max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.manifest import Aggregation, Calibration
-from worker.contract import Verdict
 
 DIGITS = 6
 """Scores are rounded before they are compared, so that what is shown is what decided."""
@@ -128,28 +127,3 @@ def shown(score: float, *marks: float) -> str:
         if all((float(text) >= mark) == (score >= mark) for mark in marks):
             return text
     return f"{score:.{DIGITS}f}"
-
-
-def scores_of(verdict: Verdict, calibration: Calibration) -> tuple[Scores, Floats]:
-    """The Scores and looks that a stored verdict still holds, for a fold that has only that.
-
-    Logits come back within the rounding of the scores (±13.8 at most); looks to half a bin.
-    """
-    rows = [(int(track.track_id[1:]), s) for track in verdict.tracks for s in track.samples]
-    across, down = verdict.media.width, verdict.media.height
-    edge = 0.5 * 10.0**-DIGITS
-    odds = np.clip([s.score for _, s in rows], edge, 1 - edge)
-    line = verdict.timeline
-    looks = [
-        (place + 0.5) * line.bin_ms / 1000 for place, n in enumerate(line.faces) if n is not None
-    ]
-    boxes = [(s.box.left, s.box.top, s.box.right, s.box.bottom) for _, s in rows]
-    return Scores(
-        time_s=np.array([s.time_ms / 1000 for _, s in rows], np.float64),
-        frame=np.array([s.frame for _, s in rows], np.int64),
-        box=np.array(boxes, np.float64).reshape(-1, 4) * (across, down, across, down),
-        face_px=np.array([s.face_px for _, s in rows], np.float64),
-        confidence=np.array([s.confidence for _, s in rows], np.float64),
-        track=np.array([track for track, _ in rows], np.int64),
-        logit=np.log(odds / (1 - odds)) * calibration.temperature + calibration.shift,
-    ), np.array(looks, np.float64)

@@ -21,10 +21,10 @@ import numpy as np
 
 from kernels.manifest import Aggregation, Calibration, Manifest
 from worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
-from worker.scores import Ints, Reals, Scores, calibrated, level, scores_of, shown
+from worker.scores import Ints, Reals, Scores, calibrated, level, shown
 from worker.timeline import Record, segments_of, timeline_of
 
-__all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "scores_of", "threshold_for"]
+__all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "threshold_for"]
 
 MAX_TRACKS = 16
 MAX_SAMPLES = 300
@@ -106,7 +106,7 @@ def judge_by(
     threshold: Threshold,
     max_tracks: int = MAX_TRACKS,
 ) -> Judgement:
-    """The same from its parts, as a stored verdict has them: for a fold without the model."""
+    """The same from the parts of a manifest."""
     record = Record.of(scores, looked_s, duration_s, calibration, aggregation.min_face_px)
     sightings = [
         _Sighting.of(f"t{place}", rows, record, aggregation)
