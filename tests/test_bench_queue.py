@@ -7,7 +7,7 @@ from worker.service.bench import record
 
 def test_the_record_compares_the_three_ways():
     """Small: the figures are only there and sane; what they are is the bench's business."""
-    made = json.loads(record(10, turns=2, latency_jobs=5).dump())
+    made = json.loads(record(10, turns=2, latency_jobs=5, crowd=200).dump())
 
     assert made["theme"] == "queue"
     assert set(made["timings"]) == {
@@ -22,4 +22,7 @@ def test_the_record_compares_the_three_ways():
         *("ours / SimpleWorker", "Worker / ours"),
         *("enqueue / submit_many", "enqueue_many / submit_many"),
     }
+    fairness = made["facts"]["fairness"]
+    assert (fairness["crowd"], fairness["few"]) == (200, 10)
+    assert 20 <= fairness["served_until_the_few_ended"] <= 22
     assert made["facts"]["latency_ms"]["p50"] <= made["facts"]["latency_ms"]["p99"]

@@ -118,9 +118,9 @@ class TestSubmit:
 
 
 class TestTurns:
-    def test_one_tenants_thousand_do_not_delay_anothers_ten(self, store):
+    def test_one_tenants_ten_thousand_do_not_delay_anothers_ten(self, store):
         """Served in turn: the small tenant waits for as many of the large one's as its own."""
-        store.submit([a_job(f"big-{n}", tenant="big") for n in range(1000)])
+        store.submit([a_job(f"big-{n}", tenant="big") for n in range(10_000)])
         store.submit([a_job(f"small-{n}", tenant="small") for n in range(10)])
         served = []
         while sum(name.startswith("jsmall") for name in served) < 10:

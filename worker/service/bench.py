@@ -5,6 +5,8 @@
                    Only the worker's loop is timed, from its first dequeue to the empty queue.
     to enqueue     submit_many beside RQ's enqueue and enqueue_many, in turns
     latency        from submit() to the verdict in the client's hand, one job at a time
+    fairness       how many jobs are served until the last of one tenant's ten, which came after
+                   another's ten thousand; 20 is a perfect turn by turn
 
 The bodies do nothing, and ratios are what counts: all three run in this process, with the same
 Redis and quiet logs.  The requirement is at most 1.5 times SimpleWorker's cost for a no-op job.
@@ -28,7 +30,7 @@ from rq.worker import BaseWorker
 from kernels.bench import Record, Timing, machine, timing
 from worker import telemetry
 from worker.client import Client, request
-from worker.contract import Job
+from worker.contract import Failure, Job
 from worker.service import jobs
 from worker.service.fleet import Fleet, redis_alone
 from worker.service.horse import Horse
@@ -38,6 +40,7 @@ from worker.settings import Settings
 
 TURNS = 7
 LATENCY_JOBS = 200
+CROWD, FEW = 10_000, 10
 IDLE_S = 0.05
 """Between two jobs of the latency's, on average: the worker is asleep in Redis again."""
 TRIVIAL = jobs.PREFIX + "trivial"
@@ -49,17 +52,18 @@ def nothing(name: str) -> None:
 
 def run_queue(args: argparse.Namespace) -> int:
     """Print the record."""
-    print(record(args.jobs, turns=TURNS, latency_jobs=LATENCY_JOBS).dump())
+    print(record(args.jobs, turns=TURNS, latency_jobs=LATENCY_JOBS, crowd=CROWD).dump())
     return 0
 
 
-def record(count: int, *, turns: int, latency_jobs: int) -> Record:
+def record(count: int, *, turns: int, latency_jobs: int, crowd: int) -> Record:
     """Measure with `count` jobs a turn."""
     before = machine()
     with _redis() as fleet:
         running = _run(fleet.settings, count, turns)
         enqueuing = _enqueue(fleet.settings, count, turns)
         waits = _latency(fleet, latency_jobs)
+        served = _fairness(fleet.settings, crowd)
     ran = {name: timing(spent) for name, spent in running.items()}
     queued = {name: timing(spent) for name, spent in enqueuing.items()}
     latency = timing(waits)
@@ -90,6 +94,7 @@ def record(count: int, *, turns: int, latency_jobs: int) -> Record:
                 "p50": round(1000 * latency.median_s, 2),
                 "p99": round(1000 * sorted(waits)[int(0.99 * (len(waits) - 1))], 2),
             },
+            "fairness": {"crowd": crowd, "few": FEW, "served_until_the_few_ended": served},
         },
     )
 
@@ -176,7 +181,12 @@ def _clocked(worker: Any) -> Callable[[], float]:
 
 
 def _job(name: str) -> Job:
-    return request(f"https://media.example/{name}.mp4", token=f"{name}-{uuid.uuid4().hex}")
+    return _job_of("default", name)
+
+
+def _job_of(tenant: str, name: str) -> Job:
+    token = f"{name}-{uuid.uuid4().hex}"
+    return request(f"https://media.example/{name}.mp4", token=token, tenant=tenant)
 
 
 # enqueuing
@@ -238,3 +248,26 @@ def _latency(fleet: Fleet, count: int) -> list[float]:
         client.close()
         fleet.stop("worker")
     return spent
+
+
+# fairness
+
+
+def _fairness(settings: Settings, crowd: int) -> int:
+    """Jobs served until the last of the few has ended; they came when all the crowd was there."""
+    store = Store(connect(settings.redis_url), settings, function=TRIVIAL)
+    queue = f"rq:queue:{store.queue('default')}"
+    client = Client(store.redis, settings)
+    client.submit_many(_job_of("crowd", str(number)) for number in range(crowd))
+    client.submit_many(_job_of("few", str(number)) for number in range(FEW))
+    served, left = 0, FEW
+    while left:
+        job_id: Any = store.redis.lmove(queue, f"{queue}:intermediate")
+        claim = store.begin(job_id.decode(), "bench")
+        assert claim is not None
+        store.end(claim, Failure(code="fetch_denied", message="served"))
+        served += 1
+        left -= claim.job.tenant == "few"
+    store.redis.flushdb()
+    store.redis.close()
+    return served
