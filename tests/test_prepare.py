@@ -123,6 +123,9 @@ def test_training_with_another_finder_is_refused(prepared):
 
     with pytest.raises(IndexFault, match="prepare again"):
         Batches(Index(prepared.root, rows), Data(input=other, batch=2))
+    joined = Index(prepared.root.parent, ()) + Index(prepared.root, rows)
+    with pytest.raises(IndexFault, match="prepare again"):
+        Batches(joined, Data(input=other, batch=2))
 
 
 def test_a_stopped_run_goes_on(films, tmp_path, monkeypatch):

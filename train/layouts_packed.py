@@ -9,8 +9,10 @@ and landmarks in an LMDB are bare integers whose width is that of the machine th
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -131,6 +133,17 @@ class Store:
             return five_points(self.value(str(PurePosixPath(name).with_suffix(".npy"))))
         except IndexFault:
             return None
+
+
+def opened(folder: Path) -> Store:
+    """The store of a folder.  LMDB opens a file once a process: training and validation share it.
+    A forked process opens its own."""
+    return _opened(folder.resolve(), os.getpid())
+
+
+@cache
+def _opened(folder: Path, _process: int) -> Store:
+    return Store(folder)
 
 
 def five_points(stored: bytes) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ from PIL import UnidentifiedImageError
 from train.hulls import FaceGeometry
 from train.index import MESHES, Index, IndexFault, Row
 from train.layouts_faces import PICTURES
-from train.layouts_packed import Store
+from train.layouts_packed import Store, opened
 
 Image = NDArray[np.uint8]
 
@@ -68,12 +68,8 @@ class Pictures:
         self, index: Index, frames: Sequence[Frame] = (), *, ram_bytes: int = 2 * 1024**3
     ) -> None:
         self.root = index.root
-        self._stores: dict[str, Store] = {}
         self._meshes = self._read_meshes(frames)
         self._held, self._places = self._hold(frames, ram_bytes)
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_stores": {}}  # an open LMDB does not travel between processes
 
     def picture(self, frame: Frame) -> Image:
         """u8 [h, w, 3] RGB."""
@@ -115,9 +111,7 @@ class Pictures:
             raise IndexFault(f"{path} cannot be read: {error.strerror}") from error
 
     def _store(self, folder: str) -> Store:
-        if folder not in self._stores:
-            self._stores[folder] = Store(self.root / folder)
-        return self._stores[folder]
+        return opened(self.root / folder)
 
     def _read_meshes(self, frames: Sequence[Frame]) -> dict[str, NDArray[np.float32]]:
         wanted: dict[Path, dict[str, str]] = {}

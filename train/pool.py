@@ -22,10 +22,17 @@ PREPARED = "prepare.json"
 """Beside an index that `ralf data prepare` made: how."""
 
 
-def refuse_other_contract(root: Path, contract: InputContract) -> None:
-    """An error where faces under `root` were found otherwise than the contract says."""
-    if not (root / PREPARED).exists():
-        return
+def refuse_other_contract(index: Index, contract: InputContract) -> None:
+    """An error where faces of the index were found otherwise than the contract says."""
+    # Tables that were joined keep the first one's root; the others' pictures lie in faces/ of
+    # theirs.
+    elsewhere = {Path(row.path).parent.parent for row in index if Path(row.path).is_absolute()}
+    for root in (index.root, *sorted(elsewhere)):
+        if (root / PREPARED).exists():
+            _refuse_other(root, contract)
+
+
+def _refuse_other(root: Path, contract: InputContract) -> None:
     made = InputContract.model_validate(json.loads((root / PREPARED).read_text())["contract"])
     for name in ("finder", "colour"):
         if getattr(made, name) != getattr(contract, name):
@@ -39,11 +46,13 @@ class Pool:
     """The frames of one split, real and forged, and how forgeries are found or made for them."""
 
     def __init__(self, index: Index, data: Data, split: str, *, ram_bytes: int) -> None:
-        refuse_other_contract(index.root, data.input)
+        refuse_other_contract(index, data.input)
         chosen = index.where(split=split)
         videos = frames_of(chosen)
         self.real = [frames for frames in videos.values() if not frames[0].row.label]
         self.forged = [frames for frames in videos.values() if frames[0].row.label]
+        if not self.real and len(index) and not any(row.split for row in index):
+            raise IndexFault("no row has a split: draw them with `ralf data index --split`")
         if not self.real:
             raise IndexFault(f"split {split!r} has no real faces, only {len(self.forged)} forged")
         methods = sorted({frames[0].row.method for frames in self.forged})
