@@ -12,10 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from kernels.manifest import InputContract
+from train.data import Batches
 from train.datacheck import check, refuse_leaks
-from train.index import Index, IndexFault, Row, leaks, load, split_by_identity
+from train.index import REAL, Index, IndexFault, Row, leaks, load, split_by_identity
 from train.layouts import KNOWN, read, read_all
 from train.layouts_packed import Store, five_points
+from train.recipe import Data
+from train.samples import portraits
 
 
 def touch(root: Path, *names: str) -> None:
@@ -376,6 +380,91 @@ def test_counts_are_held_against_the_published(tmp_path):
         (count.found, count.expected) for count in found.counts if count.what == "Deepfakes c23"
     }
     assert "differs" in str(found)
+    assert (0, 1000) in {
+        (count.found, count.expected) for count in found.counts if count.what == "FaceShifter c23"
+    }
+
+
+def test_a_test_set_without_its_forgeries_is_said_to_lack_them(tmp_path):
+    """Nothing of a kind is a count too: none of 501."""
+    write(tmp_path / "dataset.json", {"original_videos/1/1.mp4": {"label": "real", "set": "test"}})
+    touch(tmp_path, "original_videos/1/1.mp4")
+    told = {count.what: (count.found, count.expected) for count in check(read(tmp_path)).counts}
+
+    assert told["test real"] == (1, 276)
+    assert told["test forged"] == (0, 501)
+
+
+def in_split(split: str, **facts: str) -> Row:
+    fine = {"dataset": "d", "method": "m", "path": "p", "kind": "video", "label": 1}
+    return Row(**{**fine, "video": split, "split": split, **facts})
+
+
+@pytest.mark.parametrize(
+    ("both", "said"),
+    [
+        ({"target": "d:1"}, "identity d:1"),
+        ({"source": "d:1"}, "identity d:1"),
+        ({"group": "g"}, "group g"),
+        ({"video": "v"}, "video d/m/v"),
+    ],
+)
+def test_each_kind_of_leak_is_found(both, said):
+    """A face, whose face was put on it, an original, and the video itself."""
+    rows = [in_split("train", **both), in_split("test", **both)]
+
+    assert [f"{said} is in test and train"] == [str(leak) for leak in leaks(rows)]
+    assert leaks([in_split("train", **both), in_split("", **both)]) == []
+
+
+def test_one_persons_target_is_anothers_source(tmp_path):
+    """Seen on one side as the face, on the other as who was put onto it."""
+    rows = [in_split("train", target="d:1"), in_split("val", source="d:1", target="d:2")]
+
+    assert [leak.name for leak in leaks(rows)] == ["d:1"]
+
+
+def test_compressions_of_one_video_are_one_video():
+    """A c23 in training and its c40 in test are a leak."""
+    rows = [in_split("train", video="v", compression="c23")]
+    rows += [in_split("test", video="v", compression="c40")]
+
+    assert ["video"] == [leak.what for leak in leaks(rows)]
+
+
+def test_pictures_in_an_lmdb_train_with_their_landmarks(tmp_path):
+    """DeepfakeBench's crops: pixels and five points from the store, blended and batched."""
+    portrait = next(iter(portraits().values()))
+    image = np.asarray(Image.fromarray(portrait.image).resize((256, 256)))
+    five = portrait.face.five * [256 / portrait.image.shape[1], 256 / portrait.image.shape[0]]
+    points = np.zeros((81, 2), np.int64)
+    points[36:42], points[42:48], points[[30, 48, 54]] = five[0], five[1], five[2:]
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    with lmdb.open(str(tmp_path / "Own_lmdb"), map_size=2**22) as store:
+        with store.begin(write=True) as into:
+            into.put(b"Own\\O\\frames\\1\\000.png", buffer.getvalue())
+            into.put(b"Own\\O\\landmarks\\1\\000.npy", points.tobytes())
+    videos = {"Own": {"Own_Real": {"train": {"1": listed("O\\frames\\1\\000.png")}}}}
+    write(tmp_path / "Own.json", videos)
+    recipe = Data(input=InputContract(size=64), batch=2, families=("inner",))
+    index = read(tmp_path / "Own.json")
+
+    # As in `ralf train`: two pools of one store at a time.
+    for batches in [Batches(each, recipe) for each in (index, index.elsewhere(tmp_path / "o"))]:
+        frame = batches.pool.real[0][0]
+        face = batches.pool.pictures.face(frame)
+        assert np.array_equal(image, batches.pool.pictures.picture(frame))
+        assert face is not None and np.abs(face.five - five).max() < 1
+        assert batches[0].forged.tolist() == [False, True]
+
+
+def test_rows_without_splits_are_told_how_to_get_them(tmp_path):
+    """Reviews and plain folders have none; an empty split would say nothing of that."""
+    row = Row(dataset="d", method=REAL, video="v", path="p.png", kind="image", label=0)
+
+    with pytest.raises(IndexFault, match=r"no row has a split.*data index --split"):
+        Batches(Index(tmp_path, (row,)), Data())
 
 
 rows = st.builds(

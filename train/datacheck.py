@@ -13,6 +13,8 @@ from train.index import REAL, Index, IndexFault, Leak, Row, leaks
 
 FF_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures", "FaceShifter")
 FF_SPLITS = {"train": 720, "val": 140, "test": 140}
+IN_SPLIT = {("celeb_df_v2", "test"): (178, 340), ("dfdc_preview", "test"): (276, 501)}
+"""Real and forged videos."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ Keyed = dict[tuple[str, str, str, str], Row]
 def _by_kind(videos: Keyed) -> list[Count]:
     """Each method at each compression, over all splits."""
     found = Counter((dataset, method, level) for dataset, method, level, _ in videos)
+    # A method of which there is nothing at all is missing too.
+    for level in {level for dataset, _, level in found if dataset == "ffpp"}:
+        for method in (*FF_METHODS, REAL):
+            found.setdefault(("ffpp", method, level), 0)
     return [
         Count(dataset, f"{method} {level}".strip(), number, _whole(dataset, method))
         for (dataset, method, level), number in sorted(found.items())
@@ -104,6 +110,10 @@ def _by_split(videos: Keyed) -> list[Count]:
         else (row.dataset, row.compression, row.split, row.label, "")
         for row in videos.values()
     )
+    for dataset, split in IN_SPLIT:
+        for level in {each[1] for each in found if each[0] == dataset}:
+            for label in (0, 1):
+                found.setdefault((dataset, level, split, label, ""), 0)
     return [
         Count(
             dataset,
@@ -122,11 +132,7 @@ def _word(label: int, method: str) -> str:
 def _in_split(dataset: str, split: str, label: int) -> int | None:
     if dataset == "ffpp":
         return FF_SPLITS.get(split)
-    known = {
-        ("celeb_df_v2", "test"): (178, 340),
-        ("dfdc_preview", "test"): (276, 501),
-    }
-    return known[dataset, split][label] if (dataset, split) in known else None
+    return IN_SPLIT[dataset, split][label] if (dataset, split) in IN_SPLIT else None
 
 
 def refuse_leaks(index: Index, *, allowed: bool = False) -> list[Leak]:
