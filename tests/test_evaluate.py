@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from kernels.artifact import ArtifactError
 from kernels.manifest import Calibration, InputContract, Sampling
 from tests.faces_on_disk import faces
+from train import published
 from train.evaluate import Judge, evaluate, examples_for, judge_of, of_network, score, write_videos
 from train.index import Index, IndexFault
+from train.perturb import DEEPERFORENSICS
 from train.tables import KINDS, Ask, Table, table
 
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=4))
@@ -153,13 +155,46 @@ def test_published_rows_stand_only_beside_the_same_data(index):
     ask = replace(QUICK, families=(), conditions=("contrast:2",))
     same, other = renamed(index, "ffpp", "c23"), renamed(index, "own", "")
 
-    assert published_rows(table("intra", [JUDGE], same, ask)) == 9
+    assert published_rows(table("intra", [JUDGE], same, ask)) == 11
     assert published_rows(table("robustness", [JUDGE], same, ask)) == 12
     assert published_rows(table("intra", [JUDGE], other, ask)) == 0
     assert published_rows(table("ablation", [JUDGE], same, ask)) == 0
     low = renamed(index, "ffpp", "c40")
     assert published_rows(table("ablation", [JUDGE], low, ask)) == 5
+    assert published_rows(table("backbone", [JUDGE], low, ask)) == 3
+    assert published_rows(table("backbone", [JUDGE], same, ask)) == 0
     assert published_rows(table("cross", [JUDGE], renamed(index, "dfdc", ""), ask)) == 6
+    assert published_rows(table("pooling", [JUDGE], renamed(index, "celeb_df_v2", ""), ask)) == 2
+    assert published_rows(table("pooling", [JUDGE], low, ask)) == 2
+    assert published_rows(table("pooling", [JUDGE], same, ask)) == 0
+
+
+def test_published_figures_are_the_papers():
+    """One cell of each of RALF's tables, as printed there."""
+    assert published.INTRA["ffpp", "c23"]["RALF"] == (94.71, 98.92)
+    assert published.INTRA["ffpp", "c40"]["RALF"] == (83.94, 89.06)
+    assert published.CROSS["celeb_df_v2"]["RALF"] == (71.00, 34.70)
+    assert published.CROSS["dfdc"]["RALF"] == (63.94, 39.21)
+    assert published.ROBUSTNESS["RALF"] == (-0.40, -8.61, -2.85, -8.37)
+    assert published.ABLATION["RALF, L_freq unweighted"] == 88.59
+    assert published.BACKBONE["RALF ResNet-50"] == 85.60
+    assert published.POOLING["dfdc"] == {
+        "RALF average pooling": 58.24,
+        "RALF max pooling": 63.94,
+    }
+
+
+def test_robustness_is_seven_kinds_of_five_levels_and_true_jpeg(index):
+    """Unless told otherwise, and each beside the clean figure."""
+    one = index.where(video=next(row for row in index if row.split == "val").video)
+    made = table("robustness", [JUDGE], one, replace(QUICK, families=(), replicates=0))
+    told = [row[0].removeprefix("sharp ") for row in made.rows]
+
+    assert told[0] == "clean" and len(told) == len(set(told)) == 1 + 7 * 5 + 5 + 1
+    for kind in (*DEEPERFORENSICS, "jpeg"):
+        assert {f"{kind}:{level}" for level in range(1, 6)} <= set(told)
+    assert "rescale:2" in told
+    assert any("jpeg is true JPEG" in note for note in made.notes)
 
 
 def test_robustness_is_told_as_a_change(index):

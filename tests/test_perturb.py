@@ -44,8 +44,16 @@ def test_shape_and_chance(condition: str):
 def test_seven_kinds_with_five_published_levels():
     """The parameters of DeeperForensics-1.0."""
     assert len(all_conditions()) == 35
-    assert DEEPERFORENSICS["blur"] == (7, 9, 13, 17, 21)
-    assert DEEPERFORENSICS["h264"] == (30, 32, 35, 38, 40)
+    assert {
+        "saturation": (0.4, 0.3, 0.2, 0.1, 0.0),
+        "contrast": (0.85, 0.725, 0.6, 0.475, 0.35),
+        "blocks": (16, 32, 48, 64, 80),
+        "noise": (0.001, 0.002, 0.005, 0.01, 0.05),
+        "blur": (7, 9, 13, 17, 21),
+        "pixelation": (2, 3, 4, 5, 6),
+        "h264": (30, 32, 35, 38, 40),
+    } == DEEPERFORENSICS
+    assert LEVELS["jpeg"] == (90, 70, 50, 30, 10)
     assert [parse(condition) for condition in TABLE_3] == [
         ("contrast", 0.725),
         ("blur", 9),

@@ -146,8 +146,8 @@ def intra(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
                 for name, m in each.by_method.items()
             ]  # fmt: skip
         for name, (accuracy, auc) in published.INTRA.get((dataset, compression), {}).items():
-            shown = "—" if auc is None else f"{auc:.2f}"
-            cells = ("", shown, "", "", "", f"{accuracy:.2f}", *[""] * (2 + len(rates)))
+            shown, right = ("—" if v is None else f"{v:.2f}" for v in (auc, accuracy))
+            cells = ("", shown, "", "", "", right, *[""] * (2 + len(rates)))
             found.rows.append((f"published: {name} {dataset} {compression}", *cells))
             found.notes = [published.PROTOCOL]
     return found
