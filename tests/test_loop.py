@@ -31,7 +31,6 @@ from train.losses.objective import Moment, Objective
 from train.optimise import MovingAverage, computed_in, optimiser, rate
 from train.ranks import ALONE
 from train.recipe import Optimiser, Recipe, Schedule
-from train.recipes import RECIPES
 from train.steps import Stepper
 from train.validate import look
 
@@ -74,19 +73,6 @@ def same_tensors(one: Path, other: Path) -> bool:
     left, right = load(one).tensors, load(other).tensors
     assert left.keys() == right.keys()
     return all(torch.equal(left[name], right[name]) for name in left)
-
-
-# At this size ralf and ralf_small_cpu are ralf_small.
-@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"ralf", "ralf_small_cpu"}))
-def test_each_recipe_overfits_one_batch(name: str, tmp_path: Path):
-    """Network, loss, optimiser and labels agree, or this cannot go down."""
-    recipe = tiny(name, **{"schedule.steps": "15", "optimiser.lr": "3e-3"})
-
-    train(recipe, MadeBatches(only=0), None, tmp_path, data_sha256=DATA, options=QUIET)
-
-    told = lines(tmp_path, "train")
-    assert told[0]["bce"] > 0.4
-    assert told[-1]["bce"] < 0.1
 
 
 def test_what_is_learnt_holds_on_faces_not_seen(tmp_path: Path):

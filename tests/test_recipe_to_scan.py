@@ -1,0 +1,119 @@
+"""Each recipe, whole: it trains, is killed, goes on, is published, and `ralf scan` says its logits.
+
+At 32 pixels and with one small backbone for all; what a recipe is made of stays: its network, loss,
+sampler of frames, optimiser, average and schedule.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.artifact import promote
+from kernels.networks import build
+from tests.test_loop import lines, same_tensors
+from tests.training import MadeBatch, MadeBatches, tiny
+from train.checkpoint import load
+from train.loop import LAST, Options, train
+from train.publish import judged, publish, weights
+from train.recipe import Recipe
+from train.recipes import RECIPES
+from worker.cli import main
+from worker.contract import Sampling
+from worker.media.decode_pyav import PyavDecoder
+from worker.media.faces import cut
+from worker.media.mtcnn import Mtcnn
+from worker.media.probe import probe
+from worker.media.types import Clip
+from worker.settings import Settings
+
+# ralf_small_cpu is ralf_small at this size.
+NAMES = sorted(RECIPES.keys() - {"ralf_small_cpu"})
+QUIET, EAGER = Options(quiet=True), Options(quiet=True, save_every_s=0)
+FRAMES = 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, before a kill and after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Killed(BaseException):
+    """What no part of the loop may catch, as it cannot catch a SIGKILL."""
+
+
+class Killing(MadeBatches):
+    """Ends the run when a batch is asked for: nothing is saved on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(only=0)
+        self.killed_at = number
+
+    def __getitem__(self, number: int) -> MadeBatch:
+        if number == self.killed_at:
+            raise Killed
+        return super().__getitem__(number)
+
+
+def go(recipe: Recipe, run: Path, killed_at: int | None = None) -> None:
+    """Train, to the end or until killed; that one saves after every step."""
+    batches = MadeBatches(only=0) if killed_at is None else Killing(killed_at)
+    options = QUIET if killed_at is None else EAGER
+    train(recipe, batches, None, run, data_sha256="d" * 64, options=options)
+
+
+def served(models: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> np.ndarray:
+    """Logits behind the faces that `ralf scan --json` lists; the model is not calibrated."""
+    command = ["scan", str(clip), "--model", "made", "--models", str(models), "--json", "--quiet"]
+    assert main([*command, "--device", "cpu", "--max-frames", str(FRAMES)]) == 0
+    verdict = json.loads(capsys.readouterr().out)
+    score = np.array([s["score"] for track in verdict["tracks"] for s in track["samples"]])
+    return np.sort(np.log(score / (1 - score)))
+
+
+def expected(run: Path, clip: Path) -> np.ndarray:
+    """The checkpoint's own weights on the same faces, without any artifact between."""
+    checkpoint = load(judged(run))
+    recipe = checkpoint.recipe
+    network = build(recipe.network.build, **recipe.network.dimensions)
+    network.load_state_dict(weights(checkpoint))
+    asked = Sampling(**recipe.data.input.sampling.model_dump() | {"max_frames": FRAMES})
+    (frames,) = PyavDecoder(2**28).decode([Clip(probe(clip, Settings()), asked)])
+    faces = Mtcnn(recipe.data.input.finder).find(frames)
+    with torch.no_grad():
+        logits = network.eval()(cut(frames, faces, recipe.data.input))
+    return np.sort(logits.numpy())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_goes_from_a_batch_to_a_served_logit(
+    name: str, tmp_path: Path, clip_of_two: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Overfits; killed and resumed it ends with the same bits; scan gives the run's logits."""
+    recipe = tiny(name, **{"schedule.steps": "15", "optimiser.lr": "3e-3"})
+    go(recipe, tmp_path / "whole")
+    with pytest.raises(Killed):
+        go(recipe, tmp_path / "killed", killed_at=11)
+    reached = load(tmp_path / "killed" / LAST).state.step
+    go(recipe, tmp_path / "killed")
+
+    told = lines(tmp_path / "whole", "train")
+    assert told[0]["bce"] > 0.4
+    assert told[-1]["bce"] < 0.1
+    assert 11 == reached
+    assert same_tensors(tmp_path / "whole" / LAST, tmp_path / "killed" / LAST)
+
+    artifact = publish(tmp_path / "killed", "made", tmp_path / "models")
+    promote(tmp_path / "models", "made", artifact.version)
+    found = served(tmp_path / "models", clip_of_two, capsys)
+    own = expected(tmp_path / "killed", clip_of_two)
+    assert 2 * FRAMES == len(own) == len(found)
+    assert np.ptp(own) > 0
+    np.testing.assert_allclose(found, own, atol=0.03)
