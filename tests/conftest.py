@@ -64,6 +64,12 @@ def tiny_parts(tiny_models: Path) -> Parts:
 
 
 @pytest.fixture(scope="session")
+def eager_parts(eager_models: Path) -> Parts:
+    """The same around the eager model."""
+    return load(replace(Settings(), models_dir=str(eager_models), threads=1), model="eager")
+
+
+@pytest.fixture(scope="session")
 def astronaut() -> np.ndarray:
     """A public-domain portrait with one clear face, u8 [256, 256, 3]."""
     from skimage.data import astronaut

@@ -136,10 +136,20 @@ def test_closing_a_walk_releases_the_file(small_chunks: Parts, clip_of_two: Path
     assert clip_of_two.resolve() not in open_files
 
 
-def test_a_walk_may_stop_early_and_says_so(small_chunks: Parts, clip_of_two: Path):
+def test_an_untrained_model_accuses_nobody(of_two):
+    """Neither the video, nor a track, nor a stretch of it."""
+    verdict, _ = of_two
+
+    assert "inconclusive" == verdict.label
+    assert [False, False] == [track.decisive for track in verdict.tracks]
+    assert () == verdict.segments
+
+
+def test_a_walk_may_stop_early_and_says_so(eager_parts: Parts, clip_of_two: Path):
     """Off by default; with it the verdict is marked partial."""
     ask = Ask(sampling=FEW, stop_early=EarlyStop(score=0.0, after_faces=3))
-    verdict, _ = analyze(clip_of_two, small_chunks, ask=ask)
+    decoder = PyavDecoder(chunk_bytes=2 * 640 * 360 * 3, threads=1)
+    verdict, _ = analyze(clip_of_two, with_decoder(eager_parts, decoder), ask=ask)
 
     assert verdict.partial
     assert 4 == verdict.made.frames_asked

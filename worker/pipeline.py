@@ -238,12 +238,8 @@ class _Walk:
                 manifest=self.manifest,
                 max_tracks=self.tracker.max_tracks,
             )
-            if self.manifest.untrained and self._judged.label != "no_faces":
-                self._judged = replace(
-                    self._judged,
-                    label="inconclusive",
-                    reason="The model was never trained, so its score decides nothing.",
-                )
+            if self.manifest.untrained:
+                self._judged = undecided(self._judged)
         return self._judged
 
     def settled(self) -> bool:
@@ -338,6 +334,20 @@ class _Walk:
             host=platform.node(),
             attempt=self.ask.attempt,
         )
+
+
+def undecided(judgement: Judgement) -> Judgement:
+    """The same numbers, deciding nothing: the model was never trained."""
+    if judgement.label == "no_faces":
+        return judgement
+    why = {"decisive": False, "reason": "the model was never trained"}
+    return replace(
+        judgement,
+        label="inconclusive",
+        reason="The model was never trained, so its score decides nothing.",
+        tracks=tuple(track.model_copy(update=why) for track in judgement.tracks),
+        segments=(),
+    )
 
 
 def _chosen(faces: Faces, keep: NDArray[np.bool_]) -> Faces:
