@@ -109,6 +109,18 @@ def test_celeb_df_is_flipped(tmp_path):
     assert (rows["real/id1_0000"].label, rows["real/id1_0000"].split) == (0, "train")
 
 
+def test_celeb_df_unpacked_into_videos_and_with_methods(tmp_path):
+    """Some tools put a videos/ between; Celeb-DF++ has folders of methods below."""
+    touch(tmp_path, "Celeb-real/videos/id0_0000.mp4", "YouTube-real/videos/00170.mp4")
+    touch(tmp_path, "Celeb-synthesis/videos/FaceSwap/id0_id1_0000.mp4")
+    write(tmp_path / "List_of_testing_videos.txt", "1 Celeb-real/id0_0000.mp4\n")
+    rows = by_video(read(tmp_path))
+
+    assert (rows["real/id0_0000"].split, rows["real/id0_0000"].label) == ("test", 0)
+    assert rows["FaceSwap/id0_id1_0000"].label == 1
+    assert rows["real/youtube-00170"].split == "train"
+
+
 def test_a_celeb_df_list_that_was_flipped_already_is_refused(tmp_path):
     """A list in which 0 means real would turn every label round."""
     celeb(tmp_path, first="0 Celeb-real/id0_0000.mp4")
@@ -155,6 +167,7 @@ def test_the_preview_of_dfdc(tmp_path):
         {
             "method_A/1/1_2_A.mp4": {
                 "label": "fake", "set": "test", "target_id": 1, "swapped_id": 2,
+                "original": "original_videos/1/1_000.mp4",
             },
             "original_videos/1/1_000.mp4": {"label": "real", "set": "train"},
         },
@@ -165,6 +178,7 @@ def test_the_preview_of_dfdc(tmp_path):
         rows["method_A/1_2_A"].target, rows["method_A/1_2_A"].source, rows["method_A/1_2_A"].split,
     ) == ("dfdcp:1", "dfdcp:2", "test")  # fmt: skip
     assert rows["real/1_000"].target == "dfdcp:1"
+    assert rows["method_A/1_2_A"].group == rows["real/1_000"].group == "dfdcp:1_000"
 
 
 def test_deeperforensics_takes_its_reals_from_faceforensics(tmp_path):

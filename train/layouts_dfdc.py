@@ -69,7 +69,7 @@ def dfdc_preview(root: Path) -> Index:
         target = str(facts.get("target_id") or Path(path).stem.split("_")[0])
         source = str(facts.get("swapped_id") or "")
         split: Split = "test" if facts["set"] == "test" else "train"
-        original = str(facts.get("original") or "")
+        original = str(facts.get("original") or ("" if forged else path))
         rows.append(
             Row(
                 dataset="dfdc_preview",

@@ -24,6 +24,11 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise RecipeError(f"{name} should be {least} or more, not {value}")
 
 
+def _above_zero(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise RecipeError(f"{name} should be above 0 and finite, not {value}")
+
+
 Family = Literal[
     "self_blend",
     "inner",
@@ -145,6 +150,10 @@ class RalfLoss:
                 f"loss.radius_real {self.radius_real} should be below "
                 f"loss.radius_forged {self.radius_forged}, neither negative"
             )
+        for name in ("rec", "freq", "adv", "emb", "con"):
+            _between(f"loss.weight_{name}", getattr(self, f"weight_{name}"), 0, 1e6)
+        _between("loss.con_eps", self.con_eps, 0, 1)
+        _above_zero("loss.rival_lr", self.rival_lr)
         _between("loss.centre_momentum", self.centre_momentum, 0, 1)
         if self.con_patch is not None:
             _at_least("loss.con_patch", self.con_patch, 16)
@@ -183,8 +192,10 @@ class Optimiser:
 
     def __post_init__(self) -> None:
         _at_least("optimiser.accumulate", self.accumulate, 1)
-        if self.lr <= 0:
-            raise RecipeError(f"optimiser.lr should be above 0, not {self.lr}")
+        _above_zero("optimiser.lr", self.lr)
+        _between("optimiser.weight_decay", self.weight_decay, 0, 1)
+        if self.clip is not None:
+            _above_zero("optimiser.clip", self.clip)
         if self.ema is not None:
             _between("optimiser.ema", self.ema, 0, 1)
         if self.norm_momentum is not None:
