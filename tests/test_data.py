@@ -128,6 +128,34 @@ def test_a_forgery_on_disk_stands_beside_its_own_target(copies):
     assert batches.names[int(batch.family[4])] == "copies"
 
 
+def test_a_forgery_on_disk_is_of_the_same_moment(copies):
+    """Of a film's frames the one nearest to the real face's own, of the same compression."""
+    real = next(row for row in copies if row.split == "train" and not row.label)
+    fake = next(row for row in copies if row.label and row.target == real.target)
+    rows = [replace(real, frame=n, compression="c23") for n in (0, 31, 60)]
+    rows += [replace(fake, frame=n, compression="c23") for n in (2, 30, 59)]
+    rows += [replace(fake, frame=n, compression="c40") for n in (0, 31, 60)]
+    pool = Batches(Index(copies.root, tuple(rows)), data()).pool
+    partners = [pool.partner(frame, np.random.default_rng(0)) for frame in pool.real[0]]
+
+    assert [2, 30, 59] == [partner.number for partner in partners if partner]
+    assert {"c23"} == {partner.row.compression for partner in partners if partner}
+
+
+def test_margins_are_drawn_and_crops_jitter_about_the_face(reals):
+    """Each margin of the recipe as often as the others; without any, the contract's own cut."""
+    batches = Batches(reals, data(families=("inner",), augment=HARD))
+    rng = np.random.default_rng(0)
+    cuts = [batches._cut(rng, flip=False) for _ in range(200)]
+    wide = np.mean([cut.contract.margin == 1.5 for cut in cuts])
+
+    assert {1.2, 1.5} == {cut.contract.margin for cut in cuts} and 0.4 < wide < 0.6
+    assert 0.02 < np.std([cut.shift for cut in cuts]) < 0.04
+    assert 0.03 < np.std([np.log(cut.grow) for cut in cuts]) < 0.05
+    plain = Batches(reals, data(families=("inner",)))._cut(rng, flip=True)
+    assert Cut(SMALL, flip=True) == plain
+
+
 def test_both_halves_of_a_pair_wear_the_same(copies):
     """The same picture called real and forged comes out the same, whatever it went through."""
     batches = Batches(copies, data(augment=replace(HARD, noise=0.0), batch=16))
@@ -363,6 +391,18 @@ def test_evaluation_with_every_family_and_the_one_held_out(reals):
 
     assert {m: methods.count(m) for m in set(methods)} == {"real": 2, "inner": 2, "boundary": 2}
     assert ("portraits", "boundary", "", "tim-kaine") in {item.video for item in everything.items}
+
+
+def test_the_look_while_training_blends_each_real_once(reals):
+    """Families take turns, so that both classes are as many and every family is seen."""
+    row = reals.where(split="val").rows[0]
+    film = Index(reals.root, tuple(replace(row, frame=n) for n in range(6)))
+    recipe = data(families=("inner", "mouth", "smooth"), evaluation_frames=6)
+    methods = [item.method for item in Examples(film, recipe, "val").items]
+
+    assert {"real": 6, "inner": 2, "mouth": 2, "smooth": 2} == {
+        name: methods.count(name) for name in set(methods)
+    }
 
 
 def test_a_clean_real_face_is_judged_as_it_is_served(reals):
