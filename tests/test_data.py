@@ -98,6 +98,28 @@ def test_every_video_comes_round_before_any_comes_again(reals):
     assert 6 == len(set(shown)) == len(shown)
 
 
+def test_frames_of_a_film_are_drawn_anew_in_each_round(reals):
+    """Two of a hundred, never always the first two."""
+    row = reals.where(split="train").rows[0]
+    film = Index(reals.root, tuple(replace(row, frame=n) for n in range(100)))
+    batches = Batches(film, data(families=("inner",), frames=2))
+    rounds = [{batches._draw(0, 2 * n + k).number for k in (0, 1)} for n in range(3)]
+
+    assert all(len(drawn) == 2 for drawn in rounds)
+    assert len(set.union(*rounds)) > 3 and set.union(*rounds) - {0, 1}
+
+
+def test_nobody_is_swapped_with_themselves(reals):
+    """Where all are one person there is no donor."""
+    alone = Index(reals.root, tuple(replace(row, target="one") for row in reals))
+    pool = Batches(alone, data(families=("swap",)), allow_leaks=True).pool
+    frame = pool.real[0][0]
+    face = pool.pictures.face(frame)
+
+    assert face is not None
+    assert [None] * 5 == [pool.donor(frame, face, np.random.default_rng(n)) for n in range(5)]
+
+
 def test_the_order_of_faces_changes_with_seed_and_epoch(reals):
     """Each round is its own shuffle."""
     one, two = (Batches(reals, data(families=("inner",), batch=4), seed=seed) for seed in (1, 2))

@@ -56,6 +56,14 @@ def test_judging_twice_gives_the_same_figures(index):
     assert one.frames == two.frames and one.videos == two.videos
 
 
+def test_a_face_and_what_was_made_of_it_are_one_cluster(index):
+    """The bootstrap draws them together: they are no independent evidence."""
+    found = evaluate(JUDGE, index, "val", families=("smooth",), replicates=0).scored
+
+    assert len(found) == 12
+    assert len(set(found.cluster)) == 4
+
+
 def test_crops_are_cut_by_the_models_own_contract(index):
     """Another size or margin is another model."""
     wide = replace(JUDGE, input=CONTRACT.model_copy(update={"size": 48, "margin": 1.6}))
