@@ -1,5 +1,6 @@
 """From a run to a model: the engine says what the checkpoint's weights say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from kernels.engine import load as load_engine
 from kernels.networks import build
 from tests.training import MadeBatches, tiny
 from train.calibrate import calibrate
-from train.card import Portion, portions
+from train.card import Portion, portions, without_places
 from train.checkpoint import CheckpointError, load
 from train.loop import BEST, LAST, Options, train
 from train.publish import Told, judged, made_crops, publish, recalibrate, weights
+from train.recipes import named
 
 
 @pytest.fixture(scope="module", params=["ralf_small", "small_classifier"])
@@ -183,3 +185,14 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="is it a folder of `ralf train`"):
         published(tmp_path, tmp_path / "models")
     assert not (tmp_path / "models").exists()
+
+
+def test_the_card_names_first_weights_by_their_file_alone():
+    """Where they lay on the trainer's machine is nobody's business."""
+    recipe = named("ralf_small")
+    init = replace(recipe.init, backbone="/home/ann/weights/lite0.safetensors")
+
+    shown = without_places(replace(recipe, init=init))
+
+    assert shown.init.backbone == "lite0.safetensors"
+    assert shown.init.perceptual == recipe.init.perceptual

@@ -5,9 +5,11 @@ not measured is said to be missing.  Of each collection the card names the licen
 project knows it, and says plainly where it does not.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from kernels.manifest import Manifest
@@ -76,7 +78,7 @@ def card(
     trained = manifest.trained
     sections = {
         f"# {manifest.name}": _summary(manifest, recipe),
-        "## What it was trained on": _trained_on(recipe, data),
+        "## What it was trained and judged on": _trained_on(recipe, data),
         "## How well it does": _figures(manifest),
         "## What a score means": _meaning(manifest),
         "## Where it fails": _failures(recipe, failures),
@@ -171,6 +173,17 @@ def _failures(recipe: Recipe, failures: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in (*failures, *known))
 
 
+def without_places(recipe: Recipe) -> Recipe:
+    """First weights by their file's name: where it lay is nobody's business."""
+    init = recipe.init
+    names = {
+        field: Path(value).name
+        for field, value in (("backbone", init.backbone), ("perceptual", init.perceptual))
+        if value is not None
+    }
+    return dataclasses.replace(recipe, init=dataclasses.replace(init, **names))
+
+
 def _made(recipe: Recipe, trained: Mapping[str, Any], golden_source: str) -> str:
     facts = {
         "steps": trained.get("steps"),
@@ -181,6 +194,6 @@ def _made(recipe: Recipe, trained: Mapping[str, Any], golden_source: str) -> str
     }
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     made = RECIPES.get(recipe.name)
-    changed = differences(made(), recipe) if made else []
+    changed = differences(made(), without_places(recipe)) if made else []
     lines += [f"- changed from `{recipe.name}`: {each}" for each in changed]
     return "\n".join([*lines, "", "Why the recipe is so:", *(f"- {note}" for note in recipe.notes)])
