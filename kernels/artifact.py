@@ -55,6 +55,7 @@ __all__ = [
     "Golden",
     "NotFound",
     "golden",
+    "models_folder",
     "names",
     "open_artifact",
     "promote",
@@ -66,6 +67,13 @@ __all__ = [
 ]
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
+
+
+def models_folder(named: Path | str | None = None) -> Path:
+    """Where models lie: the folder named, else RALF_MODELS_DIR, else the one beside the code."""
+    return Path(named or os.environ.get("RALF_MODELS_DIR") or SHIPPED)
+
+
 """The models that come with the code."""
 REQUIRED = frozenset({"weights.safetensors", "golden.npz", "card.md"})
 MANIFEST = "manifest.json"

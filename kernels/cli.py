@@ -7,7 +7,6 @@ Results go to stdout, errors to stderr; 0 done, 1 a model that does not verify, 
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,9 +70,9 @@ def guarded(run: Run) -> Run:
 
 def folder(args: argparse.Namespace) -> Path:
     """Where models lie: the option, the environment, or those that come with the code."""
-    from kernels.artifact import SHIPPED
+    from kernels.artifact import models_folder
 
-    return Path(args.models or os.environ.get("RALF_MODELS_DIR") or SHIPPED)
+    return models_folder(args.models)
 
 
 def say(args: argparse.Namespace, document: dict[str, Any], line: str) -> None:

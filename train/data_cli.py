@@ -148,15 +148,14 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    import os
 
-    from kernels.artifact import SHIPPED
+    from kernels.artifact import models_folder
     from train.evaluate import judge_of, write_videos
     from train.layouts import read_all
     from train.recipe import FAMILIES
     from train.tables import Ask, table
 
-    models = args.judged_in or Path(os.environ.get("RALF_MODELS_DIR") or SHIPPED)
+    models = models_folder(args.judged_in)
     judges = [judge_of(spec, models, device=args.device) for spec in args.models]
     index = read_all(args.data).where(**_only(args.only))
     families = FAMILIES if args.families == "all" else tuple(filter(None, args.families.split(",")))

@@ -38,11 +38,10 @@ def publish_command(subparsers: Commands) -> None:
 
 def _models(args: argparse.Namespace) -> Path:
     """The option, the environment, or the models that come with the code."""
-    import os
 
-    from kernels.artifact import SHIPPED
+    from kernels.artifact import models_folder
 
-    return args.models or Path(os.environ.get("RALF_MODELS_DIR") or SHIPPED)
+    return models_folder(args.models)
 
 
 def run_publish(args: argparse.Namespace) -> int:

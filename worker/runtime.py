@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 import torch
 
-from kernels.artifact import Artifact, ArtifactError, resolve
+from kernels.artifact import SHIPPED, Artifact, ArtifactError, resolve
 from kernels.engine import Engine, EngineError
 from kernels.engine import load as load_engine
 from kernels.manifest import Finder
@@ -25,8 +25,6 @@ from worker.media.types import Decoder, FaceFinder
 from worker.settings import Settings
 
 log = structlog.get_logger()
-
-SHIPPED_MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Parts:
 
 def models_dir(settings: Settings) -> Path:
     """Where models are looked for: RALF_MODELS_DIR, else the folder that ships with the code."""
-    return Path(settings.models_dir) if settings.models_dir else SHIPPED_MODELS
+    return Path(settings.models_dir or SHIPPED)
 
 
 def cores(settings: Settings) -> int:
