@@ -10,7 +10,7 @@ it is, and what would be said of what was seen so far.  Whoever drives the walk 
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -56,7 +56,10 @@ class Ask:
     """Of the file, where the fetcher has it already."""
     job: Job | None = None
     attempt: int = 1
-    fetch_ms: float | None = None
+    probed: Probe | None = None
+    """Where the caller has looked at the file already; it is not looked at twice."""
+    spent_ms: Mapping[str, float] = field(default_factory=dict)
+    """Stages that were over before the walk began, such as fetch."""
 
     @classmethod
     def of(cls, job: Job, *, attempt: int = 1, sha256: str | None = None) -> "Ask":
@@ -127,11 +130,9 @@ class _Walk:
     def __init__(self, path: Path, parts: Parts, ask: Ask) -> None:
         self.parts, self.ask = parts, ask
         self.manifest = parts.artifact.manifest
-        self.stages_ms: dict[str, float] = {}
-        if ask.fetch_ms is not None:
-            self.stages_ms["fetch"] = ask.fetch_ms
+        self.stages_ms: dict[str, float] = dict(ask.spent_ms)
         with self.timed("probe"):
-            self.probe: Probe = probe(path, parts.settings)
+            self.probe: Probe = ask.probed or probe(path, parts.settings)
             self.sha256 = ask.sha256 or file_sha256(path)
         self.sampling = ask.sampling or parts.default_sampling
         if self.sampling.max_frames > parts.settings.max_frames:

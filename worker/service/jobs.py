@@ -90,11 +90,16 @@ def _analyze(task: Task, parts: "Parts") -> tuple[Verdict, Evidence]:
 
     run = task.run
     # The parent times the job by the clip's length, and the first chunk may take long.
-    length = probe(Path(run.path), parts.settings).duration_s
-    task.report(Progress(stage="probe", percent=0), length)
+    start = time.perf_counter()
+    probed = probe(Path(run.path), parts.settings)
+    spent = {"probe": round((time.perf_counter() - start) * 1000, 3)}
+    task.report(Progress(stage="probe", percent=0), probed.duration_s)
+    if run.fetch_ms:
+        spent = {"fetch": run.fetch_ms, **spent}
     ask = dataclasses.replace(
         Ask.of(task.job, attempt=run.attempt, sha256=run.sha256 or None),
-        fetch_ms=run.fetch_ms or None,
+        probed=probed,
+        spent_ms=spent,
     )
 
     def tell(partial: Partial) -> None:
