@@ -40,6 +40,8 @@ TORCH_FREE = {
     "kernels/manifest.py",
     "kernels/artifact.py",
     "kernels/disk.py",
+    "kernels/plans.py",
+    "kernels/plan_store.py",
     "worker/telemetry.py",
     *(
         f"worker/service/{name}.py"
