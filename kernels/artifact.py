@@ -2,15 +2,17 @@
 
     models/NAME/VERSION/   manifest.json, the files it names, engines/ (built later, own hashes)
     models/NAME/current    the promoted version, one line, replaced atomically
-    models/NAME/history    the versions promoted so far, oldest first; what rollback reads
+    models/NAME/history    how it came to be the promoted one; what rollback reads
 
 VERSION is the first 8 hex digits of the SHA-256 of manifest.json, and the manifest holds the
 SHA-256 of every other file, so a folder's name vouches for everything in it.  A version never
 changes: recalibrating makes a new one.
 
-Publishing writes to a hidden folder beside the version, flushes it, and renames it.  Killed at any
-step, it leaves the old state or the new one, whole; what a dead publisher left is swept by the
-next, since all of them hold the lock on the model's folder.
+Publishing writes to a hidden folder beside the version, flushes it, and renames it; removing goes
+the other way round.  Killed at any step, each leaves the old state or the new one, whole; what a
+dead writer left is swept by the next, since all of them hold the lock on the model's folder.
+
+`promote` here moves the pointer and asks nothing; kernels.registry asks first.
 
 Refused, with the reason: a torn, truncated, changed or missing file, a link of any kind inside a
 version, a file name that is not a plain name, a manifest that does not hash to its folder's name.
@@ -18,21 +20,18 @@ Nothing here is a pickle, and nothing here imports torch.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from kernels import history
 from kernels.disk import (
     ArtifactError,
     Damaged,
@@ -42,9 +41,10 @@ from kernels.disk import (
     locked,
     read_regular,
     refuse_links,
-    replace_lines,
     write,
 )
+from kernels.golden import Golden, golden
+from kernels.history import VERSION
 from kernels.manifest import Manifest
 
 __all__ = [
@@ -67,20 +67,17 @@ __all__ = [
 ]
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
-
-
-def models_folder(named: Path | str | None = None) -> Path:
-    """Where models lie: the folder named, else RALF_MODELS_DIR, else the one beside the code."""
-    return Path(named or os.environ.get("RALF_MODELS_DIR") or SHIPPED)
-
-
 """The models that come with the code."""
 REQUIRED = frozenset({"weights.safetensors", "golden.npz", "card.md"})
 MANIFEST = "manifest.json"
 MANIFEST_MAX_BYTES = 1_000_000
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_VERSION = re.compile(r"[0-9a-f]{8}")
+
+
+def models_folder(named: Path | str | None = None) -> Path:
+    """Where models lie: the folder named, else RALF_MODELS_DIR, else the one beside the code."""
+    return Path(named or os.environ.get("RALF_MODELS_DIR") or SHIPPED)
 
 
 class NotFound(ArtifactError):
@@ -136,39 +133,6 @@ class Artifact:
             compare(path, digest_of(path), expected)
 
 
-@dataclass(frozen=True)
-class Golden:
-    """Crops and what the FP32 reference says of them: how an engine proves itself."""
-
-    crops: NDArray[np.uint8]  # [n, 3, s, s]
-    logits: NDArray[np.float32]  # [n]
-
-    def __post_init__(self) -> None:
-        n = len(self.logits)
-        square = self.crops.ndim == 4 and self.crops.shape[2] == self.crops.shape[3]
-        if not square or self.crops.shape[:2] != (n, 3) or self.crops.dtype != np.uint8:
-            raise Damaged(
-                f"golden crops should be u8 [{n},3,s,s], got {self.crops.dtype} {self.crops.shape}"
-            )
-        if n == 0 or self.logits.shape != (n,) or not np.isfinite(self.logits).all():
-            raise Damaged(f"golden logits should be finite [n ≥ 1], got {self.logits.shape}")
-
-    def to_bytes(self) -> bytes:
-        """golden.npz, the same bytes for the same arrays."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, crops=self.crops, logits=self.logits)
-        return buffer.getvalue()
-
-
-def golden(artifact: Artifact) -> Golden:
-    """The version's golden crops and logits."""
-    try:
-        with np.load(io.BytesIO(artifact.read("golden.npz")), allow_pickle=False) as arrays:
-            return Golden(arrays["crops"], arrays["logits"].astype(np.float32))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise Damaged(f"{artifact.path / 'golden.npz'} does not read: {error}") from error
-
-
 def open_artifact(path: Path | str) -> Artifact:
     """A version's folder, every hash checked."""
     path = Path(path)
@@ -206,7 +170,7 @@ def versions(models_dir: Path | str, name: str) -> list[str]:
     folder = Path(models_dir) / name
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if _VERSION.fullmatch(p.name) and p.is_dir()]
+    found = [p for p in folder.iterdir() if VERSION.fullmatch(p.name) and p.is_dir()]
 
     def published(path: Path) -> tuple[float, str]:
         manifest = path / MANIFEST
@@ -217,7 +181,7 @@ def versions(models_dir: Path | str, name: str) -> list[str]:
 
 def promoted(models_dir: Path | str, name: str) -> str | None:
     """The version that `current` names, or None."""
-    return _read_current(Path(models_dir) / name)
+    return history.current(Path(models_dir) / name)
 
 
 def resolve(models_dir: Path | str, spec: str) -> Artifact:
@@ -255,8 +219,7 @@ def publish(models_dir: Path | str, draft: Manifest, files: Mapping[str, bytes |
     folder = Path(models_dir) / draft.name
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for left in folder.glob(".new-*"):
-            shutil.rmtree(left)
+        sweep(folder)
         staging = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
         try:
             return _publish_from(staging, folder, draft, files)
@@ -264,20 +227,19 @@ def publish(models_dir: Path | str, draft: Manifest, files: Mapping[str, bytes |
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def promote(models_dir: Path | str, name: str, version: str) -> Artifact:
+def promote(models_dir: Path | str, name: str, version: str, *, remark: str = "") -> Artifact:
     """Make a version the one that `name` means; it is verified first."""
     root = Path(models_dir)
     artifact = resolve(root, f"{name}@{version}")
-    folder = root / name
-    with locked(folder):
-        current = _read_current(folder)
-        if current != artifact.version:
-            past = _read_history(folder, current)
-            # History first: killed between the two, `current` is still the old version, and
-            # _read_history cuts off what lies after it.
-            replace_lines(folder / "history", [*past, artifact.version])
-            replace_lines(folder / "current", [artifact.version])
+    with locked(root / name):
+        point(root / name, artifact, remark)
     return artifact
+
+
+def point(folder: Path, artifact: Artifact, remark: str = "") -> None:
+    """The same once the folder is locked; the current one again is no event."""
+    if history.current(folder) != artifact.version:
+        history.record(folder, artifact.version, "promoted", remark)
 
 
 def rollback(models_dir: Path | str, name: str) -> Artifact:
@@ -286,14 +248,25 @@ def rollback(models_dir: Path | str, name: str) -> Artifact:
     if not folder.is_dir():
         raise NotFound(f"no model {name!r} in {models_dir}")
     with locked(folder):
-        past = _read_history(folder, _read_current(folder))
+        past = history.pile(history.events(folder))
         if len(past) < 2:
             now = past[-1] if past else "none"
             raise NotFound(f"{name}: nothing was promoted before the current version ({now})")
+        if not (folder / past[-2]).is_dir():
+            raise NotFound(f"{name}: the version before, {past[-2]}, was removed; promote another")
         artifact = open_artifact(folder / past[-2])
-        replace_lines(folder / "current", [past[-2]])
-        replace_lines(folder / "history", past[:-1])
+        history.record(folder, artifact.version, "rolled_back")
     return artifact
+
+
+def sweep(folder: Path) -> None:
+    """What a dead writer left; the caller holds the lock on the model's folder."""
+    for pattern in (".new-*", ".old-*"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left)
+    for name in (history.CURRENT, history.HISTORY):
+        for file in folder.glob(f".{name}.*"):
+            file.unlink()
 
 
 def _choose(root: Path, name: str, wanted: str, have: list[str]) -> str:
@@ -343,24 +316,3 @@ def _check_names(files: Mapping[str, object], where: Path | str) -> None:
             raise Damaged(f"{where}: {name!r} is not a plain file name")
     if isinstance(where, Path) and (lacking := REQUIRED - files.keys()):
         raise Damaged(f"{where}: names no {', '.join(sorted(lacking))}")
-
-
-def _read_current(folder: Path) -> str | None:
-    try:
-        text = (folder / "current").read_text().strip()
-    except FileNotFoundError:
-        return None
-    if not _VERSION.fullmatch(text):
-        raise Damaged(f"{folder / 'current'} should hold a version, got {text[:40]!r}")
-    return text
-
-
-def _read_history(folder: Path, current: str | None) -> list[str]:
-    """Promotions up to and including the current one; what a dead writer added is cut off."""
-    if current is None:
-        return []
-    path = folder / "history"
-    past = [v for v in path.read_text().split() if _VERSION.fullmatch(v)] if path.exists() else []
-    if current not in past:
-        return [current]
-    return past[: len(past) - past[::-1].index(current)]

@@ -117,3 +117,34 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def hold(folder: Path) -> int:
+    """A descriptor that says: this version is in use.  Closing it, or dying, lets go.
+
+    Seen by every process on a file system that has locks; see `unused`.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ArtifactError(f"{folder} is being removed") from None
+    except OSError:  # no locks here; whoever wants to remove cannot get one either
+        pass
+    return descriptor
+
+
+@contextmanager
+def unused(folder: Path) -> Iterator[bool]:
+    """Whether nobody holds the folder, and nobody can while the block runs."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held; or no locks here, and then nobody knows
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)

@@ -6,7 +6,7 @@ the first 8 hex digits of this file's SHA-256.  Imports no torch, so that a back
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 
@@ -84,6 +84,27 @@ class Calibration(Strict):
     fitted_on: str = "nothing"
 
 
+class Reference(Strict):
+    """How scores were spread when the model was published; what drift is measured from."""
+
+    edges: tuple[Unit, ...]
+    """Ascending, between the bins: below the first, …, at or above the last."""
+    counts: tuple[Annotated[int, Field(ge=0)], ...]
+    """Videos in each bin: one more than edges."""
+    of: str = ""
+    """Whose scores, in words."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Reference":
+        if list(self.edges) != sorted(set(self.edges)) or not self.edges:
+            raise ValueError(f"edges should ascend, got {self.edges}")
+        if len(self.counts) != len(self.edges) + 1 or not any(self.counts):
+            raise ValueError(
+                f"{len(self.edges)} edges need {len(self.edges) + 1} counts, not all 0"
+            )
+        return self
+
+
 class Manifest(Strict):
     """manifest.json."""
 
@@ -107,6 +128,16 @@ class Manifest(Strict):
     of that precision.  `logit_bf16` is there only where bf16 was measured, when the model was
     published, to stay within half of `logit`; without it a CPU runs the model in FP32.
     """
+    targets: tuple[str, ...] = ("cpu",)
+    """Where the model is to run: cpu, sm90, sm90-verified.  Each needs its engine before the
+    model is promoted."""
+    margins: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: {"test_auc": 0.01}
+    )
+    """Figures in `metrics` of which more is better, and the most by which each may fall below the
+    promoted version's."""
+    reference: Reference | None = None
+    """Scores of videos at publishing; None: the first that a worker sees."""
     trained: dict[str, Any] = Field(default_factory=dict)
     untrained: bool = False
     """True for weights that were never trained: every verdict then says so."""
