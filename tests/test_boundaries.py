@@ -39,6 +39,10 @@ TORCH_FREE = {
     "worker/report.py",
     "kernels/manifest.py",
     "kernels/artifact.py",
+    "kernels/golden.py",
+    "kernels/history.py",
+    "kernels/registry.py",
+    "kernels/models_cli.py",
     "kernels/disk.py",
     "kernels/plans.py",
     "kernels/plan_store.py",
@@ -47,6 +51,7 @@ TORCH_FREE = {
         f"worker/service/{name}.py"
         for name in (
             "store",
+            "pins",
             "script",
             "records",
             "outbox",

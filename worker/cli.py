@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done, 1 forged (with --fail-on), 2 usage, 4 bad media, "
         "5 infrastructure, 130 interrupted",
     )
+    top.set_defaults(pinned=_pinned)  # kernels' `models gc` asks; that room knows no queue
     top.add_argument("--version", action="version", version=f"ralf {version('ralf')}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _scan(commands)
@@ -35,6 +36,24 @@ def parser() -> argparse.ArgumentParser:
     for point in sorted(entry_points(group="ralf.commands"), key=lambda p: p.name == "train"):
         point.load()(commands)
     return top
+
+
+def _pinned(model: str) -> dict[str, str]:
+    """Versions of a model that the queue's jobs pin; an OSError when Redis does not answer."""
+    from redis.exceptions import RedisError
+
+    from worker.service.pins import pinned
+    from worker.service.store import Store, connect
+    from worker.settings import Settings
+
+    settings = Settings.from_environment()
+    store = Store(connect(settings.redis_url, attempts=1), settings)
+    try:
+        return pinned(store, model)
+    except RedisError as error:
+        raise OSError(str(error)) from error
+    finally:
+        store.redis.close()
 
 
 def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
