@@ -9,6 +9,7 @@ divided by their number, so k batches of m faces are one of k·m for every term 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from train.checkpoint import pack_optimiser, unpack_optimiser
+from train.depthwise import QuickDepthwise
 from train.diverged import keep
 from train.losses.objective import Batch, Moment, objective
 from train.optimise import MovingAverage, computed_in, optimiser, rate
@@ -55,6 +57,7 @@ class Stepper:
     ) -> None:
         self.recipe, self.device, self.ranks, self.run = recipe, device, ranks, run
         self.dtype = computed_in(recipe, device)
+        self.quick = QuickDepthwise() if device.type == "cpu" else nullcontext()
         if ranks.world > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         if recipe.optimiser.norm_momentum is not None:
@@ -109,7 +112,7 @@ class Stepper:
         self, batch: OnDevice, moment: Moment, share: float, *, alone: bool
     ) -> dict[str, Tensor]:
         """Forward and both backward passes of one batch; its terms, detached."""
-        with self._cast():
+        with self._cast(), self.quick:
             seen = self.objective.look(batch.crops)
             rival = self.objective.rival(seen, batch)
         parts: dict[str, Tensor] = {}
