@@ -1,5 +1,6 @@
 """Shared fixtures: the GPU mark, a real Redis, and the random state put back after each test."""
 
+import importlib.util
 import os
 import random
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ from worker.settings import Settings
 __all__ = ["redis", "redis_server", "redis_url"]
 
 REQUIRE_GPU = os.environ.get("REQUIRE_GPU") == "1"
+REQUIRE_DALI = os.environ.get("REQUIRE_DALI") == "1"
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed; it needs no GPU to be imported."""
+    return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -27,6 +34,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if REQUIRE_GPU:
             pytest.fail("REQUIRE_GPU=1, and torch finds no CUDA device")
         pytest.skip("no CUDA device; REQUIRE_GPU=1 makes this an error")
+    if item.get_closest_marker("dali") and not has_dali():
+        if REQUIRE_DALI:
+            pytest.fail("REQUIRE_DALI=1, and nvidia.dali is not installed")
+        pytest.skip("no DALI; REQUIRE_DALI=1 makes this an error")
 
 
 @pytest.fixture(autouse=True)

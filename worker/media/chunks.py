@@ -47,17 +47,20 @@ def chunks(
     painter: Painter,
     chunk_bytes: int,
     decoder: str,
+    before: int = 0,
 ) -> Iterator[Frames]:
     """Pictures gathered into chunks; one goes out only when the next has its first picture.
 
-    So the last chunk can carry the warning for what was lost after it.
+    So the last chunk can carry the warning for what was lost after it.  `before` frames of the
+    same clip went out already; then a chunk may be empty, and only say what was lost.
     """
     probe = clip.probe
-    most = max(1, chunk_bytes // (3 * probe.width * probe.height))
+    most = frames_in(chunk_bytes, probe)
+    total = before + len(wanted)
     chunk, done = _Chunk(probe, decoder, min(most, len(wanted))), 0
     for picture in reader.pictures(wanted):
         if picture.frame is not None and len(chunk.indices) == len(chunk.pixels):
-            yield chunk.frames(clip, done, len(wanted), reader)
+            yield chunk.frames(clip, before + done, total, reader)
             chunk = _Chunk(probe, decoder, min(most, len(wanted) - done))
         done += 1
         if picture.frame is None:
@@ -67,9 +70,14 @@ def chunks(
         chunk.indices.append(picture.index)
         if picture.index != picture.wanted:
             chunk.replaced.append(picture.wanted)
-    if not chunk.indices:
+    if not chunk.indices and not before:
         raise CorruptMedia(f"none of the {len(wanted)} frames asked for can be decoded")
-    yield chunk.frames(clip, done, len(wanted), reader)
+    yield chunk.frames(clip, before + done, total, reader)
+
+
+def frames_in(chunk_bytes: int, probe: Probe) -> int:
+    """How many of a clip's frames a chunk of so many bytes holds; one at least."""
+    return max(1, chunk_bytes // (3 * probe.width * probe.height))
 
 
 class _Chunk:

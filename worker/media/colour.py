@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # FFmpeg's AVColorSpace by number: its name here, and swscale's number for the same matrix.
 _MATRICES: dict[int, tuple[str, int]] = {
@@ -27,7 +28,15 @@ _UNTAGGED = {2, 3}
 _BT601 = 5
 _UNKNOWN = {8: "ycgco", 11: "smpte2085", 14: "ictcp", 15: "ipt", 16: "ycgco-re", 17: "ycgco-ro"}
 _HDR = {16: "PQ", 18: "HLG"}
-_LIMITED, _FULL = 1, 2
+_LIMITED, FULL = 1, 2
+_LUMA: dict[str, tuple[float, float]] = {
+    "bt601": (0.299, 0.114),
+    "bt709": (0.2126, 0.0722),
+    "bt2020": (0.2627, 0.0593),
+    "smpte240m": (0.212, 0.087),
+    "fcc": (0.30, 0.11),
+}
+"""The shares of red and of blue in luma, which are what a matrix is made of."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,11 @@ class Colour:
 def colour_of(frame: Any) -> Colour:
     """The policy, for one frame."""
     matrix = _MATRICES.get(frame.colorspace, ("", _BT601))[1]
-    return Colour(matrix, _FULL if _is_full(frame) else _LIMITED)
+    return Colour(matrix, FULL if _is_full(frame) else _LIMITED)
 
 
 def _is_full(frame: Any) -> bool:
-    return bool(frame.color_range == _FULL) or str(frame.format.name).startswith("yuvj")
+    return bool(frame.color_range == FULL) or str(frame.format.name).startswith("yuvj")
 
 
 def describe_colour(frame: Any) -> tuple[str, str, list[str]]:
@@ -66,6 +75,30 @@ def describe_colour(frame: Any) -> tuple[str, str, list[str]]:
     if _is_full(frame):
         return space, "pc", notes
     return space, "tv" if frame.color_range == _LIMITED else "unspecified", notes
+
+
+def from_bt601(space: str) -> NDArray[np.float64] | None:
+    """What turns RGB made with BT.601 into RGB made as tagged, [3, 3]; None where they are one.
+
+    For decoders that know no other matrix.  The range cancels out: it stretches YCbCr alike for
+    both.  What the first conversion clipped at 0 or 255 is lost.
+    """
+    if space not in _LUMA or space == "bt601":
+        return None
+    return np.asarray(_to_rgb(*_LUMA[space]) @ np.linalg.inv(_to_rgb(*_LUMA["bt601"])))
+
+
+def _to_rgb(red: float, blue: float) -> NDArray[np.float64]:
+    """Y in 0..1 and Cb, Cr in ±½ to RGB."""
+    green = 1 - red - blue
+    to_red, to_blue = 2 - 2 * red, 2 - 2 * blue
+    return np.array(
+        [
+            [1, 0, to_red],
+            [1, -to_blue * blue / green, -to_red * red / green],
+            [1, to_blue, 0],
+        ]
+    )
 
 
 def turn(frame: Any) -> tuple[int, bool]:

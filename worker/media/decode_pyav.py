@@ -24,13 +24,14 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.errors import JobError
 from worker.media.chunks import Picture, chunks
-from worker.media.colour import colour_of
+from worker.media.colour import FULL, colour_of
 from worker.media.probe import hidden, open_media, packets
 from worker.media.sampling import plan
 from worker.media.types import Clip, Frames, Probe
 
-__all__ = ["PyavDecoder", "plan"]
+__all__ = ["PyavDecoder", "plan", "range_in_stream"]
 
 NEAR = 4
 """Frames that are rather decoded than jumped over.
@@ -64,20 +65,29 @@ class PyavDecoder:
 
     def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
         """Each clip's frames in time order; closing the iterator early lets go of the file."""
+        failed: list[JobError] = []
         for clip in clips:
-            wanted = plan(clip)
-            cap = max(LEAST_CAP, (clip.probe.coded_width + 128) * (clip.probe.coded_height + 128))
-            with open_media(clip.probe.path, clip.probe.container, cap) as container:
-                reader = _Reader(container, clip.probe, self.threads or os.cpu_count() or 1, cap)
-                painter = _Painter(clip.probe)
-                yield from chunks(
-                    clip,
-                    wanted,
-                    reader,
-                    painter=painter,
-                    chunk_bytes=self.chunk_bytes,
-                    decoder=self.name,
-                )
+            try:
+                yield from self.frames(clip, plan(clip))
+            except JobError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def frames(self, clip: Clip, wanted: NDArray[np.int64], *, before: int = 0) -> Iterator[Frames]:
+        """These frames of one clip, of which `before` others went out already."""
+        cap = max(LEAST_CAP, (clip.probe.coded_width + 128) * (clip.probe.coded_height + 128))
+        with open_media(clip.probe.path, clip.probe.container, cap) as container:
+            reader = _Reader(container, clip.probe, self.threads or os.cpu_count() or 1, cap)
+            yield from chunks(
+                clip,
+                wanted,
+                reader,
+                painter=_Painter(clip.probe),
+                chunk_bytes=self.chunk_bytes,
+                decoder=self.name,
+                before=before,
+            )
 
 
 class _Reader:
@@ -295,3 +305,25 @@ class _Painter:
             rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, :width]
             rows = np.rot90(rows, self.turns)
             out[channel] = rows[:, ::-1] if self.mirrored else rows
+
+
+def range_in_stream(probe: Probe) -> str:
+    """tv or pc as the bitstream alone says it, whatever the container adds; one picture's decoding.
+
+    Decoders that never see the container go by this.
+    """
+    cap = max(LEAST_CAP, (probe.coded_width + 128) * (probe.coded_height + 128))
+    with open_media(probe.path, probe.container, cap) as container:
+        stream = container.streams[probe.stream_index]
+        alone = av.CodecContext.create(stream.codec_context.codec.name, "r")
+        alone.extradata = stream.codec_context.extradata
+        alone.thread_count = 1
+        alone.options = {"max_pixels": str(cap)}
+        for packet in packets(container, stream, _never):
+            try:
+                frames = alone.decode(packet)
+            except av.FFmpegError:
+                continue
+            for frame in frames:
+                return "pc" if colour_of(frame).range == FULL else "tv"
+    return "tv"

@@ -331,6 +331,7 @@ def _facts(name: str, size: int, stream: Any, look: _Pass) -> Probe:
         colour_space=space,
         colour_range=colour_range,
         interlaced=bool(first.interlaced_frame),
+        unshown=len(look.seen.ticks) - len(line.times_s),
         warnings=(*notes, *_warnings(look, stream, line, size)),
     )
 

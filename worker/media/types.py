@@ -56,6 +56,9 @@ class Probe:
     colour_range: str
     """tv, pc or "unspecified"."""
     interlaced: bool
+    unshown: int = 0
+    """Frames in the file that a player leaves out: an edit list hides them, or they come before
+    the first keyframe.  A decoder that counts packets counts them too."""
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -143,7 +146,11 @@ class Faces:
 
 
 class Decoder(Protocol):
-    """Clips in, bounded chunks of frames out; Frames say which clip and which time."""
+    """Clips in, bounded chunks of frames out; Frames say which clip and which time.
+
+    Each clip's chunks come in order; those of several clips may alternate.  A clip that cannot be
+    decoded does not take the others with it: its error is raised when they are done.
+    """
 
     name: str
 

@@ -1,0 +1,299 @@
+"""The GPU decoder: DALI over NVDEC, several clips at once, pixels straight into torch's memory.
+
+One clip keeps one of the chip's decoders busy, whatever it asks for, so what counts is how many
+clips are under way.  Jobs ask from their own threads, a chunk of one clip at a time; whoever finds
+DALI idle takes all that wait (`_Batches`), so a loaded machine decodes in batches by itself, and a
+long clip stands in line anew for each of its chunks.
+
+DALI is given explicit frame numbers, those of sampling.plan, never more than a chunk holds: what a
+container claims decides no allocation.  It numbers frames as the probe does, by presentation time,
+wherever routing.refusal has nothing to say.  It knows neither rotation nor any matrix but BT.601:
+both are put right on the device, after colour.py's policy and the probe's turn.  The pixels that
+come out are a new tensor, finished when it is handed over; DALI's own memory is given back before.
+
+A clip that DALI refuses or fails on is decoded by PyAV, and a warning says so.  An error fails a
+whole batch without saying whose it was, and makes the pipeline useless: the batch is halved until
+the culprit stands alone, each half in a new pipeline.
+
+What it cannot see: NVDEC conceals damage inside a picture and says nothing, where the CPU decoder
+takes a neighbour and warns.  Memory: at most BATCH_CHUNKS chunks at once in DALI's memory, and as
+much again in torch's.
+
+device="cpu" is DALI's software decoder: VP9 and MJPEG, no GPU needed.  It is there for tests.
+"""
+
+import importlib.util
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worker.errors import JobError
+from worker.media.chunks import frames_in
+from worker.media.colour import from_bt601
+from worker.media.decode_pyav import PyavDecoder, range_in_stream
+from worker.media.routing import Backend, refusal
+from worker.media.sampling import plan
+from worker.media.types import Clip, Frames, Probe
+
+CLIPS_AT_ONCE = 8
+"""H200's NVDEC has seven decoders; 588, 1,926 and 2,924 frames/s were measured with 1, 4 and 8."""
+BATCH_CHUNKS = 4
+"""Chunks' worth of pixels in one batch."""
+PIXELS_A_PASS = 16 * 1920 * 1080
+"""Converted at once: in FP32 that is 400 MB."""
+
+
+def available() -> bool:
+    """Whether DALI is installed."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class DaliDecoder:
+    """Clips in, chunks of at most `chunk_bytes` out; may be asked from several threads at once."""
+
+    name = "dali"
+
+    def __init__(
+        self,
+        fallback: PyavDecoder,
+        *,
+        device: str | torch.device = "cuda",
+        chunk_bytes: int = 512 * 1024**2,
+        clips_at_once: int = CLIPS_AT_ONCE,
+    ) -> None:
+        if chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes should be positive, got {chunk_bytes}")
+        self.device = torch.device(device)
+        self.backend: Backend = "mixed" if self.device.type == "cuda" else "cpu"
+        self.chunk_bytes = chunk_bytes
+        self.clips_at_once = clips_at_once
+        self.fallback = fallback
+        self._pipeline: Any = None
+        self._batches = _Batches(self._decoded, clips_at_once, BATCH_CHUNKS * chunk_bytes)
+
+    def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
+        """The clips' chunks as they come, up to `clips_at_once` clips side by side."""
+        waiting = deque(clips)
+        under_way: list[Iterator[_Order | Frames]] = []
+        failed: list[JobError] = []
+        while waiting or under_way:
+            while waiting and len(under_way) < self.clips_at_once:
+                under_way.append(self._course(waiting.popleft()))
+            orders = []
+            for course in tuple(under_way):
+                try:
+                    while isinstance(step := next(course), Frames):
+                        yield step
+                    orders.append(step)
+                except StopIteration:
+                    under_way.remove(course)
+                except JobError as error:
+                    failed.append(error)
+                    under_way.remove(course)
+            self._batches.ask(orders)
+        if failed:
+            raise failed[0]
+
+    def refusal(self, probe: Probe) -> str:
+        """Why PyAV decodes this clip; empty where DALI does."""
+        why = refusal(probe, self.backend)
+        if why or self.backend == "cpu" or probe.colour_range != "pc":
+            return why
+        # NVDEC's parser reads the bitstream's own flag, and of VP9 perhaps none
+        told = probe.codec != "vp9" and range_in_stream(probe) == "pc"
+        return "" if told else "full range that the bitstream itself does not tell"
+
+    def _course(self, clip: Clip) -> "Iterator[_Order | Frames]":
+        """One clip: orders to be filled, and frames to hand out once they are."""
+        probe, wanted, done = clip.probe, plan(clip), 0
+        warning = ""
+        if not self.refusal(probe):
+            data, most = np.fromfile(probe.path, np.uint8), frames_in(self.chunk_bytes, probe)
+            while done < len(wanted) and not warning:
+                order = _Order(probe, data, wanted[done : done + most])
+                yield order
+                if order.pixels is None:
+                    warning = f"decoder: DALI could not decode it ({order.error}); PyAV did"
+                    break
+                done += len(order.wanted)
+                yield Frames(
+                    clip=clip,
+                    pixels=order.pixels,
+                    times_s=probe.times_s[order.wanted],
+                    indices=order.wanted,
+                    asked=done,
+                    total=len(wanted),
+                    decoder=self.name,
+                )
+                del order
+            del data
+        if done < len(wanted):
+            for frames in self.fallback.frames(clip, wanted[done:], before=done):
+                yield replace(frames, warnings=(*filter(None, [warning]), *frames.warnings))
+
+    def _decoded(self, orders: "Sequence[_Order]") -> None:
+        """Fill the orders; where DALI fails, each half alone, until the culprit is."""
+        try:
+            outputs = self._run(orders)
+        except Exception as error:  # noqa: BLE001 - the border to DALI: C++ throws what it likes
+            self._pipeline = None
+            if len(orders) == 1:
+                orders[0].error = reason(error)
+                return
+            middle = len(orders) // 2
+            self._decoded(orders[:middle])
+            self._decoded(orders[middle:])
+            return
+        for order, output in zip(orders, outputs, strict=True):
+            if output.shape != (len(order.wanted), *coded_size(order.probe), 3):
+                order.error = f"it gave pictures of {tuple(output.shape[1:3])}"
+            else:
+                order.pixels = upright(output, order.probe)
+        if self.device.type == "cuda":  # before DALI may write there again
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _run(self, orders: "Sequence[_Order]") -> list[Tensor]:
+        """One batch through DALI: u8 [n, h, w, 3] for each order, in DALI's own memory."""
+        if self._pipeline is None:
+            self._pipeline = self._built()
+        (output,) = self._pipeline.run(
+            encoded=[order.data for order in orders],
+            frames=[order.wanted.astype(np.int32) for order in orders],
+        )
+        return [torch.utils.dlpack.from_dlpack(output[row]) for row in range(len(orders))]
+
+    def _built(self) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        pipeline = Pipeline(
+            batch_size=self.clips_at_once,
+            num_threads=self.clips_at_once
+            if self.backend == "mixed"
+            else self.fallback.threads or 1,
+            device_id=(self.device.index or 0) if self.backend == "mixed" else None,
+            prefetch_queue_depth=1,
+        )
+        with pipeline:
+            encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True)
+            frames = fn.external_source(name="frames", ndim=1, dtype=types.INT32)
+            pipeline.set_outputs(
+                fn.decoders.video(
+                    encoded, frames=frames, device=self.backend, pad_mode="none", affine=False
+                )
+            )
+        pipeline.build()
+        return pipeline
+
+
+@dataclass(eq=False)
+class _Order:
+    """Frames wanted of one clip, and what became of them."""
+
+    probe: Probe
+    data: NDArray[np.uint8] = field(repr=False)
+    wanted: NDArray[np.int64]
+    pixels: Tensor | None = field(default=None, repr=False)  # u8 [n, 3, h, w]
+    error: str = ""
+
+    @property
+    def filled(self) -> bool:
+        """Whether it has an answer."""
+        return self.pixels is not None or bool(self.error)
+
+    @property
+    def bytes(self) -> int:
+        """What it takes decoded."""
+        return 3 * len(self.wanted) * self.probe.width * self.probe.height
+
+
+class _Batches:
+    """Orders of all threads, filled together: whoever finds nobody at it takes all that wait."""
+
+    def __init__(
+        self, fill: Callable[[Sequence[_Order]], None], most: int, most_bytes: int
+    ) -> None:
+        self.fill, self.most, self.most_bytes = fill, most, most_bytes
+        self.turn = threading.Condition()
+        self.waiting: deque[_Order] = deque()
+        self.busy = False
+
+    def ask(self, orders: Sequence[_Order]) -> None:
+        """Returns when each order has its pixels or its error."""
+        with self.turn:
+            self.waiting.extend(orders)
+            while not all(order.filled for order in orders):
+                if self.busy:
+                    self.turn.wait()
+                else:
+                    self._fill_one()
+
+    def _fill_one(self) -> None:
+        """One batch, the condition let go of meanwhile; its orders leave with an answer always."""
+        batch = self._taken()
+        self.busy = True
+        self.turn.release()
+        try:
+            self.fill(batch)
+        finally:
+            self.turn.acquire()
+            self.busy = False
+            for order in batch:
+                if not order.filled:
+                    order.error = "the batch was given up"
+            self.turn.notify_all()
+
+    def _taken(self) -> list[_Order]:
+        """First come, first served, as many as fit in one batch; one at least."""
+        batch = [self.waiting.popleft()]
+        room = self.most_bytes - batch[0].bytes
+        while self.waiting and len(batch) < self.most and self.waiting[0].bytes <= room:
+            batch.append(self.waiting.popleft())
+            room -= batch[-1].bytes
+        return batch
+
+
+def coded_size(probe: Probe) -> tuple[int, int]:
+    """Height and width of the picture before it is turned."""
+    return (probe.width, probe.height) if probe.rotation % 180 else (probe.height, probe.width)
+
+
+def upright(pixels: Tensor, probe: Probe) -> Tensor:
+    """u8 [n, h, w, 3] as DALI gives them → [n, 3, h, w] as displayed, in the policy's colours."""
+    out = pixels.new_empty((len(pixels), 3, probe.height, probe.width))
+    matrix = from_bt601(probe.colour_space)
+    at_once = max(1, PIXELS_A_PASS // (probe.height * probe.width))
+    for first in range(0, len(pixels), at_once):
+        part = pixels[first : first + at_once].permute(0, 3, 1, 2)
+        if matrix is not None:
+            part = _recoloured(part, matrix)
+        part = torch.rot90(part, probe.rotation // 90, (2, 3))
+        out[first : first + at_once] = part.flip(3) if probe.mirrored else part
+    return out
+
+
+def _recoloured(part: Tensor, matrix: NDArray[np.float64]) -> Tensor:
+    """Each pixel times the matrix; plain sums, which TF32 does not round."""
+    red, green, blue = part.float().unbind(1)
+    planes = [
+        (r * red + g * green + b * blue).add_(0.5).clamp_(0, 255).to(torch.uint8)
+        for r, g, b in matrix.tolist()
+    ]
+    return torch.stack(planes, 1)
+
+
+def reason(error: Exception) -> str:
+    """The one line of DALI's message that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = next((n for n, line in enumerate(lines) if line.startswith("encountered")), -1)
+    said = lines[after + 1 : after + 2] or [type(error).__name__]
+    return said[0][:160]
