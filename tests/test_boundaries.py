@@ -17,8 +17,9 @@ ROOMS = {
 OWNERS = {
     "triton": {"kernels/dct_triton.py"},
     "torch_tensorrt": {"kernels/build_trt.py"},
-    "onnx": {"kernels/build_rtx.py"},
-    "tensorrt": {"kernels/build_rtx.py", "kernels/engine_trt.py"},
+    "onnx": {"kernels/export_onnx.py"},
+    "onnxruntime": {"kernels/export_onnx.py"},
+    "tensorrt": {"kernels/engine_trt.py"},
     "tensorrt_rtx": {"kernels/build_rtx.py", "kernels/engine_trt.py"},
     "nvidia": {"worker/media/decode_dali.py"},
     "timm": {"kernels/networks/backbones.py"},

@@ -1,0 +1,188 @@
+"""A TensorRT plan as an engine, of either flavour: standard TensorRT or TensorRT-RTX.
+
+Both have the same Python interface under two names, and a plan is read by the very version that
+wrote it, on an architecture that its key names, once a machine of that architecture has verified
+it; all else is refused with the command that helps.
+
+Any number of crops is cut into the plan's buckets and padded (kernels.batching); the device's
+side, streams and buffers and graphs, is kernels.trt_session.  One caller at a time.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kernels import plans
+from kernels.artifact import Artifact
+from kernels.batching import Batching
+from kernels.disk import ArtifactError, Damaged
+from kernels.engine import EngineError, Precision, check_crops
+from kernels.plans import Device, Flavour, Key, Plan
+from kernels.trt_session import Queue, Session
+
+DISTRIBUTIONS: dict[Flavour, tuple[str, ...]] = {
+    "trt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+}
+MODULES: dict[Flavour, str] = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
+
+
+def installed() -> dict[Flavour, str]:
+    """The flavours that this Python can import, and their versions; imports neither."""
+    found: dict[Flavour, str] = {}
+    for flavour, names in DISTRIBUTIONS.items():
+        if find_spec(MODULES[flavour]) is None:
+            continue
+        for name in names:
+            try:
+                found[flavour] = version(name)
+                break
+            except PackageNotFoundError:
+                continue
+    return found
+
+
+def facts(device: torch.device) -> Device:
+    """What choosing a plan needs to know of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    architecture = f"sm{properties.major}{properties.minor}"
+    return Device(properties.name, architecture, installed())
+
+
+def runtime_module(flavour: Flavour) -> ModuleType:
+    """The flavour's bindings."""
+    try:
+        if flavour == "rtx":
+            import tensorrt_rtx
+
+            return tensorrt_rtx  # type: ignore[no-any-return]
+        import tensorrt
+
+        return tensorrt  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise EngineError(
+            f"the plan needs {MODULES[flavour]}, which does not import here: {error}; "
+            "install the extra gpu (or gpu-rtx), or use the torch engine"
+        ) from error
+
+
+@dataclass(eq=False)
+class TrtEngine:
+    """One plan in memory on one GPU."""
+
+    artifact: Artifact
+    key: Key
+    device: str
+    session: Session = field(repr=False)
+    batching: Batching = field(repr=False)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        artifact: Artifact,
+        key: Key,
+        content: bytes,
+        buckets: Sequence[int],
+        device: torch.device,
+    ) -> "TrtEngine":
+        """The plan on the device, every bucket ready; whether it is verified is not asked here."""
+        here = facts(device)
+        trt = runtime_module(key.flavour)
+        check_key(artifact, key, here, str(trt.__version__))
+        queue = Queue(device)
+        session = Session(trt, content, queue, device, cache_file(artifact, key, here))
+        engine = cls(artifact, key, str(device), session, Batching(buckets))
+        engine.warm()
+        return engine
+
+    @property
+    def name(self) -> str:
+        """The plan's key."""
+        return str(self.key)
+
+    @property
+    def precision(self) -> Precision:
+        """Of the bulk of the arithmetic."""
+        return self.key.precision  # type: ignore[return-value]
+
+    def warm(self) -> None:
+        """Make every bucket that fits ready; what does not fit is halved now, not in a job."""
+        side = self.artifact.manifest.input.size
+        blank = torch.zeros((1, 3, side, side), dtype=torch.uint8)
+        self(blank.expand(self.batching.most, -1, -1, -1))
+        for bucket in self.batching.buckets:
+            self(blank.expand(bucket, -1, -1, -1))
+        self.session.remember()
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        """Crops u8 [m, 3, s, s] → FP32 logits [m] on the CPU; one caller at a time."""
+        check_crops(crops, self.artifact)
+        if not len(crops):
+            return torch.zeros(0)
+        with self.lock, torch.inference_mode():
+            return self.batching(crops, self._score)
+
+    def _score(self, part: Tensor, bucket: int) -> Tensor:
+        self.session.drop(above=self.batching.most)
+        return self.session.run(bucket, part)[0].reshape(-1)
+
+
+def load_plan(artifact: Artifact, device: torch.device, name: str | None = None) -> TrtEngine:
+    """The plan of this name, or the one that fits the device; verified there, or refused."""
+    here = facts(device)
+    for attempt in (1, 2):
+        plan = plans.plan(artifact, name) if name else plans.find(artifact, here)
+        if not plan.record.verified_on(here.architecture):
+            # another architecture's is not merely unverified here
+            check_key(artifact, plan.key, here, here.runtimes.get(plan.key.flavour, "none"))
+            raise plans.unverified(artifact, plan, here.architecture)
+        try:
+            content = plan.read()
+        except Damaged:
+            # A builder may have replaced it between the record and the plan; once, not twice.
+            if attempt == 2 or _record_of(artifact, plan) == plan.record.plan_sha256:
+                raise
+            continue
+        return TrtEngine.of(artifact, plan.key, content, plan.record.buckets, device)
+    raise AssertionError("the second attempt returns or raises")
+
+
+def check_key(artifact: Artifact, key: Key, here: Device, runtime: str) -> None:
+    """EngineError where another version or architecture is needed than is here."""
+    cure = f"build one here: {plans.command(artifact)}"
+    if runtime != key.version:
+        raise EngineError(
+            f"{key} of {artifact.label} needs {MODULES[key.flavour]} {key.version}, "
+            f"here is {runtime}; {cure}"
+        )
+    if here.architecture not in key.architectures:
+        raise EngineError(
+            f"{key} of {artifact.label} is for {', '.join(key.architectures)}, "
+            f"{here.name} is {here.architecture}; {cure}"
+        )
+
+
+def cache_file(artifact: Artifact, key: Key, here: Device) -> Path | None:
+    """Where RTX's compiled kernels are kept: the user's own folder, one file a plan and GPU."""
+    if key.flavour != "rtx":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME")
+    name = f"{artifact.manifest_sha256[:16]}-{key}-{here.architecture}"
+    folder = Path(home) if home else Path.home() / ".cache"
+    return folder / "ralf" / f"{name}.compiled"
+
+
+def _record_of(artifact: Artifact, plan: Plan) -> str | None:
+    try:
+        return plans.plan(artifact, plan.key).record.plan_sha256
+    except ArtifactError:
+        return None

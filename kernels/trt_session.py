@@ -1,0 +1,248 @@
+"""A deserialised TensorRT plan on a GPU: contexts, buffers, workspaces, CUDA graphs.
+
+Each bucket has an execution context, its buffers, and a workspace from torch's allocator, so that
+running out of memory is torch's own error, which kernels.batching answers with half the batch.
+Small batches spend their time launching kernels: there a CUDA graph is captured, timed against
+plain launching, and kept where it is faster.  A captured graph is bound to its context's shapes
+and addresses, which is why no two buckets share a context.
+
+RTX plans are compiled for the GPU at hand when they are first run, seconds a bucket; what comes
+of it is kept in a file of the user's own, so that the next process starts at once.
+
+The bindings come as an argument: standard TensorRT and TensorRT-RTX have the same interface.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+
+from kernels.engine import EngineError
+
+log = structlog.get_logger()
+
+GRAPH_MOST = 16
+"""Larger batches keep the GPU busy for longer than their launches take."""
+GRAPH_GAIN = 0.98
+"""A graph is kept where it takes at most this share of the time of plain launching."""
+TURNS = 5
+
+
+class Queue:
+    """The engine's own CUDA stream; all that is CUDA's in here, so that tests can do without."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def handle(self) -> int:
+        """What TensorRT takes."""
+        return int(self.stream.cuda_stream)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Work inside goes onto the stream, after what the caller's stream was given before."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+
+    def finish(self) -> None:
+        """Wait for the stream."""
+        self.stream.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The work as one CUDA graph; inside a turn."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a decoder in another thread may go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            work()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+@dataclass(eq=False)
+class Slot:
+    """One bucket's context, buffers and workspace; all of them live as long as it does."""
+
+    context: Any
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    workspace: Tensor
+    launch: Callable[[], None]
+    graphed: bool = False
+
+
+@dataclass(eq=False)
+class Session:
+    """A deserialised plan on a device: run(bucket, crops) → its outputs."""
+
+    trt: Any
+    content: bytes = field(repr=False)
+    queue: Queue
+    device: torch.device
+    cache: Path | None = None
+    front: Callable[[Tensor], Tensor] | None = None
+    """Makes a second input from the crops, where the plan takes one: a kernel of ours."""
+    slots: dict[int, Slot] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.logger = self.trt.Logger(self.trt.Logger.WARNING)
+        self.runtime = self.trt.Runtime(self.logger)
+        self.engine = self.runtime.deserialize_cuda_engine(self.content)
+        if self.engine is None:
+            raise EngineError(
+                f"{self.trt.__name__} {self.trt.__version__} does not read the plan on "
+                f"{self.device} (its reason is on stderr); build it again here"
+            )
+        self.content = b""
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        modes = {name: self.engine.get_tensor_mode(name) for name in names}
+        self.taken = [name for name in names if modes[name] == self.trt.TensorIOMode.INPUT]
+        self.given = [name for name in names if modes[name] == self.trt.TensorIOMode.OUTPUT]
+        if len(self.taken) != (1 if self.front is None else 2) or not self.given:
+            raise EngineError(
+                f"the plan should take crops{'' if self.front is None else ' and one more'} and "
+                f"give logits; it takes {self.taken}, gives {self.given}; build it again"
+            )
+        self._configure()
+
+    def _configure(self) -> None:
+        """RTX: compile each shape once and for all, and remember what was compiled."""
+        self.config = self.compiled = None
+        if not hasattr(self.engine, "create_runtime_config"):
+            return
+        self.config = self.engine.create_runtime_config()
+        self.config.set_execution_context_allocation_strategy(
+            self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        # Lazy, the default, compiles in the background and swaps kernels under a captured graph.
+        strategies = self.trt.DynamicShapesKernelSpecializationStrategy
+        self.config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        self.compiled = self.config.create_runtime_cache()
+        if self.cache and self.cache.is_file() and not self.cache.is_symlink():
+            self.compiled.deserialize(self.cache.read_bytes())
+        self.config.set_runtime_cache(self.compiled)
+
+    def remember(self) -> None:
+        """Keep what RTX compiled; a folder that cannot be written only costs the next start."""
+        if self.compiled is None or self.cache is None:
+            return
+        data = bytes(self.compiled.serialize())
+        try:
+            self.cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.cache.parent, delete=False) as staging:
+                staging.write(data)
+            Path(staging.name).replace(self.cache)
+        except OSError as error:
+            log.info("engine.cache_not_kept", path=str(self.cache), reason=str(error))
+
+    def run(self, bucket: int, crops: Tensor) -> tuple[Tensor, ...]:
+        """Up to `bucket` crops; FP32 outputs of `bucket` rows on the CPU, padding included."""
+        slot = self.slot(bucket)
+        with self.queue.turn():
+            slot.inputs[0][: len(crops)].copy_(crops, non_blocking=True)
+            # What lies behind is an older batch's: finite pixels, and nobody reads their scores.
+            slot.launch()
+            outputs = tuple(output.to("cpu", torch.float32) for output in slot.outputs)
+        self.queue.finish()
+        return outputs
+
+    def slot(self, bucket: int) -> Slot:
+        """The bucket's slot, made on first use; torch's out-of-memory error goes to the caller."""
+        if bucket not in self.slots:
+            with self.queue.turn():
+                self.slots[bucket] = self._make(bucket)
+            self.queue.finish()
+        return self.slots[bucket]
+
+    def drop(self, above: int) -> None:
+        """Give back the memory of larger buckets."""
+        self.slots = {bucket: slot for bucket, slot in self.slots.items() if bucket <= above}
+
+    def _make(self, bucket: int) -> Slot:
+        context = self._context()
+        inputs = tuple(self._input(context, name, bucket) for name in self.taken)
+        # The workspace is sized for these shapes and handed over before anything runs.
+        needed = int(context.update_device_memory_size_for_shapes())
+        workspace = torch.empty(max(needed, 1), dtype=torch.uint8, device=self.device)
+        context.set_device_memory(workspace.data_ptr(), needed)
+        outputs = []
+        for name in self.given:
+            output_shape = tuple(context.get_tensor_shape(name))
+            output = torch.empty(output_shape, dtype=self._dtype(name), device=self.device)
+            context.set_tensor_address(name, output.data_ptr())
+            outputs.append(output)
+
+        def launch() -> None:
+            if self.front is not None:
+                inputs[1].copy_(self.front(inputs[0]))
+            if not context.execute_async_v3(self.queue.handle):
+                raise EngineError("TensorRT could not start the plan (its reason is on stderr)")
+
+        slot = Slot(context, inputs, tuple(outputs), workspace, launch)
+        launch()  # RTX compiles here; and a graph is captured only of what has run before
+        self.queue.finish()
+        if bucket <= GRAPH_MOST:
+            self._try_graph(slot)
+        return slot
+
+    def _input(self, context: Any, name: str, bucket: int) -> Tensor:
+        shape = (bucket, *tuple(self.engine.get_tensor_shape(name))[1:])
+        tensor = torch.zeros(shape, dtype=self._dtype(name), device=self.device)
+        if not context.set_input_shape(name, shape):
+            raise EngineError(f"the plan does not take {shape}; build it for that batch")
+        context.set_tensor_address(name, tensor.data_ptr())
+        return tensor
+
+    def _context(self) -> Any:
+        if self.config is not None:
+            context = self.engine.create_execution_context(self.config)
+        else:
+            strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self.engine.create_execution_context(strategy)
+        if context is None:
+            raise EngineError("TensorRT made no execution context (its reason is on stderr)")
+        return context
+
+    def _dtype(self, name: str) -> torch.dtype:
+        kinds = self.trt.DataType
+        known = {
+            kinds.UINT8: torch.uint8,
+            kinds.HALF: torch.float16,
+            kinds.BF16: torch.bfloat16,
+            kinds.FLOAT: torch.float32,
+        }
+        kind = self.engine.get_tensor_dtype(name)
+        if kind not in known:
+            raise EngineError(f"the plan's {name} is {kind}; expected u8 or a float")
+        return known[kind]
+
+    def _try_graph(self, slot: Slot) -> None:
+        capturable = getattr(slot.context, "is_stream_capturable", None)
+        if capturable is not None and not capturable(self.queue.handle):
+            return
+        plain = slot.launch
+        try:
+            replay = self.queue.capture(plain)
+        except (RuntimeError, EngineError) as error:
+            log.info("engine.no_graph", batch=len(slot.inputs[0]), reason=str(error))
+            return
+        if self._median(replay) <= GRAPH_GAIN * self._median(plain):
+            slot.launch, slot.graphed = replay, True
+
+    def _median(self, work: Callable[[], None]) -> float:
+        spent = []
+        for _ in range(TURNS):
+            start = time.perf_counter()
+            work()
+            self.queue.finish()
+            spent.append(time.perf_counter() - start)
+        return sorted(spent)[TURNS // 2]
