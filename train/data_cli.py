@@ -1,4 +1,4 @@
-"""`ralf data check | index | prepare` and `ralf evaluate`: what is there, and how good a model is.
+"""`ralf data check | index | clips | prepare` and `ralf evaluate`: what is there, how good a model.
 
 Tables go to stdout and, with --out, as JSON, CSV and pages into a folder; progress to stderr.
 """
@@ -36,6 +36,19 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
     index.add_argument("--val", type=float, default=0.1, help="share for validation")
     index.add_argument("--test", type=float, default=0.1, help="share for testing")
     index.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE")
+    clips = _add(verbs, "clips", "set stills in motion, real and forged, as encoded videos",
+                 refusing(_clips))  # fmt: skip
+    clips.add_argument("data", nargs="+", metavar="PATH")
+    clips.add_argument("--out", type=Path, required=True, metavar="DIR")
+    clips.add_argument("--split", default="val")
+    clips.add_argument("--families", default="", metavar="A,B",
+                       help="forgeries, in turn (all but the held-out one)")  # fmt: skip
+    clips.add_argument("--crf", default="23,40", metavar="A,B", help="H.264's rates")
+    clips.add_argument("--each", type=int, default=1, help="forged clips of a still and CRF")
+    clips.add_argument("--seconds", type=float, default=1.3)
+    clips.add_argument("--limit", type=int, help="only so many stills")
+    clips.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE")
+    clips.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
     prepare = _add(verbs, "prepare", "cut faces out of videos; goes on where it stopped",
                    refusing(_prepare))  # fmt: skip
     prepare.add_argument("data", nargs="+", metavar="PATH")
@@ -125,6 +138,30 @@ def _only(pairs: list[str]) -> dict[str, object]:
             raise ValueError(f"--only takes FIELD=VALUE with a field of {sorted(known)}: {pair!r}")
         wanted[name] = int(value) if name in whole else value
     return wanted
+
+
+def _clips(args: argparse.Namespace) -> int:
+    from train.clips import INDEX, Wanted, make_clips
+    from train.layouts import read_all
+    from train.recipe import FAMILIES, HELD_OUT
+
+    seen = tuple(family for family in FAMILIES if family != HELD_OUT)
+    bar = _Bar()
+    made = make_clips(
+        read_all(args.data).where(**_only(args.only)),
+        args.out,
+        Wanted(
+            families=tuple(filter(None, args.families.split(","))) or seen,
+            crfs=tuple(int(crf) for crf in args.crf.split(",")),
+            each=args.each,
+            seconds=args.seconds,
+        ),
+        split=args.split, limit=args.limit, workers=args.workers, watch=bar.move,
+    )  # fmt: skip
+    bar.end()
+    print(f"{len(made)} clips", file=sys.stderr)
+    print(args.out / INDEX)
+    return OK
 
 
 def _prepare(args: argparse.Namespace) -> int:
