@@ -11,12 +11,14 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from kernels.artifact import ArtifactError
-from kernels.manifest import Calibration, InputContract, Sampling
+from kernels.manifest import Aggregation, Calibration, InputContract, Sampling
 from tests.faces_on_disk import faces
 from train import published
 from train.evaluate import Judge, evaluate, examples_for, judge_of, of_network, score, write_videos
 from train.index import Index, IndexFault
+from train.metrics import Scored, measure
 from train.perturb import DEEPERFORENSICS
+from train.table_aggregation import spread
 from train.tables import KINDS, Ask, Table, table
 
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=4))
@@ -232,3 +234,28 @@ def test_a_split_without_reals_is_refused(index):
         table("intra", [JUDGE], index.where(label=1), QUICK)
     with pytest.raises(ValueError, match="there are intra, cross"):
         table("beauty", [JUDGE], index, QUICK)
+
+
+def test_the_aggregation_table_pools_as_the_worker_would(tmp_path):
+    """Frames evenly spread, each rule's AUC by video, against scikit-learn."""
+    rng = np.random.default_rng(0)
+    video = tuple(("d", m, "", f"v{n}") for m in ("real", "fake") for n in range(6) for _ in "1234")
+    forged = np.array([name[1] == "fake" for name in video])
+    found = Scored(rng.normal(forged * 0.7), forged, video, video)
+    half = found.where(spread(found, 2))
+
+    assert [1, 3] == np.flatnonzero(spread(found, 2))[:2].tolist()
+    assert [2] == np.flatnonzero(spread(found, 1))[:1].tolist()
+    assert spread(found, 4).all()
+    means = half.logit.reshape(12, 2).mean(axis=1)
+    expected = roc_auc_score(half.forged[::2], means)
+    pooled = half.pooled(Aggregation(track="mean"))
+    assert pytest.approx(expected) == measure(pooled, replicates=0).auc
+
+
+def test_the_aggregation_table_has_a_row_for_each_count_and_rule(index):
+    """One frame needs no rule; counts that no video has are left out."""
+    made = table("aggregation", [JUDGE], index, QUICK)
+
+    assert ["sharp 1 mean"] == [row[0] for row in made.rows]
+    assert 0 <= made.figures["sharp 1 mean"]["auc"] <= 1

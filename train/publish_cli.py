@@ -178,19 +178,21 @@ def _calibrated_by(artifact: Any, args: argparse.Namespace) -> "Calibrated":
     conditions = list(dict.fromkeys(filter(None, args.conditions.split(","))))
     if not conditions:
         raise ValueError("--conditions should name at least one, as clean,h264=30")
-    logits, forged = [], []
+    logits, forged, people = [], [], set()
     for condition in conditions:
         examples = Examples(index, data, args.split, families=families, condition=condition)
         found = np.concatenate([engine(batch.crops).numpy() for batch in examples])
         videos = scored(examples, found).pooled(manifest.aggregation)
         logits.append(videos.logit)
         forged.append(videos.forged)
+        people |= {item.frame.row.target or item.video for item in examples.items}
     return calibrate(
         np.concatenate(logits),
         np.concatenate(forged),
         fitted_on=args.fitted_on or f"{args.split}: {','.join(conditions)}",
         shift=not args.no_shift,
-        times=len(conditions),
+        # The same person seen again is no new evidence of how often reals are called forged.
+        times=max(1, int((~np.concatenate(forged)).sum()) // len(people)),
     )
 
 

@@ -7,6 +7,7 @@
     backbone         one row a model: classifiers                              Table 5
     pooling          one row a model: global pooling, by dataset               Table 6
     false_positives  reals called forged: by dataset, size, colour, condition
+    aggregation      frames and means to score a video by
 
 A table is rows of text under columns; it prints itself and is kept as JSON with the figures whole.
 """
@@ -27,7 +28,10 @@ from train.metrics import RATES, Metrics
 from train.perturb import CLEAN, DEEPERFORENSICS, TABLE_3, all_conditions
 from worker.scores import calibrated
 
-Kind = Literal["intra", "cross", "robustness", "ablation", "backbone", "pooling", "false_positives"]
+Kind = Literal[
+    "intra", "cross", "robustness", "ablation", "backbone", "pooling", "false_positives",
+    "aggregation",
+]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -76,6 +80,8 @@ class Table:
 
 def table(kind: Kind, judges: Sequence[Judge], index: Index, ask: Ask = Ask()) -> Table:
     """The table of that name."""
+    from train.table_aggregation import aggregation  # it builds on this module
+
     makers: dict[str, Callable[[Sequence[Judge], Index, Ask], Table]] = {
         "intra": intra,
         "cross": cross,
@@ -84,6 +90,7 @@ def table(kind: Kind, judges: Sequence[Judge], index: Index, ask: Ask = Ask()) -
         "backbone": lambda *all_: by_model("Table 5: backbones", published.BACKBONE, *all_),
         "pooling": pooling,
         "false_positives": false_positives,
+        "aggregation": aggregation,
     }
     if kind not in makers:
         raise ValueError(f"no table {kind!r}; there are {', '.join(makers)}")
