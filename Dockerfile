@@ -1,0 +1,103 @@
+# Three images: `cpu` and `gpu` run workers, `client` runs all that touches no pixels: deliverer,
+# janitor, submit, watch, result. None holds a model, a compiler, or pip.
+#
+#     docker build --target cpu --tag ralf:cpu .
+#
+# The base is pinned by digest; `deploy/pin_bases.sh` asks the registry for those of newer tags.
+# Sizes and what each target is for: docs/operations.md. Proved without an engine:
+# `deploy/prove_image.py`.
+
+ARG PYTHON=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
+
+
+FROM ${PYTHON} AS build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+RUN python -m venv /opt/ralf
+# What is installed depends on these alone, so that a change of code is a small layer.
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+RUN mkdir kernels worker train
+
+
+FROM build AS build-client
+RUN /opt/ralf/bin/pip install -c constraints.txt '.[service]'
+COPY kernels kernels
+COPY worker worker
+COPY train train
+RUN /opt/ralf/bin/pip install --no-deps --force-reinstall . \
+ && /opt/ralf/bin/pip uninstall --yes pip setuptools
+
+
+FROM build AS build-cpu
+# An index whose torch is built without CUDA makes this image several gigabytes smaller.
+ARG TORCH_INDEX=
+RUN /opt/ralf/bin/pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+      '.[cpu,stores]'
+COPY kernels kernels
+COPY worker worker
+COPY train train
+RUN /opt/ralf/bin/pip install --no-deps --force-reinstall . \
+ && /opt/ralf/bin/pip uninstall --yes pip
+
+
+FROM build AS build-gpu
+# gpu: torch-tensorrt; gpu-rtx: its twin for RTX cards. Never both.
+ARG GPU_EXTRA=gpu
+RUN /opt/ralf/bin/pip install -c constraints.txt ".[${GPU_EXTRA},stores]"
+COPY kernels kernels
+COPY worker worker
+COPY train train
+RUN /opt/ralf/bin/pip install --no-deps --force-reinstall . \
+ && /opt/ralf/bin/pip uninstall --yes pip
+
+
+FROM ${PYTHON} AS runtime
+# tini reaps what a shared child leaves behind and passes signals on to the worker.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends 'tini=0.19.0-*' \
+ && rm -rf /var/lib/apt/lists/* /usr/local/lib/python3.*/ensurepip /usr/local/bin/pip* \
+      /usr/local/lib/python3.*/site-packages/pip* \
+      /usr/local/lib/python3.*/site-packages/setuptools* \
+      /usr/local/lib/python3.*/site-packages/wheel* \
+ && groupadd --gid 10001 ralf \
+ && useradd --uid 10001 --gid ralf --no-create-home --home-dir /work --shell /usr/sbin/nologin ralf \
+ && install --directory --owner ralf --group ralf --mode 700 /work \
+ && install --directory /models
+# The root may be read-only: all that is written lies in /work, a volume or tmpfs; /models is mounted.
+ENV PATH=/opt/ralf/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    TMPDIR=/work \
+    TRITON_CACHE_DIR=/work/triton \
+    TORCHINDUCTOR_CACHE_DIR=/work/inductor \
+    RALF_WORK_DIR=/work \
+    RALF_MODELS_DIR=/models \
+    RALF_HTTP_HOST=0.0.0.0 \
+    RALF_HTTP_PORT=9100
+WORKDIR /work
+USER 10001:10001
+EXPOSE 9100
+HEALTHCHECK --interval=30s --timeout=5s --start-period=180s --retries=3 \
+  CMD ["python", "-c", "import os, urllib.request as web; web.urlopen(f'http://127.0.0.1:{os.environ[\"RALF_HTTP_PORT\"]}/healthz', timeout=4)"]
+ENTRYPOINT ["tini", "--", "ralf"]
+
+
+FROM runtime AS client
+COPY --from=build-client /opt/ralf /opt/ralf
+CMD ["--help"]
+
+
+FROM runtime AS gpu
+# On Kubernetes the pod must say the same: the image's environment alone is not enough there.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=video,compute,utility \
+    RALF_DEVICE=cuda
+COPY --from=build-gpu /opt/ralf /opt/ralf
+CMD ["worker"]
+
+
+# The last stage is what a build without --target makes.
+FROM runtime AS cpu
+ENV RALF_DEVICE=cpu
+COPY --from=build-cpu /opt/ralf /opt/ralf
+CMD ["worker"]

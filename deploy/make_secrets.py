@@ -1,0 +1,69 @@
+"""Passwords for everybody: one for each user of Redis, one for webhooks, one for Grafana.
+
+    python deploy/make_secrets.py [FOLDER] [--host redis]
+
+Writes, into deploy/secrets/ unless told otherwise, and never over what is there:
+
+    users.acl       deploy/redis/users.acl with the hashes of the passwords, for Redis
+    ROLE.env        RALF_REDIS_URL of producer, worker, janitor, deliverer and reader; with the
+                    deliverer's the secret that signs webhooks
+    grafana.env     the password of Grafana's user admin
+
+Redis keeps only hashes; each ROLE.env goes to that role's container alone.  Standard library only.
+"""
+
+import argparse
+import base64
+import hashlib
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+USERS = HERE / "redis" / "users.acl"
+
+
+def write_secrets(folder: Path, host: str = "redis") -> Path:
+    """Fill a new folder; raises FileExistsError when there is one."""
+    folder.mkdir(mode=0o700, parents=True)
+    users = USERS.read_text()
+    for name in re.findall(r"#([A-Z]+)\b", users):
+        password = secrets.token_urlsafe(32)
+        users = users.replace(f"#{name} ", f"#{hashlib.sha256(password.encode()).hexdigest()} ")
+        role = name.lower()
+        lines = [f"RALF_REDIS_URL=redis://{role}:{password}@{host}:6379/0"]
+        if role == "deliverer":
+            key = base64.b64encode(secrets.token_bytes(32)).decode()
+            lines.append(f"RALF_WEBHOOK_SECRETS=default=whsec_{key}")
+        _write(folder / f"{role}.env", "\n".join(lines), 0o600)
+    # Redis reads it as a user of its own; there are only hashes in it.
+    _write(folder / "users.acl", users.rstrip("\n"), 0o644)
+    password = secrets.token_urlsafe(24)
+    _write(folder / "grafana.env", f"GF_SECURITY_ADMIN_PASSWORD={password}", 0o600)
+    return folder
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        file.write(text + "\n")
+    path.chmod(mode)
+
+
+def main() -> int:
+    """Write them once."""
+    parser = argparse.ArgumentParser(description="Write passwords for a deployment.")
+    parser.add_argument("folder", nargs="?", type=Path, default=HERE / "secrets")
+    parser.add_argument("--host", default="redis", help="where Redis is (%(default)s)")
+    options = parser.parse_args()
+    try:
+        print(write_secrets(options.folder, options.host))
+    except FileExistsError:
+        print(f"make_secrets: {options.folder} is there; remove it to rotate", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
