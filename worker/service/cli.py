@@ -242,7 +242,10 @@ def _settings(args: argparse.Namespace) -> Any:
     settings = Settings.from_environment()
     changes = {"redis_url": args.redis, "models_dir": getattr(args, "models", None)}
     changes["model"] = getattr(args, "model", None)
-    return replace(settings, **{name: value for name, value in changes.items() if value})
+    changes["shadow"] = getattr(args, "shadow", None)
+    changes["shadow_share"] = getattr(args, "shadow_share", None)
+    given = {name: value for name, value in changes.items() if value not in {None, ""}}
+    return replace(settings, **given)
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
@@ -259,12 +262,21 @@ def _worker(subparsers: Any) -> None:
         "--shared", type=Path, metavar="DIR", help="workers with the same folder share one child"
     )
     worker.add_argument("--capacity", type=int, default=1, help="jobs at once in a shared child")
+    worker.add_argument(
+        "--parents", type=int, metavar="N", help="N workers around one child, as for a GPU"
+    )
+    worker.add_argument("--shadow", metavar="VERSION", help="instead of RALF_SHADOW")
+    worker.add_argument(
+        "--shadow-share", type=float, metavar="SHARE", help="instead of RALF_SHADOW_SHARE"
+    )
     _redis(worker)
     _model(worker)
     worker.set_defaults(run=_reaching(_run_worker))
 
 
 def _run_worker(args: argparse.Namespace) -> int:
+    if args.parents is not None:
+        return _run_parents(args)
     from worker.service.serve import run_worker
 
     return run_worker(
@@ -275,6 +287,18 @@ def _run_worker(args: argparse.Namespace) -> int:
         burst=args.burst,
         max_jobs=args.max_jobs,
     )
+
+
+def _run_parents(args: argparse.Namespace) -> int:
+    from worker.service.crew import run_crew
+
+    if args.parents < 1 or args.burst or args.max_jobs or args.shared:
+        print(
+            "ralf: --parents takes 1 or more, and neither --burst, --max-jobs nor --shared",
+            file=sys.stderr,
+        )
+        return 2
+    return run_crew(_settings(args), args.priority, parents=args.parents)
 
 
 def _serve(subparsers: Any) -> None:

@@ -1,0 +1,107 @@
+"""Parents that share one child: they work side by side, drain together, and fall together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.documents import a_job
+from tests.test_horse import QUICK, until
+from tests.test_serve import get
+from worker.service import crew as crew_module
+from worker.service import jobs
+from worker.service.crew import healthy
+from worker.service.serve import BROKEN, as_environment
+from worker.service.store import Store, connect
+from worker.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = (
+    "import sys; from worker.service.crew import run_crew; from worker.settings import Settings; "
+    "sys.exit(run_crew(Settings.from_environment(), parents=2, bodies='test'))"
+)
+
+
+def two_ports() -> int:
+    """A port that is free, and so is the next."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            with suppress(OSError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+
+
+@contextmanager
+def a_crew(settings: Settings) -> Iterator["subprocess.Popen[bytes]"]:
+    """Two parents and their child, taking jobs."""
+    store = Store(connect(settings.redis_url), settings)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN], env=as_environment(settings, os.environ), cwd=ROOT
+    )
+    try:
+        until(lambda: store.counts().workers["default"] == 2)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def members(crew: "subprocess.Popen[bytes]") -> list[int]:
+    """The process ids of its parents."""
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{crew.pid}/task/{crew.pid}/children").read_text().split()
+        if b"worker.service.serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def test_two_parents_run_two_jobs_in_one_child_and_drain_at_a_signal(
+    redis_url: str, tmp_path: Path
+):
+    """Side by side, each at a port of its own; SIGTERM lets the running jobs end."""
+    settings = replace(
+        QUICK, redis_url=redis_url, http_port=two_ports(), work_dir=str(tmp_path), grace_s=60.0
+    )
+    store = Store(connect(redis_url), settings)
+    with a_crew(settings) as crew:
+        for name in ("1", "2"):
+            store.submit([a_job(name, tag="sleep:2")], function=jobs.PREFIX + "sleep")
+        until(lambda: store.counts().running["default"] == 2)
+        ports = (settings.http_port, settings.http_port + 1)
+        assert [get(port, "/healthz")[0] for port in ports] == [200, 200]
+        crew.send_signal(signal.SIGTERM)
+        code = crew.wait(60)
+
+    states = [store.status(name).state for name in ("j1", "j2")]  # type: ignore[union-attr]
+    assert (code, states) == (0, ["succeeded", "succeeded"])
+
+
+def test_a_parent_that_dies_takes_the_crew_with_it(redis_url: str, tmp_path: Path):
+    """Whoever supervises the container then starts all of it anew."""
+    settings = replace(QUICK, redis_url=redis_url, work_dir=str(tmp_path))
+    with a_crew(settings) as crew:
+        os.kill(members(crew)[0], signal.SIGKILL)
+
+        assert crew.wait(60) == BROKEN
+
+
+def test_nobody_at_the_port_is_a_start_and_silence_is_not(monkeypatch: pytest.MonkeyPatch):
+    """A parent that loads has no port yet; one that takes the question and is still is stuck."""
+    monkeypatch.setattr(crew_module, "ANSWER_S", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = int(silent.getsockname()[1])
+        assert healthy(port)
+        silent.listen()
+
+        assert not healthy(port)
