@@ -14,11 +14,14 @@ from kernels.artifact import ArtifactError
 from kernels.manifest import Aggregation, Calibration, InputContract, Sampling
 from tests.faces_on_disk import faces
 from train import published
+from train.clips import Wanted, make_clips
 from train.evaluate import Judge, evaluate, examples_for, judge_of, of_network, score, write_videos
 from train.index import Index, IndexFault
 from train.metrics import Scored, measure
 from train.perturb import DEEPERFORENSICS
+from train.prepare import prepare
 from train.table_aggregation import spread
+from train.table_card import at_even_odds
 from train.tables import KINDS, Ask, Table, table
 
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=4))
@@ -259,3 +262,56 @@ def test_the_aggregation_table_has_a_row_for_each_count_and_rule(index):
 
     assert ["sharp 1 mean"] == [row[0] for row in made.rows]
     assert 0 <= made.figures["sharp 1 mean"]["auc"] <= 1
+
+
+@pytest.fixture(scope="module")
+def carded(tmp_path_factory) -> tuple[Index, Table]:
+    """Stills, prepared clips of them, and people to check by."""
+    root = tmp_path_factory.mktemp("card")
+    stills = faces(root / "stills", val=3)
+    wanted = Wanted(families=("boundary", "smooth"), crfs=(23, 40), seconds=0.3)
+    clips = make_clips(stills, root / "clips", wanted, split="val")
+    crops = prepare(clips, root / "crops", CONTRACT, frames=2)
+    others = [
+        replace(stills.anywhere(row), dataset="others", split="check", video=f"o{n}", target="")
+        for n, row in enumerate(stills.where(split="train"))
+    ]
+    everything = stills + crops + Index(stills.root, tuple(others))
+    ask = Ask(split="val", families=("smooth", "boundary"), conditions=("clean",), replicates=20)
+    return everything, table("card", [JUDGE], everything, ask)
+
+
+def test_the_card_judges_stills_clips_and_other_people(carded):
+    """Seen families apart from the one held out; clips by video, at each rate."""
+    _, made = carded
+    figures = made.figures["sharp"]
+
+    assert {
+        "crop clean auc seen", "crop clean auc held out", "crop clean auc smooth",
+        "crop clean ece", "crop clean false positives", "clip crf23 auc seen",
+        "clip crf40 forgeries caught", "other people clean false positives",
+    } <= figures.keys()  # fmt: skip
+    assert figures["crop clean auc seen"] == figures["crop clean auc smooth"]
+    share, low, high = figures["other people clean false positives"]
+    assert low <= share <= high and share * 5 == round(share * 5)
+
+
+def test_the_cards_figures_are_those_of_the_scores(carded):
+    """The held-out family against all reals, by scikit-learn; clips pooled by video."""
+    everything, made = carded
+    stills = everything.where(dataset="portraits")
+    each = evaluate(JUDGE, stills, "val", families=("boundary",), replicates=0)
+    expected = roc_auc_score(each.scored.forged, each.scored.logit)
+    pooled = made.results[-2].scored.pooled(JUDGE.aggregation)
+
+    assert pytest.approx(expected) == made.figures["sharp"]["crop clean auc held out"][0]
+    assert 6 == len(pooled)
+
+
+def test_even_odds_take_one_forgery_of_each_face_the_methods_in_turn():
+    """Three faces, forged in two ways each."""
+    video = tuple(("d", m, "", str(n)) for m in ("real", "a", "b") for n in range(3))
+    forged = np.array([name[1] != "real" for name in video])
+    even = at_even_odds(Scored(np.zeros(9), forged, video, tuple(name[3] for name in video)))
+
+    assert [("a", "0"), ("a", "2"), ("b", "1")] == [(v[1], v[3]) for v in even.video[3:]]

@@ -59,7 +59,7 @@ def run_publish(args: argparse.Namespace) -> int:
         golden, source = golden_faces(args.folder, index, args.golden_from.split(","))
     told = Told(
         calibrated=_calibrated_on(args.scores, args.fitted_on) if args.scores else None,
-        metrics=json.loads(args.metrics.read_text()) if args.metrics else {},
+        metrics=_figures(args.metrics) if args.metrics else {},
         data=portions(index) if index is not None else (),
         failures=tuple(args.failure),
         golden=golden,
@@ -70,6 +70,23 @@ def run_publish(args: argparse.Namespace) -> int:
         promote(_models(args), artifact.name, artifact.version)
     print(artifact.path)
     return OK
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """Figures by name: a plain object, or what `ralf evaluate --table card --out` wrote."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    if "title" not in found:
+        return found
+    models = [each for name, each in found["figures"].items() if _is_flat(each)]
+    if len(models) != 1:
+        raise ValueError(f"{path} should hold one model's card, it holds {len(models)}")
+    flat: dict[str, Any] = models[0]
+    return flat
+
+
+def _is_flat(figures: dict[str, Any]) -> bool:
+    """A card's figures are numbers or threes of them; other tables' are nested."""
+    return not any(isinstance(value, dict) for value in figures.values())
 
 
 def golden_faces(run: Path, index: "Index", datasets: list[str]) -> tuple["NDArray[np.uint8]", str]:

@@ -8,6 +8,7 @@
     pooling          one row a model: global pooling, by dataset               Table 6
     false_positives  reals called forged: by dataset, size, colour, condition
     aggregation      frames and means to score a video by
+    card             what stands on the model's card
 
 A table is rows of text under columns; it prints itself and is kept as JSON with the figures whole.
 """
@@ -30,7 +31,7 @@ from worker.scores import calibrated
 
 Kind = Literal[
     "intra", "cross", "robustness", "ablation", "backbone", "pooling", "false_positives",
-    "aggregation",
+    "aggregation", "card",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -80,7 +81,8 @@ class Table:
 
 def table(kind: Kind, judges: Sequence[Judge], index: Index, ask: Ask = Ask()) -> Table:
     """The table of that name."""
-    from train.table_aggregation import aggregation  # it builds on this module
+    from train.table_aggregation import aggregation  # they build on this module
+    from train.table_card import card
 
     makers: dict[str, Callable[[Sequence[Judge], Index, Ask], Table]] = {
         "intra": intra,
@@ -91,6 +93,7 @@ def table(kind: Kind, judges: Sequence[Judge], index: Index, ask: Ask = Ask()) -
         "pooling": pooling,
         "false_positives": false_positives,
         "aggregation": aggregation,
+        "card": card,
     }
     if kind not in makers:
         raise ValueError(f"no table {kind!r}; there are {', '.join(makers)}")

@@ -1,0 +1,128 @@
+"""The table whose figures stand on a model's card: what was asked of it, in one run.
+
+    stills    forgeries blended into every real face of the split, clean and through H.264:
+              AUC over the families trained on and over the one held out, and by family
+    clips     made clips (train/clips.py) that were prepared, where the data has some: the same by
+              video, pooled and calibrated as a verdict is
+    check     real faces of other people: the share called forged at the model's threshold
+
+Calibration is judged at even odds, as it was fitted: one forgery for each real face, the families
+in turn.  The figures are kept flat, a value and its 95 % interval, as `ralf publish --metrics`
+takes them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from train.calibrate import interval as share_interval
+from train.evaluate import Judge, Result, evaluate
+from train.index import Index
+from train.metrics import Scored, measure
+from train.recipe import FAMILIES, HELD_OUT
+from train.tables import Ask, Table, _percent, _take
+from worker.scores import calibrated
+
+Figures = dict[str, list[float] | float]
+CONDITIONS = ("clean", "h264=23", "h264=40")
+CLIPS = "_clips"
+CHECK = "check"
+
+
+def card(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
+    """The card's figures of each model."""
+    found = Table(
+        f"For the card, split {ask.split}; held out: {HELD_OUT}",
+        ("model and figure", "value", "low", "high"),
+    )
+    clips = Index(index.root, tuple(row for row in index if row.dataset.endswith(CLIPS)))
+    stills = Index(index.root, tuple(row for row in index if not row.dataset.endswith(CLIPS)))
+    for judge in judges:
+        figures: Figures = {}
+        for condition in ask.conditions or CONDITIONS:
+            each = _judged(judge, stills, ask, condition, ask.families or FAMILIES)
+            _take(found, f"{judge.name} {condition}", each)
+            _figures(figures, f"crop {condition}", each.scored, judge, ask)
+            for name, one in each.by_method.items():
+                figures[f"crop {condition} auc {name}"] = [one.auc, one.auc_low, one.auc_high]
+        for rate in sorted({row.compression for row in clips.where(split=ask.split)}):
+            each = _judged(judge, clips.where(compression=rate), ask, "clean", ())
+            _take(found, f"{judge.name} clips {rate}", each)
+            _figures(figures, f"clip {rate}", each.scored.pooled(judge.aggregation), judge, ask)
+        if len(stills.where(split=CHECK, label=0)):
+            for condition in ask.conditions or CONDITIONS:
+                _false_positives(figures, judge, stills, ask, condition)
+        found.figures[judge.name] = figures
+        for name, value in figures.items():
+            cells = [value] if isinstance(value, float) else value
+            shown = [_percent(cell) for cell in cells] + [""] * (3 - len(cells))
+            found.rows.append((f"{judge.name} {name}", *shown))
+    found.notes.append("in percent; AUC's intervals by bootstrap over faces, rates' by Clopper")
+    return found
+
+
+def _judged(
+    judge: Judge, index: Index, ask: Ask, condition: str, families: Sequence[str]
+) -> Result:
+    return evaluate(
+        judge, index, ask.split, families=families, condition=condition, frames=ask.frames,
+        limit=ask.limit, replicates=ask.replicates, watch=ask.watch,
+    )  # fmt: skip
+
+
+def _figures(figures: Figures, name: str, scored: Scored, judge: Judge, ask: Ask) -> None:
+    """AUC on the families seen and on the one held out; calibration and threshold on the seen."""
+    methods: Callable[[str], bool]
+    for group, methods in (
+        ("seen", lambda method: method != HELD_OUT),
+        ("held out", lambda method: method in ("real", HELD_OUT)),
+    ):
+        part = scored.where(np.array([methods(video[1]) for video in scored.video], bool))
+        if not part.forged.any() or part.forged.all():
+            continue
+        m = measure(part, judge.calibration, replicates=ask.replicates, threshold=judge.threshold)
+        figures[f"{name} auc {group}"] = [m.auc, m.auc_low, m.auc_high]
+        if group == "seen":
+            figures |= _at_threshold(name, part, judge)
+
+
+def _at_threshold(name: str, scored: Scored, judge: Judge) -> Figures:
+    """How far the score may be believed, and what the threshold calls forged."""
+    even = measure(at_even_odds(scored), judge.calibration, replicates=0)
+    above = calibrated(scored.logit, judge.calibration) >= judge.threshold
+    reals, forged = above[~scored.forged], above[scored.forged]
+    return {
+        f"{name} ece": even.ece,
+        f"{name} false positives": _share(reals),
+        f"{name} forgeries caught": _share(forged),
+    }
+
+
+def at_even_odds(scored: Scored) -> Scored:
+    """As many forgeries as reals: of several made of one face, one, the methods in turn."""
+    if int(scored.forged.sum()) <= int((~scored.forged).sum()):
+        return scored
+    turn = {cluster: place for place, cluster in enumerate(dict.fromkeys(scored.cluster))}
+    methods = scored.methods
+    rows = zip(scored.video, scored.cluster, scored.forged, strict=True)
+    kept = [
+        not forged or methods.index(video[1]) == turn[cluster] % len(methods)
+        for video, cluster, forged in rows
+    ]
+    return scored.where(np.array(kept, bool))
+
+
+def _false_positives(
+    figures: Figures, judge: Judge, index: Index, ask: Ask, condition: str
+) -> None:
+    each = evaluate(
+        judge, index.where(label=0), CHECK, condition=condition, frames=ask.frames,
+        limit=ask.limit, replicates=0, watch=ask.watch,
+    )  # fmt: skip
+    above = calibrated(each.scored.logit, judge.calibration) >= judge.threshold
+    figures[f"other people {condition} false positives"] = _share(above)
+
+
+def _share(above: "np.ndarray") -> list[float]:
+    events, of = int(above.sum()), len(above)
+    return [events / of, *share_interval(events, of)]
