@@ -17,6 +17,7 @@ from worker.errors import BadRequest, CorruptMedia
 from worker.media import decode_dali
 from worker.media.decode_dali import DaliDecoder, reason, upright
 from worker.media.decode_pyav import PyavDecoder, range_in_stream
+from worker.media.orders import Order
 from worker.media.probe import probe
 from worker.media.sampling import plan
 from worker.media.types import Clip, Decoder, Frames
@@ -67,7 +68,7 @@ KINDS: dict[str, tuple[str, dict, int, bool, float]] = {
     "mirrored": ("mp4", {"hflip": True}, 0, True, 0.0),
     "upside down in a mirror": ("mp4", {"vflip": True}, 2, True, 0.0),
     "variable rate": ("mkv", {"pts": UNEVEN, "time_base": Fraction(1, 1000)}, 0, False, 0.0),
-    "odd sides": ("webm", {"size": (97, 65), "exact": False}, 0, False, 0.0),
+    "odd sides": ("webm", {"size": (97, 65), "exact": False}, 0, False, 0.01),
     "late start": ("mp4", {"shift": 5}, 0, False, 0.0),
     "edit list": ("mp4", {"shift": -5}, 0, False, 0.0),
     "MJPEG": ("avi", {"codec": "mjpeg", "pixel_format": "yuvj420p"}, 0, False, 0.0),
@@ -331,12 +332,11 @@ def test_a_batch_holds_only_so_many_clips_and_bytes(several: list[Path]):
     """A long clip waits in line for each of its chunks; one order always goes."""
     decoder = dali()
     batches = decoder._batches
-    order = decode_dali._Order
     found = clip_of(several[0]).probe
     frame = found.width * found.height * 3
     batches.most, batches.most_bytes = 3, 10 * frame
     for count in (40, 4, 6, 1, 1, 1, 1):
-        batches.waiting.append(order(found, np.zeros(1, np.uint8), np.arange(count)))
+        batches.waiting.append(Order(found, np.zeros(1, np.uint8), np.arange(count)))
 
     taken = []
     while batches.waiting:

@@ -228,21 +228,19 @@ def _gpu_parts(settings: Settings) -> Iterator[Finding]:
         ", ".join(f"{n} {_version(n)}" for n in flavours) or "not installed",
         "pip install 'ralf[gpu]' on a machine with a GPU",
     )
-    dali = [n for n in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _version(n)]
+    from worker.media.decode_dali import dali_version, nvdec_present
+
+    dali, nvdec = dali_version(), nvdec_present()
     yield Finding(
         "dali",
         "ok" if dali else "missing",
-        ", ".join(f"{n} {_version(n)}" for n in dali) or "not installed",
+        f"{dali}; RALF_DECODER={settings.decoder}" if dali else "not installed",
         "pip install 'ralf[gpu]'; the CPU decoder is used meanwhile",
-    )
-    nvdec = any(
-        (Path(folder) / "libnvcuvid.so.1").exists()
-        for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64")
     )
     yield Finding(
         "nvdec",
         "ok" if nvdec else "missing",
-        "libnvcuvid.so.1" if nvdec else "no libnvcuvid.so.1",
+        "libnvcuvid.so.1 loads" if nvdec else "libnvcuvid.so.1 cannot be loaded",
         "in a container set NVIDIA_DRIVER_CAPABILITIES=video,compute,utility",
     )
 

@@ -56,7 +56,10 @@ class Gallery:
             if track < 0:
                 continue
             kept = self._kept.setdefault(track, [])
-            candidate = Kept(track, float(times_s[row]), float(logits[row]), crops[row].clone())
+            if len(kept) == self.per_track and logits[row] <= kept[-1].logit:
+                continue
+            crop = crops[row].to("cpu", copy=True)
+            candidate = Kept(track, float(times_s[row]), float(logits[row]), crop)
             kept.append(candidate)
             kept.sort(key=lambda item: (-item.logit, item.time_s))
             del kept[self.per_track :]

@@ -155,6 +155,7 @@ class _Walk:
         self.scores = Scores.none()
         self.looked: list[NDArray[np.float64]] = []
         self.asked = self.decoded = self.replaced = 0
+        self.decoders: dict[str, None] = {}  # ordered, once each
         self.total = len(plan(self.clip))
         self.stopped_early = False
         self._judged: Judgement | None = None
@@ -193,9 +194,12 @@ class _Walk:
         self._judged = None
         self.asked, self.decoded = frames.asked, self.decoded + len(frames)
         self.replaced += frames.replaced
+        self.decoders.setdefault(frames.decoder)
         self.looked.append(frames.times_s)
         for text in frames.warnings:
             self.warn(text)
+        if not len(frames):  # a decoder's last word on frames that were lost
+            return
         with self.timed("find"):
             faces = self.parts.finder.find(frames)
             tracks = self.tracker.update(frames, faces)
@@ -321,7 +325,7 @@ class _Walk:
             engine=engine.name,
             precision=engine.precision,
             device=engine.device,
-            decoder=self.parts.decoder.name,
+            decoder="+".join(self.decoders) or self.parts.decoder.name,
             colour_policy=settings.input.colour,
             sampling=self.sampling,
             finder=self.parts.finder_settings.model_dump(),

@@ -18,11 +18,13 @@ from kernels.engine import Engine, EngineError
 from kernels.engine import load as load_engine
 from kernels.manifest import Finder
 from worker.contract import Sampling
-from worker.errors import ModelUnavailable
+from worker.errors import Infrastructure, ModelUnavailable
+from worker.media.decode_dali import DaliDecoder, dali_version, nvdec_present
 from worker.media.decode_pyav import PyavDecoder
 from worker.media.mtcnn import Mtcnn
+from worker.media.routed import RoutedDecoder
 from worker.media.types import Decoder, FaceFinder
-from worker.settings import Settings
+from worker.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
@@ -84,7 +86,7 @@ def load(
         settings=settings,
         artifact=artifact,
         engine=engine,
-        decoder=PyavDecoder(chunk_bytes=settings.chunk_bytes, threads=cores(settings)),
+        decoder=choose_decoder(settings, engine.device),
         finder=Mtcnn(finder, device=engine.device),
         finder_settings=finder,
     )
@@ -98,6 +100,39 @@ def load(
         decoder=parts.decoder.name,
     )
     return parts
+
+
+def choose_decoder(settings: Settings, device: str) -> Decoder:
+    """PyAV on a CPU; on a GPU both, each clip sent where it is sooner done, or the one pinned."""
+    if settings.decoder not in ("auto", "pyav", "dali"):
+        raise SettingsError(f"RALF_DECODER should be auto, pyav or dali, got {settings.decoder!r}")
+    pyav = PyavDecoder(chunk_bytes=settings.chunk_bytes, threads=cores(settings))
+    lacking = lacks_dali(device)
+    if settings.decoder == "pyav" or (lacking and settings.decoder == "auto"):
+        if device != "cpu":
+            log.info("decoder.chosen", decoder="pyav", why=lacking or "RALF_DECODER=pyav")
+        return pyav
+    if lacking:
+        raise Infrastructure(f"RALF_DECODER=dali, but {lacking}")
+    dali = DaliDecoder(pyav, device=device, chunk_bytes=settings.gpu_chunk_bytes)
+    dali.warm()
+    if settings.decoder == "dali":
+        return dali
+    return RoutedDecoder(pyav, dali, cores=cores(settings))
+
+
+def lacks_dali(device: str) -> str:
+    """What keeps DALI from decoding on this device; empty when nothing does."""
+    if torch.device(device).type != "cuda":
+        return f"the device is {device}, no GPU"
+    if dali_version() is None:
+        return "DALI is not installed: pip install 'ralf[gpu]'"
+    if not nvdec_present():
+        return (
+            "there is no libnvcuvid.so.1: in a container set "
+            "NVIDIA_DRIVER_CAPABILITIES=video,compute,utility"
+        )
+    return ""
 
 
 def warm(parts: Parts) -> None:

@@ -33,6 +33,10 @@ class Settings:
     device: str = "auto"
     threads: int = 0
     """CPU threads of the child; 0 means one per core available."""
+    decoder: str = "auto"
+    """On a GPU: auto sends each clip where it is sooner decoded; pyav or dali pins one."""
+    gpu_chunk_bytes: int = 512 * 1024**2
+    """Decoded pixels of one clip at once in a GPU's memory; four times as many with several."""
 
     # what is refused before decoding
     max_bytes: int = 2 * GIB

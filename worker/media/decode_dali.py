@@ -1,9 +1,8 @@
 """The GPU decoder: DALI over NVDEC, several clips at once, pixels straight into torch's memory.
 
 One clip keeps one of the chip's decoders busy, whatever it asks for, so what counts is how many
-clips are under way.  Jobs ask from their own threads, a chunk of one clip at a time; whoever finds
-DALI idle takes all that wait (`_Batches`), so a loaded machine decodes in batches by itself, and a
-long clip stands in line anew for each of its chunks.
+clips are under way.  Jobs ask from their own threads, a chunk of one clip at a time, and what has
+gathered while DALI was busy is its next batch (orders.py).
 
 DALI is given explicit frame numbers, those of sampling.plan, never more than a chunk holds: what a
 container claims decides no allocation.  It numbers frames as the probe does, by presentation time,
@@ -22,11 +21,11 @@ much again in torch's.
 device="cpu" is DALI's software decoder: VP9 and MJPEG, no GPU needed.  It is there for tests.
 """
 
-import importlib.util
-import threading
+import ctypes
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,7 @@ from worker.errors import JobError
 from worker.media.chunks import frames_in
 from worker.media.colour import from_bt601
 from worker.media.decode_pyav import PyavDecoder, range_in_stream
+from worker.media.orders import Batches, Order
 from worker.media.routing import Backend, refusal
 from worker.media.sampling import plan
 from worker.media.types import Clip, Frames, Probe
@@ -50,12 +50,23 @@ PIXELS_A_PASS = 16 * 1920 * 1080
 """Converted at once: in FP32 that is 400 MB."""
 
 
-def available() -> bool:
-    """Whether DALI is installed."""
+def dali_version() -> str | None:
+    """The name and version of the DALI that is installed."""
+    for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def nvdec_present() -> bool:
+    """Whether the driver's decoding library can be loaded; containers often lack it."""
     try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
         return False
+    return True
 
 
 class DaliDecoder:
@@ -79,12 +90,12 @@ class DaliDecoder:
         self.clips_at_once = clips_at_once
         self.fallback = fallback
         self._pipeline: Any = None
-        self._batches = _Batches(self._decoded, clips_at_once, BATCH_CHUNKS * chunk_bytes)
+        self._batches = Batches(self._decoded, clips_at_once, BATCH_CHUNKS * chunk_bytes)
 
     def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
         """The clips' chunks as they come, up to `clips_at_once` clips side by side."""
         waiting = deque(clips)
-        under_way: list[Iterator[_Order | Frames]] = []
+        under_way: list[Iterator[Order | Frames]] = []
         failed: list[JobError] = []
         while waiting or under_way:
             while waiting and len(under_way) < self.clips_at_once:
@@ -113,14 +124,18 @@ class DaliDecoder:
         told = probe.codec != "vp9" and range_in_stream(probe) == "pc"
         return "" if told else "full range that the bitstream itself does not tell"
 
-    def _course(self, clip: Clip) -> "Iterator[_Order | Frames]":
+    def warm(self) -> None:
+        """Build the pipeline, so that what is missing is known before the first clip."""
+        self._pipeline = self._pipeline or self._built()
+
+    def _course(self, clip: Clip) -> Iterator[Order | Frames]:
         """One clip: orders to be filled, and frames to hand out once they are."""
         probe, wanted, done = clip.probe, plan(clip), 0
         warning = ""
         if not self.refusal(probe):
             data, most = np.fromfile(probe.path, np.uint8), frames_in(self.chunk_bytes, probe)
             while done < len(wanted) and not warning:
-                order = _Order(probe, data, wanted[done : done + most])
+                order = Order(probe, data, wanted[done : done + most])
                 yield order
                 if order.pixels is None:
                     warning = f"decoder: DALI could not decode it ({order.error}); PyAV did"
@@ -141,7 +156,7 @@ class DaliDecoder:
             for frames in self.fallback.frames(clip, wanted[done:], before=done):
                 yield replace(frames, warnings=(*filter(None, [warning]), *frames.warnings))
 
-    def _decoded(self, orders: "Sequence[_Order]") -> None:
+    def _decoded(self, orders: Sequence[Order]) -> None:
         """Fill the orders; where DALI fails, each half alone, until the culprit is."""
         try:
             outputs = self._run(orders)
@@ -162,7 +177,7 @@ class DaliDecoder:
         if self.device.type == "cuda":  # before DALI may write there again
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _run(self, orders: "Sequence[_Order]") -> list[Tensor]:
+    def _run(self, orders: Sequence[Order]) -> list[Tensor]:
         """One batch through DALI: u8 [n, h, w, 3] for each order, in DALI's own memory."""
         if self._pipeline is None:
             self._pipeline = self._built()
@@ -193,73 +208,6 @@ class DaliDecoder:
             )
         pipeline.build()
         return pipeline
-
-
-@dataclass(eq=False)
-class _Order:
-    """Frames wanted of one clip, and what became of them."""
-
-    probe: Probe
-    data: NDArray[np.uint8] = field(repr=False)
-    wanted: NDArray[np.int64]
-    pixels: Tensor | None = field(default=None, repr=False)  # u8 [n, 3, h, w]
-    error: str = ""
-
-    @property
-    def filled(self) -> bool:
-        """Whether it has an answer."""
-        return self.pixels is not None or bool(self.error)
-
-    @property
-    def bytes(self) -> int:
-        """What it takes decoded."""
-        return 3 * len(self.wanted) * self.probe.width * self.probe.height
-
-
-class _Batches:
-    """Orders of all threads, filled together: whoever finds nobody at it takes all that wait."""
-
-    def __init__(
-        self, fill: Callable[[Sequence[_Order]], None], most: int, most_bytes: int
-    ) -> None:
-        self.fill, self.most, self.most_bytes = fill, most, most_bytes
-        self.turn = threading.Condition()
-        self.waiting: deque[_Order] = deque()
-        self.busy = False
-
-    def ask(self, orders: Sequence[_Order]) -> None:
-        """Returns when each order has its pixels or its error."""
-        with self.turn:
-            self.waiting.extend(orders)
-            while not all(order.filled for order in orders):
-                if self.busy:
-                    self.turn.wait()
-                else:
-                    self._fill_one()
-
-    def _fill_one(self) -> None:
-        """One batch, the condition let go of meanwhile; its orders leave with an answer always."""
-        batch = self._taken()
-        self.busy = True
-        self.turn.release()
-        try:
-            self.fill(batch)
-        finally:
-            self.turn.acquire()
-            self.busy = False
-            for order in batch:
-                if not order.filled:
-                    order.error = "the batch was given up"
-            self.turn.notify_all()
-
-    def _taken(self) -> list[_Order]:
-        """First come, first served, as many as fit in one batch; one at least."""
-        batch = [self.waiting.popleft()]
-        room = self.most_bytes - batch[0].bytes
-        while self.waiting and len(batch) < self.most and self.waiting[0].bytes <= room:
-            batch.append(self.waiting.popleft())
-            room -= batch[-1].bytes
-        return batch
 
 
 def coded_size(probe: Probe) -> tuple[int, int]:

@@ -52,6 +52,9 @@ class Rates:
     begin_s: float = 0.3
 
 
+RATES = Rates()
+
+
 @dataclass(frozen=True)
 class UnderWay:
     """Pixels that each decoder still has to read for others."""
@@ -115,7 +118,7 @@ def route(
     *,
     cores: int,
     under_way: UnderWay = UnderWay(),
-    rates: Rates = Rates(),
+    rates: Rates = RATES,
 ) -> Route:
     """The decoder that will be done first with this clip."""
     refused = refusal(probe, "mixed")

@@ -1,0 +1,249 @@
+"""Where clips are decoded: the rule as a function of the probe, and the decoder that obeys it."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.clips import make_clip
+from worker.contract import Sampling, Span
+from worker.errors import BadRequest, CorruptMedia
+from worker.media.decode_dali import DaliDecoder
+from worker.media.decode_pyav import PyavDecoder
+from worker.media.probe import probe
+from worker.media.routed import RoutedDecoder
+from worker.media.routing import RATES, UnderWay, frames_read, pixels_read, refusal, route
+from worker.media.sampling import plan
+from worker.media.types import Clip, Frames, Probe
+from worker.settings import Settings
+
+MIXED = "mixed"
+
+
+def probed(
+    frames: int = 500, gop: int = 250, width: int = 1920, height: int = 1080, **facts: Any
+) -> Probe:
+    """A 25 fps H.264 clip in an MP4, as the probe would tell it."""
+    known: dict[str, Any] = {
+        "path": "clip.mp4",
+        "size_bytes": 10**7,
+        "container": "mov",
+        "codec": "h264",
+        "stream_index": 0,
+        "coded_width": width,
+        "coded_height": height,
+        "width": width,
+        "height": height,
+        "rotation": 0,
+        "pixel_format": "yuv420p",
+        "duration_s": frames / 25,
+        "frame_rate": 25.0,
+        "variable_rate": False,
+        "frame_count": frames,
+        "times_s": np.arange(frames) / 25,
+        "keyframes": np.arange(0, frames, gop),
+        "start_s": 0.0,
+        "colour_space": "bt709",
+        "colour_range": "tv",
+        "interlaced": False,
+    }
+    return Probe(**{**known, **facts})
+
+
+def chosen(found: Probe, wanted: int = 32, **given_: Any) -> str:
+    frames = plan(Clip(found, Sampling(max_frames=wanted)))
+    return route(found, frames, **{"cores": 4, **given_}).decoder
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "AV1": {"codec": "av1"},
+    "VP8": {"codec": "vp8"},
+    "MJPEG": {"codec": "mjpeg"},
+    "transport stream": {"container": "mpegts"},
+    "ten bits": {"pixel_format": "yuv420p10le"},
+    "4:4:4": {"pixel_format": "yuv444p"},
+    "odd width": {"width": 1919},
+    "odd height": {"height": 1079},
+    "interlaced": {"interlaced": True},
+    "edit list": {"unshown": 3},
+    "negative start": {"start_s": -0.2},
+    "two frames at one time": {"times_s": np.arange(500) // 2 / 25},
+    "broken": {"warnings": ("broken_clip: it ends early",)},
+    "several streams": {"warnings": ("streams: 2 video streams; only #0 is looked at",)},
+    "a very large file": {"size_bytes": 2**31},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_dali_would_show_otherwise_goes_to_pyav(name: str):
+    """However busy the CPU is."""
+    found = probed(**REFUSED[name])
+    busy = UnderWay(cpu=1e15)
+
+    assert "" == refusal(probed(), MIXED)
+    assert refusal(found, MIXED)
+    way = route(found, np.arange(5), cores=1, under_way=busy)
+    assert ("pyav", refusal(found, MIXED)) == (way.decoder, way.why)
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "vp9"])
+def test_long_hd_clips_go_to_the_gpu_and_small_ones_do_not(codec: str):
+    """Four cores: a minute of 1080p is NVDEC's, a second of it or a 240p clip is not."""
+    assert "dali" == chosen(probed(1500, codec=codec))
+    assert "pyav" == chosen(probed(25, codec=codec))
+    assert "pyav" == chosen(probed(500, width=426, height=240, codec=codec))
+
+
+def test_a_short_keyframe_distance_favours_the_cpu():
+    """It jumps over what nobody wants: the same clip, the same 32 frames."""
+    assert "dali" == chosen(probed(1500, gop=250))
+    assert "pyav" == chosen(probed(1500, gop=2))
+
+
+def test_sixteen_idle_cores_are_sooner_done_than_one_nvdec():
+    """1,287 frames/s against 588, as measured; with seven clips before it, the GPU is."""
+    clip = probed(525)
+    seven = 7 * pixels_read(clip, np.arange(525))
+
+    assert "pyav" == chosen(clip, cores=16)
+    assert "dali" == chosen(clip, cores=16, under_way=UnderWay(cpu=seven))
+    assert "pyav" == chosen(clip, cores=16, under_way=UnderWay(cpu=seven, gpu=3 * seven))
+
+
+@given(
+    cpu=st.floats(0, 1e12),
+    gpu=st.floats(0, 1e12),
+    more=st.floats(0, 1e12),
+    frames=st.integers(1, 3000),
+    cores=st.integers(1, 64),
+)
+def test_more_work_before_a_decoder_never_draws_a_clip_to_it(
+    cpu: float, gpu: float, more: float, frames: int, cores: int
+):
+    """Monotone in both loads."""
+    found = probed(frames)
+    here = chosen(found, cores=cores, under_way=UnderWay(cpu, gpu))
+
+    if here == "dali":
+        assert "dali" == chosen(found, cores=cores, under_way=UnderWay(cpu + more, gpu))
+    else:
+        assert "pyav" == chosen(found, cores=cores, under_way=UnderWay(cpu, gpu + more))
+
+
+def test_frames_read_reach_from_each_keyframe_to_the_last_wanted_of_its_group():
+    """Counted by hand, keyframes at 0, 10, 20 …"""
+    found = probed(40, gop=10)
+
+    assert 0 == frames_read(found, np.array([], np.int64))
+    assert 1 == frames_read(found, np.array([10]))
+    assert 10 == frames_read(found, np.array([19]))
+    assert 10 == frames_read(found, np.array([12, 15, 19]))
+    assert 3 + 6 == frames_read(found, np.array([2, 25]))
+    assert 40 == frames_read(found, np.arange(40))
+    assert 6 == frames_read(replace(found, keyframes=np.array([20])), np.array([5]))
+
+
+def test_the_rates_are_those_that_were_measured():
+    """measured.md's figures for 1080p H.264: a full GPU is 2.3 times sixteen cores."""
+    assert 2924 / 1287 == pytest.approx(RATES.gpu_full / (16 * RATES.core))
+    assert RATES.gpu_alone < 16 * RATES.core < RATES.gpu_full
+
+
+class Fake:
+    """A decoder that gives one frame a clip, and waits to be told to."""
+
+    def __init__(self, name: str, go: threading.Event | None = None) -> None:
+        self.name, self.go = name, go
+        self.asked: list[Clip] = []
+
+    def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
+        for clip in clips:
+            self.asked.append(clip)
+            if self.go is not None:
+                assert self.go.wait(60)
+            if clip.probe.path == "bad.mp4":
+                raise CorruptMedia("nothing decodes")
+            pixels = torch.zeros((1, 3, 2, 2), dtype=torch.uint8)
+            yield Frames(clip, pixels, np.zeros(1), np.zeros(1, np.int64), 1, 1, decoder=self.name)
+
+
+def routed(**events: threading.Event) -> tuple[RoutedDecoder, dict[str, Fake]]:
+    fakes = {name: Fake(name, events.get(name)) for name in ("pyav", "dali")}
+    decoder = RoutedDecoder(
+        PyavDecoder(threads=1), DaliDecoder(PyavDecoder(threads=1), device="cpu"), cores=4
+    )
+    decoder.decoders = dict(fakes)
+    return decoder, fakes
+
+
+def clip(**facts: Any) -> Clip:
+    return Clip(probed(1500, **facts), Sampling(max_frames=32))
+
+
+def test_each_clip_goes_its_way_and_the_frames_say_which():
+    """A large one, a small one, an interlaced one."""
+    decoder, _ = routed()
+    clips = [clip(width=96, height=64), clip(), clip(interlaced=True)]
+
+    parts = list(decoder.decode(clips))
+
+    assert [(clips[1], "dali"), (clips[0], "pyav"), (clips[2], "pyav")] == [
+        (part.clip, part.decoder) for part in parts
+    ]
+    assert UnderWay() == decoder.under_way
+
+
+def test_a_failing_clip_leaves_the_other_decoders_share_alone():
+    """Its error comes last; nonsense that was asked counts as one."""
+    decoder, _ = routed()
+    late = Clip(probed(1500), Sampling(spans=(Span(start_ms=90_000, end_ms=91_000),)))
+    parts: list[Frames] = []
+
+    with pytest.raises(CorruptMedia):
+        collect(decoder, [clip(path="bad.mp4"), clip(interlaced=True)], parts)
+    with pytest.raises(BadRequest):
+        collect(decoder, [late, clip()], parts)
+
+    assert ["pyav", "dali"] == [part.decoder for part in parts]
+    assert UnderWay() == decoder.under_way
+
+
+def collect(decoder: RoutedDecoder, clips: list[Clip], parts: list[Frames]) -> None:
+    for part in decoder.decode(clips):
+        parts.append(part)  # noqa: PERF402 - what came before the error is wanted
+
+
+def test_what_is_under_way_counts_until_it_is_done_or_dropped():
+    """A long queue for the GPU sends the next clip to the CPU, and no longer once it is gone."""
+    decoder, fakes = routed()
+    walks = [decoder.decode([clip()]) for _ in range(12)]
+    for walk in walks:
+        next(walk)
+
+    dali = len(fakes["dali"].asked)
+    assert 1 < dali < 12 and 12 == dali + len(fakes["pyav"].asked)
+    assert decoder.under_way.gpu > 0 < decoder.under_way.cpu
+    for walk in walks[:6]:
+        walk.close()
+    for walk in walks[6:]:
+        assert [] == list(walk)
+    assert UnderWay() == decoder.under_way
+
+
+@pytest.mark.dali
+def test_with_the_real_decoders_a_small_clip_is_pyavs(tmp_path: Path):
+    """End to end, without a fake."""
+    path = make_clip(tmp_path / "clip.mp4", 12)
+    pyav = PyavDecoder(threads=1)
+    decoder = RoutedDecoder(pyav, DaliDecoder(pyav, device="cpu"), cores=1)
+
+    parts = list(decoder.decode([Clip(probe(path, Settings()), Sampling(max_frames=4))]))
+
+    assert ["pyav"] == [part.decoder for part in parts] and 4 == len(parts[0])
