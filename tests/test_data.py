@@ -164,6 +164,16 @@ def test_a_forgery_on_disk_is_of_the_same_moment(copies):
     assert {"c23"} == {partner.row.compression for partner in partners if partner}
 
 
+def test_kindred_neighbours_are_forged_alike(reals):
+    """Two faces, one way of forging, each forgery beside its own face; and not one way for all."""
+    kindred = Batches(reals, data(pairing="kindred", families=("smooth", "inner", "eyes")))
+    families = [kindred[number].family[4:] for number in range(6)]
+
+    assert all(torch.equal(family[::2], family[1::2]) for family in families)
+    assert len({int(family) for each in families for family in each}) == 3
+    assert any(family[0] != family[2] for family in families)
+
+
 def test_margins_are_drawn_and_crops_jitter_about_the_face(reals):
     """Each margin of the recipe as often as the others; without any, the contract's own cut."""
     batches = Batches(reals, data(families=("inner",), augment=HARD))

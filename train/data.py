@@ -30,6 +30,8 @@ from train.recipe import FAMILIES, Data, Family
 
 REAL = -1
 """The family of a real face."""
+KIN = 1
+"""Sets the generators that neighbours share apart from those that each has of its own."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Batches:
         self._real = tuple(len(frames) for frames in self.pool.real)
         self._forged = tuple(len(frames) for frames in self.pool.forged)
         self._families: tuple[Family, ...] = _known(data.families)
+        share = dict(zip(data.families, data.shares, strict=True)) if data.shares else {}
+        self._edges = np.cumsum([share.get(family, 1.0) for family in self._families])
         if not self._families and not self._forged:
             raise IndexFault(
                 f"split {split!r} has no forgeries, and the recipe makes none: set data.families, "
@@ -95,7 +99,7 @@ class Batches:
         return max(1, sum(min(size, self.data.frames) for size in self._real) // self._half)
 
     def __getitem__(self, number: int) -> Batch:
-        paired = self.data.pairing == "paired"
+        pairing = self.data.pairing
         crops: list[Tensor] = [torch.empty(0)] * (2 * self._half)
         pair = torch.full((2 * self._half,), -1, dtype=torch.int64)
         family = torch.full((2 * self._half,), REAL, dtype=torch.int64)
@@ -104,7 +108,12 @@ class Batches:
             rng = np.random.default_rng((self.seed, number, place))
             other = place + self._half
             real = self._draw(0, number * self._half + place)
-            both = self._pair(real, rng) if paired else self._apart(real, number, place, rng)
+            if pairing == "balanced":
+                both = self._apart(real, number, place, rng)
+            else:
+                # Neighbours of a kindred batch draw their way of forging alike.
+                alike = np.random.default_rng((self.seed, number, place // 2, KIN))
+                both = self._pair(real, rng, alike if pairing == "kindred" else rng)
             crops[place], ids[place] = both.real, real.name
             crops[other], ids[other], family[other] = both.forged, both.name, both.family
             pair[other] = place if both.same_face else -1
@@ -122,11 +131,11 @@ class Batches:
         picked: Frame = videos[video][frame]
         return picked
 
-    def _pair(self, real: Frame, rng: np.random.Generator) -> "_Both":
-        """A real face beside a forgery of it, from disk or made."""
-        partner = self.pool.partner(real, rng)
-        if self._families and (partner is None or rng.random() < self.data.blended_share):
-            return self._blended(real, real, rng)
+    def _pair(self, real: Frame, rng: np.random.Generator, kin: np.random.Generator) -> "_Both":
+        """A real face beside a forgery of it, from disk or made; `kin` draws how it is forged."""
+        partner = self.pool.partner(real, rng, kin)
+        if self._families and (partner is None or kin.random() < self.data.blended_share):
+            return self._blended(real, real, rng, kin)
         same = partner is not None
         return self._both(real, partner or self._any_forged(rng), rng, same_face=same)
 
@@ -134,7 +143,7 @@ class Batches:
         """A real face and a forgery that have nothing to do with each other."""
         if self._families and (not self._forged or rng.random() < self.data.blended_share):
             shown = self._draw(0, int(rng.integers(2**31)))
-            return self._blended(real, shown, rng)
+            return self._blended(real, shown, rng, rng)
         forged = self._draw(1, number * self._half + place)
         return self._both(real, forged, rng, same_face=False)
 
@@ -155,9 +164,11 @@ class Batches:
             flip=flip,
         )
 
-    def _blended(self, real: Frame, shown: Frame, rng: np.random.Generator) -> "_Both":
+    def _blended(
+        self, real: Frame, shown: Frame, rng: np.random.Generator, kin: np.random.Generator
+    ) -> "_Both":
         """`shown` is what the forgery is made of: the real face itself, or another."""
-        family = self._families[rng.integers(len(self._families))]
+        family = self._family(kin)
         image, face = self._open(shown)
         if face is None:
             raise IndexFault(
@@ -176,6 +187,11 @@ class Batches:
         return _Both(
             genuine, forged, f"{shown.name}+{family}", self.pool.number(family), shown is real
         )
+
+    def _family(self, rng: np.random.Generator) -> Family:
+        """By the recipe's shares."""
+        drawn = rng.random() * self._edges[-1]
+        return self._families[int(np.searchsorted(self._edges, drawn, side="right"))]
 
     def _both(
         self, real: Frame, forged: Frame, rng: np.random.Generator, *, same_face: bool

@@ -71,13 +71,16 @@ class Pool:
         """The family's number."""
         return self.names.index(method)
 
-    def partner(self, real: Frame, rng: np.random.Generator) -> Frame | None:
-        """A forgery of this very face that lies on disk, near the same moment."""
+    def partner(
+        self, real: Frame, rng: np.random.Generator, kin: np.random.Generator | None = None
+    ) -> Frame | None:
+        """A forgery of this very face that lies on disk, near the same moment; `kin`, else `rng`,
+        draws how it was forged."""
         row = real.row
         methods = self.by_target.get(f"{row.target}|{row.compression}") if row.target else None
         if not methods:
             return None
-        videos = methods[sorted(methods)[rng.integers(len(methods))]]
+        videos = methods[sorted(methods)[(kin or rng).integers(len(methods))]]
         video = videos[rng.integers(len(videos))]
         return min(video, key=lambda frame: (abs(frame.number - real.number), frame.number))
 

@@ -11,23 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from kernels.manifest import InputContract, Network
+from train.recipe_checks import above_zero, at_least, between
+from train.recipe_losses import BceLoss, FdflLoss, RalfLoss, RclLoss
 from train.recipe_text import RecipeError
-
-
-def _between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise RecipeError(f"{name} should be from {low} to {high}, not {value}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise RecipeError(f"{name} should be {least} or more, not {value}")
-
-
-def _above_zero(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise RecipeError(f"{name} should be above 0 and finite, not {value}")
-
 
 Family = Literal[
     "self_blend",
@@ -66,9 +52,9 @@ class Augment:
 
     def __post_init__(self) -> None:
         for name in ("flip", "jpeg", "h264", "resize", "blur", "noise", "colour"):
-            _between(f"augment.{name}", getattr(self, name), 0, 1)
+            between(f"augment.{name}", getattr(self, name), 0, 1)
         for margin in self.margins:
-            _between("augment.margins", margin, 1, 3)
+            between("augment.margins", margin, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -78,8 +64,9 @@ class Data:
     input: InputContract = field(default_factory=InputContract)
     batch: int = 32
     """Crops per step and process, half of them forged."""
-    pairing: Literal["balanced", "paired"] = "paired"
-    """balanced: as many forged as real, drawn apart; paired: each real beside its own forgery."""
+    pairing: Literal["balanced", "paired", "kindred"] = "paired"
+    """balanced: as many forged as real, drawn apart; paired: each real beside its own forgery;
+    kindred: paired, and each two neighbours forged in the same way."""
     frames: int = 8
     """Frames a video gives to one epoch, drawn anew in each."""
     evaluation_frames: int = 32
@@ -87,88 +74,29 @@ class Data:
     augment: Augment = Augment()
     families: tuple[Family, ...] = ()
     """Pseudo-forgeries made from the reals; () uses only forgeries that are on disk."""
+    shares: tuple[float, ...] = ()
+    """How often each of the families is drawn, in their order; () draws them alike."""
     held_out: Family | None = None
     """A family never trained on, used only to judge what generalises."""
     blended_share: float = 1.0
     """Of the forgeries in a batch, how many are made by blending where some are on disk too."""
 
     def __post_init__(self) -> None:
-        _at_least("data.batch", self.batch, 2)
+        at_least("data.batch", self.batch, 2)
         if self.batch % 2:
             raise RecipeError(f"data.batch {self.batch} should be even: half real, half forged")
-        _at_least("data.frames", self.frames, 1)
-        _at_least("data.evaluation_frames", self.evaluation_frames, 1)
-        _between("data.blended_share", self.blended_share, 0, 1)
+        at_least("data.frames", self.frames, 1)
+        at_least("data.evaluation_frames", self.evaluation_frames, 1)
+        between("data.blended_share", self.blended_share, 0, 1)
+        if self.shares and (len(self.shares) != len(self.families) or min(self.shares) <= 0):
+            raise RecipeError(
+                f"data.shares should be {len(self.families)} numbers above 0, one for each of "
+                f"data.families; got {self.shares}"
+            )
         if self.held_out is not None and self.held_out in self.families:
             raise RecipeError(
                 f"data.held_out {self.held_out!r} is trained on too: take it out of data.families"
             )
-
-
-@dataclass(frozen=True)
-class RalfLoss:
-    """The loss of RALF, equations 2 to 12 of the paper."""
-
-    kind: Literal["ralf"] = "ralf"
-    weight_rec: float = 0.1
-    weight_freq: float = 1.0
-    weight_adv: float = 0.1
-    weight_emb: float = 0.1
-    weight_con: float = 0.1
-    freq: Literal["difference", "magnitude"] = "difference"
-    """difference: |W(F(x~) − F(x))|, equation 5; magnitude: |W|F(x~)| − W|F(x)||, their code."""
-    freq_scale: Literal["unnormalised", "ortho"] = "unnormalised"
-    """The scale of the coefficients that weight_freq speaks of."""
-    freq_weighted: bool = True
-    """False: W is one everywhere (a row of the paper's Table 4)."""
-    radius_real: float = 0.05
-    radius_forged: float = 1.5
-    centre: Literal["epoch", "step"] = "step"
-    """When the centre of real faces moves: once an epoch to their mean, or each step a little."""
-    centre_momentum: float = 0.99
-    """Only for centre=step."""
-    centre_sums_forged: bool = False
-    """The upload's bug: the sum runs over all faces, the count over the real ones only."""
-    centre_keeps_graph: bool = False
-    """The upload's other bug: sums are not detached, so each step's graph lives for the epoch."""
-    alpha: Literal["epoch", "step", "one"] = "step"
-    """How the weight of the embedding loss grows from 0 to 1: by whole epochs, by steps, not."""
-    perceptual: Literal["vgg19", "vgg16"] = "vgg19"
-    con_pairs: bool = True
-    """Equation 6 for each real and the forgery made from it; False: of the two batch means."""
-    con_eps: float = 1e-3
-    """Keeps the ratio of equation 6 finite where a forgery is reconstructed well."""
-    con_patch: int | None = None
-    """Side of the square that equation 6 is taken on, at a place drawn each step; None: all."""
-    rival_lr: float = 2e-4
-    """The discriminator's own Adam."""
-    rival_betas: tuple[float, float] = (0.5, 0.999)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.radius_real < self.radius_forged:
-            raise RecipeError(
-                f"loss.radius_real {self.radius_real} should be below "
-                f"loss.radius_forged {self.radius_forged}, neither negative"
-            )
-        for name in ("rec", "freq", "adv", "emb", "con"):
-            _between(f"loss.weight_{name}", getattr(self, f"weight_{name}"), 0, 1e6)
-        _between("loss.con_eps", self.con_eps, 0, 1)
-        _above_zero("loss.rival_lr", self.rival_lr)
-        _between("loss.centre_momentum", self.centre_momentum, 0, 1)
-        if self.con_patch is not None:
-            _at_least("loss.con_patch", self.con_patch, 16)
-
-
-@dataclass(frozen=True)
-class BceLoss:
-    """Binary cross entropy alone: for plain classifiers."""
-
-    kind: Literal["bce"] = "bce"
-    smoothing: float = 0.0
-    """Targets become smoothing/2 and 1 − smoothing/2."""
-
-    def __post_init__(self) -> None:
-        _between("loss.smoothing", self.smoothing, 0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -191,15 +119,15 @@ class Optimiser:
     """How fast batch norms' statistics follow; None: as the backbone's library has it."""
 
     def __post_init__(self) -> None:
-        _at_least("optimiser.accumulate", self.accumulate, 1)
-        _above_zero("optimiser.lr", self.lr)
-        _between("optimiser.weight_decay", self.weight_decay, 0, 1)
+        at_least("optimiser.accumulate", self.accumulate, 1)
+        above_zero("optimiser.lr", self.lr)
+        between("optimiser.weight_decay", self.weight_decay, 0, 1)
         if self.clip is not None:
-            _above_zero("optimiser.clip", self.clip)
+            above_zero("optimiser.clip", self.clip)
         if self.ema is not None:
-            _between("optimiser.ema", self.ema, 0, 1)
+            between("optimiser.ema", self.ema, 0, 1)
         if self.norm_momentum is not None:
-            _between("optimiser.norm_momentum", self.norm_momentum, 0, 1)
+            between("optimiser.norm_momentum", self.norm_momentum, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -222,12 +150,12 @@ class Schedule:
     """What on the validation split says which weights are best; test is never looked at."""
 
     def __post_init__(self) -> None:
-        _at_least("schedule.epochs", self.epochs, 1)
-        _at_least("schedule.evaluate_every", self.evaluate_every, 1)
+        at_least("schedule.epochs", self.epochs, 1)
+        at_least("schedule.evaluate_every", self.evaluate_every, 1)
         if self.steps is not None:
-            _at_least("schedule.steps", self.steps, 1)
-        _between("schedule.warmup", self.warmup, 0, 1)
-        _between("schedule.floor", self.floor, 0, 1)
+            at_least("schedule.steps", self.steps, 1)
+        between("schedule.warmup", self.warmup, 0, 1)
+        between("schedule.floor", self.floor, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -246,7 +174,7 @@ class Recipe:
 
     name: str
     network: Network
-    loss: RalfLoss | BceLoss
+    loss: RalfLoss | BceLoss | FdflLoss | RclLoss
     data: Data = Data()
     optimiser: Optimiser = Optimiser()
     schedule: Schedule = Schedule()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 NETWORKS = {
     "ralf": ("kernels.networks.ralf", "Ralf"),
     "classifier": ("kernels.networks.backbones", "Classifier"),
+    "fdfl": ("kernels.networks.fdfl", "Fdfl"),
 }
 
 

@@ -2,6 +2,8 @@
 
 The cut is where RALF merges its guide: for Xception after conv1-bn1-relu-conv2-bn2-relu, for the
 others after the first convolution with its norm and activation; all at half the input's size.
+Inside the rest a second place is known, where FDFL merges: between Xception's entry and middle
+flow, and in the others where a sixteenth of the input's size is first reached.
 
 Initial weights come from a safetensors file in timm's names or from timm's hub.  They were
 learnt on photographs, and RALF feeds the stem residuals: non-negative, near zero.  They go in
@@ -13,6 +15,7 @@ The only file that imports timm.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,13 +37,28 @@ class Family(NamedTuple):
     timm_name: str
     stem: tuple[str, ...]
     head: str
+    middle: str
+    """The first part of the middle flow."""
+    channels: int
+    """What comes into it."""
+
+
+class Seen(NamedTuple):
+    """What losses on features look at."""
+
+    embedding: Tensor  # [m, c] pooled, FP32
+    logit: Tensor  # [m] of being forged, FP32
 
 
 FAMILIES: dict[str, Family] = {
-    "xception": Family("legacy_xception", ("conv1", "bn1", "act1", "conv2", "bn2", "act2"), "fc"),
-    "resnet18": Family("resnet18", ("conv1", "bn1", "act1"), "fc"),
-    "resnet50": Family("resnet50", ("conv1", "bn1", "act1"), "fc"),
-    "tf_efficientnet_lite0": Family("tf_efficientnet_lite0", ("conv_stem", "bn1"), "classifier"),
+    "xception": Family(
+        "legacy_xception", ("conv1", "bn1", "act1", "conv2", "bn2", "act2"), "fc", "block4", 728
+    ),
+    "resnet18": Family("resnet18", ("conv1", "bn1", "act1"), "fc", "layer4", 256),
+    "resnet50": Family("resnet50", ("conv1", "bn1", "act1"), "fc", "layer4", 1024),
+    "tf_efficientnet_lite0": Family(
+        "tf_efficientnet_lite0", ("conv_stem", "bn1"), "classifier", "blocks.4", 80
+    ),
 }
 
 
@@ -78,12 +96,46 @@ class Backbone(nn.Module):
         self.stem = nn.Sequential(OrderedDict((name, parts.pop(name)) for name in self.family.stem))
         self.rest = nn.Sequential(parts)
 
+    @property
+    def width(self) -> int:
+        """How many numbers the head judges by."""
+        return self.head.in_features
+
     def classify(self, features: Tensor) -> Tensor:
         """The stem's (merged) features [B, c, h, w] → logits [B], the head in FP32."""
-        maps = self.rest(features)
+        return self.conclude(self.rest(features)).logit
+
+    def conclude(self, maps: Tensor) -> Seen:
+        """The last maps [B, c, h, w], pooled and judged."""
         pooled = maps.amax((2, 3)) if self.pool == "max" else maps.float().mean((2, 3))
         logits: Tensor = self.head(pooled.to(dtype_of(self.head)))
-        return logits.squeeze(1).float()
+        return Seen(pooled.float(), logits.squeeze(1).float())
+
+    def enter(self, features: Tensor) -> Tensor:
+        """The rest up to the middle flow."""
+        for name, part in self._parts():
+            if name == self.family.middle:
+                break
+            features = part(features)
+        return features
+
+    def leave(self, features: Tensor) -> Tensor:
+        """The rest from the middle flow on, to the last maps."""
+        inside = False
+        for name, part in self._parts():
+            inside = inside or name == self.family.middle
+            if inside:
+                features = part(features)
+        return features
+
+    def _parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The rest's parts in order, those of a nested middle one by one."""
+        nest, dot, _ = self.family.middle.partition(".")
+        for name, part in self.rest.named_children():
+            if dot and name == nest:
+                yield from ((f"{name}.{inner}", each) for inner, each in part.named_children())
+            else:
+                yield name, part
 
     def forward(self, image: Tensor) -> Tensor:
         """Images [B, 3, h, w] as the stem wants them → logits [B]."""
@@ -98,10 +150,16 @@ class Classifier(nn.Module):
         self.size = size
         self.backbone = Backbone(backbone, pool)
 
+    def trace(self, crops: Tensor) -> Seen:
+        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and what losses look at."""
+        stem = self.backbone.stem
+        return self.backbone.conclude(
+            self.backbone.rest(stem((unit(crops) * 2 - 1).to(dtype_of(stem))))
+        )
+
     def forward(self, crops: Tensor) -> Tensor:
         """Crops u8, or floats of 0..1, [m, 3, s, s] RGB → logits [m] of being forged."""
-        logits: Tensor = self.backbone(unit(crops) * 2 - 1)
-        return logits
+        return self.trace(crops).logit
 
     def lower(self, dtype: torch.dtype) -> "Classifier":
         """The convolutions in a smaller dtype; what must stay exact stays in FP32."""

@@ -11,6 +11,7 @@ opponent as it is now.  Whatever an objective owns (opponents, centres) lies in 
 and so in the checkpoint.  Labels: forged is True, logits are of P(forged).
 """
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.recipe import BceLoss, RalfLoss, Recipe
+from train.recipe import BceLoss, Recipe
 
 
 class Batch(Protocol):
@@ -125,10 +126,36 @@ def cross_entropy(logit: Tensor, forged: Tensor, smoothing: float = 0.0) -> Tens
     return F.binary_cross_entropy_with_logits(logit.float(), target)
 
 
+class OneClass(ValueError):
+    """A batch lacks a class that its loss compares with the other."""
+
+
+def refuse_one_class(forged: Tensor, least: int = 1) -> None:
+    """OneClass unless the batch has so many real and so many forged faces."""
+    count = int(forged.sum())
+    if min(count, len(forged) - count) < least:
+        raise OneClass(
+            f"this loss needs at least {least} real and {least} forged faces in every batch, got "
+            f"{len(forged) - count} and {count}: use batches as train.data makes them"
+        )
+
+
+def exact(features: Tensor) -> Tensor:
+    """At least FP32, whatever the network runs in."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+OBJECTIVES = {
+    "bce": ("train.losses.objective", "BceObjective"),
+    "ralf": ("train.losses.ralf", "RalfObjective"),
+    "fdfl": ("train.losses.fdfl", "FdflObjective"),
+    "rcl": ("train.losses.rcl", "RclObjective"),
+}
+"""By the kind of the recipe's loss."""
+
+
 def objective(recipe: Recipe, network: nn.Module) -> Objective:
     """The objective that the recipe's loss names."""
-    if isinstance(recipe.loss, RalfLoss):
-        from train.losses.ralf import RalfObjective
-
-        return RalfObjective(recipe, network)
-    return BceObjective(recipe, network)
+    module, name = OBJECTIVES[recipe.loss.kind]
+    made: Objective = getattr(importlib.import_module(module), name)(recipe, network)
+    return made

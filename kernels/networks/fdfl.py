@@ -1,0 +1,205 @@
+"""FDFL's network: a face judged by its pixels and by what a JPEG encoder would see of it.
+
+    crops ─▶ stem ─▶ entry flow ──────────────────▶ fuse ─▶ middle and exit flow ─▶ one logit
+      └────▶ spectrum ─▶ norm ─▶ mining block ────────┘
+             [192, s/8, s/8]     [width, s/16, s/16]
+
+The spectrum (`Spectrum`) is the first half of JPEG: YCbCr, blocks of 8 × 8, their DCT, and then
+each frequency of each colour as a channel of its own, its blocks in their places.  The mining
+block learns which of them matter: a convolution within each colour, one across them, pooling,
+weights a channel.  The published description ends there; what it leaves open is our choice:
+the norms and activations between, the mining block's width (that of the spectrum), and the
+fusion, which is a dimension, since the paper compares several and names none that we know of:
+
+    concat      both side by side, one 1 × 1 convolution, norm, ReLU
+    sum         the one added to the other
+    gate        the same behind a factor a channel that starts at zero: begins as the backbone
+    attention   a weight from 0 to 1 at each place and channel says which of both is taken
+    none        the backbone alone: what the branch must beat
+
+Numerics.  Spectrum and its norm are FP32.  A crop's DC lies within ±64 and coefficients in steps
+of 1/16: so scaled, the variance of any frequency is a number that FP16 holds, and the norm's
+statistics can be published (in 8-bit units the DC's variance may pass 65,504; in 0..1 that of the
+highest frequencies sinks under FP16's smallest normal number).
+
+At a side that is a multiple of 16 both streams meet at a sixteenth of it: Xception, whose first
+convolutions are not padded, loses its border there and makes it good by rounding up further on.
+
+m: faces   s: side of a crop
+"""
+
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.dct import basis
+from kernels.networks.backbones import (
+    Backbone,
+    NetworkError,
+    Pool,
+    Seen,
+    dtype_of,
+    lower_backbone,
+    unit,
+)
+
+BLOCK = 8
+CHANNELS = 3 * BLOCK * BLOCK
+SCALE = 16.0
+"""Of coefficients of 0..1 pixels: see Numerics."""
+# JPEG's (JFIF's) conversion from R, G, B to Y, Cb, Cr, full range.
+YCBCR = (
+    (0.299, 0.587, 0.114),
+    (-0.168735892, -0.331264108, 0.5),
+    (0.5, -0.418687589, -0.081312411),
+)
+Fusion = Literal["concat", "sum", "gate", "attention", "none"]
+FUSIONS = ("concat", "sum", "gate", "attention", "none")
+
+
+def block_dct() -> Tensor:
+    """Kernels [192, 3, 8, 8]: at stride 8, a convolution that gives a JPEG's coefficients.
+
+    Channel 64 p + 8 v + u is frequency v down and u across of plane p of Y, Cb, Cr.  Pixels come
+    less one half, so that Y is centred as JPEG centres it; Cb and Cr sum to zero by themselves.
+    """
+    rows = basis(BLOCK, torch.float64, torch.device("cpu"))
+    waves = torch.einsum("vy,ux->vuyx", rows, rows).reshape(1, BLOCK * BLOCK, 1, BLOCK, BLOCK)
+    planes = torch.tensor(YCBCR, dtype=torch.float64).reshape(3, 1, 3, 1, 1)
+    return (planes * waves).reshape(CHANNELS, 3, BLOCK, BLOCK)
+
+
+class Spectrum(nn.Module):
+    """Crops to [m, 192, s/8, s/8]: every block's DCT in YCbCr, a frequency a channel."""
+
+    kernels: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Constants of the format, not weights: made anew wherever the network is built.
+        self.register_buffer("kernels", (block_dct() * SCALE).float(), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images of 0..1."""
+        device, kernels = image.device.type, self.kernels
+        # Autocast would run it in bf16, whose steps near white are as large as fine detail.
+        known = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if known else nullcontext():
+            return F.conv2d(image.to(kernels.dtype) - 0.5, kernels, stride=BLOCK)
+
+
+class ChannelAttention(nn.Module):
+    """A weight from 0 to 1 for each channel, from the means of all."""
+
+    def __init__(self, width: int, squeezed: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(width, squeezed), nn.ReLU(), nn.Linear(squeezed, width), nn.Sigmoid()
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """The maps, weighed."""
+        weights: Tensor = self.body(maps.mean((2, 3)))
+        return maps * weights[:, :, None, None]
+
+
+class MiningBlock(nn.Module):
+    """Which frequencies matter, learnt: within a colour, across colours, then by channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.apart = _convolution(CHANNELS, CHANNELS, 3, groups=3)
+        self.together = _convolution(CHANNELS, CHANNELS, 3)
+        self.pool = nn.MaxPool2d(2)
+        self.attention = ChannelAttention(CHANNELS, CHANNELS // 16)
+        self.leave = nn.Conv2d(CHANNELS, width, 1)
+
+    def forward(self, spectrum: Tensor) -> Tensor:
+        """[m, 192, s/8, s/8] → [m, width, s/16, s/16]."""
+        maps = self.pool(self.together(self.apart(spectrum)))
+        left: Tensor = self.leave(self.attention(maps))
+        return left
+
+
+class Fuse(nn.Module):
+    """Two maps of one shape to one; the module's docstring says how."""
+
+    def __init__(self, kind: Fusion, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "concat":
+            self.merge = _convolution(2 * width, width, 1)
+        elif kind == "attention":
+            self.merge = nn.Sequential(nn.Conv2d(2 * width, width, 1), nn.Sigmoid())
+        elif kind == "gate":
+            self.factor = nn.Parameter(torch.zeros(width))
+
+    def forward(self, pixels: Tensor, frequencies: Tensor) -> Tensor:
+        """What goes on into the middle flow."""
+        if self.kind == "sum":
+            return pixels + frequencies
+        if self.kind == "gate":
+            return pixels + self.factor[:, None, None] * frequencies
+        merged: Tensor = self.merge(torch.cat((pixels, frequencies), 1))
+        if self.kind == "attention":
+            return merged * pixels + (1 - merged) * frequencies
+        return merged
+
+
+class Fdfl(nn.Module):
+    """The detector; its dimensions are what the manifest's `network` holds."""
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "xception",
+        size: int = 256,
+        fusion: Fusion = "concat",
+        pool: Pool = "mean",
+    ) -> None:
+        super().__init__()
+        if size < 32 or size % (2 * BLOCK):
+            raise NetworkError(f"size should be a multiple of 16, at least 32, got {size}")
+        if fusion not in FUSIONS:
+            raise NetworkError(f"fusion should be one of {', '.join(FUSIONS)}, got {fusion!r}")
+        self.size = size
+        self.backbone = Backbone(backbone, pool)
+        self.spectrum: Spectrum | None = None
+        if fusion != "none":
+            width = self.backbone.family.channels
+            self.spectrum = Spectrum()
+            self.norm = nn.BatchNorm2d(CHANNELS)
+            self.mining = MiningBlock(width)
+            self.fuse = Fuse(fusion, width)
+
+    def trace(self, crops: Tensor) -> Seen:
+        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and what losses look at."""
+        image, backbone = unit(crops), self.backbone
+        dtype = dtype_of(backbone.stem)
+        maps = backbone.enter(backbone.stem((image * 2 - 1).to(dtype)))
+        if self.spectrum is not None:
+            maps = self.fuse(maps, self.mining(self.norm(self.spectrum(image)).to(dtype)))
+        return backbone.conclude(backbone.leave(maps))
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB → logits [m] of being forged."""
+        return self.trace(crops).logit
+
+    def lower(self, dtype: torch.dtype) -> "Fdfl":
+        """The convolutions in a smaller dtype; spectrum, its norm and the head stay in FP32."""
+        lower_backbone(self.backbone, dtype)
+        if self.spectrum is not None:
+            self.mining.to(dtype)
+            self.fuse.to(dtype)
+        return self
+
+
+def _convolution(width: int, wide: int, side: int, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, wide, side, padding=side // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(wide),
+        nn.ReLU(inplace=True),
+    )
