@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 import torch
 
 from kernels.artifact import promote, publish, resolve
@@ -46,6 +47,13 @@ def _same_random_state() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_log() -> Iterator[None]:
+    """A command that a test runs sets up logging for the process: the next test's is as it was."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.test_egress import TRICKS, guarded
-from tests.web import PUBLIC, Request, Web, reply, serving
+from tests.web import PUBLIC, Request, Web, for_ever, reply, serving
 from worker.contract import Media
 from worker.errors import (
     Cancelled,
@@ -151,12 +151,10 @@ class TestWeb:
 class TestCaps:
     def test_a_declared_size_above_the_cap_is_refused_at_once(self, folder):
         """Before its body comes."""
-        with serving(lambda request: [reply(200, DATA)[0], 5.0]) as web:
-            began = time.monotonic()
+        with serving(lambda request: [reply(200, DATA)[0], 600.0]) as web:
             with pytest.raises(TooLarge, match="262144 bytes; at most 1000"):
                 get(f"{web.url}/", folder, **near(web, max_bytes=1000))
 
-        assert time.monotonic() - began < 3
         assert list(folder.iterdir()) == []
 
     def test_an_undeclared_size_is_capped_while_it_streams(self, folder):
@@ -188,19 +186,17 @@ class TestCaps:
 
     def test_who_trickles_is_cut_off(self, folder):
         """A byte now and then does not buy time."""
-        slow = [reply(200, DATA)[0], *[b"x", 0.05] * 80]
-        began = time.monotonic()
-        with serving(lambda request: slow) as web:
+        head = b"HTTP/1.1 200 X\r\nContent-Length: 1000000\r\n\r\n"
+        with serving(lambda request: itertools.chain([head], for_ever(b"x", 0.05))) as web:
             with pytest.raises(FetchFailed, match=r"more than 0\.4 s"):
                 get(f"{web.url}/", folder, **near(web, fetch_timeout_s=0.4))
 
-        assert time.monotonic() - began < 3
         assert list(folder.iterdir()) == []
 
     def test_a_cancel_ends_it_even_while_nothing_comes(self, folder):
         """And removes what came."""
         began = time.monotonic()
-        with serving(lambda request: [reply(200, DATA)[0], DATA[:1000], 5.0]) as web:
+        with serving(lambda request: [reply(200, DATA)[0], DATA[:1000], 600.0]) as web:
             with pytest.raises(Cancelled):
                 get(
                     f"{web.url}/",
@@ -209,7 +205,6 @@ class TestCaps:
                     **near(web),
                 )
 
-        assert time.monotonic() - began < 3
         assert list(folder.iterdir()) == []
 
     def test_a_full_disk_is_tried_again_elsewhere(self, web, folder, monkeypatch):

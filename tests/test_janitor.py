@@ -1,17 +1,21 @@
 """Whatever a dead process left is found, and put back once."""
 
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.documents import a_failure, a_job, a_verdict
 from tests.redis_server import RedisServer
+from tests.test_horse import until
 from tests.test_store import QUEUE, claim, pop
 from worker.contract import Callback, SessionPart
-from worker.service.janitor import Janitor
+from worker.service.janitor import Janitor, Report
 from worker.service.store import Store, connect
 from worker.settings import Settings
 
@@ -51,25 +55,24 @@ def test_a_killed_workers_job_runs_again_within_a_minute(store, janitor):
     assert claim(store, now=136.0).alone
 
 
-def test_after_an_outage_a_running_job_is_not_taken_for_lost(redis):
+def test_after_an_outage_a_running_job_is_not_taken_for_lost(store, janitor, redis):
     """Nobody could beat, nor sweep: who runs may say so first; who is dead is found later."""
-    store = Store(redis, replace(SETTINGS, heartbeat_ttl_s=0.6, janitor_every_s=0.1))
-    janitor = Janitor(store, store.settings)
-    store.submit([a_job("1"), a_job("2")])
-    well, dead = claim(store), claim(store)
-    assert janitor.run_if_due() is not None
-    time.sleep(0.7)
-    report = janitor.run_if_due()
-    assert report is not None
-    assert report.lost == {}
-    assert store.beat(well) == "go_on"
-    time.sleep(0.2)
-    assert not janitor.run_if_due()
-    time.sleep(0.2)
-    found = janitor.run_if_due()
 
-    assert found is not None
-    assert found.lost == {dead.job_id: "retried"}
+    def swept(now: float) -> dict[str, str]:
+        redis.delete(store.key("janitor"))  # the last sweep was long ago
+        report = janitor.run_if_due(now)
+        assert report is not None
+        return report.lost
+
+    store.submit([a_job("1"), a_job("2")], now=100.0)
+    well, dead = claim(store, now=100.0), claim(store, now=100.0)
+    swept(101.0)
+    after_the_outage = swept(160.0)
+    assert store.beat(well, now=161.0) == "go_on"
+    soon, later = swept(174.0), swept(176.0)
+
+    assert (after_the_outage, soon) == ({}, {})
+    assert later == {dead.job_id: "retried"}
 
 
 def test_a_worker_that_beats_keeps_its_job(store, janitor):
@@ -255,25 +258,57 @@ def test_only_one_of_many_sweeps_in_its_time(store, janitor):
     assert [report is not None for report in reports] == [True, False, False, False, False]
 
 
+@contextmanager
+def sweeping(janitor: Janitor) -> Iterator[list[dict[str, Any]]]:
+    """The janitor in its thread while the block runs; gives what it logs."""
+    stop = threading.Event()
+    thread = threading.Thread(target=janitor.run_forever, args=(stop,))
+    with capture_logs() as lines:
+        thread.start()
+        try:
+            yield lines
+        finally:
+            stop.set()
+            thread.join()
+
+
 def test_it_goes_on_after_an_outage_of_redis():
     """And then finds what the outage left."""
     server = RedisServer(aof=True)
     server.start()
+    settings = replace(SETTINGS, janitor_every_s=0.05, heartbeat_ttl_s=0.2)
+    store = Store(connect(server.url, attempts=0), settings)
     try:
-        settings = Settings(janitor_every_s=0.05, heartbeat_ttl_s=0.2)
-        store = Store(connect(server.url, attempts=0), settings)
         store.submit([a_job()])
         claim(store)
-        stop = threading.Event()
-        thread = threading.Thread(target=Janitor(store, settings).run_forever, args=(stop,))
         server.kill()
-        thread.start()
-        stop.wait(0.3)
-        server.start()
-        stop.wait(1.0)
-        stop.set()
-        thread.join()
+        with sweeping(Janitor(store, settings)) as lines:
+            until(lambda: [line["event"] for line in lines].count("redis.unreachable") > 1)
+            server.start()
+            until(lambda: any(line["event"] == "janitor.swept" for line in lines))
 
         assert store.status("j1").state == "queued"
     finally:
+        store.redis.close()
         server.stop()
+
+
+def test_a_fault_of_ours_ends_one_sweep_and_not_the_janitor(store, monkeypatch):
+    """It sweeps in a thread of the worker, whose end nobody would see."""
+    settings = replace(SETTINGS, janitor_every_s=0.01)
+    janitor, faults = Janitor(store, settings), [ValueError("what no sweep should meet")]
+    run_once = janitor.run_once
+
+    def fails_first(now: float | None = None) -> Report:
+        if faults:
+            raise faults.pop()
+        return run_once(now)
+
+    monkeypatch.setattr(janitor, "run_once", fails_first)
+    store.submit([a_job()], now=0.0)
+    claim(store, now=0.0)
+    with sweeping(janitor) as lines:
+        until(lambda: any(line["event"] == "janitor.swept" for line in lines))
+
+    assert lines[0]["event"] == "janitor.broke"
+    assert lines[-1]["lost"] == {"j1": "retried"}

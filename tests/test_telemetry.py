@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
@@ -16,13 +15,6 @@ from worker.settings import Settings
 from worker.telemetry import Count, Finish, Metrics
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-@pytest.fixture(autouse=True)
-def _structlog_as_it_was() -> Iterator[None]:
-    """Tests configure it; nobody else should notice."""
-    yield
-    structlog.reset_defaults()
 
 
 def lines_of(monkeypatch: pytest.MonkeyPatch, **settings: str) -> io.StringIO:
@@ -107,6 +99,20 @@ def test_a_person_gets_text_and_a_quiet_level_is_quiet(monkeypatch: pytest.Monke
 
     assert "not.shown" not in said.getvalue()
     assert "job.refused" in said.getvalue() and not said.getvalue().startswith("{")
+
+
+def test_a_log_that_cannot_be_written_stops_nobody(monkeypatch: pytest.MonkeyPatch):
+    """A closed pipe costs the lines and not the service; the stream of the moment is the one."""
+    gone = lines_of(monkeypatch)
+    gone.close()
+    structlog.get_logger().warning("janitor.failed", error="nobody hears this")
+    monkeypatch.setattr("sys.stderr", None)
+    structlog.get_logger().exception("janitor.broke")
+    said = io.StringIO()
+    monkeypatch.setattr("sys.stderr", said)
+    structlog.get_logger().warning("janitor.failed", error="heard")
+
+    assert json.loads(said.getvalue())["error"] == "heard"
 
 
 def test_one_line_per_run_tells_how_it_went_and_is_counted():

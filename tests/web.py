@@ -1,11 +1,11 @@
 """A web server on loopback that answers just what a test says, bytes and pauses included."""
 
 import contextlib
+import itertools
 import socket
 import socketserver
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,12 @@ def reply(status: int = 200, body: bytes = b"", /, **headers: str) -> list[Piece
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in given.items())
     return [f"HTTP/1.1 {status} X\r\n{head}\r\n".encode(), body]
+
+
+def for_ever(*pieces: Piece) -> Iterator[Piece]:
+    """The pieces again and again, until the other side hangs up: whoever waits for the end of it,
+    on however slow a machine, waits in vain."""
+    return itertools.cycle(pieces)
 
 
 class Web:
@@ -72,16 +78,18 @@ def serving(
                 if tls is not None:
                     line = tls.wrap_socket(self.request, server_side=True)
                 with contextlib.closing(line):
-                    line.settimeout(10)
+                    line.settimeout(60)
                     request = _read(line)
                     web.requests.append(request)
                     for piece in answer(request):
                         if isinstance(piece, bytes):
                             line.sendall(piece)
-                        else:
-                            time.sleep(piece)
+                        elif closing.wait(piece):
+                            break
             except (OSError, ValueError):
                 pass  # the other side hung up, as it should in many of these tests
+
+    closing = threading.Event()
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads = True
@@ -92,6 +100,7 @@ def serving(
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield web
+        closing.set()
         server.shutdown()
         thread.join()
 

@@ -74,6 +74,8 @@ class Settings:
     heartbeat_ttl_s: float = 30.0
     grace_s: float = 25.0
     """After SIGTERM a job may run on for so long before it is handed back."""
+    cancel_grace_s: float = 2.0
+    """What a cancelled job gets to stop by itself before its child is killed."""
     reclaim_after_s: float = 15.0
     janitor_every_s: float = 5.0
 

@@ -10,6 +10,7 @@ from Redis when somebody asks, so they are true even after a crash.  The tracepa
 put on each of its lines as it came, and its trace id beside it; nothing needs OpenTelemetry.
 """
 
+import contextlib
 import logging
 import re
 import sys
@@ -49,6 +50,20 @@ def _redacted(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappin
     return event
 
 
+class _Stderr:
+    """Writes each line to what is sys.stderr then.  A line that cannot be written is dropped: a
+    service whose log has gone (a closed pipe, a full disk) still has its jobs."""
+
+    def msg(self, message: str) -> None:
+        """One line."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed; None in a daemon
+            sys.stderr.write(message + "\n")
+            sys.stderr.flush()
+
+    log = debug = info = warn = warning = msg
+    error = err = critical = fatal = failure = exception = msg
+
+
 def configure(settings: Settings) -> None:
     """Set structlog up for this process; called once, by whoever owns the process."""
     level = logging.getLevelNamesMapping().get(settings.log_level.upper(), logging.INFO)
@@ -69,7 +84,7 @@ def configure(settings: Settings) -> None:
             *last,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=lambda *_: _Stderr(),
         cache_logger_on_first_use=False,
     )
 

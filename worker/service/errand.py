@@ -43,8 +43,6 @@ from worker.settings import Settings
 
 log = structlog.get_logger()
 
-CANCEL_GRACE_S = 2.0
-"""What a cancelled job gets to stop by itself before its child is killed."""
 TURN_S = 0.5
 """The longest that the parent waits without looking at the clock."""
 BEAT_S = 1.0
@@ -248,7 +246,8 @@ class Errand:
         )
         if fault is not None:
             ending = Ending.of(fault, alone=self._alone)
-            self._plan(ending, grace=0.0 if ending.kind == "crash" else CANCEL_GRACE_S)
+            grace = 0.0 if ending.kind == "crash" else self.settings.cancel_grace_s
+            self._plan(ending, grace=grace)
         elif self._planned is None and self._must_drain(now):
             self._plan(Ending("hand_back", "drained", "the worker is stopping"), grace=0.0)
 
@@ -297,9 +296,8 @@ class Errand:
         if self._planned is not None:
             return
         if order == "cancel":
-            self._plan(
-                Ending("failure", "cancelled", "cancelled by the client"), grace=CANCEL_GRACE_S
-            )
+            ending = Ending("failure", "cancelled", "cancelled by the client")
+            self._plan(ending, grace=self.settings.cancel_grace_s)
         elif order == "lost":
             self._plan(Ending("lost", "lease_lost", "another worker has the job"), grace=0.0)
 

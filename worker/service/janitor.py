@@ -20,6 +20,7 @@ half a lease, the running jobs get half a lease more before they are lost.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -73,25 +74,34 @@ class Janitor:
             sessions_folded=self._fold_sessions(now),
         )
 
-    def run_if_due(self) -> Report | None:
+    def run_if_due(self, now: float | None = None) -> Report | None:
         """One sweep, unless another janitor swept within settings.janitor_every_s."""
         key = self.store.key("janitor")
         every_ms = max(1, int(self.settings.janitor_every_s * 900))
         if not self.store.redis.set(key, "1", nx=True, px=every_ms):
             return None
-        self.store.call("awake", None)
-        return self.run_once()
+        self.store.call("awake", now)
+        return self.run_once(now)
 
-    def run_forever(self, stop: threading.Event) -> None:
-        """Sweep until told to stop; an outage of Redis is waited out."""
+    def run_forever(
+        self, stop: threading.Event, *, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        """Sweep until told to stop; an outage of Redis is waited out.
+
+        A fault of ours is told and the next sweep tried: in a worker this is a thread, whose end
+        nobody would see.
+        """
         while not stop.wait(self.settings.janitor_every_s):
+            beat()
             try:
                 report = self.run_if_due()
             except RedisError as fault:
-                log.warning("janitor.failed", error=str(fault))
-                continue
-            if report:
-                log.info("janitor.swept", **vars(report))
+                log.warning("redis.unreachable", error=str(fault))
+            except Exception:  # the border: see above
+                log.exception("janitor.broke")
+            else:
+                if report:
+                    log.info("janitor.swept", **vars(report))
 
     def _recover_lost(self, now: float | None) -> dict[str, Outcome]:
         flat = self._ids("lost", now)

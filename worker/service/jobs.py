@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from worker.contract import (
     Evidence,
@@ -110,18 +110,13 @@ def _analyze(task: Task, parts: "Parts") -> tuple[Verdict, Evidence]:
 
 def halved(parts: "Parts") -> "Parts":
     """The same parts with chunks of half the size, the device's cache given back."""
-    import copy
-
     import torch
 
     from worker.runtime import with_decoder
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    decoder: Any = copy.copy(parts.decoder)
-    if hasattr(decoder, "chunk_bytes"):
-        decoder.chunk_bytes = max(1, decoder.chunk_bytes // 2)
-    return with_decoder(parts, decoder)
+    return with_decoder(parts, parts.decoder.halved())
 
 
 def as_job_error(error: BaseException) -> BaseException:
@@ -232,6 +227,11 @@ def sleep(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     return blank_verdict(task), Evidence()
 
 
+def sleep_once(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
+    """Sleeps at its first attempt only: whoever interrupts that need not wait for the second."""
+    return sleep(task, parts) if task.run.attempt <= 1 else trivial(task, parts)
+
+
 def crash(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     """Dies as a decoder does: no exception, no farewell."""
     time.sleep(_argument(task, 0.0))
@@ -281,7 +281,9 @@ ALLOWED: dict[str, Body] = {MODERATE: Body(moderate, fetches=True, heavy=True)}
 """What a worker runs. Everything else that a queue may name is refused."""
 TESTS: dict[str, Body] = {
     PREFIX + work.__name__: Body(work, fetches=work is weigh, heavy=False)
-    for work in (trivial, weigh, sleep, crash, crash_once, hang, spin, leak, oom, poison)
+    for work in (
+        *(trivial, weigh, sleep, sleep_once, crash, crash_once, hang, spin, leak, oom, poison),
+    )
 }
 
 

@@ -34,6 +34,8 @@ log = structlog.get_logger()
 
 TAIL_LINES = 40
 LINGER_S = 10.0
+READ_OUT_S = 5.0
+"""A dead child's stderr is read to its end; only a grandchild could keep it open for longer."""
 _LEFT_ALIVE: list[int] = []
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -172,8 +174,10 @@ class Link:
         with self._process.stderr as pipe:
             for line in pipe:
                 self._tail.append(line.decode(errors="replace").rstrip()[:300])
-                sys.stderr.buffer.write(line)
-                sys.stderr.buffer.flush()
+                # Our log may be gone; the child must not wait for ever on a pipe that nobody reads.
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    sys.stderr.buffer.write(line)
+                    sys.stderr.buffer.flush()
 
     # talking
 
@@ -268,7 +272,7 @@ class Link:
                 code = self._process.wait()
             status = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
             if self._reader is not None:
-                self._reader.join(1.0)
+                self._reader.join(READ_OUT_S)
             self._process = self._reader = None
         self.pid = 0
         return status

@@ -84,6 +84,7 @@ def run_worker(
         stack.callback(store.redis.close)
         stack.callback(orders.close)
         stack.callback(link.close)
+        stack.callback(_hear_no_more)
         stack.enter_context(serving(settings, health, telemetry.METRICS))
         horse = Horse(store, link, priority=priority, table=jobs.table(bodies), orders=orders)
         horse.start()
@@ -97,16 +98,7 @@ def run_worker(
 def run_janitor(settings: Settings) -> int:
     """Find what was lost, until told to stop."""
     with _alone(settings) as (store, stop, beat):
-        janitor = Janitor(store, settings)
-        while not stop.wait(settings.janitor_every_s):
-            beat()
-            try:
-                report = janitor.run_if_due()
-            except RedisError as error:
-                log.warning("redis.unreachable", error=str(error))
-                continue
-            if report:
-                log.info("janitor.swept", **vars(report))
+        Janitor(store, settings).run_forever(stop, beat=beat)
     return 0
 
 
@@ -147,7 +139,16 @@ def _alone(
         with serving(settings, health, telemetry.METRICS):
             yield store, stop, beat
     finally:
+        _hear_no_more()
         store.redis.close()
+
+
+def _hear_no_more() -> None:
+    """The process ends already.  Python puts the signals' defaults back before it is gone, and a
+    supervisor that asks twice would see a clean exit as a death."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 # everything on one machine
