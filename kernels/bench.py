@@ -17,7 +17,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "torchvision", "av", "facenet-pytorch", "rq", "redis", "torch-tensorrt")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "av",
+    "facenet-pytorch",
+    "rq",
+    "redis",
+    "torch-tensorrt",
+    "tensorrt-rtx-cu13",
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,7 +59,7 @@ class Record:
 def machine() -> dict[str, Any]:
     """Processor, memory, versions, commit: what a reader needs to repeat the run."""
     facts: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_before": round(os.getloadavg()[0], 2),
@@ -65,7 +74,8 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What its maker calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

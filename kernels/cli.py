@@ -1,4 +1,4 @@
-"""The commands of this room: `ralf models …`.
+"""The commands of this room: `ralf models …` and `ralf build`.
 
 `commands` is registered under the entry-point group `ralf.commands`; it adds parsers whose `run`
 takes the parsed arguments and returns the exit code.  Imports inside, so that --help is instant.
@@ -7,9 +7,11 @@ takes the parsed arguments and returns the exit code.  Imports inside, so that -
 import argparse
 from typing import Any
 
+from kernels.build_cli import add_build
 from kernels.models_cli import models_commands
 
 
 def commands(subparsers: "argparse._SubParsersAction[Any]") -> None:
     """Add every command of this room."""
     models_commands(subparsers)
+    add_build(subparsers)

@@ -154,6 +154,7 @@ class Tapped(nn.Module):
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.network = network
+        self.size = network.size
         self.taps = tuple(names)
 
     def forward(self, crops: Tensor) -> tuple[Tensor, ...]:

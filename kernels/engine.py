@@ -6,7 +6,7 @@ budget is refused, not warned about.  Asking for a device that is not there is a
 falls back in silence.
 """
 
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -54,15 +54,46 @@ def load(
 ) -> Engine:
     """The model on a device ("auto", "cpu", "cuda", "cuda:1"), checked on its golden crops.
 
-    precision None takes the fastest that the hardware has and the manifest allows.
+    Without precision and max_batch it is the engine that `ralf build --all` measured fastest on
+    this device; where nothing was measured, torch in the fastest precision that the hardware has
+    and the manifest allows.
     golden_crops bounds the check: a wrong build shows at the first crops, and all 32 take seconds
     on a CPU.  `ralf models verify` checks all.
     """
     from kernels.engine_torch import TorchEngine
 
-    engine = TorchEngine.of(artifact, pick_device(device), precision, max_batch)
+    place = pick_device(device)
+    chosen = precision is not None or max_batch is not None
+    name = None if chosen else _measured_fastest(artifact, place)
+    if name is None:
+        engine: Engine = TorchEngine.of(artifact, place, precision, max_batch)
+    else:
+        engine = make(artifact, place, name)
     check_golden(engine, golden_crops)
     return engine
+
+
+def make(artifact: Artifact, device: torch.device, name: str) -> Engine:
+    """The engine of that name, not checked: torch-PRECISION, or a plan's key."""
+    kind, _, precision = name.rpartition("-")
+    if kind != "torch":
+        from kernels.engine_trt import load_plan
+
+        return load_plan(artifact, device, name)
+    from kernels.engine_torch import TorchEngine
+
+    check_precision(precision)
+    return TorchEngine.of(artifact, device, cast("Precision", precision))
+
+
+def _measured_fastest(artifact: Artifact, device: torch.device) -> str | None:
+    if not (artifact.path / "engines" / "fastest.json").exists():
+        return None
+    from kernels.fastest import device_of
+    from kernels.plans import fastest
+
+    measured = fastest(artifact, device_of(device))
+    return measured.engine if measured else None
 
 
 def pick_device(device: str) -> torch.device:

@@ -152,6 +152,14 @@ def best_precision(manifest: Manifest, device: torch.device) -> Precision:
     return "bf16" if cpu_has_bf16() and "logit_bf16" in manifest.error_budget else "fp32"
 
 
+def offers(manifest: Manifest, device: torch.device) -> list[str]:
+    """The engines of this file that a device can run, as kernels.engine.make names them."""
+    if device.type == "cuda":
+        return ["torch-fp16"]
+    bf16 = cpu_has_bf16() and "logit_bf16" in manifest.error_budget
+    return ["torch-fp32", *(["torch-bf16"] if bf16 else [])]
+
+
 @lru_cache(maxsize=1)
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16 in hardware; emulated, it is slower than FP32."""

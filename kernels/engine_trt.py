@@ -10,12 +10,13 @@ side, streams and buffers and graphs, is kernels.trt_session.  One caller at a t
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from kernels.artifact import Artifact
 from kernels.batching import Batching
 from kernels.disk import ArtifactError, Damaged
 from kernels.engine import EngineError, Precision, check_crops
+from kernels.engine_torch import placed, restore
 from kernels.plans import Device, Flavour, Key, Plan
 from kernels.trt_session import Queue, Session
 
@@ -92,14 +94,20 @@ class TrtEngine:
         key: Key,
         content: bytes,
         buckets: Sequence[int],
+        *,
         device: torch.device,
+        front: str = "plan",
     ) -> "TrtEngine":
-        """The plan on the device, every bucket ready; whether it is verified is not asked here."""
+        """The plan on the device, every bucket ready; whether it is verified is not asked here.
+
+        front "op": the destructor runs before the plan, which takes what it makes.
+        """
         here = facts(device)
         trt = runtime_module(key.flavour)
         check_key(artifact, key, here, str(trt.__version__))
         queue = Queue(device)
-        session = Session(trt, content, queue, device, cache_file(artifact, key, here))
+        before = destructor(artifact, key, device) if front == "op" else None
+        session = Session(trt, content, queue, device, cache_file(artifact, key, here), before)
         engine = cls(artifact, key, str(device), session, Batching(buckets))
         engine.warm()
         return engine
@@ -112,7 +120,7 @@ class TrtEngine:
     @property
     def precision(self) -> Precision:
         """Of the bulk of the arithmetic."""
-        return self.key.precision  # type: ignore[return-value]
+        return cast("Precision", self.key.precision)
 
     def warm(self) -> None:
         """Make every bucket that fits ready; what does not fit is halved now, not in a job."""
@@ -152,8 +160,20 @@ def load_plan(artifact: Artifact, device: torch.device, name: str | None = None)
             if attempt == 2 or _record_of(artifact, plan) == plan.record.plan_sha256:
                 raise
             continue
-        return TrtEngine.of(artifact, plan.key, content, plan.record.buckets, device)
+        front = plan.record.options.get("front", "plan")
+        return TrtEngine.of(
+            artifact, plan.key, content, plan.record.buckets, device=device, front=front
+        )
     raise AssertionError("the second attempt returns or raises")
+
+
+def destructor(
+    artifact: Artifact, key: Key, device: torch.device
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The model's own destructor, with its mask, in the plan's precision."""
+    network = restore(artifact.manifest, artifact.read("weights.safetensors"))
+    network = placed(network, cast("Precision", key.precision), device)
+    return cast("Callable[[Tensor], tuple[Tensor, ...]]", network.destroy)
 
 
 def check_key(artifact: Artifact, key: Key, here: Device, runtime: str) -> None:

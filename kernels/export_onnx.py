@@ -11,6 +11,7 @@ checked here and is refused.
 """
 
 import ast
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -23,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kernels.dct import destruct_reference
 from kernels.engine import EngineError, Precision
+from kernels.trace import trace
 
 INPUT, OUTPUT = "crops", "logits"
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -33,23 +34,7 @@ Session = Callable[[Path], Run]
 """Makes a graph runnable: ONNX Runtime here, a TensorRT builder and its runtime elsewhere."""
 
 
-def program(network: nn.Module, size: int, most: int) -> torch.export.ExportedProgram:
-    """The network traced for any batch of 1 to `most`, the op taken apart."""
-    device = next(network.parameters()).device
-    # Two: a batch of one would be taken for a constant.
-    example = torch.zeros((2, 3, size, size), dtype=torch.uint8, device=device)
-    # Dim.AUTO for a largest batch of 1, where there is nothing dynamic left.
-    shapes = {0: torch.export.Dim("batch", min=1, max=most)} if most > 1 else {}
-    traced = torch.export.export(
-        network, (example if most > 1 else example[:1],), dynamic_shapes=(shapes,)
-    )
-    table = torch.export.default_decompositions()
-    table[torch.ops.ralf.destruct.default] = destruct_reference
-    plain: torch.export.ExportedProgram = traced.run_decompositions(table)
-    return plain
-
-
-def export(network: nn.Module, path: Path, *, size: int, most: int, precision: Precision) -> None:
+def export(network: nn.Module, path: Path, *, most: int, precision: Precision) -> None:
     """Write the network to the path and let onnx check the graph; beyond 2 GB, weights beside."""
     if precision == "bf16":
         raise EngineError(
@@ -57,7 +42,7 @@ def export(network: nn.Module, path: Path, *, size: int, most: int, precision: P
             "built, has no bf16 convolution"
         )
     made = torch.onnx.export(
-        program(network, size, most),
+        trace(network, most),
         dynamo=True,
         verbose=False,
         input_names=[INPUT],
@@ -86,6 +71,17 @@ def logits(run: Run, crops: NDArray[np.uint8], at_once: int = 4) -> NDArray[np.f
     """The graph's logits for any number of crops."""
     parts = [run(crops[start : start + at_once])[0] for start in range(0, len(crops), at_once)]
     return np.concatenate(parts)
+
+
+def convolutions(path: Path) -> tuple[list[str], int]:
+    """Names of the graph's convolutions, and the bytes of its weights."""
+    graph = onnx.load(path, load_external_data=False).graph
+    names = [node.name for node in graph.node if node.op_type in ("Conv", "ConvTranspose")]
+    weights = 0
+    for tensor in graph.initializer:
+        width = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+        weights += width * math.prod(tensor.dims)
+    return names, weights
 
 
 class OnnxLayers:

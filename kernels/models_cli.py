@@ -160,19 +160,29 @@ def show_model(args: argparse.Namespace) -> int:
 
 
 def verify_model(args: argparse.Namespace) -> int:
-    """Hashes, then every golden crop through the engine."""
+    """Hashes; on a GPU every plan that it can load; then every golden crop through the engine."""
     from kernels.artifact import resolve
-    from kernels.engine import EngineError, budget_of, check_golden, load
+    from kernels.engine import EngineError, budget_of, check_golden, load, pick_device
 
     artifact = resolve(folder(args), args.model)
+    checked: list[str] = []
     try:
+        place = pick_device(args.device)
+        if place.type == "cuda":
+            from kernels.verify import verify
+
+            plans = verify(
+                artifact, place, say=lambda line: print(f"ralf: {line}", file=sys.stderr)
+            )
+            checked = [str(plan.key) for plan in plans]
         engine = load(artifact, args.device, golden_crops=1)
         error = check_golden(engine)
     except EngineError as failure:
         print(f"ralf: {failure}", file=sys.stderr)
         return FAILED
     budget = budget_of(artifact, engine.precision)
-    found = {"engine": engine.name, "precision": engine.precision, "device": engine.device}
+    found: dict[str, Any] = {"engine": engine.name, "precision": engine.precision}
+    found |= {"device": engine.device, "plans": checked}
     say(
         args,
         label_of(artifact) | found | {"error": error, "budget": budget},

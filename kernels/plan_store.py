@@ -63,6 +63,7 @@ def publish(artifact: Artifact, content: bytes | Path, draft: Mapping[str, Any])
         staging.unlink(missing_ok=True)
     flush_folder(folder)
     made = Plan(folder, key, record)
+    _forget(artifact, key)
     rewrite(made)
     sweep(artifact)
     return made
@@ -75,6 +76,7 @@ def rewrite(made: Plan) -> None:
 
 def withdraw(artifact: Artifact, found: Plan) -> None:
     """Take a plan away: its record first, so that nobody finds half of it."""
+    _forget(artifact, found.key)
     (found.folder / f"{found.key}.json").unlink(missing_ok=True)
     flush_folder(found.folder)
     sweep(artifact)
@@ -91,7 +93,18 @@ def sweep(artifact: Artifact) -> None:
 
 def record_fastest(artifact: Artifact, device: Device, measured: Measured) -> None:
     """Add or replace a device's line; call it inside `building`."""
-    devices = {**measurements(artifact).devices, device.label: measured}
+    _write(artifact, {**measurements(artifact).devices, device.label: measured})
+
+
+def _forget(artifact: Artifact, key: Key) -> None:
+    """What was measured of a plan says nothing of the one that replaces it."""
+    known = measurements(artifact).devices
+    kept = {label: measured for label, measured in known.items() if measured.engine != str(key)}
+    if kept != known:
+        _write(artifact, kept)
+
+
+def _write(artifact: Artifact, devices: dict[str, Measured]) -> None:
     replace_text(engines(artifact) / "fastest.json", _text(Fastest(devices=devices)))
 
 

@@ -89,8 +89,8 @@ class Session:
     queue: Queue
     device: torch.device
     cache: Path | None = None
-    front: Callable[[Tensor], Tensor] | None = None
-    """Makes a second input from the crops, where the plan takes one: a kernel of ours."""
+    front: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    """Makes the plan's further inputs from the crops, where it takes any: a kernel of ours."""
     slots: dict[int, Slot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,10 +107,10 @@ class Session:
         modes = {name: self.engine.get_tensor_mode(name) for name in names}
         self.taken = [name for name in names if modes[name] == self.trt.TensorIOMode.INPUT]
         self.given = [name for name in names if modes[name] == self.trt.TensorIOMode.OUTPUT]
-        if len(self.taken) != (1 if self.front is None else 2) or not self.given:
+        if (len(self.taken) > 1) != (self.front is not None) or not self.given:
             raise EngineError(
-                f"the plan should take crops{'' if self.front is None else ' and one more'} and "
-                f"give logits; it takes {self.taken}, gives {self.given}; build it again"
+                f"the plan takes {self.taken} and gives {self.given}, which does not go with "
+                f"{'a' if self.front else 'no'} kernel in front of it; build it again"
             )
         self._configure()
 
@@ -183,7 +183,8 @@ class Session:
 
         def launch() -> None:
             if self.front is not None:
-                inputs[1].copy_(self.front(inputs[0]))
+                for target, made in zip(inputs[1:], self.front(inputs[0]), strict=True):
+                    target.copy_(made)
             if not context.execute_async_v3(self.queue.handle):
                 raise EngineError("TensorRT could not start the plan (its reason is on stderr)")
 

@@ -1,0 +1,167 @@
+"""torch-tensorrt: the whole network as one plan, built on the GPU that will run it.
+
+Either flavour is taken as it is found: `torch-tensorrt` brings standard TensorRT, whose builder
+times its kernels on this GPU; `torch-tensorrt-rtx` has the same name and interface and brings
+TensorRT-RTX.  Types are those of the traced network, FP32 products stay FP32 (see build_rtx), and
+nothing may fall back to torch: a plan is all of the network, or it is not built.
+
+The destructor is either inside the plan, as the matrix products that it means, or in front of it,
+as the fused op whose results the plan then takes beside the crops.  Which is faster is measured
+by kernels.build, which asks for both.
+
+Neither engine cache nor shared timing cache is used: torch-tensorrt keeps both as pickles in a
+folder that any user can write.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kernels.diverge import Tapped
+from kernels.engine import EngineError
+from kernels.engine_trt import runtime_module
+from kernels.plans import Flavour
+from kernels.trace import Built, trace
+from kernels.trt_session import Queue, Session
+
+OPTIMIZATION = 5
+"""TensorRT's highest: searches longest."""
+
+
+class Split(Protocol):
+    """A network whose destructor can run apart from the rest."""
+
+    size: int
+
+    def destroy(self, crops: Tensor) -> tuple[Tensor, ...]:
+        """What the fused op makes of the crops."""
+
+    def follow(self, crops: Tensor, *destroyed: Tensor) -> Any:
+        """All that comes after, its logit included."""
+
+
+class Behind(nn.Module):
+    """The network behind the op: takes what the op made beside the crops."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.size = network.size
+
+    def forward(self, crops: Tensor, *destroyed: Tensor) -> Tensor:
+        logit: Tensor = cast("Split", self.network).follow(crops, *destroyed).logit
+        return logit
+
+
+def flavour() -> Flavour:
+    """Of the torch-tensorrt that is installed."""
+    return "rtx" if _library().ENABLED_FEATURES.tensorrt_rtx else "trt"
+
+
+def version() -> str:
+    """Of the TensorRT under it, and so of the runtime that the plan needs."""
+    _library()
+    return str(runtime_module(flavour()).__version__)
+
+
+def splits(network: nn.Module) -> bool:
+    """Whether the op can stand in front of it."""
+    return hasattr(network, "destroy") and hasattr(network, "follow")
+
+
+def build(
+    network: nn.Module, buckets: tuple[int, ...], front: Literal["plan", "op"] = "plan"
+) -> Built:
+    """The plan of a network that is on its GPU, for any batch from 1 to the largest bucket."""
+    library = _library()
+    most = buckets[-1]
+    others: tuple[Tensor, ...] = ()
+    if front == "op":
+        side = int(network.size)  # type: ignore[arg-type]
+        device = next(network.parameters()).device
+        blank = torch.zeros((min(2, most), 3, side, side), dtype=torch.uint8, device=device)
+        with torch.no_grad():
+            others = cast("Split", network).destroy(blank)
+        network = Behind(network)
+    program = trace(network, most, *others)
+    examples = [torch.zeros(0, dtype=torch.uint8), *others]
+    shapes = [(3, network.size, network.size), *(tuple(other.shape[1:]) for other in others)]
+    inputs = [
+        library.Input(
+            min_shape=(1, *shape), opt_shape=(most, *shape), max_shape=(most, *shape), dtype=x.dtype
+        )
+        for x, shape in zip(examples, shapes, strict=True)
+    ]
+    start = time.perf_counter()
+    content = _convert(library, program, inputs)
+    options: dict[str, Any] = {
+        "tf32": False,
+        "fp32_sums": True,
+        "optimization_level": OPTIMIZATION,
+        "profile": [1, most, most],
+        "front": front,
+    }
+    return Built(bytes(content), time.perf_counter() - start, options)
+
+
+def _convert(library: Any, program: torch.export.ExportedProgram, inputs: list[Any]) -> bytes:
+    # The timing cache is a file of this build alone.
+    with tempfile.TemporaryDirectory(prefix="ralf-build-") as scratch:
+        try:
+            content: bytes = library.dynamo.convert_exported_program_to_serialized_trt_engine(
+                program,
+                arg_inputs=inputs,
+                require_full_compilation=True,
+                min_block_size=1,
+                immutable_weights=True,
+                disable_tf32=True,
+                use_fp32_acc=True,
+                optimization_level=OPTIMIZATION,
+                cache_built_engines=False,
+                reuse_cached_engines=False,
+                timing_cache_path=str(Path(scratch) / "timing.bin"),
+            )
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise EngineError(f"torch-tensorrt does not build the network: {error}") from error
+    return content
+
+
+class PlanLayers:
+    """A network's layers as plans of this builder give them: a few at a time, a plan each."""
+
+    def __init__(self, network: nn.Module, order: Sequence[str], device: torch.device) -> None:
+        self.network = network
+        self.order = order
+        self.device = device
+
+    def names(self) -> Sequence[str]:
+        """As the module has them."""
+        return self.order
+
+    def values(
+        self, crops: NDArray[np.uint8], names: Sequence[str]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """What the named layers give when this builder has compiled all up to them."""
+        made = build(Tapped(self.network, names), (len(crops),))
+        trt = runtime_module(flavour())
+        session = Session(trt, made.content, Queue(self.device), self.device)
+        values = session.run(len(crops), torch.from_numpy(crops))
+        return {name: value.numpy() for name, value in zip(names, values, strict=True)}
+
+
+def _library() -> Any:
+    try:
+        import torch_tensorrt
+    except (ImportError, RuntimeError) as error:  # it asks for a CUDA device when imported
+        raise EngineError(
+            f"torch-tensorrt does not import here: {error}; it needs a GPU and the extra gpu "
+            "(or gpu-rtx); a plan without a GPU: ralf build --builder rtx-aot"
+        ) from error
+    return torch_tensorrt
