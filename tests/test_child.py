@@ -31,7 +31,7 @@ from worker.errors import (
     ModelUnavailable,
     TooLong,
 )
-from worker.service import jobs, limits, sandbox, shelf, wire
+from worker.service import jobs, limits, sandbox, shelf, slot, wire
 from worker.service.link import Link
 from worker.service.procfs import rss
 from worker.service.turnstile import PARTIAL_EVERY_S, Peer, Visit
@@ -478,10 +478,13 @@ class Published:
     def __init__(self, version: str) -> None:
         self.version = version
         self.broken: set[str] = set()
+        self.unreadable = False
         self.loads: list[str | None] = []
 
     def promoted(self, settings: Settings) -> str | None:
         """What `current` names."""
+        if self.unreadable:
+            raise OSError("current is a folder")
         return self.version
 
     def load(self, settings: Settings, model: str | None) -> Any:
@@ -491,7 +494,7 @@ class Published:
         version = version or self.version
         if version in self.broken:
             raise ModelUnavailable(f"{version} fails its golden check")
-        manifest = SimpleNamespace(name=name)
+        manifest = SimpleNamespace(name=name, reference=None)
         engine = SimpleNamespace(name="torch", precision="fp32", device="cpu")
         return SimpleNamespace(
             artifact=SimpleNamespace(version=version, manifest=manifest),
@@ -507,20 +510,22 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Published:
     return Published("aaaaaaaa")
 
 
-def shelved(published: Published, **settings: str) -> shelf.Shelf:
+def shelved(published: Published, **settings: Any) -> shelf.Shelf:
     """An open shelf over it."""
     made = shelf.Shelf(
-        replace(SETTINGS, **settings),  # type: ignore[arg-type]
+        replace(SETTINGS, **settings),
         load=published.load,
         promoted=published.promoted,
+        aside=lambda work: work(),
     )
     made.open()
     return made
 
 
-def version_of(made: shelf.Shelf, model: str | None = None) -> str:
+def version_of(made: shelf.Shelf, model: str | None = None, tenant: str = "default") -> str:
     """The version that a job is walked with."""
-    parts: Any = made.of(Job.model_validate_json(document("j")).model_copy(update={"model": model}))
+    asked = {"model": model, "tenant": tenant}
+    parts: Any = made.of(Job.model_validate_json(document("j")).model_copy(update=asked))
     return str(parts.artifact.version)
 
 
@@ -536,14 +541,117 @@ def test_a_promotion_is_followed_between_two_jobs(published: Published):
     assert version_of(made) == "bbbbbbbb"
 
 
-def test_a_promoted_model_that_does_not_load_leaves_the_old_one(published: Published):
-    """And is not tried again and again."""
+def test_a_promoted_model_that_does_not_load_leaves_the_old_one(
+    published: Published, monkeypatch: pytest.MonkeyPatch
+):
+    """Told, not tried again and again, and tried again later: the reason may have passed."""
     made = shelved(published)
     published.version, published.broken = "bbbbbbbb", {"bbbbbbbb"}
-    assert [made.follow(), made.follow()] == [None, None]
-    assert (version_of(made), published.loads.count("ralf-small@bbbbbbbb")) == ("aaaaaaaa", 1)
+    told, again = made.follow(), made.follow()
+    assert told is not None
+    assert [("promoted", "ralf-small@bbbbbbbb", "bbbbbbbb fails its golden check")] == [
+        (each["role"], each["model"], each["why"]) for each in told["refused"]
+    ]
+    assert (None, "aaaaaaaa", "aaaaaaaa") == (again, told["version"], version_of(made))
+    assert published.loads.count("ralf-small@bbbbbbbb") == 1
+    monkeypatch.setattr(slot, "RETRY_S", 0.0)
     published.version = "cccccccc"
-    assert (made.follow() or {})["version"] == "cccccccc"
+    published.broken = {"cccccccc"}
+    assert made.follow() is not None
+    published.broken = set()
+    healed = made.follow()
+    assert healed is not None
+    assert ("cccccccc", []) == (healed["version"], healed["refused"])
+
+
+def test_a_refused_version_is_forgotten_once_the_old_one_is_promoted_again(published: Published):
+    """The metric goes down, and promoting the mended version is followed at once."""
+    made = shelved(published)
+    published.version, published.broken = "bbbbbbbb", {"bbbbbbbb"}
+    made.follow()
+    published.version, published.broken = "aaaaaaaa", set()
+    told = made.follow()
+    assert told is not None
+    assert ([], "aaaaaaaa") == (told["refused"], told["version"])
+    published.version = "bbbbbbbb"
+    assert (made.follow() or {})["version"] == "bbbbbbbb"
+
+
+def test_jobs_go_on_with_the_old_version_while_the_new_one_loads(published: Published):
+    """And one that was promoted away meanwhile is not put in place."""
+    late: list[Callable[[], None]] = []
+    made = shelf.Shelf(
+        SETTINGS, load=published.load, promoted=published.promoted, aside=late.append
+    )
+    made.open()
+    published.version = "bbbbbbbb"
+    assert [made.follow(), made.follow()] == [None, None]
+    assert (version_of(made), len(late)) == ("aaaaaaaa", 1)
+    published.version = "cccccccc"
+    late.pop()()
+    made.follow()
+    assert version_of(made) == "aaaaaaaa"
+    made.follow()
+    late.pop()()
+    assert (made.follow() or {})["version"] == version_of(made) == "cccccccc"
+
+
+def test_a_current_file_that_does_not_read_leaves_the_old_one(published: Published):
+    """It is somebody's mistake, and no reason to stop serving."""
+    made = shelved(published)
+    published.unreadable = True
+    assert [made.follow(), version_of(made)] == [None, "aaaaaaaa"]
+    published.version, published.unreadable = "bbbbbbbb", False
+    assert (made.follow() or {})["version"] == "bbbbbbbb"
+
+
+def test_a_canary_serves_its_tenants_until_it_is_promoted(published: Published):
+    """Its verdicts say so; a pin of another version is obeyed; promoted, it is loaded once."""
+    made = shelved(published, canary="bbbbbbbb:acme,other")
+    assert version_of(made) == "aaaaaaaa"
+    assert version_of(made, tenant="acme") == version_of(made, "ralf-small", "acme") == "bbbbbbbb"
+    assert version_of(made, "ralf-small@aaaaaaaa", "acme") == "aaaaaaaa"
+    told = warnings_of(made, "bbbbbbbb")
+    assert [True] == ["ralf-small@bbbbbbbb is not promoted" in text for text in told]
+    assert () == warnings_of(made, "aaaaaaaa")
+    published.version = "bbbbbbbb"
+    made.follow()
+    assert (version_of(made), warnings_of(made, "bbbbbbbb")) == ("bbbbbbbb", ())
+    assert published.loads == [None, "ralf-small@bbbbbbbb"]
+
+
+def test_a_canary_that_does_not_load_leaves_its_tenants_to_the_promoted_one(published: Published):
+    """Loudly; the worker serves."""
+    published.broken = {"bbbbbbbb"}
+    made = shelf.Shelf(
+        replace(SETTINGS, canary="bbbbbbbb:acme"), load=published.load, promoted=published.promoted
+    )
+
+    assert ["canary"] == [each["role"] for each in made.open()["refused"]]
+    assert version_of(made, tenant="acme") == "aaaaaaaa"
+
+
+def test_a_shadow_sees_its_share_of_the_promoted_ones_jobs(published: Published):
+    """Not a canary's, not a pinned job's, and none once it is promoted itself."""
+    made = shelved(published, shadow="bbbbbbbb", shadow_share=1.0, canary="cccccccc:acme")
+    job = Job.model_validate_json(document("j"))
+    served = made.of(job)
+    shadow: Any = made.shadow_of(job, served)
+    assert "bbbbbbbb" == shadow.artifact.version
+    canaried = job.model_copy(update={"tenant": "acme"})
+    assert made.shadow_of(canaried, made.of(canaried)) is None
+    assert made.shadow_of(job, None) is None
+    published.version = "bbbbbbbb"
+    made.follow()
+    assert made.shadow_of(job, made.of(job)) is None
+
+
+def warnings_of(made: shelf.Shelf, version: str) -> tuple[str, ...]:
+    """What the shelf adds to a verdict by that version."""
+    verdict = a_verdict()
+    by = verdict.made.model_copy(update={"model": "ralf-small", "version": version})
+    verdict = verdict.model_copy(update={"made": by, "warnings": ()})
+    return made.marked(verdict, Job.model_validate_json(document("j"))).warnings
 
 
 def test_a_pinned_setting_is_not_followed(published: Published):

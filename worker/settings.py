@@ -26,6 +26,11 @@ class Settings:
     models_dir: str = ""
     """Where published models lie; empty means the models/ folder that ships with the code."""
     model: str = "ralf-small"
+    shadow: str = ""
+    """A version that scores a share of the jobs as well; only the promoted one's verdict counts."""
+    shadow_share: float = 0.1
+    canary: str = ""
+    """VERSION:tenant-a,tenant-b or VERSION:5%: whose verdicts come from a version not promoted."""
     work_dir: str = ""
     """Fetched files and the child's socket; empty means a private folder under the system's."""
 

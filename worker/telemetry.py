@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -24,7 +24,11 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from worker.contract import Job, Verdict
+from worker.drift import Drift
 from worker.settings import Settings
+
+if TYPE_CHECKING:
+    from worker.service.shadow import Comparison
 
 _URL = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#@\"']*@)?([^\s?#\"']*)(\?[^\s#\"']*)?(#\S*)?"
@@ -134,6 +138,32 @@ class Metrics:
             buckets=[step / 20 for step in range(1, 21)],
             registry=registry,
         )
+        self.drift = Drift()
+        self.psi = Gauge(
+            "ralf_score_psi",
+            "How far late scores have moved from the reference: above 0.25 look into it.",
+            ["model", "version", "engine"],
+            registry=registry,
+        )
+        self.shadow_jobs = Counter(
+            "ralf_shadow_jobs",
+            "Jobs seen by the shadow too, by whether its label was the same.",
+            ["shadow", "result"],
+            registry=registry,
+        )
+        self.shadow_difference = Histogram(
+            "ralf_shadow_score_difference",
+            "How far the shadow's score lay from the verdict's.",
+            ["shadow"],
+            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0),
+            registry=registry,
+        )
+        self.model_refused = Gauge(
+            "ralf_model_refused",
+            "1 for a version that should be served and did not load; the one before it goes on.",
+            ["role", "model"],
+            registry=registry,
+        )
         self.running = Gauge("ralf_running_jobs", "Jobs in this worker.", registry=registry)
         self.ready = Gauge("ralf_ready", "1 once the model is checked.", registry=registry)
         self.engine = Gauge(
@@ -160,6 +190,10 @@ class Metrics:
         self.engine.clear()
         names = ("model", "version", "engine", "precision", "device", "decoder")
         self.engine.labels(*(str(facts.get(name, "")) for name in names)).set(1)
+        self.model_refused.clear()
+        refused: Any = facts.get("refused", ())
+        for each in refused:
+            self.model_refused.labels(each["role"], each["model"]).set(1)
 
     def watch_queue(self, counts: Callable[[], Iterable["Count"]]) -> None:
         """Show the gauges that are read from Redis at each scrape."""
@@ -283,3 +317,19 @@ def _count(verdict: Verdict, metrics: Metrics) -> None:
     metrics.faces.inc(made.faces)
     if verdict.score is not None:
         metrics.score.labels(made.model, made.version).observe(verdict.score)
+        label = f"{made.model}@{made.version}"
+        index = metrics.drift.observe(label, made.engine, verdict.score)
+        if index is not None:
+            metrics.psi.labels(made.model, made.version, made.engine).set(index)
+
+
+def shadow_compared(found: "Comparison", settings: Settings, metrics: Metrics = METRICS) -> None:
+    """The one line per shadowed job, and its counts; the label is ours, not the child's word."""
+    shadow = settings.shadow or "none"
+    structlog.get_logger().info(
+        "shadow.compared", difference=found.difference, **found.model_dump(exclude_defaults=True)
+    )
+    agreed = "agreed" if found.shadow_label == found.label else "disagreed"
+    metrics.shadow_jobs.labels(shadow, "failed" if found.error else agreed).inc()
+    if found.difference is not None:
+        metrics.shadow_difference.labels(shadow).observe(found.difference)

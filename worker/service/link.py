@@ -23,11 +23,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
+from pydantic import ValidationError
 
+from worker import telemetry
 from worker.service import sandbox, wire
 from worker.service.jobs import Bodies
 from worker.service.ownfolder import OwnFolder
 from worker.service.procfs import cpu, rss
+from worker.service.shadow import Comparison
 from worker.settings import Settings
 
 log = structlog.get_logger()
@@ -206,9 +209,20 @@ class Link:
                     self.refusal = message.message
                 case wire.Done() | wire.Failed():
                     self._count()
+                case wire.Compared():
+                    self._compared(message.document)
                 case _:
                     pass
         return messages
+
+    def _compared(self, document: str) -> None:
+        """It may come at any time, also between two jobs; a child's word is checked first."""
+        try:
+            found = Comparison.model_validate_json(document)
+        except ValidationError as error:
+            log.warning("child.misunderstood", error=str(error)[:300])
+            return
+        telemetry.shadow_compared(found, self.settings)
 
     def _count(self) -> None:
         """Loading is not all: the first job takes the memory that every job takes."""

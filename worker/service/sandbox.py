@@ -43,6 +43,9 @@ KEPT = (
 SETTINGS = (
     "models_dir",
     "model",
+    "shadow",
+    "shadow_share",
+    "canary",
     "device",
     "threads",
     "max_bytes",

@@ -41,6 +41,7 @@ from worker.service.http import Health, queue_counts, serving
 from worker.service.janitor import Janitor
 from worker.service.link import Link
 from worker.service.orders import Orders
+from worker.service.rollout import Rollout
 from worker.service.store import Store, connect
 from worker.settings import Settings
 
@@ -67,6 +68,7 @@ def run_worker(
     shared names a folder: all workers with the same one use one child, up to `capacity` jobs at a
     time; without it the worker has a child of its own.
     """
+    Rollout.of(settings)  # a fault in it is the operator's, and told before anything starts
     telemetry.configure(settings)
     store = Store(connect(settings.redis_url), settings)
     orders, stop = Orders(), threading.Event()

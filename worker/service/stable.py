@@ -99,6 +99,8 @@ class Stable:
             return
         self._shown = ready
         facts = json.loads(ready.facts)
+        for model, known in facts.pop("references", {}).items():
+            self._metrics.drift.refer(model, known["edges"], known["counts"])
         self._metrics.engine_is(facts)
         self._metrics.ready.set(1)
         self._metrics.child_rss.set(self._link.rss())

@@ -9,7 +9,7 @@ words, and the parent checks each field's type before it believes it.
     Run(job_id, function, …)          Started, then Advanced many times, then Done or Failed
     Cancel(job_id)                    Company(others) whenever the number of running jobs changes
     Ping(number)                      Pong(number)
-    Shutdown()
+    Shutdown()                        Compared(document) after a job that a shadow saw too
 
 One connection has one job in flight.  Documents (job, verdict, evidence, progress) travel as JSON
 text inside the frame: whoever needs one parses it with the contract, and nobody parses it twice.
@@ -109,6 +109,14 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """After a job's end: what the shadow made of it."""
+
+    document: str
+    """shadow.Comparison."""
+
+
+@dataclass(frozen=True)
 class Failed:
     """The job has a named failure."""
 
@@ -155,6 +163,7 @@ Message = (
     | Advanced
     | Done
     | Failed
+    | Compared
     | Cancel
     | Ping
     | Pong

@@ -1,0 +1,111 @@
+"""Drift: how far the scores of late have moved from a reference window, as one number.
+
+The population stability index compares two spreads over the same bins:
+
+    PSI = Σ (a − e) · ln(a / e)        a: share of late scores in a bin, e: of the reference's
+
+It is 0 for equal spreads and, being the sum of both Kullback–Leibler divergences, never negative.
+By custom below 0.1 is quiet, above 0.25 is a move that somebody should look at.  Each bin gets half
+a score more than it has, so that an empty one is finite.  Without any drift PSI still
+averages about (bins − 1) · (1/n + 1/m) for n late and m reference scores, which is why nothing is
+said of fewer than LEAST.
+
+The reference is the manifest's, or the first WINDOW scores that this process sees.  Bins are
+narrow at both ends, where a calibrated model puts most of its scores.  Memory is bounded: WINDOW
+small numbers for each model and engine, and at most KINDS of these.
+"""
+
+import math
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+WINDOW = 1000
+LEAST = 300
+KINDS = 16
+
+
+def psi(late: Sequence[float], reference: Sequence[float]) -> float:
+    """The index of two histograms over the same bins."""
+    if len(late) != len(reference) or not late:
+        raise ValueError(f"expected two histograms alike, got {len(late)}, {len(reference)} bins")
+    a, e = _shares(late), _shares(reference)
+    return math.fsum((x - y) * math.log(x / y) for x, y in zip(a, e, strict=True))
+
+
+def histogram(scores: Sequence[float], edges: Sequence[float] = EDGES) -> list[int]:
+    """How many scores fall into each bin: below the first edge, …, at or above the last."""
+    counts = [0] * (len(edges) + 1)
+    for score in scores:
+        counts[bisect_right(edges, score)] += 1
+    return counts
+
+
+def _shares(counts: Sequence[float]) -> list[float]:
+    whole = math.fsum(counts) + 0.5 * len(counts)
+    return [(count + 0.5) / whole for count in counts]
+
+
+@dataclass
+class Window:
+    """One model's and engine's late scores beside their reference."""
+
+    edges: tuple[float, ...] = EDGES
+    reference: tuple[int, ...] | None = None
+    """None: what comes first becomes it."""
+    late: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    counts: list[int] = field(default_factory=list)
+
+    def add(self, score: float) -> None:
+        """One more score; the oldest of a full window goes."""
+        self.counts = self.counts or [0] * (len(self.edges) + 1)
+        if len(self.late) == self.late.maxlen:
+            self.counts[self.late[0]] -= 1
+        place = bisect_right(self.edges, score)
+        self.late.append(place)
+        self.counts[place] += 1
+        if self.reference is None and len(self.late) == WINDOW:
+            self.reference = tuple(self.counts)
+            self.late.clear()
+            self.counts = []
+
+    @property
+    def index(self) -> float | None:
+        """PSI; None while there is too little to say."""
+        if self.reference is None or len(self.late) < LEAST:
+            return None
+        return psi(self.counts, self.reference)
+
+
+class Drift:
+    """A window for each model's version and engine that this process has seen of late."""
+
+    def __init__(self) -> None:
+        self._windows: OrderedDict[tuple[str, str], Window] = OrderedDict()
+        self._references: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {}
+
+    def refer(self, model: str, edges: Sequence[float], counts: Sequence[int]) -> None:
+        """The manifest's reference of NAME@VERSION; windows begun without it begin anew."""
+        known = (tuple(edges), tuple(counts))
+        if self._references.get(model) == known:
+            return
+        if len(self._references) >= KINDS:
+            self._references.pop(next(iter(self._references)))
+        self._references[model] = known
+        for key in [key for key in self._windows if key[0] == model]:
+            del self._windows[key]
+
+    def observe(self, model: str, engine: str, score: float) -> float | None:
+        """Count a score; the PSI since then, None while there is too little to say."""
+        key = (model, engine)
+        if key not in self._windows:
+            if len(self._windows) >= KINDS:
+                self._windows.popitem(last=False)
+            edges, counts = self._references.get(model, (EDGES, None))
+            self._windows[key] = Window(edges, counts)
+        self._windows.move_to_end(key)
+        window = self._windows[key]
+        window.add(score)
+        return window.index
