@@ -117,6 +117,17 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     find.add_argument("--frames", type=int, default=8)
     find.add_argument("--repeats", type=int, default=5)
     find.set_defaults(run=_run_bench_find)
+    decode = what.add_parser(
+        "decode",
+        help="DALI against PyAV, clip by clip",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    decode.add_argument("clips", nargs="+", metavar="CLIP")
+    decode.add_argument("--frames", type=int, default=32, help="frames wanted of each clip")
+    decode.add_argument("--at-once", type=int, default=8, help="clips that DALI decodes together")
+    decode.add_argument("--repeats", type=int, default=3)
+    decode.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    decode.set_defaults(run=_run_bench_decode)
     queue = what.add_parser(
         "queue",
         help="the queue against RQ's own workers",
@@ -136,6 +147,12 @@ def _run_bench_find(args: argparse.Namespace) -> int:
     from worker.bench import run_find
 
     return run_find(args)
+
+
+def _run_bench_decode(args: argparse.Namespace) -> int:
+    from worker.bench_decode import run_decode
+
+    return run_decode(args)
 
 
 def _run_bench_queue(args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ much again in torch's.
 device="cpu" is DALI's software decoder: VP9 and MJPEG, no GPU needed.  It is there for tests.
 """
 
+import copy
 import ctypes
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -123,6 +124,13 @@ class DaliDecoder:
         # NVDEC's parser reads the bitstream's own flag, and of VP9 perhaps none
         told = probe.codec != "vp9" and range_in_stream(probe) == "pc"
         return "" if told else "full range that the bitstream itself does not tell"
+
+    def halved(self) -> "DaliDecoder":
+        """The same with chunks of half the size, for when the device's memory has run out."""
+        other = copy.copy(self)
+        other.chunk_bytes = max(1, self.chunk_bytes // 2)
+        other.fallback = self.fallback.halved()
+        return other
 
     def warm(self) -> None:
         """Build the pipeline, so that what is missing is known before the first clip."""

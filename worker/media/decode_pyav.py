@@ -63,6 +63,10 @@ class PyavDecoder:
         self.chunk_bytes = chunk_bytes
         self.threads = threads
 
+    def halved(self) -> "PyavDecoder":
+        """The same with chunks of half the size."""
+        return PyavDecoder(max(1, self.chunk_bytes // 2), self.threads)
+
     def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
         """Each clip's frames in time order; closing the iterator early lets go of the file."""
         failed: list[JobError] = []

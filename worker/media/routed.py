@@ -1,5 +1,6 @@
 """Two decoders as one: each clip goes where routing.py says, and counts as under way until done."""
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -27,6 +28,12 @@ class RoutedDecoder:
         self.cores, self.rates = cores, rates
         self._pixels = {"dali": 0.0, "pyav": 0.0}
         self._lock = threading.Lock()
+
+    def halved(self) -> "RoutedDecoder":
+        """The same with chunks of half the size; what is under way is counted in common."""
+        other = copy.copy(self)
+        other.decoders = {name: decoder.halved() for name, decoder in self.decoders.items()}
+        return other
 
     @property
     def under_way(self) -> UnderWay:

@@ -156,6 +156,9 @@ class Decoder(Protocol):
 
     def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]: ...
 
+    def halved(self) -> "Decoder":
+        """The same with chunks of half the size, for when a device's memory has run out."""
+
 
 class FaceFinder(Protocol):
     """One chunk of frames in, its faces out."""
