@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 
+from kernels.networks.backbones import NetworkError
 from tests.training import Halves, MadeBatch, MadeBatches, StubRalf, environment, tiny
 from train.checkpoint import CheckpointError, load
 from train.diverged import Diverged
@@ -261,6 +262,7 @@ RANKED = """
 import sys
 from pathlib import Path
 import torch
+from kernels.networks.backbones import NetworkError
 from tests.training import Halves, MadeBatches, StubRalf, tiny
 from train.loop import Options, train
 from train.ranks import joined
@@ -562,6 +564,33 @@ def test_the_backbones_first_weights_come_from_a_file(name: str, tmp_path: Path)
     weights = [p for n, p in network.named_parameters() if n.endswith("conv_stem.weight")]
     assert len(weights) == (2 if name == "ralf_small" else 1)  # the guide's stem too
     assert all(torch.equal(source.conv_stem.weight, weight) for weight in weights)
+
+
+def test_a_detector_may_begin_where_its_classifier_ended(tmp_path: Path):
+    """`init.backbone` may be a run's folder: its judged weights, the head and the guide too."""
+    recipe = tiny("small_classifier", **{"schedule.steps": "2"})
+    train(recipe, MadeBatches(), [MadeBatches()[100]], tmp_path / "first", data_sha256="d" * 64,
+          options=QUIET)  # fmt: skip
+    ended = load(tmp_path / "first" / LAST).part("average")
+
+    network = make_network(tiny("ralf_small", **{"init.backbone": str(tmp_path / "first")}))
+
+    mine = network.state_dict()
+    assert 100 < sum(name.startswith("backbone.") for name in ended)
+    for name, tensor in ended.items():
+        assert torch.equal(tensor, mine[name.replace("backbone.", "classifier.", 1)])
+    assert torch.equal(mine["guide.conv_stem.weight"], ended["backbone.stem.conv_stem.weight"])
+
+
+def test_a_run_without_that_backbone_cannot_be_begun_from(tmp_path: Path):
+    """A folder that is no run, and weights of another network, are named."""
+    (tmp_path / "empty").mkdir()
+    stub_run(tmp_path / "stub", **{"schedule.steps": "1"})
+
+    with pytest.raises(CheckpointError, match="is it a folder of `ralf train`"):
+        make_network(tiny("ralf_small", **{"init.backbone": str(tmp_path / "empty")}))
+    with pytest.raises(NetworkError, match=r"stub.safetensors is not tf_efficientnet_lite0"):
+        make_network(tiny("ralf_small", **{"init.backbone": str(tmp_path / "stub")}))
 
 
 def test_the_log_tells_each_step_once_after_a_resume(tmp_path: Path):

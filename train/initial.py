@@ -1,12 +1,23 @@
-"""A recipe's network with its first weights."""
+"""A recipe's network with its first weights.
 
-from collections.abc import Callable
+The backbone may come from timm's hub, from a file in timm's names, or from a run of ours: then it
+takes that run's judged weights, whatever network they belong to, so that a detector can begin
+where its classifier alone ended.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kernels.networks import build
 from train.recipe import Recipe
+
+OWNERS = ("backbone.", "classifier.")
+"""What networks of ours call their backbone."""
 
 
 def make_network(recipe: Recipe) -> nn.Module:
@@ -16,8 +27,46 @@ def make_network(recipe: Recipe) -> nn.Module:
     source = recipe.init.backbone
     if source is not None:
         fill = getattr(network, "initialise", None) or _fill_backbone(network)
-        fill(None if source == "imagenet" else source, source == "imagenet")
+        with _file(source) as weights:
+            fill(weights, source == "imagenet")
     return network
+
+
+@contextmanager
+def _file(source: str) -> Iterator[str | None]:
+    """The file to fill from; a run's backbone is written out for as long as it is read."""
+    if not Path(source).is_dir():
+        yield None if source == "imagenet" else source
+        return
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{Path(source).name}.safetensors"
+        save_file(backbone_of(Path(source)), path)
+        yield str(path)
+
+
+def backbone_of(run: Path) -> dict[str, Tensor]:
+    """The backbone of a run's judged weights, in timm's names."""
+    from kernels.networks.backbones import FAMILIES
+    from train.checkpoint import CheckpointError, load
+    from train.publish import judged, weights
+
+    checkpoint = load(judged(run))
+    kind = checkpoint.recipe.network.dimensions.get("backbone")
+    found = {
+        name.removeprefix(owner): tensor
+        for owner in OWNERS
+        for name, tensor in weights(checkpoint).items()
+        if name.startswith(owner)
+    }
+    if kind not in FAMILIES or not found:
+        raise CheckpointError(f"{run} trained {checkpoint.recipe.network.build}: no backbone in it")
+    named = {}
+    for name, tensor in found.items():
+        part, _, rest = name.partition(".")
+        named[f"{FAMILIES[kind].head}.{rest}" if part == "head" else rest] = tensor.contiguous()
+    return named
 
 
 def _fill_backbone(network: nn.Module) -> Callable[[str | None, bool], object]:

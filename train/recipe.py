@@ -163,7 +163,8 @@ class Init:
     """Where first weights come from."""
 
     backbone: str | None = "imagenet"
-    """imagenet (from timm's hub), a safetensors file with timm's names, or None: random."""
+    """imagenet (from timm's hub), a safetensors file with timm's names, the folder of a run with
+    the same backbone, or None: random."""
     perceptual: str | None = "imagenet"
     """imagenet (from torchvision's hub), a safetensors file with torchvision's names, or None."""
 
