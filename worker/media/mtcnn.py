@@ -18,10 +18,13 @@ FP32 throughout: on a CPU with bf16 in hardware, P-Net and R-Net are slower in i
 5 to 10 % of the whole.  Memory is bounded: frames go through a few at a time, large levels in
 bands, candidates in batches, and of each frame's candidates only the best so many go on.
 On a CPU frames run side by side, one to a core (lanes.py).
+
+A GPU goes another way to the same faces (cascade.py): fixed shapes, FP16, one transfer; it comes
+back to these steps where a frame holds more candidates than that has room for.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,10 +37,12 @@ from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 from kernels.lanes import side_by_side
 from kernels.manifest import Finder
 from kernels.networks.mtcnn import pretrained
-from worker.media.pyramid import STRIDE, WINDOW, Level, bands, crops, integral, pyramid, shrink
+from worker.media.boxes import corners, moved, placed, regressed, squared
+from worker.media.cascade import ACCEPT, MOST_FRAMES, Cascade, Found
+from worker.media.pyramid import WINDOW, all_windows, bands, crops, integral, shrink
+from worker.media.resample import shrunk
 from worker.media.types import Faces, Frames
 
-ACCEPT = (0.6, 0.7, 0.7)  # least P(face) after P-, R- and O-Net
 # How much goes through at once: what stays in a CPU's caches (four times as much takes 1.3 × as
 # long a frame), or what fills a GPU.
 PIXELS_A_PASS = {"cpu": 640 * 400, "cuda": 64 * 640 * 360}  # of reduced copies
@@ -65,33 +70,6 @@ def reduced_size(height: int, width: int, finder: Finder) -> tuple[int, int]:
     longest = max(height, width, 1)
     scale = min(1.0, max(finder.long_side / longest, WINDOW / finder.min_face))
     return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def _squared(boxes: Tensor) -> Tensor:
-    """Each box as the square around its centre with its longer side."""
-    size = boxes[:, 2:] - boxes[:, :2]
-    side = size.amax(1, keepdim=True)
-    start = boxes[:, :2] + size * 0.5 - side * 0.5
-    return torch.cat([start, start + side], 1)
-
-
-def _moved(boxes: Tensor, offsets: Tensor) -> Tensor:
-    """Boxes corrected by R- or O-Net; the pixel grid is counted with both ends in."""
-    size = boxes[:, 2:] - boxes[:, :2] + 1
-    return boxes + offsets * size.repeat(1, 2)
-
-
-def _corners(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The pixels a box covers, i64 [k,4] within the picture, and whether there are any [k].
-
-    Boxes count from one and hold both ends, as facenet-pytorch's do.
-    """
-    whole = boxes.trunc().long()
-    start = whole[:, :2].clamp(min=1) - 1
-    end = torch.minimum(whole[:, 2:], whole.new_tensor([width, height]))
-    some = (end > start).all(1)
-    start = torch.minimum(start, end.clamp(min=1) - 1)
-    return torch.cat([start, torch.maximum(end, start + 1)], 1), some
 
 
 def smallest_wins(found: Candidates, threshold: float) -> NDArray[np.bool_]:
@@ -124,39 +102,26 @@ def _framewise(frame: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     yield from (rows for rows in np.split(order, np.flatnonzero(np.diff(frame[order])) + 1))
 
 
-class Windows(NamedTuple):
-    """Every cell of every level's P-Net output, in one row: P of them."""
-
-    levels: tuple[Level, ...]
-    boxes: Tensor  # f32 [P, 4] what the cell looks at, in pixels of the reduced copy
-    level: Tensor  # i64 [P]
-
-
-@lru_cache(maxsize=16)
-def _all_windows(height: int, width: int, min_face: float, device: torch.device) -> Windows:
-    levels = tuple(pyramid(height, width, min_face))
-    boxes, level = [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)]
-    for number, (scale, rows, columns) in enumerate(levels):
-        # A 3×3 convolution, a 2×2 pooling that rounds up, and two more 3×3 convolutions.
-        y = torch.arange((rows - 2 + 1) // 2 - 4).float()
-        x = torch.arange((columns - 2 + 1) // 2 - 4).float()
-        cells = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).view(-1, 2) * STRIDE
-        start, end = ((cells + 1) / scale).floor(), ((cells + WINDOW) / scale).floor()
-        boxes.append(torch.cat([start, end], 1))
-        level.append(torch.full((len(cells),), number))
-    return Windows(levels, torch.cat(boxes).to(device), torch.cat(level).to(device))
-
-
 class Mtcnn:
     """Finds the faces of a chunk of frames; the same code on CPU and CUDA."""
 
     name = "mtcnn"
 
-    def __init__(self, finder: Finder, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        finder: Finder,
+        device: str | torch.device = "cpu",
+        *,
+        fixed: torch.dtype | None = None,
+    ) -> None:
+        """`fixed`: go by cascade.py, its networks in that dtype; on CUDA always, FP16 if None."""
         self.finder = finder
         self.device = torch.device(device)
+        if fixed is None and self.device.type == "cuda":
+            fixed = torch.float16
+        self.cascade = None if fixed is None else Cascade(self.device, fixed)
         self.nets = pretrained(self.device)
-        self._pixels = PIXELS_A_PASS[self.device.type]
+        self._pixels = PIXELS_A_PASS["cpu" if fixed is None else "cuda"]
         self._band = PIXELS_A_BAND[self.device.type]
         self._crops = CROPS_A_PASS[self.device.type]
 
@@ -165,11 +130,13 @@ class Mtcnn:
         n, _, height, width = frames.pixels.shape
         rows, columns = reduced_size(height, width, self.finder)
         at_once = max(1, self._pixels // (rows * columns))
+        if self.cascade is not None:
+            at_once = min(at_once, MOST_FRAMES)
         passes = [
             partial(self._pass, frames.pixels[first : first + at_once], first)
             for first in range(0, n, at_once)
         ]
-        beside = self.device.type == "cpu" and rows * columns <= PIXELS_IN_LANES
+        beside = self.cascade is None and rows * columns <= PIXELS_IN_LANES
         found = side_by_side(passes) if beside else [one() for one in passes]
         if not found:
             return Faces.none()
@@ -186,9 +153,8 @@ class Mtcnn:
         pixels = pixels.to(self.device, non_blocking=True)
         if size == tuple(pixels.shape[2:]):
             return pixels
-        if pixels.is_cuda:  # torch has no 8-bit kernel for this on CUDA
-            smaller = F.interpolate(pixels.float(), size=size, mode="bilinear", antialias=True)
-            return smaller.round_().clamp_(0, 255).to(torch.uint8)
+        if self.cascade is not None:  # torch has no 8-bit kernel for this on CUDA
+            return shrunk(pixels, *size)
         return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
 
     @torch.inference_mode()
@@ -197,11 +163,9 @@ class Mtcnn:
         _, _, height, width = pixels.shape
         copy = self.reduced(pixels)
         _, _, rows, columns = copy.shape
-        sums = integral(copy)
         least = self.finder.min_face * max(rows, columns) / max(height, width)
-        found, landmarks = self._judge(sums, self._refine(sums, self._propose(sums, least)))
-        keep = smallest_wins(found, 0.7)
-        boxes, score, frame, points = (t.cpu().numpy()[keep] for t in (*found, landmarks))
+        found = self.cascade.find(copy, least) if self.cascade is not None else None
+        boxes, score, frame, points = found or self._in_steps(copy, least)
         zoom = np.array([width / columns, height / rows], np.float32)
         order = np.lexsort((-score, frame))
         return Faces(
@@ -211,10 +175,17 @@ class Mtcnn:
             frame=frame[order] + first,
         )
 
+    def _in_steps(self, copy: Tensor, least: float) -> Found:
+        """Each step as large as the one before left it."""
+        sums = integral(copy)
+        found, landmarks = self._judge(sums, self._refine(sums, self._propose(sums, least)))
+        keep = smallest_wins(found, 0.7)
+        return Found(*(part.cpu().numpy()[keep] for part in (*found, landmarks)))
+
     def _propose(self, sums: Tensor, least: float) -> Candidates:
         """P-Net over the pyramid; NMS within each level, then across the levels of a frame."""
         n, height, width = sums.shape[0], sums.shape[1] - 1, sums.shape[2] - 1
-        windows = _all_windows(height, width, least, sums.device)
+        windows = all_windows(height, width, least, sums.device)
         logits, offsets = [sums.new_zeros((n, 0))], [sums.new_zeros((n, 4, 0))]
         for level in windows.levels:
             for rows in bands(level, self._band // n):
@@ -232,15 +203,14 @@ class Mtcnn:
         found, offset = found.take(alone), offset[alone]
         alone = batched_nms(*found, 0.7)
         found, offset = found.take(alone), offset[alone]
-        size = (found.boxes[:, 2:] - found.boxes[:, :2]).repeat(1, 2)
-        return found._replace(boxes=_squared(found.boxes + offset * size))
+        return found._replace(boxes=squared(regressed(found.boxes, offset)))
 
     def _refine(self, sums: Tensor, found: Candidates) -> Candidates:
         """R-Net over every candidate of every frame."""
-        corners, some = _corners(found.boxes, sums.shape[1] - 1, sums.shape[2] - 1)
+        covered, some = corners(found.boxes, sums.shape[1] - 1, sums.shape[2] - 1)
         answers = [
-            self.nets.rnet(crops(sums, found.frame[batch], corners[batch], 24))
-            for batch in _batches(len(corners), self._crops)
+            self.nets.rnet(crops(sums, found.frame[batch], covered[batch], 24))
+            for batch in _batches(len(covered), self._crops)
         ]
         logit, offset = (torch.cat(part) for part in zip(*answers, strict=True))
         found = found._replace(score=logit.sigmoid())
@@ -249,22 +219,21 @@ class Mtcnn:
         alone = batched_nms(*found, 0.7)
         alone = alone[_strongest(found.take(alone), MOST_REFINED)]
         found, offset = found.take(alone), offset[alone]
-        return found._replace(boxes=_squared(_moved(found.boxes, offset)))
+        return found._replace(boxes=squared(moved(found.boxes, offset)))
 
     def _judge(self, sums: Tensor, found: Candidates) -> tuple[Candidates, Tensor]:
         """O-Net over what is left: the faces, before the last NMS, and their landmarks."""
-        corners, some = _corners(found.boxes, sums.shape[1] - 1, sums.shape[2] - 1)
+        covered, some = corners(found.boxes, sums.shape[1] - 1, sums.shape[2] - 1)
         answers = [
-            self.nets.onet(crops(sums, found.frame[batch], corners[batch], 48))
-            for batch in _batches(len(corners), self._crops)
+            self.nets.onet(crops(sums, found.frame[batch], covered[batch], 48))
+            for batch in _batches(len(covered), self._crops)
         ]
         logit, offset, points = (torch.cat(part) for part in zip(*answers, strict=True))
         found = found._replace(score=logit.sigmoid())
         passed = ((found.score > ACCEPT[2]) & some).nonzero().flatten()
         found, offset, points = found.take(passed), offset[passed], points[passed]
-        start = found.boxes[:, None, :2]
-        landmarks = start - 1 + points * (found.boxes[:, None, 2:] - start + 1)
-        return found._replace(boxes=_moved(found.boxes, offset)), landmarks
+        landmarks = placed(points, found.boxes)
+        return found._replace(boxes=moved(found.boxes, offset)), landmarks
 
 
 def _batches(count: int, at_once: int) -> Iterator[slice]:

@@ -10,6 +10,7 @@ Layout: integral pictures are [n,h+1,w+1,3], so that what is gathered from them 
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,30 @@ def pyramid(height: int, width: int, min_face: float) -> list[Level]:
         levels.append(Level(scale, int(height * scale + 1), int(width * scale + 1)))
         scale, side = scale * FACTOR, side * FACTOR
     return levels
+
+
+class Windows(NamedTuple):
+    """Every cell of every level's P-Net output, in one row: P of them."""
+
+    levels: tuple[Level, ...]
+    boxes: Tensor  # f32 [P, 4] what the cell looks at, in pixels of the reduced copy
+    level: Tensor  # i64 [P]
+
+
+@lru_cache(maxsize=16)
+def all_windows(height: int, width: int, min_face: float, device: torch.device) -> Windows:
+    """Where each cell of P-Net's answers to the whole pyramid looks."""
+    levels = tuple(pyramid(height, width, min_face))
+    boxes, level = [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)]
+    for number, (scale, rows, columns) in enumerate(levels):
+        # A 3×3 convolution, a 2×2 pooling that rounds up, and two more 3×3 convolutions.
+        y = torch.arange((rows - 2 + 1) // 2 - 4).float()
+        x = torch.arange((columns - 2 + 1) // 2 - 4).float()
+        cells = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).view(-1, 2) * STRIDE
+        start, end = ((cells + 1) / scale).floor(), ((cells + WINDOW) / scale).floor()
+        boxes.append(torch.cat([start, end], 1))
+        level.append(torch.full((len(cells),), number))
+    return Windows(levels, torch.cat(boxes).to(device), torch.cat(level).to(device))
 
 
 def integral(pixels: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""What MTCNN does to boxes between its networks; k of them, x0 y0 x1 y1 in pixels of the copy.
+
+Every operation has one shape for one count of boxes and never asks the device for a number, so
+that it can be recorded in a CUDA graph.
+"""
+
+import torch
+from torch import Tensor
+
+
+def squared(boxes: Tensor) -> Tensor:
+    """Each box as the square around its centre with its longer side."""
+    size = boxes[:, 2:] - boxes[:, :2]
+    side = size.amax(1, keepdim=True)
+    start = boxes[:, :2] + size * 0.5 - side * 0.5
+    return torch.cat([start, start + side], 1)
+
+
+def regressed(boxes: Tensor, offsets: Tensor) -> Tensor:
+    """Proposals corrected by P-Net, whose offsets are in units of the window."""
+    return boxes + offsets * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+
+
+def moved(boxes: Tensor, offsets: Tensor) -> Tensor:
+    """Boxes corrected by R- or O-Net; the pixel grid is counted with both ends in."""
+    size = boxes[:, 2:] - boxes[:, :2] + 1
+    return boxes + offsets * size.repeat(1, 2)
+
+
+def placed(points: Tensor, boxes: Tensor) -> Tensor:
+    """O-Net's landmarks [k,5,2], fractions of the box it saw, in pixels."""
+    start = boxes[:, None, :2]
+    return start - 1 + points * (boxes[:, None, 2:] - start + 1)
+
+
+def corners(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The pixels a box covers, i64 [k,4] within the picture, and whether there are any [k].
+
+    Boxes count from one and hold both ends, as facenet-pytorch's do.
+    """
+    whole = boxes.trunc().long()
+    start = whole[:, :2].clamp(min=1) - 1
+    end = torch.stack([whole[:, 2].clamp(max=width), whole[:, 3].clamp(max=height)], 1)
+    some = (end > start).all(1)
+    start = torch.minimum(start, end.clamp(min=1) - 1)
+    return torch.cat([start, torch.maximum(end, start + 1)], 1), some
+
+
+def overlap_of_union(boxes: Tensor) -> Tensor:
+    """[n,k,4] → [n,k,k]: what two boxes share, over what they cover together."""
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    shared = _shared(boxes, 0.0)
+    return shared / (area[:, :, None] + area[:, None] - shared)
+
+
+def overlap_of_smaller(boxes: Tensor) -> Tensor:
+    """[n,k,4] → [n,k,k]: what two boxes share, over the smaller; both ends count."""
+    area = (boxes[..., 2:] - boxes[..., :2] + 1).prod(-1)
+    return _shared(boxes, 1.0) / torch.minimum(area[:, :, None], area[:, None])
+
+
+def _shared(boxes: Tensor, end: float) -> Tensor:
+    """Area that each two boxes of a picture share; `end` 1.0 counts both ends in."""
+    sides = []
+    for low, high in ((0, 2), (1, 3)):
+        start, stop = boxes[..., low], boxes[..., high]
+        start = torch.maximum(start[:, :, None], start[:, None])
+        sides.append((torch.minimum(stop[:, :, None], stop[:, None]) - start + end).clamp_(min=0))
+    return sides[0].mul_(sides[1])
+
+
+def survivors(
+    overlap: Tensor, alive: Tensor, threshold: float, rounds: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy NMS within each picture, boxes [n,k] in order of confidence.
+
+    A box is dropped when a kept, better one overlaps it.  Repeating "dropped when any better box
+    not dropped overlaps" gives that answer once nothing changes any more: the best box is settled
+    in the first round, and each round settles at least one more.  Chains are short, so a fixed
+    number of rounds does; whether it did comes back too, as a tensor.
+    """
+    k = alive.shape[1]
+    rank = torch.arange(k, device=alive.device)
+    beats = (overlap > threshold) & (rank[:, None] < rank) & alive[:, :, None]
+    stays = before = alive
+    for _ in range(rounds):
+        before, stays = stays, alive & ~(beats & stays[:, :, None]).any(1)
+    return stays, (before == stays).all()
+
+
+def first_rows(stays: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows of the first `count` that stay, [n,count], and which of those there are."""
+    k = stays.shape[1]
+    rank = torch.arange(k, device=stays.device)
+    rows = torch.where(stays, rank, k).topk(min(count, k), dim=1, largest=False).values
+    return rows.clamp(max=max(k - 1, 0)), rows < k
+
+
+def rows_of(values: Tensor, rows: Tensor) -> Tensor:
+    """values [n,k,…] at rows [n,c] → [n,c,…]."""
+    shape = (*rows.shape, *values.shape[2:])
+    return values.gather(1, rows.view(*rows.shape, *(1,) * (values.ndim - 2)).expand(shape))
