@@ -8,7 +8,7 @@ scale, so that a quiet face stays quiet beside a loud one.
 import base64
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,7 +66,8 @@ class Gallery:
 
     def of(self, tracks: Iterable[int]) -> list[Kept]:
         """The kept crops of these tracks, strongest first within each."""
-        return [item for track in tracks for item in self._kept.get(track, [])]
+        kept = [item for track in tracks for item in self._kept.get(track, [])]
+        return [replace(item, crop=item.crop.cpu()) for item in kept]
 
 
 def jpeg(image: NDArray[np.uint8]) -> str:

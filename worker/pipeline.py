@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from kernels.engine_torch import TorchEngine
+from worker.batcher import behind
 from worker.contract import (
     EarlyStop,
     Evidence,
@@ -149,7 +150,7 @@ class _Walk:
         if (thinned := thinning(self.clip)) is not None:
             self.warn(thinned)
         if parts.finder_changed:
-            self.warn("uncalibrated_finder: the model was calibrated with another smallest face")
+            self.warn("uncalibrated_finder: the model was calibrated with another finder setting")
         self.tracker = Tracker(max_tracks=min(ask.max_tracks, parts.settings.max_tracks))
         self.gallery = Gallery()
         self.scores = Scores.none()
@@ -209,8 +210,9 @@ class _Walk:
         if not known.any():
             return
         faces, tracks = _chosen(faces, known), tracks[known]
-        with self.timed("score"):
+        with self.timed("cut"):
             crops = cut(frames, faces, self.manifest.input)
+        with self.timed("score"):
             logits = self.parts.engine(crops).numpy().astype(np.float32)
         times = frames.times_s[faces.frame]
         sides = faces.boxes[:, 2:] - faces.boxes[:, :2]
@@ -307,7 +309,7 @@ class _Walk:
         if not kept:
             return Evidence()
         residuals = None
-        engine = self.parts.engine
+        engine = behind(self.parts.engine)
         if isinstance(engine, TorchEngine) and engine.explains and self.ask.evidence.residuals:
             residuals = engine.explain(torch.stack([item.crop for item in kept])).residual
         logits = np.array([item.logit for item in kept], np.float32)

@@ -17,12 +17,14 @@ from kernels.artifact import SHIPPED, Artifact, ArtifactError, resolve
 from kernels.engine import Engine, EngineError
 from kernels.engine import load as load_engine
 from kernels.manifest import Finder
+from worker.batcher import Batcher
 from worker.contract import Sampling
 from worker.errors import Infrastructure, ModelUnavailable
 from worker.media.decode_dali import DaliDecoder, dali_version, nvdec_present
 from worker.media.decode_pyav import PyavDecoder
 from worker.media.mtcnn import Mtcnn
 from worker.media.routed import RoutedDecoder
+from worker.media.stride import Strided
 from worker.media.types import Decoder, FaceFinder
 from worker.settings import Settings, SettingsError
 
@@ -42,8 +44,9 @@ class Parts:
 
     @property
     def finder_changed(self) -> bool:
-        """Whether the caller asked for another smallest face than the model's."""
-        return self.finder_settings != self.artifact.manifest.input.finder
+        """Whether the caller asked for another smallest face than the model's, or for strides."""
+        theirs = self.artifact.manifest.input.finder
+        return self.finder_settings != theirs or self.settings.find_every > 1
 
     @property
     def default_sampling(self) -> Sampling:
@@ -82,12 +85,15 @@ def load(
     finder = artifact.manifest.input.finder
     if min_face is not None:
         finder = finder.model_copy(update={"min_face": min_face})
+    seeker: FaceFinder = Mtcnn(finder, device=engine.device)
+    if settings.find_every > 1:
+        seeker = Strided(seeker, settings.find_every)
     parts = Parts(
         settings=settings,
         artifact=artifact,
         engine=engine,
         decoder=choose_decoder(settings, engine.device),
-        finder=Mtcnn(finder, device=engine.device),
+        finder=seeker,
         finder_settings=finder,
     )
     warm(parts)
@@ -149,3 +155,8 @@ def warm(parts: Parts) -> None:
 def with_decoder(parts: Parts, decoder: Decoder) -> Parts:
     """The same parts with another decoder."""
     return replace(parts, decoder=decoder)
+
+
+def together(parts: Parts) -> Parts:
+    """The same parts for several threads: their crops share batches (batcher.py)."""
+    return replace(parts, engine=Batcher(parts.engine))

@@ -58,6 +58,10 @@ class Settings:
     chunk_bytes: int = 64 * 1024**2
     """Decoded pixels held at once: ten frames of 1080p.  Progress is told after each chunk."""
 
+    find_every: int = 1
+    """Faces are sought in each Nth frame and followed between (worker/media/stride.py); verdicts
+    of more than 1 are marked uncalibrated."""
+
     # one job's time: clamp(base + per_second * seconds of video, least, most)
     timeout_base_s: float = 60.0
     timeout_per_video_s: float = 0.5
