@@ -131,6 +131,9 @@ class Metrics:
         )
         self.frames = Counter("ralf_frames", "Frames decoded.", ["decoder"], registry=registry)
         self.faces = Counter("ralf_faces", "Faces scored.", registry=registry)
+        self.video_seconds = Counter(
+            "ralf_video_seconds", "Length of the videos judged.", registry=registry
+        )
         self.score = Histogram(
             "ralf_score",
             "Scores of videos with a face, for drift.",
@@ -315,6 +318,7 @@ def _count(verdict: Verdict, metrics: Metrics) -> None:
         metrics.stage_seconds.labels(stage).observe(spent_ms / 1000)
     metrics.frames.labels(made.decoder).inc(made.frames_decoded)
     metrics.faces.inc(made.faces)
+    metrics.video_seconds.inc(verdict.media.duration_ms / 1000)
     if verdict.score is not None:
         metrics.score.labels(made.model, made.version).observe(verdict.score)
         label = f"{made.model}@{made.version}"
