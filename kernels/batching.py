@@ -70,13 +70,6 @@ class Batching:
             torch.cuda.empty_cache()
 
 
-def padded(part: Tensor, bucket: int) -> Tensor:
-    """The part with zeros behind it, as many rows as the bucket."""
-    if len(part) == bucket:
-        return part
-    return torch.cat((part, part.new_zeros((bucket - len(part), *part.shape[1:]))))
-
-
 @lru_cache(maxsize=4096)
 def cover(count: int, buckets: tuple[int, ...]) -> tuple[int, ...]:
     """The buckets, largest first, that hold so many at the least cost; only the last is padded."""

@@ -74,16 +74,17 @@ def load(
 
 
 def make(artifact: Artifact, device: torch.device, name: str) -> Engine:
-    """The engine of that name, not checked: torch-PRECISION, or a plan's key."""
+    """The engine of that name, not checked: torch-PRECISION, torch-eager-PRECISION, or a plan."""
     kind, _, precision = name.rpartition("-")
-    if kind != "torch":
+    if kind not in {"torch", "torch-eager"}:
         from kernels.engine_trt import load_plan
 
         return load_plan(artifact, device, name)
     from kernels.engine_torch import TorchEngine
 
     check_precision(precision)
-    return TorchEngine.of(artifact, device, cast("Precision", precision))
+    compiled = kind == "torch"
+    return TorchEngine.of(artifact, device, cast("Precision", precision), compiled=compiled)
 
 
 def _measured_fastest(artifact: Artifact, device: torch.device) -> str | None:

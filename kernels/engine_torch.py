@@ -1,7 +1,8 @@
 """The network itself as an engine: on any CPU, on CUDA, and the only one that explains.
 
 CPU: channels-last, and bf16 where the processor multiplies it in hardware (avx512_bf16, amx) and
-the manifest says that it was measured to agree; FP32 elsewhere.  CUDA: FP16, channels-last.
+the manifest says that it was measured to agree; FP32 elsewhere.  CUDA: FP16, channels-last,
+compiled for a few batch sizes (kernels.compiled), eager where compiling fails or is not wanted.
 What runs in the smaller dtype is the network's own choice (its `lower`).
 
 Here too: a network as the bytes of a model, `pack`, and back, `restore`.  Weights are FP16 on
@@ -17,7 +18,7 @@ Fusing ReLU and sum into oneDNN's convolutions was tried and gained nothing: ari
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol, cast
@@ -31,6 +32,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from kernels.artifact import Artifact, Golden
+from kernels.compiled import OnCuda, buckets_of
 from kernels.engine import EngineError, Precision, check_crops, check_precision
 from kernels.lanes import side_by_side
 from kernels.manifest import Manifest
@@ -45,6 +47,7 @@ DTYPES: dict[Precision, torch.dtype] = {
 CPU_BATCH = 4
 """More at once leaves the caches: small RALF, two cores, 61 ms a face with 2 to 4, 73 with 8."""
 CUDA_BATCH = 64
+EXPLAIN_BATCH = 8
 
 
 class Detector(Protocol):
@@ -70,6 +73,8 @@ class TorchEngine:
     precision: Precision
     max_batch: int
     name: str = "torch"
+    runner: OnCuda | None = field(default=None, repr=False)
+    """What runs it on CUDA."""
 
     @classmethod
     def of(
@@ -78,8 +83,13 @@ class TorchEngine:
         device: torch.device,
         precision: Precision | None = None,
         max_batch: int | None = None,
+        *,
+        compiled: bool = True,
     ) -> "TorchEngine":
-        """Read, check and place the weights; the caller checks the golden crops."""
+        """Read, check and place the weights; the caller checks the golden crops.
+
+        compiled is for CUDA, where loading then takes minutes the first time on a machine.
+        """
         if precision is None:
             precision = best_precision(artifact.manifest, device)
         check_precision(precision)
@@ -87,8 +97,12 @@ class TorchEngine:
             raise EngineError(f"max_batch should be at least 1, got {max_batch}")
         network = restore(artifact.manifest, artifact.read("weights.safetensors"))
         network = placed(network, precision, device)
-        batch = max_batch or (CPU_BATCH if device.type == "cpu" else CUDA_BATCH)
-        return cls(artifact, network, str(device), precision, batch)
+        if device.type == "cpu":
+            return cls(artifact, network, str(device), precision, max_batch or CPU_BATCH)
+        batch, side = max_batch or CUDA_BATCH, artifact.manifest.input.size
+        runner = OnCuda(network, device, side=side, buckets=buckets_of(batch), compiled=compiled)
+        name = "torch" if runner.compiled else "torch-eager"
+        return cls(artifact, network, str(device), precision, batch, name, runner)
 
     @property
     def explains(self) -> bool:
@@ -101,9 +115,8 @@ class TorchEngine:
         check_crops(crops, self.artifact)
         if not len(crops):
             return torch.zeros(0)
-        if self.device != "cpu":
-            parts = [self.network(part.to(self.device)) for part in batches(crops, self.max_batch)]
-            return torch.cat(parts).float().cpu()
+        if self.runner is not None:
+            return self.runner(crops)
         # as many lanes as cores, each with its share, in batches no larger than the bound
         share = -(-len(crops) // torch.get_num_threads())
         pieces = batches(crops, min(self.max_batch, share))
@@ -119,7 +132,9 @@ class TorchEngine:
         # An empty batch still has shapes: ask for one face, and keep none.
         wanted = crops if len(crops) else crops.new_zeros((1, *crops.shape[1:]))
         network = cast("Explainer", self.network)
-        parts = [network.explain(b.to(self.device)) for b in batches(wanted, self.max_batch)]
+        # Pictures are for few faces; a full batch of them beside the scoring might not fit.
+        most = min(self.max_batch, EXPLAIN_BATCH)
+        parts = [network.explain(b.to(self.device)) for b in batches(wanted, most)]
         columns = zip(*parts, strict=True)
         return Explanation(*(torch.cat(column)[: len(crops)].float().cpu() for column in columns))
 
@@ -155,7 +170,7 @@ def best_precision(manifest: Manifest, device: torch.device) -> Precision:
 def offers(manifest: Manifest, device: torch.device) -> list[str]:
     """The engines of this file that a device can run, as kernels.engine.make names them."""
     if device.type == "cuda":
-        return ["torch-fp16"]
+        return ["torch-fp16", "torch-eager-fp16"]
     bf16 = cpu_has_bf16() and "logit_bf16" in manifest.error_budget
     return ["torch-fp32", *(["torch-bf16"] if bf16 else [])]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from kernels.batching import BUCKETS, CALL_COST, Batching, cover, padded
+from kernels.batching import BUCKETS, CALL_COST, Batching, cover
 
 SIZES = st.lists(st.integers(1, 64), min_size=1, max_size=4).map(lambda s: tuple(sorted(set(s))))
 
@@ -23,7 +23,9 @@ class Device:
         self.seen.append((len(part), bucket))
         if bucket > self.holds:
             raise torch.OutOfMemoryError(f"a batch of {bucket} does not fit")
-        return padded(part, bucket) * 2
+        answers = torch.full((bucket, *part.shape[1:]), -1)
+        answers[: len(part)] = part * 2
+        return answers
 
 
 @given(count=st.integers(1, 300), buckets=SIZES)
@@ -105,11 +107,3 @@ def test_buckets_that_hold_nothing_are_refused(buckets: tuple[int, ...]):
     """A programming error, named as one."""
     with pytest.raises(ValueError, match="1 or more"):
         Batching(buckets)
-
-
-def test_padding_is_zeros_behind():
-    """Same dtype; a full part is handed on as it is."""
-    part = torch.ones(2, 3, dtype=torch.uint8)
-
-    assert torch.equal(padded(part, 3), torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 0]]).byte())
-    assert padded(part, 2) is part

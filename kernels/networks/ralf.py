@@ -102,7 +102,9 @@ class Ralf(nn.Module):
         if torch.compiler.is_exporting():  # one op, which exporters know how to take apart
             destroyed = destruct(crops, mask)
             return destroyed, (unit(crops) - destroyed).abs()
-        return destruct_residual(crops, mask, self.filters_in_half(crops.device))
+        made: tuple[Tensor, Tensor]
+        made = destruct_residual(crops, mask, self.filters_in_half(crops.device))
+        return made
 
     def filters_in_half(self, device: torch.device) -> bool:
         """Whether the filter's products run in FP16: on CUDA, where the convolutions do as well."""

@@ -1,0 +1,129 @@
+"""A network on CUDA: compiled once for each bucket, on a stream of its own.
+
+torch.compile makes one program per batch size, when the engine is loaded and never later: a
+compilation takes a minute, and a job that waited for one would look hung.  So crops come in the
+buckets of kernels.batching, and a size that has no program, because memory ran out and the batch
+was halved, runs eagerly.  So does everything where compiling fails; the log says why, once.
+
+Crops from the CPU go over by pinned memory, which the host fills while the device computes the
+batch before.  One caller at a time.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import structlog
+import torch
+from torch import Tensor, nn
+
+from kernels.batching import BUCKETS, Batching
+
+PROGRAMS = 64
+"""Programs that one class of network may have in a process: models × buckets.  torch's own limit
+of 8 is meant for shapes that never settle; behind it, it would go eager without a word."""
+
+log = structlog.get_logger()
+
+
+def buckets_of(max_batch: int) -> tuple[int, ...]:
+    """The usual buckets, up to this one."""
+    return (*(size for size in BUCKETS if size < max_batch), max_batch)
+
+
+def stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream of one's own; none on a CPU, where the tests run this file."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+class OnCuda:
+    """Runs u8 crops [m, 3, s, s] through a placed network; FP32 logits [m] on the CPU."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        device: torch.device,
+        *,
+        side: int,
+        buckets: Sequence[int] = BUCKETS,
+        compiled: bool = True,
+        backend: str | Callable[..., object] = "inductor",
+    ) -> None:
+        self.network, self.device, self.side = network, device, side
+        self.batching = Batching(buckets)
+        self.stream = stream_of(device)
+        self.lock = threading.Lock()
+        self.ready: set[int] = set()
+        self.program: Callable[[Tensor], Tensor] | None = None
+        if compiled:
+            self.program = torch.compile(network, dynamic=False, backend=backend)
+        self._warm()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiling worked, for one bucket at least."""
+        return bool(self.ready)
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        """Any m ≥ 1, on the CPU or on the device."""
+        with self.lock, torch.inference_mode(), self.on_stream(crops):
+            return self.batching(crops, self._score).cpu()
+
+    @contextmanager
+    def on_stream(self, crops: Tensor) -> Iterator[None]:
+        """Behind what made the crops, and beside everything else on the device."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        if crops.is_cuda:  # their memory is not to be reused before this stream is done with it
+            crops.record_stream(self.stream)
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def _score(self, part: Tensor, bucket: int) -> Tensor:
+        run = self.program if self.program is not None and bucket in self.ready else self.network
+        return run(self._batch(part, bucket)).float()
+
+    def _batch(self, part: Tensor, bucket: int) -> Tensor:
+        """The part and zeros behind it, on the device.
+
+        Always a fresh tensor, made in inference mode: the caller's may have other strides or come
+        from outside that mode, and torch.compile would take either for another program.
+        """
+        pinned = self.stream is not None and not part.is_cuda
+        shape = (bucket, *part.shape[1:])
+        batch = torch.empty(shape, dtype=part.dtype, device=part.device, pin_memory=pinned)
+        batch[: len(part)] = part
+        batch[len(part) :] = 0
+        return batch.to(self.device, non_blocking=True)
+
+    def _warm(self) -> None:
+        """Every bucket's program, and one call of each: what a first call would cost is paid."""
+        blank = torch.zeros((1, 3, self.side, self.side), dtype=torch.uint8)
+        for bucket in self.batching.buckets:
+            self._compile(blank, bucket)
+        self(blank.expand(self.batching.most, -1, -1, -1))  # halves here what does not fit
+        for bucket in self.batching.buckets:
+            self(blank.expand(bucket, -1, -1, -1))
+
+    def _compile(self, blank: Tensor, bucket: int) -> None:
+        """This bucket's program; where there is none to be had, all go on eagerly."""
+        if self.program is None:
+            return
+        import torch._dynamo.config as dynamo  # seconds to import, and only needed here
+
+        room = dynamo.patch(recompile_limit=PROGRAMS)
+        try:
+            with room, torch.inference_mode(), self.on_stream(blank):
+                self.program(self._batch(blank, bucket))
+        except torch.OutOfMemoryError:
+            return  # the batching will learn it, too
+        # Whatever the compiler, its C++ or its ptxas meets; its own errors are RuntimeErrors.
+        except (RuntimeError, ImportError, OSError) as error:
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            log.warning("engine.compile_failed", batch=bucket, reason=reason)
+            self.program = None
+            self.ready.clear()
+        else:
+            self.ready.add(bucket)
