@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 
 import structlog
 
@@ -33,7 +34,7 @@ from worker.errors import BadRequest, Cancelled, GpuFatal, JobError, RalfError
 from worker.service import jobs, sandbox, wire
 from worker.service.procfs import rss
 from worker.service.shadow import Second
-from worker.service.shelf import EmptyShelf, Facts, Shelf, label
+from worker.service.shelf import EmptyShelf, Facts, Shelf, label, load
 from worker.service.turnstile import Peer, Turnstile, Visit
 from worker.settings import Settings
 
@@ -263,7 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
     for sentence in missing:
         log.warning("child.sandbox_incomplete", missing=sentence)
     listener = socket.socket(fileno=options.socket_fd)
-    shelf = Shelf(settings) if options.bodies == "moderate" else EmptyShelf(settings)
+    own = partial(load, together=options.capacity > 1)
+    shelf = Shelf(settings, load=own) if options.bodies == "moderate" else EmptyShelf(settings)
     child = Child(
         listener,
         table=jobs.table(options.bodies),

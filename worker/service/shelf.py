@@ -39,12 +39,17 @@ LOOK_EVERY_S = 2.0
 Facts = dict[str, Any]
 
 
-def load(settings: Settings, model: str | None) -> "Parts":
-    """runtime.load, imported when it is first needed; the version is held while it is in use."""
+def load(settings: Settings, model: str | None, *, together: bool = False) -> "Parts":
+    """runtime.load, imported when it is first needed; the version is held while it is in use.
+
+    together: for a child that runs several jobs at once, whose crops then share batches.
+    """
     from kernels.disk import hold
     from worker import runtime
 
     parts = runtime.load(settings, model=model)
+    if together:
+        parts = runtime.together(parts)
     weakref.finalize(parts, os.close, hold(parts.artifact.path))
     return parts
 
