@@ -48,11 +48,15 @@ TORCH_FREE = {
     "kernels/plans.py",
     "kernels/plan_store.py",
     "worker/telemetry.py",
+    "worker/drift.py",
     *(
         f"worker/service/{name}.py"
         for name in (
             "store",
             "pins",
+            "rollout",
+            "shadow",
+            "slot",
             "script",
             "records",
             "outbox",

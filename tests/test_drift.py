@@ -1,5 +1,6 @@
 """PSI against a case by hand and SciPy's entropies; windows that stay bounded."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
+from tests.documents import a_track, a_verdict
+from worker import telemetry
 from worker.drift import EDGES, KINDS, LEAST, WINDOW, Drift, Window, histogram, psi
+from worker.service import wire
+from worker.service.orders import Orders
+from worker.service.stable import Stable
+from worker.telemetry import Metrics
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=2, max_size=20)
 
@@ -102,3 +109,39 @@ def test_memory_is_bounded_whatever_the_models():
 
     assert KINDS == len(drift._windows) == len(drift._references)
     assert fed(drift, np.array([0.1]), f"ralf@{3 * KINDS - 1}")[0] is not None
+
+
+def test_verdicts_move_the_gauge_of_their_version_and_engine():
+    """From the reference that the child told with its facts; its own for each engine."""
+    metrics = Metrics()
+    stable = Stable(FACTS, Orders(), metrics, turn=lambda: None)  # type: ignore[arg-type]
+    stable._show()
+    verdict = a_verdict([a_track([0.9, 0.95, 0.97])])
+    for _ in range(LEAST):
+        telemetry._count(verdict, metrics)
+    made = verdict.made
+    labels = {"model": made.model, "version": made.version, "engine": made.engine}
+
+    expected = psi([0, LEAST], [900, 100])
+    assert expected == pytest.approx(metrics.registry.get_sample_value("ralf_score_psi", labels))
+    refused = {"role": "canary", "model": "ralf@12345678"}
+    assert 1.0 == metrics.registry.get_sample_value("ralf_model_refused", refused)
+
+
+class FACTS:
+    """A link whose child told a reference."""
+
+    pid = 0
+    made = a_verdict().made
+    ready = wire.Ready(
+        0, 0,
+        json.dumps({
+            "references": {f"{made.model}@{made.version}": {"edges": [0.5], "counts": [900, 100]}},
+            "refused": [{"role": "canary", "model": "ralf@12345678", "why": "x"}],
+        }),
+    )  # fmt: skip
+
+    @staticmethod
+    def rss() -> int:
+        """Of nobody."""
+        return 0
