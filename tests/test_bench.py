@@ -57,3 +57,34 @@ def test_a_clip_that_the_plain_way_cannot_read_whole_is_refused(
 
     assert 2 == caught.value.code
     assert "at most 300" in capsys.readouterr().err
+
+
+@pytest.mark.dali
+def test_the_decoders_are_timed_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A clip that DALI takes here and one that it does not; how far apart their pixels lie."""
+    vp9 = make_clip(tmp_path / "a.webm", 24, codec="libvpx-vp9", gop=12, matrix="bt709")
+    h264 = make_clip(tmp_path / "b.mp4", 24)
+    record = measured(
+        capsys,
+        "decode",
+        vp9,
+        h264,
+        "--frames",
+        4,
+        "--repeats",
+        1,
+        "--at-once",
+        2,
+        "--device",
+        "cpu",
+    )
+
+    ways = {"a.webm: pyav", "b.mp4: pyav", "a.webm: dali", "a.webm: dali, 2 at once"}
+    assert ways == record["timings"].keys()
+    assert ["a.webm: pyav / dali, 2 at once"] == list(record["ratios"])
+    facts = record["facts"]
+    assert "the codec h264" == facts["b.mp4"]["dali_refuses"]
+    assert (4, 20) == (facts["a.webm"]["wanted"], facts["a.webm"]["read"])
+    assert 0 < facts["a.webm"]["levels_apart_mean"] < 0.5
+    median = record["timings"]["a.webm: dali, 2 at once"]["median_s"]
+    assert 2 * 20 / median == pytest.approx(facts["a.webm"]["dali, 2 at once_frames_s"], abs=0.1)

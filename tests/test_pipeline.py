@@ -10,6 +10,7 @@ import pytest
 from worker.contract import EarlyStop, EvidencePolicy, Job, Media, Sampling, Verdict, dump
 from worker.errors import BadRequest, Cancelled, CorruptMedia
 from worker.media.decode_pyav import PyavDecoder
+from worker.media.types import Frames
 from worker.pipeline import Ask, Partial, analyze, file_sha256, walk
 from worker.runtime import Parts, with_decoder
 
@@ -55,6 +56,37 @@ def test_a_verdict_says_what_it_was_made_with(of_two, tiny_parts: Parts, clip_of
     assert (6, 6, 0) == (made.frames_asked, made.frames_decoded, made.frames_replaced)
     assert {"probe", "decode", "find", "score"} <= made.stages_ms.keys()
     assert "pyav" == made.decoder
+
+
+class TwoDecoders:
+    """PyAV under two names, the second with a last word on frames that were lost."""
+
+    name = "both"
+
+    def decode(self, clips):
+        (clip,) = clips
+        pyav = PyavDecoder(chunk_bytes=2 * 640 * 360 * 3, threads=1)
+        names = ("first", "second", "first")
+        for name, frames in zip(names, pyav.decode(clips), strict=True):
+            yield replace(frames, decoder=name)
+        pixels = frames.pixels[:0]
+        lost = ("lost_frames: the end",)
+        yield Frames(clip, pixels, np.zeros(0), np.zeros(0, np.int64), 6, 6, warnings=lost)
+
+
+def test_a_verdict_names_the_decoders_that_really_decoded(tiny_parts: Parts, clip_of_two: Path):
+    """Each once, in their order; a chunk without frames is no work and no decoder, only words."""
+    verdict, _ = analyze(
+        clip_of_two, with_decoder(tiny_parts, TwoDecoders()), ask=Ask(sampling=FEW)
+    )
+
+    assert "first+second" == verdict.made.decoder
+    assert (6, 6, 12) == (
+        verdict.made.frames_asked,
+        verdict.made.frames_decoded,
+        verdict.made.faces,
+    )
+    assert "lost_frames: the end" in verdict.warnings
 
 
 def test_an_untrained_model_is_named_in_every_verdict(of_two):

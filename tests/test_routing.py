@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.clips import make_clip
+from worker import runtime
 from worker.contract import Sampling, Span
-from worker.errors import BadRequest, CorruptMedia
+from worker.errors import BadRequest, CorruptMedia, Infrastructure
 from worker.media.decode_dali import DaliDecoder
 from worker.media.decode_pyav import PyavDecoder
 from worker.media.probe import probe
@@ -22,7 +23,8 @@ from worker.media.routed import RoutedDecoder
 from worker.media.routing import RATES, UnderWay, frames_read, pixels_read, refusal, route
 from worker.media.sampling import plan
 from worker.media.types import Clip, Frames, Probe
-from worker.settings import Settings
+from worker.runtime import choose_decoder, lacks_dali
+from worker.settings import Settings, SettingsError
 
 MIXED = "mixed"
 
@@ -247,3 +249,84 @@ def test_with_the_real_decoders_a_small_clip_is_pyavs(tmp_path: Path):
     parts = list(decoder.decode([Clip(probe(path, Settings()), Sampling(max_frames=4))]))
 
     assert ["pyav"] == [part.decoder for part in parts] and 4 == len(parts[0])
+
+
+def test_chunks_are_halved_for_both_decoders_and_counted_in_common():
+    """What a job does once more when the device's memory has run out."""
+    pyav = PyavDecoder(chunk_bytes=100, threads=3)
+    decoder = RoutedDecoder(pyav, DaliDecoder(pyav, device="cpu", chunk_bytes=51), cores=4)
+    other = decoder.halved()
+
+    sizes = {name: each.chunk_bytes for name, each in other.decoders.items()}
+    assert {"dali": 25, "pyav": 50} == sizes and 3 == other.decoders["pyav"].threads
+    assert 50 == other.decoders["dali"].fallback.chunk_bytes
+    assert 51 == decoder.decoders["dali"].chunk_bytes
+    other._count("dali", 7.0)
+    assert 7.0 == decoder.under_way.gpu
+
+
+def with_gpu(
+    monkeypatch: pytest.MonkeyPatch, *, dali: str | None = "2.4.0", nvdec: bool = True
+) -> list[DaliDecoder]:
+    """A machine as far as the choice looks; the pipelines that it would build."""
+    warmed: list[DaliDecoder] = []
+    monkeypatch.setattr(runtime, "dali_version", lambda: dali)
+    monkeypatch.setattr(runtime, "nvdec_present", lambda: nvdec)
+
+    def warm(self: DaliDecoder) -> None:
+        warmed.append(self)
+
+    monkeypatch.setattr(DaliDecoder, "warm", warm)
+    return warmed
+
+
+def test_a_cpu_worker_decodes_with_pyav():
+    """With whatever is installed; DALI cannot be pinned there."""
+    assert "pyav" == choose_decoder(Settings(threads=3), "cpu").name
+    with pytest.raises(Infrastructure, match=r"RALF_DECODER=dali, but the device is cpu"):
+        choose_decoder(Settings(decoder="dali"), "cpu")
+    with pytest.raises(SettingsError, match="auto, pyav or dali, got 'nvdec'"):
+        choose_decoder(Settings(decoder="nvdec"), "cpu")
+
+
+def test_a_gpu_worker_routes_unless_one_is_pinned(monkeypatch: pytest.MonkeyPatch):
+    """DALI is warmed at load, on that device, with chunks of its own size."""
+    warmed = with_gpu(monkeypatch)
+    settings = Settings(threads=3, chunk_bytes=10, gpu_chunk_bytes=20)
+
+    both = choose_decoder(settings, "cuda:1")
+
+    assert isinstance(both, RoutedDecoder) and 3 == both.cores
+    assert warmed == [both.decoders["dali"]]
+    assert ("cuda:1", 20, 10) == (
+        str(warmed[0].device),
+        warmed[0].chunk_bytes,
+        warmed[0].fallback.chunk_bytes,
+    )
+    assert "dali" == choose_decoder(replace(settings, decoder="dali"), "cuda:1").name
+    assert "pyav" == choose_decoder(replace(settings, decoder="pyav"), "cuda:1").name
+
+
+@pytest.mark.parametrize(
+    ("lacks", "told"), [({"dali": None}, "not installed"), ({"nvdec": False}, "libnvcuvid")]
+)
+def test_a_gpu_without_dali_or_nvdec_decodes_with_pyav_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, lacks: dict[str, Any], told: str
+):
+    """Pinned, it is an error: never a silent fallback."""
+    assert [] == with_gpu(monkeypatch, **lacks)
+
+    assert "pyav" == choose_decoder(Settings(), "cuda").name
+    assert told in lacks_dali("cuda")
+    with pytest.raises(Infrastructure, match=told):
+        choose_decoder(Settings(decoder="dali"), "cuda")
+
+
+def test_a_dali_that_cannot_start_is_found_at_load(monkeypatch: pytest.MonkeyPatch):
+    """Its pipeline is built then; pinned, the worker does not come up."""
+    monkeypatch.setattr(runtime, "lacks_dali", lambda device: "")
+    monkeypatch.setattr(DaliDecoder, "_built", lambda self: int("driver too old"))
+
+    assert "pyav" == choose_decoder(Settings(), "cuda").name
+    with pytest.raises(Infrastructure, match="DALI cannot start"):
+        choose_decoder(Settings(decoder="dali"), "cuda")

@@ -195,7 +195,8 @@ class _Walk:
         self._judged = None
         self.asked, self.decoded = frames.asked, self.decoded + len(frames)
         self.replaced += frames.replaced
-        self.decoders.setdefault(frames.decoder)
+        if len(frames):
+            self.decoders.setdefault(frames.decoder)
         self.looked.append(frames.times_s)
         for text in frames.warnings:
             self.warn(text)

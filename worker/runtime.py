@@ -121,7 +121,13 @@ def choose_decoder(settings: Settings, device: str) -> Decoder:
     if lacking:
         raise Infrastructure(f"RALF_DECODER=dali, but {lacking}")
     dali = DaliDecoder(pyav, device=device, chunk_bytes=settings.gpu_chunk_bytes)
-    dali.warm()
+    try:
+        dali.warm()
+    except Infrastructure as error:
+        if settings.decoder == "dali":
+            raise
+        log.warning("decoder.failed", decoder="dali", error=str(error))
+        return pyav
     if settings.decoder == "dali":
         return dali
     return RoutedDecoder(pyav, dali, cores=cores(settings))

@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.errors import JobError
+from worker.errors import Infrastructure, JobError
 from worker.media.chunks import frames_in
 from worker.media.colour import from_bt601
 from worker.media.decode_pyav import PyavDecoder, range_in_stream
@@ -134,7 +134,10 @@ class DaliDecoder:
 
     def warm(self) -> None:
         """Build the pipeline, so that what is missing is known before the first clip."""
-        self._pipeline = self._pipeline or self._built()
+        try:
+            self._pipeline = self._built()
+        except Exception as error:  # the border to DALI: C++ throws what it likes
+            raise Infrastructure(f"DALI cannot start: {error}") from error
 
     def _course(self, clip: Clip) -> Iterator[Order | Frames]:
         """One clip: orders to be filled, and frames to hand out once they are."""
