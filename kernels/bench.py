@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -55,6 +56,15 @@ class Record:
         """As indented JSON."""
         return json.dumps(asdict(self), indent=2)
 
+    def publish(self, folder: str | None, device: str) -> None:
+        """Print it; with a folder, keep it there too, as THEME_DEVICE_YEARMONTH.json."""
+        print(self.dump())
+        if folder is not None:
+            path = Path(folder) / f"{self.theme}_{device}_{self.at[:7].replace('-', '')}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.dump() + "\n")
+            print(f"kept as {path}", file=sys.stderr)
+
 
 def machine() -> dict[str, Any]:
     """Processor, memory, versions, commit: what a reader needs to repeat the run."""
@@ -94,16 +104,28 @@ def _commit() -> str:
 
 
 def interleave(
-    ways: Mapping[str, Callable[[], object]], *, repeats: int, warmups: int = 1
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmups: int = 1,
+    calls: int = 1,
+    settle: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time each way `repeats` times, in turns: a b c a b c …"""
+    """Time each way `repeats` times, in turns: a b c a b c …
+
+    A turn is `calls` calls and then `settle`, which waits for a device that works behind one's
+    back; its time is that of one call.
+    """
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(-warmups, repeats):
         for name, way in ways.items():
             start = time.perf_counter()
-            way()
+            for _ in range(calls):
+                way()
+            if settle is not None:
+                settle()
             if turn >= 0:
-                spent[name].append(time.perf_counter() - start)
+                spent[name].append((time.perf_counter() - start) / calls)
     return {name: timing(seconds) for name, seconds in spent.items()}
 
 
@@ -111,4 +133,4 @@ def timing(seconds: list[float]) -> Timing:
     """Median and p95 of the repeats."""
     ordered = sorted(seconds)
     p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
-    return Timing(round(statistics.median(ordered), 6), round(p95, 6), len(ordered))
+    return Timing(round(statistics.median(ordered), 8), round(p95, 8), len(ordered))

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 
+from kernels.bench_cli import add_benches
 from worker.service.cli import commands as service
 
 OK, FORGED, USAGE, BAD_MEDIA, INFRASTRUCTURE, INTERRUPTED = 0, 1, 2, 4, 5, 130
@@ -135,6 +136,7 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     queue.add_argument("--jobs", type=int, default=300)
     queue.set_defaults(run=_run_bench_queue)
+    add_benches(what)
 
 
 def _run_bench_scan(args: argparse.Namespace) -> int:
