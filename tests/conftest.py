@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import structlog
@@ -21,6 +22,9 @@ from worker.settings import Settings
 
 __all__ = ["redis", "redis_server", "redis_url"]
 
+# An example that takes long says that the machine is busy, not that anything is wrong.
+hypothesis.settings.register_profile("ralf", deadline=None)
+hypothesis.settings.load_profile("ralf")
 REQUIRE_GPU = os.environ.get("REQUIRE_GPU") == "1"
 REQUIRE_DALI = os.environ.get("REQUIRE_DALI") == "1"
 

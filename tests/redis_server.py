@@ -15,6 +15,8 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as NoConnection
 
+from tests.waiting import PATIENCE_S
+
 
 def executable() -> str:
     """Where the server's program lies."""
@@ -55,7 +57,7 @@ class RedisServer:
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         client = Redis.from_url(self.url)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
                 client.ping()

@@ -19,6 +19,7 @@ from standardwebhooks import Webhook
 
 from tests.documents import a_failure, a_job, a_verdict
 from tests.test_store import claim
+from tests.waiting import LONG_S, PATIENCE_S, until
 from worker.contract import Callback, State, Verdict
 from worker.service.deliver import Deliverer
 from worker.service.proof import Asked, Sighting, delivery_id, doubled, pid_of, prove
@@ -51,11 +52,12 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.timeout(660)
 def test_thirty_jobs_under_fire_end_once_each(folder: Path):
     """Every kind of blow falls, every job ends, nothing is wrong, nothing is left."""
-    arguments = ("--jobs", "30", "--workers", "3", "--seed", "11", "--minutes", "2")
+    arguments = ("--jobs", "30", "--workers", "3", "--seed", "11", "--minutes", "10")
     with chaos(folder, *arguments) as run:
-        out, said = run.communicate(timeout=150)
+        out, said = run.communicate(timeout=LONG_S)
     figures = json.loads(out)
 
     assert figures["wrong"] == [], said
@@ -73,20 +75,15 @@ def test_thirty_jobs_under_fire_end_once_each(folder: Path):
 def test_an_interrupted_run_leaves_no_process_and_no_folder(folder: Path):
     """SIGTERM in the middle of it, as Ctrl-C."""
     run = chaos(folder, "--jobs", "100")
-    end = time.monotonic() + 30
-    while not list(folder.glob("ralf-chaos-*/deliverer-0.log")) and time.monotonic() < end:
-        time.sleep(0.1)
+    until(lambda: list(folder.glob("ralf-chaos-*/deliverer-0.log")))
     started = processes(str(folder))
     run.send_signal(signal.SIGTERM)
-    run.communicate(timeout=60)
+    run.communicate(timeout=2 * PATIENCE_S)
 
     assert run.returncode == 130
     assert len(started) >= 6
     # a child outlives its killed worker by the moment in which it sees its socket close
-    end = time.monotonic() + 10
-    while processes(str(folder)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert processes(str(folder)) == []
+    until(lambda: processes(str(folder)) == [])
     assert list(folder.iterdir()) == []
 
 

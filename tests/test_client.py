@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 
 import jsonschema
@@ -150,17 +149,18 @@ class TestResult:
         with pytest.raises(NotFinished, match=r"is queued; give result\(\) a timeout"):
             client.result(job_id)
 
-    def test_it_waits_as_long_as_it_is_told(self, client, store):
+    def test_it_waits_as_long_as_it_is_told(self, client, store, monkeypatch):
         """And wakes with the end, not with a clock."""
+        monkeypatch.setattr("worker.client.LOOK_AGAIN_S", 600.0)
         job_id = client.submit(URI, token="u").job_id
         running = claim(store)
-        threading.Timer(0.3, store.end, (running, a_verdict())).start()
-        begun = time.monotonic()
-        verdict = client.result(job_id, timeout=20)
+        ending = threading.Timer(0.3, store.end, (running, a_verdict()))
+        ending.start()
+        verdict = client.result(job_id, timeout=120)
+        ending.join()
 
         assert verdict == a_verdict()
-        assert time.monotonic() - begun < 2
-        assert client.result(job_id, timeout=20) == a_verdict()
+        assert client.result(job_id, timeout=120) == a_verdict()
 
     def test_it_gives_up_in_time_and_the_job_goes_on(self, client):
         """TimedOut is a NotFinished."""
@@ -197,7 +197,7 @@ class TestWatch:
         job_id = client.submit(URI, token="u").job_id
         steps = [Progress(stage="fetch", percent=5), Progress(stage="analyze", percent=60)]
         seen = []
-        for status in client.watch(job_id, timeout=20):
+        for status in client.watch(job_id, timeout=120):
             seen.append((status.state, status.progress and status.progress.stage))
             if len(seen) == 1:
                 running = claim(store)
@@ -273,7 +273,7 @@ def test_sessions_are_read_and_followed(client, store):
         client.submit(URI, token=f"u-{number}", session=part)
     store.end(claim(store), a_verdict())
     seen = []
-    for verdict in client.watch_session("live", timeout=20):
+    for verdict in client.watch_session("live", timeout=120):
         seen.append((verdict.segments, verdict.complete))
         if len(seen) == 1:
             store.end(claim(store), a_verdict())
@@ -316,7 +316,7 @@ def test_the_asyncio_twin_does_the_same(redis_url, store):
         again = await client.submit_many([request(URI, token="u")])
         assert again[0].job_id == submission.job_id
         states = []
-        async for status in client.watch(submission.job_id, timeout=20):
+        async for status in client.watch(submission.job_id, timeout=120):
             states.append(status.state)
             if status.state == "queued":
                 running = await asyncio.to_thread(claim, store)
@@ -334,7 +334,7 @@ def test_the_asyncio_twin_does_the_same(redis_url, store):
         part = SessionPart(session_id="live", number=0, offset_ms=0, last=True)
         await client.submit(URI, token="s", session=part)
         await asyncio.to_thread(lambda: store.end(claim(store), a_verdict()))
-        rolling = [verdict async for verdict in client.watch_session("live", timeout=20)]
+        rolling = [verdict async for verdict in client.watch_session("live", timeout=120)]
         assert [verdict.complete for verdict in rolling] == [True]
         await client.close()
         return states

@@ -26,6 +26,7 @@ from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.suspension import resume, suspend
 
 from tests.redis_server import RedisServer
+from tests.waiting import LONG_S, PATIENCE_S, until
 from worker.contract import Job, Media
 from worker.service import jobs
 from worker.service.horse import Horse
@@ -48,11 +49,9 @@ QUICK = Settings(
     grace_s=5.0,
     log_format="json",
 )
-"""What a test waits for comes soon; what it must not run into, not even on a machine that stands
-still for seconds.  LONG_S outlasts any test's patience: who waits for it waits in vain."""
-PATIENCE_S = 60.0
-LONG_S = 600
-FOR_EVER = f"sleep:{LONG_S}"
+"""What a test waits for comes soon; what it must not run into is far, even when the machine stands
+still for seconds."""
+FOR_EVER = f"sleep:{LONG_S:g}"
 """The tag of a job that is to be interrupted, never waited for."""
 
 
@@ -188,14 +187,6 @@ def ended(process: "subprocess.Popen[Any]") -> int:
     finally:
         process.kill()
         process.wait()
-
-
-def until(true: Callable[[], object], shown: Callable[[], object] = lambda: "") -> None:
-    """Wait for it."""
-    end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end, f"not within {PATIENCE_S} s: {shown()}"
-        time.sleep(0.02)
 
 
 @pytest.fixture

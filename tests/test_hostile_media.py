@@ -23,7 +23,7 @@ SETTINGS = Settings()
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_bad_file_gets_its_named_error(tmp_path: Path, name: str):
     """At once, saying what came, and leaving no descriptor and no file behind."""
     ending, make, error = REFUSED[name]

@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 
 from tests.documents import a_failure, a_job, a_verdict
 from tests.redis_server import RedisServer
-from tests.test_horse import until
 from tests.test_store import QUEUE, claim, pop
+from tests.waiting import until
 from worker.contract import Callback, SessionPart
 from worker.service.janitor import Janitor, Report
 from worker.service.store import Store, connect

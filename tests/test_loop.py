@@ -95,13 +95,21 @@ def test_two_runs_are_the_same_run(tmp_path: Path):
 
 KILLED = """
 import sys
+import time
 from pathlib import Path
 import torch
 from tests.training import MadeBatches, tiny
 from train.loop import Options, train
 torch.set_num_threads(1)
+
+class NoLast(MadeBatches):  # whoever is to kill it may be slow: it does not finish before that
+    def __getitem__(self, number):
+        if number == 6:
+            time.sleep(600)
+        return super().__getitem__(number)
+
 recipe = tiny("ralf_small", **{"schedule.steps": "7"})
-train(recipe, MadeBatches(), [MadeBatches()[100]], Path(sys.argv[1]), data_sha256="d" * 64,
+train(recipe, NoLast(), [MadeBatches()[100]], Path(sys.argv[1]), data_sha256="d" * 64,
       options=Options(quiet=True, save_every_s=0))
 """
 
@@ -112,7 +120,7 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_bits(tmp_path: Path):
     run = tmp_path / "killed"
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(run)], env=environment())
     try:
-        deadline_s = time.monotonic() + 90
+        deadline_s = time.monotonic() + 400
         while not ((run / LAST).exists() and load(run / LAST).state.step >= 2):
             assert child.poll() is None and time.monotonic() < deadline_s
             time.sleep(0.02)

@@ -27,7 +27,7 @@ def test_a_killed_owners_folder_goes_with_the_next_and_a_living_ones_stays(tmp_p
     code = (
         "import sys, time; from worker.service.ownfolder import OwnFolder\n"
         "own = OwnFolder(sys.argv[1]); (own.path / 'upload').write_bytes(b'x')\n"
-        "print(own.path, flush=True); time.sleep(60)"
+        "print(own.path, flush=True); time.sleep(600)"
     )
     (tmp_path / "ralf-of-somebody").mkdir()
     living = OwnFolder(tmp_path)

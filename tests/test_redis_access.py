@@ -1,7 +1,6 @@
 """docs/redis.md: what its access rules allow is enough, and no more, on a real Redis."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from tests.documents import a_job
 from tests.test_deliver import OLD
-from tests.test_horse import QUICK, TESTS, until
+from tests.test_horse import QUICK, a_worker, ended
+from tests.waiting import until
 from tests.web import reply, serving
 from worker.client import connect
 from worker.contract import Callback, SessionPart
@@ -23,7 +23,6 @@ from worker.service.deliver import Deliverer
 from worker.service.janitor import Janitor
 from worker.service.outbox import Outbox
 from worker.service.quarantine import Quarantine
-from worker.service.serve import as_environment
 from worker.service.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,21 +69,17 @@ def test_the_whole_service_runs_as_its_user_and_a_reader_reads(users: dict[str, 
         )
         store.submit([job], function=jobs.PREFIX + "sleep")
         store.submit([a_job("2")])
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "worker.service.serve", "worker", *TESTS, "--priority", "high"],
-            env=as_environment(settings, os.environ),
-            cwd=ROOT,
-        )
+        worker = a_worker(settings, "--priority", "high", stderr=None)
         try:
             until(lambda: store.counts().workers["high"] == 1)
             cancelled = client.cancel("j2")
             store.submit(
                 [a_job("3", priority="high", tag="sleep:0.5")], function=jobs.PREFIX + "sleep"
             )
-            (*_, status) = client.watch("j3", timeout=30)
+            (*_, status) = client.watch("j3", timeout=120)
         finally:
             worker.terminate()
-            code = worker.wait(20)
+            code = ended(worker)
         claim = store.begin(popped(store), "w")
         assert claim is not None
         store.end(claim, client.result("j3").model_copy(update={"job_id": "j1"}))

@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,7 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from tests.documents import a_job
-from tests.test_horse import QUICK, TESTS, until
+from tests.test_horse import QUICK, a_worker, ended
+from tests.waiting import LONG_S, until
+from tests.web import Piece, Request, reply, serving
+from worker.contract import Media
 from worker.service import jobs
 from worker.service.http import Health, queue_counts, serving_at
 from worker.service.serve import DidNotStart, as_environment, embedded
@@ -29,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def get(port: int, path: str) -> tuple[int, str]:
     """Status and body."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -163,8 +169,21 @@ def test_a_janitor_alone_sweeps_and_stops_on_sigterm(redis_url: str):
         until(lambda: store.redis.llen(f"rq:queue:{store.queue('default')}") == 1)
         store.redis.close()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 0
+        assert ended(process) == 0
     finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def at_work(settings: Settings) -> Iterator[tuple["subprocess.Popen[bytes]", Store]]:
+    """A worker process with test bodies that has registered, and its store; gone afterwards."""
+    process, store = a_worker(settings), Store(connect(settings.redis_url), settings)
+    try:
+        until(lambda: store.counts().workers["default"] == 1)
+        yield process, store
+    finally:
+        store.redis.close()
         process.kill()
         process.wait()
 
@@ -172,24 +191,14 @@ def test_a_janitor_alone_sweeps_and_stops_on_sigterm(redis_url: str):
 def test_a_worker_tells_its_metrics_and_is_ready_after_its_child(redis_url: str):
     """The port of Settings; counts go up as jobs end."""
     settings = replace(QUICK, redis_url=redis_url, http_port=free_port())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "worker.service.serve", "worker", *TESTS],
-        env=as_environment(settings, os.environ),
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        store = Store(connect(redis_url), settings)
-        until(lambda: store.counts().workers["default"] == 1)
+    with at_work(settings) as (process, store):
         assert get(settings.http_port, "/readyz")[0] == 200
         store.submit([a_job("1")], function=jobs.PREFIX + "trivial")
         wanted = 'ralf_jobs_total{code="",outcome="succeeded"} 1.0'
         until(lambda: wanted in get(settings.http_port, "/metrics")[1])
         text = get(settings.http_port, "/metrics")[1]
-        store.redis.close()
-    finally:
         process.terminate()
-        assert process.wait(10) == 0
+        assert ended(process) == 0
 
     assert "ralf_ready 1.0" in text
     assert 'ralf_engine_info{decoder="",device="",engine="test"' in text
@@ -197,33 +206,60 @@ def test_a_worker_tells_its_metrics_and_is_ready_after_its_child(redis_url: str)
 
 
 def test_a_draining_worker_is_live_and_not_ready(redis_url: str):
-    """It ends its job and would take no other."""
-    settings = replace(QUICK, redis_url=redis_url, http_port=free_port())
+    """It ends its job, whose file comes when the test lets it, and would take no other."""
+    let = threading.Event()
+
+    def file(_: Request) -> Iterator[Piece]:
+        whole = reply(200, b"x" * 1000)
+        let.wait(LONG_S)
+        yield from whole
+
+    with serving(file) as web:
+        settings = replace(
+            QUICK,
+            redis_url=redis_url,
+            http_port=free_port(),
+            fetch_ports=(web.port,),
+            allow_private_addresses=True,
+            grace_s=LONG_S,
+        )
+        job = a_job("1", media=Media(uri=f"{web.url}/clip.mp4"))
+        with at_work(settings) as (process, store):
+            store.submit([job], function=jobs.PREFIX + "weigh")
+            until(lambda: web.requests)
+            before = get(settings.http_port, "/readyz")[0]
+            process.terminate()
+            until(lambda: get(settings.http_port, "/readyz")[0] == 503)
+            live = get(settings.http_port, "/healthz")[0]
+            let.set()
+            code = ended(process)
+            verdict = store.verdict("j1")
+
+    assert (before, live, code) == (200, 200, 0)
+    assert verdict is not None
+    assert verdict.media.size_bytes == 1000
+
+
+def test_a_second_sigterm_while_the_process_ends_does_not_make_it_a_death(redis_url: str):
+    """Python puts the signals' defaults back before it is gone; supervisors ask twice."""
+    code = (
+        "import signal, sys; from worker.service.serve import run_janitor\n"
+        "from worker.settings import Settings\n"
+        "run_janitor(Settings.from_environment())\n"
+        "sys.exit(99 * (signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN))"
+    )
+    settings = replace(QUICK, redis_url=redis_url)
     process = subprocess.Popen(
-        [sys.executable, "-m", "worker.service.serve", "worker", *TESTS],
+        [sys.executable, "-c", code],
         env=as_environment(settings, os.environ),
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
     )
-    try:
-        store = Store(connect(redis_url), settings)
-        until(lambda: store.counts().workers["default"] == 1)
-        store.submit([a_job("1", tag="sleep:1.5")], function=jobs.PREFIX + "sleep")
-        until(lambda: store.counts().running["default"] == 1)
-        before = get(settings.http_port, "/readyz")[0]
-        process.terminate()
-        until(lambda: get(settings.http_port, "/readyz")[0] == 503)
-        live = get(settings.http_port, "/healthz")[0]
-        assert process.wait(10) == 0
-        state = store.status("j1")
-        store.redis.close()
-    finally:
-        process.kill()
-        process.wait()
+    with Redis.from_url(redis_url) as redis:
+        until(lambda: redis.exists("ralf:swept"))
+    process.terminate()
 
-    assert (before, live) == (200, 200)
-    assert state is not None
-    assert state.state == "succeeded"
+    assert ended(process) == 0
 
 
 def test_embedded_tells_which_part_has_fallen():

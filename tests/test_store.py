@@ -539,7 +539,7 @@ def test_a_client_rides_out_a_restart_of_redis():
     server = RedisServer(aof=True)
     server.start()
     try:
-        store = Store(connect(server.url), SETTINGS)
+        store = Store(connect(server.url, attempts=40), SETTINGS)  # it may come back slowly
         store.submit([a_job("1")])
         running = claim(store)
         server.kill()

@@ -29,11 +29,6 @@ class Outbox:
             Delivery.read(_pairs(flat)) for flat in self.store.call("take", now, limit, lease_s)
         ]
 
-    def next_due(self) -> float | None:
-        """When the earliest delivery is due; None when nothing is."""
-        first = self.redis.zrange(self._due, 0, 0, withscores=True)
-        return float(first[0][1]) if first else None
-
     def delivered(self, delivery_id: str) -> None:
         """Settled: forget it."""
         with self.redis.pipeline() as pipe:
