@@ -48,8 +48,10 @@ from kernels.networks.backbones import (
 
 BLOCK = 8
 CHANNELS = 3 * BLOCK * BLOCK
+LEVEL = 128 / 255
+"""JPEG's level shift, for pixels of 0..1."""
 SCALE = 16.0
-"""Of coefficients of 0..1 pixels: see Numerics."""
+"""Of coefficients of such pixels: see Numerics."""
 # JPEG's (JFIF's) conversion from R, G, B to Y, Cb, Cr, full range.
 YCBCR = (
     (0.299, 0.587, 0.114),
@@ -64,7 +66,7 @@ def block_dct() -> Tensor:
     """Kernels [192, 3, 8, 8]: at stride 8, a convolution that gives a JPEG's coefficients.
 
     Channel 64 p + 8 v + u is frequency v down and u across of plane p of Y, Cb, Cr.  Pixels come
-    less one half, so that Y is centred as JPEG centres it; Cb and Cr sum to zero by themselves.
+    less LEVEL, as JPEG moves Y; the rows of Cb and Cr sum to zero, so that it changes neither.
     """
     rows = basis(BLOCK, torch.float64, torch.device("cpu"))
     waves = torch.einsum("vy,ux->vuyx", rows, rows).reshape(1, BLOCK * BLOCK, 1, BLOCK, BLOCK)
@@ -88,7 +90,7 @@ class Spectrum(nn.Module):
         # Autocast would run it in bf16, whose steps near white are as large as fine detail.
         known = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if known else nullcontext():
-            return F.conv2d(image.to(kernels.dtype) - 0.5, kernels, stride=BLOCK)
+            return F.conv2d(image.to(kernels.dtype) - LEVEL, kernels, stride=BLOCK)
 
 
 class ChannelAttention(nn.Module):
