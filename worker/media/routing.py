@@ -71,8 +71,10 @@ class Route:
     why: str
 
 
-DEARNESS = {"h264": 1.0, "hevc": 1.0, "vp9": 1.0}
-"""CPU seconds a pixel, H.264 being one."""
+DEARNESS = {"h264": 1.0, "hevc": 1.5, "vp9": 1.4}
+"""CPU seconds for the same frames read, H.264 being one: 0.084, 0.124 and 0.122 s for 71 frames of
+640×360 with film grain at 1.3 to 1.9 Mbit/s, one thread; H.264's B-frames that nobody leans on are
+skipped, VP9 has none."""
 
 
 def refusal(probe: Probe, backend: Backend) -> str:
