@@ -120,9 +120,9 @@ def walk(
         if state.settled():
             break
     with state.timed("judge"):
-        verdict = state.verdict(partial=state.stopped_early)
-        evidence = state.evidence(verdict)
-    return verdict, evidence
+        state.judged()
+    verdict = state.verdict(partial=state.stopped_early)
+    return verdict, state.evidence(verdict)
 
 
 class _Walk:
