@@ -1,4 +1,4 @@
-"""`ralf train | publish | calibrate | data | evaluate`: datasets on disk to a published model.
+"""`ralf train | publish | calibrate | retrain | data | evaluate`: datasets to a published model.
 
 Each command imports what it needs when it runs.  Results go to stdout, one JSON line or a path;
 progress and refusals to stderr.
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from train.command import INTERRUPTED, OK, Commands, parser_of, refusing
 from train.data_cli import data_commands, evaluate_commands
+from train.ensemble_cli import ensemble_command
 from train.publish_cli import calibrate_command, publish_command
+from train.retrain_cli import retrain_command
 
 if TYPE_CHECKING:
     from train.index import Index
@@ -29,6 +31,8 @@ def commands(subparsers: Commands) -> None:
     _train(subparsers)
     publish_command(subparsers)
     calibrate_command(subparsers)
+    ensemble_command(subparsers)
+    retrain_command(subparsers)
     data_commands(subparsers, refusing)
     evaluate_commands(subparsers, refusing)
 
@@ -87,7 +91,7 @@ def run_train(args: argparse.Namespace) -> int:
     with joined(device) as ranks:
         batches = Batches(index, recipe.data, "train", recipe.seed, allow_leaks=args.allow_leaks)
         outcome = train(
-            recipe, batches, _validation(index, recipe.data), args.out,
+            recipe, batches, validation_of(index, recipe.data), args.out,
             data_sha256=index.sha256, device=device, ranks=ranks, options=options,
         )  # fmt: skip
         if ranks.first:
@@ -123,7 +127,7 @@ def _device(asked: str) -> Any:
     return device
 
 
-def _validation(index: "Index", data: "Data") -> Any:
+def validation_of(index: "Index", data: "Data") -> Any:
     """The validation split, made once and kept where it fits; None where there is none."""
     from train.examples import Examples
 

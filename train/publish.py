@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kernels.artifact import Artifact
 from kernels.artifact import publish as write_artifact
 from kernels.engine_torch import pack
-from kernels.manifest import Aggregation, Manifest
+from kernels.manifest import Aggregation, Manifest, Reference
 from kernels.networks import build
 from train.calibrate import Calibrated
 from train.card import Portion, card
@@ -44,6 +44,10 @@ class Told:
     golden: NDArray[np.uint8] | None = None
     """u8 [n, 3, s, s], from data that may ship; None: made pictures."""
     golden_source: str = "made pictures, no person"
+    targets: tuple[str, ...] = ("cpu",)
+    """Where it is to run; promotion asks for each one's engine."""
+    reference: Reference | None = None
+    """How scores are spread, for drift."""
 
 
 def publish(run: Path, name: str, models: Path, told: Told | None = None) -> Artifact:
@@ -64,6 +68,8 @@ def publish(run: Path, name: str, models: Path, told: Told | None = None) -> Art
         files={},
         aggregation=told.aggregation,
         metrics={**checkpoint.metrics, **told.metrics},
+        targets=told.targets,
+        reference=told.reference,
         trained={
             "recipe": recipe.name,
             "steps": checkpoint.state.step,

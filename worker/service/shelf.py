@@ -44,13 +44,16 @@ def load(settings: Settings, model: str | None, *, together: bool = False) -> "P
 
     together: for a child that runs several jobs at once, whose crops then share batches.
     """
-    from kernels.disk import hold
+    from kernels.disk import ArtifactError, hold
     from worker import runtime
 
     parts = runtime.load(settings, model=model)
     if together:
         parts = runtime.together(parts)
-    weakref.finalize(parts, os.close, hold(parts.artifact.path))
+    try:
+        weakref.finalize(parts, os.close, hold(parts.artifact.path))
+    except (ArtifactError, OSError) as error:
+        raise ModelUnavailable(f"{label(parts)} went away while it was loaded: {error}") from error
     return parts
 
 
