@@ -43,7 +43,8 @@ def test_the_finders_are_timed_in_one_run(clip_of_two: Path, capsys: pytest.Capt
 
     assert {"ralf", "stock, same setting", "stock, defaults"} == record["timings"].keys()
     assert {"stock, same setting / ralf", "stock, defaults / ralf"} == record["ratios"].keys()
-    assert 4 == record["facts"]["faces"]
+    assert 4 == record["facts"]["faces"] == record["facts"]["stock_faces"]
+    assert 1.0 == record["facts"]["agreement"]
 
 
 def test_a_clip_that_the_plain_way_cannot_read_whole_is_refused(

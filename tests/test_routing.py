@@ -73,6 +73,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "4:4:4": {"pixel_format": "yuv444p"},
     "odd width": {"width": 1919},
     "odd height": {"height": 1079},
+    "tiny": {"coded_width": 96, "coded_height": 64},
+    "wider than NVDEC takes H.264": {"coded_width": 4112},
     "interlaced": {"interlaced": True},
     "edit list": {"unshown": 3},
     "negative start": {"start_s": -0.2},

@@ -10,6 +10,10 @@ as ours reduces them with its smallest face reduced alike, and through its defau
 
 import argparse
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import torch
 from PIL import Image
 
 from kernels.bench import Record, interleave, machine
+from kernels.engine import pick_device
 from kernels.engine_torch import restore
 from kernels.manifest import Finder, InputContract
 from worker import telemetry
@@ -26,12 +31,15 @@ from worker.media.decode_pyav import PyavDecoder
 from worker.media.mtcnn import Mtcnn
 from worker.media.probe import probe
 from worker.media.sampling import plan
-from worker.media.types import Clip
+from worker.media.tracks import overlap
+from worker.media.types import Clip, Faces
 from worker.pipeline import Ask, analyze
 from worker.runtime import Parts, cores, load
 from worker.settings import Settings
 
 SAMPLE = Path("demo/out/clips/six_faces.mp4")
+SAME_FACE = 0.7
+"""Least overlap over union of one face found twice."""
 EVERY = Sampling(mode="uniform", max_frames=300)
 """Each frame of a clip that has no more."""
 
@@ -54,16 +62,19 @@ def run_find(args: argparse.Namespace) -> int:
     from facenet_pytorch import MTCNN
 
     clip, settings, wanted = _clip(args), Settings.from_environment(), Finder()
+    device = str(pick_device(args.device))
     torch.set_num_threads(cores(settings))
     found = probe(clip, settings)
     sampling = Sampling(mode="uniform", max_frames=args.frames)
     decoder = PyavDecoder(chunk_bytes=2 * 2**30)
     frames = next(decoder.decode([Clip(found, sampling)]))
-    ours = Mtcnn(wanted)
+    ours = Mtcnn(wanted, device)
     full = list(frames.pixels.permute(0, 2, 3, 1).contiguous().numpy())
-    copies = list(ours.reduced(frames.pixels).permute(0, 2, 3, 1).contiguous().numpy())
+    copies = list(ours.reduced(frames.pixels).cpu().permute(0, 2, 3, 1).contiguous().numpy())
     least = max(12, round(wanted.min_face * copies[0].shape[1] / found.width))
-    alike, plain = MTCNN(keep_all=True, min_face_size=least), MTCNN(keep_all=True)
+    alike = MTCNN(keep_all=True, min_face_size=least, device=device)
+    plain = MTCNN(keep_all=True, device=device)
+    frames = replace(frames, pixels=frames.pixels.to(device))  # where a device's decoder leaves it
     timings = interleave(
         {
             "ralf": lambda: ours.find(frames),
@@ -80,6 +91,7 @@ def run_find(args: argparse.Namespace) -> int:
             "frames": f"{len(full)} of {found.width}×{found.height}",
             "finder": wanted.model_dump(),
             "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
             "seconds": "for all frames",
         },
         timings=timings,
@@ -87,10 +99,27 @@ def run_find(args: argparse.Namespace) -> int:
             f"{name} / ralf": round(timings[name].median_s / mine, 2)
             for name in ("stock, same setting", "stock, defaults")
         },
-        facts={"faces": len(ours.find(frames))},
+        facts=agreement(
+            ours.find(frames),
+            [alike.detect(copy)[0] for copy in copies],
+            zoom=found.width / copies[0].shape[1],
+        ),
     )
     print(record.dump())
     return 0
+
+
+def agreement(ours: Faces, theirs: list[Any], zoom: float) -> dict[str, float]:
+    """How many of the large enough faces of stock, found on reduced copies, ours has in place."""
+    wanted = matched = 0
+    for row, boxes in enumerate(theirs):
+        mine = ours.boxes[ours.frame == row].astype(np.float64)
+        whole = np.zeros((0, 4)) if boxes is None else boxes.astype(np.float64) * zoom
+        large = whole[whole[:, 3] - whole[:, 1] >= Finder().min_face]
+        wanted += len(large)
+        matched += int((overlap(large, mine).max(1, initial=0) >= SAME_FACE).sum())
+    share = round(matched / wanted, 4) if wanted else 1.0
+    return {"faces": len(ours), "stock_faces": wanted, "agreement": share}
 
 
 def run_scan(args: argparse.Namespace) -> int:
@@ -141,34 +170,52 @@ def run_scan(args: argparse.Namespace) -> int:
 
 
 class PlainWay:
-    """Stock parts, put together without a thought for speed; faces found is what it returns."""
+    """Stock parts, put together without a thought for speed; faces found is what it returns.
 
-    def __init__(self, parts: Parts, sampling: Sampling) -> None:
+    every: decode every frame and throw away all but the wanted, as the plain way does.
+    """
+
+    def __init__(self, parts: Parts, sampling: Sampling, *, every: bool = True) -> None:
         from facenet_pytorch import MTCNN
 
-        self.finder = MTCNN(keep_all=True, device="cpu")
-        self.network = restore(parts.artifact.manifest, parts.artifact.read("weights.safetensors"))
-        self.contract: InputContract = parts.artifact.manifest.input
+        manifest, self.device = parts.artifact.manifest, parts.engine.device
+        self.finder = MTCNN(keep_all=True, device=self.device)
+        self.network = restore(manifest, parts.artifact.read("weights.safetensors")).to(self.device)
+        self.contract: InputContract = manifest.input
         self.sampling, self.settings = sampling, parts.settings
+        self.decoded = EVERY if every else sampling
+        self.decoder = PyavDecoder(chunk_bytes=64 * 2**20, threads=cores(parts.settings))
+        self.stages_ms: dict[str, float] = {}
 
     @torch.no_grad()
     def __call__(self, clip: Path) -> int:
         found = probe(clip, self.settings)
         wanted = set(plan(Clip(found, self.sampling)).tolist())
         faces = 0
-        # every frame is decoded, as the plain way does, and all but the wanted are thrown away
-        for chunk in PyavDecoder(chunk_bytes=64 * 2**20).decode([Clip(found, EVERY)]):
+        chunks = self.decoder.decode([Clip(found, self.decoded)])
+        while (chunk := self._timed("decode", partial(next, chunks, None))) is not None:
             for row, index in enumerate(chunk.indices.tolist()):
                 if index not in wanted:
                     continue
                 image = Image.fromarray(chunk.pixels[row].permute(1, 2, 0).numpy())
-                boxes, _ = self.finder.detect(image)
+                boxes, _ = self._timed("find", partial(self.finder.detect, image))
                 if boxes is None:
                     continue
-                crops = torch.stack([self._crop(image, box) for box in boxes])
-                self.network(crops)
+                self._timed("score", partial(self._scored, image, boxes))
                 faces += len(boxes)
         return faces
+
+    def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        done = work()
+        spent = (time.perf_counter() - start) * 1000
+        self.stages_ms[stage] = self.stages_ms.get(stage, 0.0) + spent
+        return done
+
+    def _scored(self, image: Image.Image, boxes: np.ndarray[Any, Any]) -> torch.Tensor:
+        crops = torch.stack([self._crop(image, box) for box in boxes])
+        logits: torch.Tensor = self.network(crops.to(self.device)).cpu()
+        return logits
 
     def _crop(self, image: Image.Image, box: np.ndarray[Any, Any]) -> torch.Tensor:
         centre, side = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max() * self.contract.margin

@@ -16,7 +16,7 @@ the culprit stands alone, each half in a new pipeline.
 
 What it cannot see: NVDEC conceals damage inside a picture and says nothing, where the CPU decoder
 takes a neighbour and warns.  Memory: at most BATCH_CHUNKS chunks at once in DALI's memory, and as
-much again in torch's.
+much again in torch's; besides, DALI keeps up to 100 NVDEC sessions, one for each size it has met.
 
 device="cpu" is DALI's software decoder: VP9 and MJPEG, no GPU needed.  It is there for tests.
 """
@@ -47,8 +47,8 @@ CLIPS_AT_ONCE = 8
 """H200's NVDEC has seven decoders; 588, 1,926 and 2,924 frames/s were measured with 1, 4 and 8."""
 BATCH_CHUNKS = 4
 """Chunks' worth of pixels in one batch."""
-PIXELS_A_PASS = 16 * 1920 * 1080
-"""Converted at once: in FP32 that is 400 MB."""
+PIXELS_A_PASS = 4 * 1920 * 1080
+"""Converted at once: 100 MB in FP32, and as much again for the result."""
 
 
 def dali_version() -> str | None:
@@ -235,7 +235,8 @@ def upright(pixels: Tensor, probe: Probe) -> Tensor:
         part = pixels[first : first + at_once].permute(0, 3, 1, 2)
         if matrix is not None:
             part = _recoloured(part, matrix)
-        part = torch.rot90(part, probe.rotation // 90, (2, 3))
+        if probe.rotation:
+            part = torch.rot90(part, probe.rotation // 90, (2, 3))
         out[first : first + at_once] = part.flip(3) if probe.mirrored else part
     return out
 

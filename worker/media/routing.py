@@ -33,6 +33,9 @@ CONTAINERS: dict[Backend, frozenset[str]] = {
 """Where a seek comes down on the keyframe that it names, which DALI takes for granted."""
 PLANES = frozenset({"yuv420p", "yuvj420p"})
 """What NVDEC gives as it is; deeper and finer pictures it would cut down in its own way."""
+LEAST_SIDE = 144
+MOST_SIDE = {"h264": 4096, "hevc": 8192, "vp9": 8192}
+"""Pictures that NVDEC takes, by its maker's tables."""
 MOST_BYTES = 512 * 1024**2
 """DALI wants the whole file in the host's memory."""
 
@@ -83,6 +86,7 @@ def refusal(probe: Probe, backend: Backend) -> str:
         (probe.codec not in CODECS[backend], f"the codec {probe.codec}"),
         (probe.container not in CONTAINERS[backend], f"the container {probe.container}"),
         (backend == "mixed" and probe.pixel_format not in PLANES, f"{probe.pixel_format} pictures"),
+        (backend == "mixed" and not _fits(probe), "pictures too small or too large for NVDEC"),
         (probe.colour_space == "rgb", "RGB pictures"),
         (backend == "mixed" and bool(probe.width % 2 or probe.height % 2), "odd sides"),
         (probe.interlaced, "interlaced pictures"),
@@ -93,6 +97,11 @@ def refusal(probe: Probe, backend: Backend) -> str:
         (probe.size_bytes > MOST_BYTES, f"more than {MOST_BYTES} bytes"),
     )
     return next((why for refused, why in refusals if refused), "")
+
+
+def _fits(probe: Probe) -> bool:
+    sides = (probe.coded_width, probe.coded_height)
+    return min(sides) >= LEAST_SIDE and max(sides) <= MOST_SIDE.get(probe.codec, 0)
 
 
 def frames_read(probe: Probe, wanted: NDArray[np.int64]) -> int:
