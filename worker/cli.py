@@ -117,6 +117,7 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     find.add_argument("clip", nargs="?", metavar="CLIP", help="a video; the samples' crowd if none")
     find.add_argument("--frames", type=int, default=8)
     find.add_argument("--repeats", type=int, default=5)
+    find.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     find.set_defaults(run=_run_bench_find)
     decode = what.add_parser(
         "decode",
@@ -129,6 +130,21 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     decode.add_argument("--repeats", type=int, default=3)
     decode.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     decode.set_defaults(run=_run_bench_decode)
+    pipeline = what.add_parser(
+        "pipeline",
+        help="whole clips a second, stage by stage, against the plain way on the same device",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    pipeline.add_argument("clips", nargs="+", metavar="CLIP")
+    pipeline.add_argument("--frames", type=int, default=32, help="frames wanted of each clip")
+    pipeline.add_argument("--at-once", type=int, default=8, help="clips walked together")
+    pipeline.add_argument("--repeats", type=int, default=3)
+    pipeline.add_argument("--model", metavar="NAME", help="name, name@version or folder")
+    pipeline.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N")
+    pipeline.add_argument("--stride", action="store_true", help="what seeking less often changes")
+    pipeline.add_argument("--soak", type=int, default=0, metavar="N", help="then N clips: slopes")
+    pipeline.add_argument("--soak-seconds", type=float, default=3600.0, help="its longest time")
+    pipeline.set_defaults(run=_run_bench_pipeline)
     queue = what.add_parser(
         "queue",
         help="the queue against RQ's own workers",
@@ -137,7 +153,6 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     queue.add_argument("--jobs", type=int, default=300)
     queue.set_defaults(run=_run_bench_queue)
     add_benches(what)
-
 
 def _run_bench_scan(args: argparse.Namespace) -> int:
     from worker.bench import run_scan
@@ -155,6 +170,12 @@ def _run_bench_decode(args: argparse.Namespace) -> int:
     from worker.bench_decode import run_decode
 
     return run_decode(args)
+
+
+def _run_bench_pipeline(args: argparse.Namespace) -> int:
+    from worker.bench_pipeline import run_pipeline
+
+    return run_pipeline(args)
 
 
 def _run_bench_queue(args: argparse.Namespace) -> int:
