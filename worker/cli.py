@@ -152,7 +152,18 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     queue.add_argument("--jobs", type=int, default=300)
     queue.set_defaults(run=_run_bench_queue)
+    scale = what.add_parser(
+        "scale",
+        help="what a second worker adds, and a fourth",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    scale.add_argument("--jobs", type=int, default=400, help="jobs a turn that do nothing")
+    scale.add_argument("--waits", type=int, default=80, help="jobs a turn that wait")
+    scale.add_argument("--turns", type=int, default=5)
+    scale.add_argument("--out", metavar="DIR", help="keep the record there, as bench/ does")
+    scale.set_defaults(run=_run_bench_scale)
     add_benches(what)
+
 
 def _run_bench_scan(args: argparse.Namespace) -> int:
     from worker.bench import run_scan
@@ -182,6 +193,12 @@ def _run_bench_queue(args: argparse.Namespace) -> int:
     from worker.service.bench import run_queue
 
     return run_queue(args)
+
+
+def _run_bench_scale(args: argparse.Namespace) -> int:
+    from worker.service.bench_scale import run_scale
+
+    return run_scale(args)
 
 
 def _doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -59,7 +59,7 @@ def run_queue(args: argparse.Namespace) -> int:
 def record(count: int, *, turns: int, latency_jobs: int, crowd: int) -> Record:
     """Measure with `count` jobs a turn."""
     before = machine()
-    with _redis() as fleet:
+    with own_redis() as fleet:
         running = _run(fleet.settings, count, turns)
         enqueuing = _enqueue(fleet.settings, count, turns)
         waits = _latency(fleet, latency_jobs)
@@ -104,7 +104,7 @@ def _ratio(timings: Mapping[str, Timing], above: str, below: str) -> float:
 
 
 @contextmanager
-def _redis() -> Iterator[Fleet]:
+def own_redis() -> Iterator[Fleet]:
     """A Redis of the bench's own, and quiet logs."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ralf-bench-")))
