@@ -17,7 +17,7 @@ CPU seconds a face, one thread of a busy AVX-512 machine, all in one run:
 Fusing ReLU and sum into oneDNN's convolutions was tried and gained nothing: arithmetic dominates.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -61,6 +61,12 @@ class Explainer(Protocol):
     """A detector that has pictures to show."""
 
     def explain(self, crops: Tensor) -> Explanation: ...
+
+
+class Panel(Protocol):
+    """Several detectors that judge as one."""
+
+    def members(self, crops: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +123,33 @@ class TorchEngine:
             return torch.zeros(0)
         if self.runner is not None:
             return self.runner(crops)
-        # as many lanes as cores, each with its share, in batches no larger than the bound
+        return self._in_lanes(self.network, crops)
+
+    def _in_lanes(self, score: Callable[[Tensor], Tensor], crops: Tensor) -> Tensor:
+        """As many lanes as cores, each with its share, in batches no larger than the bound."""
         share = -(-len(crops) // torch.get_num_threads())
         pieces = batches(crops, min(self.max_batch, share))
-        return torch.cat(side_by_side([partial(_alone, self.network, one) for one in pieces]))
+        return torch.cat(side_by_side([partial(_alone, score, one) for one in pieces]))
+
+    @property
+    def detectors(self) -> tuple[str, ...]:
+        """An ensemble's members; none where the network is one detector."""
+        names: tuple[str, ...] = getattr(self.network, "names", ())
+        return names
+
+    @torch.inference_mode()
+    def members(self, crops: Tensor) -> Tensor:
+        """What an ensemble's members say, FP32 [m, k] on the CPU; their mean is the logit."""
+        check_crops(crops, self.artifact)
+        if not self.detectors:
+            raise EngineError(f"{self.artifact.label} is one detector: it has no members")
+        ensemble = cast("Panel", self.network)
+        if not len(crops):
+            return torch.zeros(0, len(self.detectors))
+        if self.device == "cpu":
+            return self._in_lanes(ensemble.members, crops)
+        parts = [ensemble.members(part.to(self.device)) for part in batches(crops, self.max_batch)]
+        return torch.cat(parts).float().cpu()
 
     @torch.inference_mode()
     def explain(self, crops: Tensor) -> Explanation:
@@ -139,11 +168,10 @@ class TorchEngine:
         return Explanation(*(torch.cat(column)[: len(crops)].float().cpu() for column in columns))
 
 
-def _alone(network: nn.Module, crops: Tensor) -> Tensor:
+def _alone(score: Callable[[Tensor], Tensor], crops: Tensor) -> Tensor:
     """One lane's piece; inference mode belongs to the thread that entered it."""
     with torch.inference_mode():
-        logits: Tensor = network(crops)
-        return logits.float()
+        return score(crops).float()
 
 
 def batches(crops: Tensor, most: int) -> Iterator[Tensor]:

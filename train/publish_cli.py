@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from kernels.manifest import Manifest
     from train.calibrate import Calibrated
+    from train.evaluate import Score
     from train.index import Index
 
 
@@ -136,6 +138,7 @@ def calibrate_command(subparsers: Commands) -> None:
 def run_calibrate(args: argparse.Namespace) -> int:
     """Publish the same weights with new calibration; the new version's folder on stdout."""
     from kernels.artifact import resolve
+    from kernels.engine import load
     from train.publish import recalibrate
 
     if (args.scores is None) == (args.data is None):
@@ -145,7 +148,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
         found = _calibrated_on(args.scores, args.fitted_on, shift=not args.no_shift)
     else:
         _warn_of_a_used_split(artifact, args.split)
-        found = _calibrated_by(artifact, args)
+        found = calibrated_by(load(artifact, args.device), artifact.manifest, args)
     for name, each in found.thresholds.items():
         low, high = each.interval
         support = "" if each.supported else "  (too few faces to support it)"
@@ -174,23 +177,20 @@ def _calibrated_on(path: Path, fitted_on: str, *, shift: bool = True) -> "Calibr
     return calibrate(logit, forged, fitted_on=fitted_on or path.name, shift=shift)
 
 
-def _calibrated_by(artifact: Any, args: argparse.Namespace) -> "Calibrated":
+def calibrated_by(score: "Score", manifest: "Manifest", args: argparse.Namespace) -> "Calibrated":
     """By the model itself on a split, a row a video and condition, pooled as a verdict pools."""
     import numpy as np
 
-    from kernels.engine import load
     from train.calibrate import calibrate
     from train.evaluate import scored
     from train.examples import Examples
     from train.layouts import read_all
     from train.recipe import FAMILIES, HELD_OUT, Data
 
-    engine = load(artifact, args.device)
     index = read_all(args.data)
     families = tuple(filter(None, args.families.split(",")))
     if not families and not len(index.where(split=args.split, label=1)):
         families = tuple(family for family in FAMILIES if family != HELD_OUT)
-    manifest = artifact.manifest
     data = Data(input=manifest.input, evaluation_frames=manifest.input.sampling.max_frames)
     conditions = list(dict.fromkeys(filter(None, args.conditions.split(","))))
     if not conditions:
@@ -198,7 +198,7 @@ def _calibrated_by(artifact: Any, args: argparse.Namespace) -> "Calibrated":
     logits, forged, people = [], [], set()
     for condition in conditions:
         examples = Examples(index, data, args.split, families=families, condition=condition)
-        found = np.concatenate([engine(batch.crops).numpy() for batch in examples])
+        found = np.concatenate([score(batch.crops).numpy() for batch in examples])
         videos = scored(examples, found).pooled(manifest.aggregation)
         logits.append(videos.logit)
         forged.append(videos.forged)

@@ -41,6 +41,7 @@ from worker.media.probe import probe
 from worker.media.sampling import plan, thinning
 from worker.media.tracks import Tracker
 from worker.media.types import Clip, Faces, Frames, Probe
+from worker.panel import Panel
 from worker.runtime import Parts
 from worker.verdict import Judgement, Scores, calibrated, judge
 
@@ -153,6 +154,9 @@ class _Walk:
             self.warn("uncalibrated_finder: the model was calibrated with another finder setting")
         self.tracker = Tracker(max_tracks=min(ask.max_tracks, parts.settings.max_tracks))
         self.gallery = Gallery()
+        self.panel = Panel(parts.engine)
+        if (unlisted := self.panel.unlisted) is not None:
+            self.warn(unlisted)
         self.scores = Scores.none()
         self.looked: list[NDArray[np.float64]] = []
         self.asked = self.decoded = self.replaced = 0
@@ -214,7 +218,7 @@ class _Walk:
         with self.timed("cut"):
             crops = cut(frames, faces, self.manifest.input)
         with self.timed("score"):
-            logits = self.parts.engine(crops).numpy().astype(np.float32)
+            logits = self.panel(crops)
         times = frames.times_s[faces.frame]
         sides = faces.boxes[:, 2:] - faces.boxes[:, :2]
         self.scores = Scores.concat(
@@ -325,6 +329,7 @@ class _Walk:
             version=artifact.version,
             manifest_sha256=artifact.manifest_sha256,
             weights_sha256=settings.files["weights.safetensors"],
+            detectors=self.panel.scores(self.scores, settings.aggregation),
             engine=engine.name,
             precision=engine.precision,
             device=engine.device,

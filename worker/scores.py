@@ -116,6 +116,14 @@ def calibrated(logits: Reals, calibration: Calibration) -> Floats:
     return rounded
 
 
+def strongest(scores: Scores, calibration: Calibration, aggregation: Aggregation) -> float | None:
+    """A video's score: of its strongest track with faces enough to decide; None without one."""
+    counted = scores.face_px >= aggregation.min_face_px
+    tracks = [scores.logit[counted & (scores.track == one)] for one in np.unique(scores.track)]
+    levels = [level(own, aggregation) for own in tracks if len(own) >= aggregation.min_faces]
+    return float(calibrated(np.array([max(levels)]), calibration)[0]) if levels else None
+
+
 def shown(score: float, *marks: float) -> str:
     """The score in three digits, or in as many as keep it on its side of every mark."""
     if 0 < score < 0.0005:

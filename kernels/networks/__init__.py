@@ -14,6 +14,7 @@ NETWORKS = {
     "ralf": ("kernels.networks.ralf", "Ralf"),
     "classifier": ("kernels.networks.backbones", "Classifier"),
     "fdfl": ("kernels.networks.fdfl", "Fdfl"),
+    "ensemble": ("kernels.networks.ensemble", "Ensemble"),
 }
 
 

@@ -1,0 +1,118 @@
+"""Several published models become one that judges by the mean of what they say.
+
+The members' weights go in as they are, each with its calibration; the mean is calibrated anew.
+What comes out is a model like any other: it is verified, promoted, built and served the same way.
+
+It refuses members whose crops are not cut alike, since one crop is shown to all of them, or whose
+faces are not pooled alike.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from kernels.artifact import Artifact, golden
+from kernels.artifact import publish as write_artifact
+from kernels.engine_torch import pack, restore
+from kernels.manifest import Manifest, Network
+from kernels.networks import build
+from train.calibrate import Calibrated
+from train.publish import with_calibration
+from train.recipe_text import differences
+
+
+class EnsembleError(ValueError):
+    """These models cannot judge as one."""
+
+
+def drafted(members: Sequence[Artifact], name: str) -> tuple[Manifest, nn.Module]:
+    """The ensemble's manifest, uncalibrated, and its network with the members' weights."""
+    if len(members) < 2:
+        raise EnsembleError(f"an ensemble has two members or more, got {len(members)}")
+    for other in members[1:]:
+        refuse_unlike(members[0], other)
+    first = members[0].manifest
+    listed = [
+        {
+            "name": member.label,
+            "network": member.manifest.network.model_dump(),
+            "temperature": member.manifest.calibration.temperature,
+            "shift": member.manifest.calibration.shift,
+        }
+        for member in members
+    ]
+    chosen = Network.model_validate(
+        {"build": "ensemble", "size": first.input.size, "members": listed}
+    )
+    network = build(chosen.build, **chosen.dimensions).eval()
+    for detector, member in zip(network.detectors, members, strict=True):  # type: ignore[arg-type]
+        whole = restore(member.manifest, member.read("weights.safetensors"))
+        detector.load_state_dict(whole.state_dict())
+    manifest = Manifest(
+        name=name,
+        network=chosen,
+        input=first.input,
+        files={},
+        aggregation=first.aggregation,
+        policy=first.policy,
+        error_budget={"logit": max(m.manifest.error_budget["logit"] for m in members)},
+        targets=first.targets,
+        trained={"recipe": "ensemble", "members": [member.label for member in members]},
+        untrained=any(member.manifest.untrained for member in members),
+    )
+    return manifest, network
+
+
+def publish_ensemble(
+    members: Sequence[Artifact], name: str, models: Path, calibrated: Calibrated | None = None
+) -> Artifact:
+    """The ensemble as a new version of the named model; golden crops are the first member's."""
+    manifest, network = drafted(members, name)
+    crops = golden(members[0]).crops
+    draft, files = pack(network, with_calibration(manifest, calibrated), crops)
+    text = _card(draft, members)
+    return write_artifact(models, draft, {**files, "card.md": text.encode()})
+
+
+def refuse_unlike(one: Artifact, other: Artifact) -> None:
+    """EnsembleError where two models do not see the same crops or pool them otherwise."""
+    for what in ("input", "aggregation"):
+        unlike = differences(getattr(one.manifest, what), getattr(other.manifest, what))
+        if unlike:
+            raise EnsembleError(
+                f"{one.label} and {other.label} differ in {what}: {'; '.join(unlike)}; an "
+                "ensemble shows one crop to all its members and pools their mean"
+            )
+
+
+def _card(draft: Manifest, members: Sequence[Artifact]) -> str:
+    fitted = draft.calibration
+    rows = [
+        f"| {m.label} | {m.manifest.network.build} | {m.manifest.calibration.temperature:.4g} | "
+        f"{m.manifest.calibration.shift:.4g} | {m.manifest.calibration.fitted_on} |"
+        for m in members
+    ]
+    about = (
+        "Scores faces by the mean of several detectors. What each was trained on, how well it does "
+        "and where it fails stands on its own card; this one is no better understood than they are."
+    )
+    formula = f"sigmoid((logit − {fitted.shift:.4g}) / {fitted.temperature:.4g})"
+    lines = [
+        f"# {draft.name}",
+        "",
+        *(["**Untrained: a member knows nothing, so neither does this.**", ""] * draft.untrained),
+        about,
+        "",
+        "| member | network | temperature | shift | fitted on |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        "logit = mean of (member's logit − shift) / temperature",
+        "",
+        f"P(forged) = {formula}, fitted on {fitted.fitted_on}.",
+        *(f"- `{name}` {score:.4f}" for name, score in sorted(draft.thresholds.items())),
+    ]
+    if not draft.thresholds:
+        lines.append("- no thresholds were fitted: `ralf calibrate` fits them")
+    return "\n".join(lines) + "\n"
