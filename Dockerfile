@@ -32,7 +32,11 @@ FROM build AS build-cpu
 # An index whose torch is built without CUDA makes this image several gigabytes smaller.
 ARG TORCH_INDEX=
 RUN /opt/ralf/bin/pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-      '.[cpu,stores]'
+      '.[cpu]'
+# The stores' clients want some packages older than the constraints have them, and get them.
+ARG STORES="s3fs==2026.7.0 gcsfs==2026.7.0"
+# hadolint ignore=SC2086
+RUN if [ -n "$STORES" ]; then /opt/ralf/bin/pip install $STORES; fi && /opt/ralf/bin/pip check
 COPY kernels kernels
 COPY worker worker
 COPY train train
@@ -43,7 +47,10 @@ RUN /opt/ralf/bin/pip install --no-deps --force-reinstall . \
 FROM build AS build-gpu
 # gpu: torch-tensorrt; gpu-rtx: its twin for RTX cards. Never both.
 ARG GPU_EXTRA=gpu
-RUN /opt/ralf/bin/pip install -c constraints.txt ".[${GPU_EXTRA},stores]"
+RUN /opt/ralf/bin/pip install -c constraints.txt ".[${GPU_EXTRA}]"
+ARG STORES="s3fs==2026.7.0 gcsfs==2026.7.0"
+# hadolint ignore=SC2086
+RUN if [ -n "$STORES" ]; then /opt/ralf/bin/pip install $STORES; fi && /opt/ralf/bin/pip check
 COPY kernels kernels
 COPY worker worker
 COPY train train

@@ -90,7 +90,7 @@ class Images:
             match step.word:
                 case "ARG":
                     key, _, value = step.text.partition("=")
-                    arguments[key] = os.environ.get(key, value)
+                    arguments[key] = os.environ.get(key, value.strip('"'))
                 case "ENV":
                     values |= dockerfile.pairs(step.text, values)
                 case "WORKDIR":

@@ -25,7 +25,7 @@ from worker.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (
     "import sys; from worker.service.crew import run_crew; from worker.settings import Settings; "
-    "sys.exit(run_crew(Settings.from_environment(), parents=2, bodies='test'))"
+    "sys.exit(run_crew(Settings.from_environment(), ['high', 'default'], bodies='test'))"
 )
 
 
@@ -48,7 +48,7 @@ def a_crew(settings: Settings) -> Iterator["subprocess.Popen[bytes]"]:
         [sys.executable, "-c", RUN], env=as_environment(settings, os.environ), cwd=ROOT
     )
     try:
-        until(lambda: store.counts().workers["default"] == 2)
+        until(lambda: store.counts().workers == {"high": 1, "default": 1})
         yield process
     finally:
         if process.poll() is None:
@@ -74,9 +74,9 @@ def test_two_parents_run_two_jobs_in_one_child_and_drain_at_a_signal(
     )
     store = Store(connect(redis_url), settings)
     with a_crew(settings) as crew:
-        for name in ("1", "2"):
-            store.submit([a_job(name, tag="sleep:2")], function=jobs.PREFIX + "sleep")
-        until(lambda: store.counts().running["default"] == 2)
+        asked = [a_job("1", tag="sleep:2"), a_job("2", tag="sleep:2", priority="high")]
+        store.submit(asked, function=jobs.PREFIX + "sleep")
+        until(lambda: store.counts().running == {"high": 1, "default": 1})
         ports = (settings.http_port, settings.http_port + 1)
         assert [get(port, "/healthz")[0] for port in ports] == [200, 200]
         crew.send_signal(signal.SIGTERM)

@@ -261,9 +261,12 @@ def _worker(subparsers: Any) -> None:
     worker.add_argument(
         "--shared", type=Path, metavar="DIR", help="workers with the same folder share one child"
     )
-    worker.add_argument("--capacity", type=int, default=1, help="jobs at once in a shared child")
+    worker.add_argument("--capacity", type=int, metavar="N", help="jobs at once in a shared child")
     worker.add_argument(
         "--parents", type=int, metavar="N", help="N workers around one child, as for a GPU"
+    )
+    worker.add_argument(
+        "--high", type=int, default=0, metavar="N", help="so many of --parents take priority high"
     )
     worker.add_argument("--shadow", metavar="VERSION", help="instead of RALF_SHADOW")
     worker.add_argument(
@@ -283,7 +286,7 @@ def _run_worker(args: argparse.Namespace) -> int:
         _settings(args),
         args.priority,
         shared=args.shared,
-        capacity=args.capacity,
+        capacity=args.capacity or 1,
         burst=args.burst,
         max_jobs=args.max_jobs,
     )
@@ -292,13 +295,17 @@ def _run_worker(args: argparse.Namespace) -> int:
 def _run_parents(args: argparse.Namespace) -> int:
     from worker.service.crew import run_crew
 
-    if args.parents < 1 or args.burst or args.max_jobs or args.shared:
+    alone = args.burst or args.max_jobs or args.shared
+    if not 0 <= args.high <= args.parents or args.parents < 1 or alone:
         print(
-            "ralf: --parents takes 1 or more, and neither --burst, --max-jobs nor --shared",
+            "ralf: --parents takes as many as --high or more, and neither --burst, --max-jobs "
+            "nor --shared",
             file=sys.stderr,
         )
         return 2
-    return run_crew(_settings(args), args.priority, parents=args.parents)
+    rest = args.parents - args.high
+    priorities = ["high"] * args.high + [args.priority] * rest
+    return run_crew(_settings(args), priorities, capacity=args.capacity)
 
 
 def _serve(subparsers: Any) -> None:

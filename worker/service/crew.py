@@ -1,8 +1,9 @@
 """Several parents around one child, as one process: what the container of a GPU runs.
 
 A parent has one job at a time, most of which it waits for a fetch; a GPU wants more than one. So
-`ralf worker --parents 4` starts four of them with one folder, in which they share one child (see
-link.py).  The first answers at settings.http_port, the next at the port after it, and so on.
+`ralf worker --parents 4 --high 1` starts four of them with one folder, in which they share one
+child (see link.py); one takes the jobs of priority high.  The first answers at settings.http_port,
+the next at the port after it, and so on.
 
 They live and die together: a signal goes to all, and when one ends by itself, or its loop turns no
 more, the others drain and the crew ends with an error, so that whoever supervises the container
@@ -18,6 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -45,24 +47,31 @@ class Crew:
     """The parents of one child."""
 
     def __init__(
-        self, settings: Settings, priority: Priority, parents: int, folder: Path, bodies: Bodies
+        self,
+        settings: Settings,
+        priorities: Sequence[Priority],
+        *,
+        capacity: int,
+        folder: Path,
+        bodies: Bodies,
     ) -> None:
         self._settings = settings
-        self.ports = [settings.http_port and settings.http_port + n for n in range(parents)]
+        many = range(len(priorities))
+        self.ports = [settings.http_port and settings.http_port + n for n in many]
         self.stopping = 0.0
         command = [sys.executable, "-m", "worker.service.serve", "--parent", str(os.getpid())]
-        command += ["worker", "--priority", priority, "--bodies", bodies]
-        command += ["--shared", str(folder), "--capacity", str(parents)]
+        command += ["worker", "--bodies", bodies, "--shared", str(folder)]
+        command += ["--capacity", str(capacity), "--priority"]
         self.members = [
             subprocess.Popen(
-                command,
+                [*command, priority],
                 env=as_environment(replace(settings, http_port=port), os.environ),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C reaches only us, and we tell them
             )
-            for port in self.ports
+            for priority, port in zip(priorities, self.ports, strict=True)
         ]
-        self._strikes = [0] * parents
+        self._strikes = [0] * len(priorities)
         self._asked = time.monotonic()
 
     def tell(self, number: int, _: FrameType | None = None) -> None:
@@ -122,15 +131,24 @@ def healthy(port: int) -> bool:
 
 def run_crew(
     settings: Settings,
-    priority: Priority = "default",
+    priorities: Sequence[Priority],
     *,
-    parents: int,
+    capacity: int | None = None,
     bodies: Bodies = "moderate",
 ) -> int:
-    """Start them, stop them; the exit status."""
+    """Start one parent for each priority named, stop them; the exit status.
+
+    capacity is how many jobs the child works on at once; as many as there are parents, if not said.
+    """
     telemetry.configure(settings)
     with tempfile.TemporaryDirectory(prefix="crew-", dir=settings.work_dir or None) as folder:
-        crew = Crew(settings, priority, parents, Path(folder), bodies)
+        crew = Crew(
+            settings,
+            priorities,
+            capacity=capacity or len(priorities),
+            folder=Path(folder),
+            bodies=bodies,
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, crew.tell)
         return crew.watch()

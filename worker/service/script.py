@@ -105,3 +105,7 @@ def source(settings: Settings) -> str:
 def decoded(value: Any) -> str:
     """What Redis answered, as a string."""
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+if __name__ == "__main__":  # for clients in other languages; see docs/integration.md
+    print(source(Settings.from_environment()), end="")

@@ -1,0 +1,180 @@
+"""Rules, alerts, dashboard and scaling: whatever they ask for, a worker exports."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.deploy_tools import DEPLOY, ROOT, run
+from tests.documents import a_job
+from tests.redis_server import RedisServer
+from tests.test_crew import two_ports
+from tests.test_horse import QUICK, TESTS, until
+from tests.test_serve import get
+from worker.errors import Crashed, Interrupted, Rejected, by_code
+from worker.service import jobs
+from worker.service.serve import as_environment
+from worker.service.store import Store, connect
+
+RULES = yaml.safe_load((DEPLOY / "prometheus" / "rules.yaml").read_text())["groups"]
+ALERTS = [rule for group in RULES for rule in group["rules"] if "alert" in rule]
+RECORDS = [rule for group in RULES for rule in group["rules"] if "record" in rule]
+DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "ralf.json").read_text())
+EXTERNAL = {
+    # NVIDIA's DCGM exporter, which names a GPU by Hostname and gpu
+    "DCGM_FI_DEV_DEC_UTIL",
+    "DCGM_FI_DEV_FB_USED",
+    "DCGM_FI_DEV_GPU_UTIL",
+    "DCGM_FI_DEV_XID_ERRORS",
+}
+"""What is asked for and exported by others."""
+SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+
+
+def dashboard_queries() -> list[str]:
+    """Every query of every panel."""
+    return [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
+
+
+def scaling_queries() -> list[str]:
+    """What KEDA asks Prometheus."""
+    scaled = yaml.safe_load((DEPLOY / "k8s" / "base" / "scale.yaml").read_text())
+    return [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
+
+
+def named(query: str) -> set[str]:
+    """The metrics in a query."""
+    return set(re.findall(r"\b(?:ralf[_:][\w:]+|DCGM_\w+)", re.sub(r'"[^"]*"', '""', query)))
+
+
+@pytest.fixture(scope="module")
+def exported(redis_server: RedisServer) -> dict[str, set[str]]:
+    """The metrics of a worker that ran a job, by name, with the labels they were seen with."""
+    settings = replace(
+        QUICK, redis_url=redis_server.url, redis_prefix="rules:", http_port=two_ports()
+    )
+    store = Store(connect(redis_server.url), settings)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "worker.service.serve", "worker", *TESTS],
+        env=as_environment(settings, os.environ),
+        cwd=ROOT,
+    )
+    try:
+        store.submit([a_job("1")], function=jobs.PREFIX + "trivial")
+        until(lambda: (status := store.status("j1")) and status.ended)
+        text = get(settings.http_port, "/metrics")[1]
+    finally:
+        worker.terminate()
+        worker.wait(60)
+        store.redis.close()
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for suffix in SUFFIXES[family.type]:
+            found[family.name + suffix] = set()
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+def test_every_query_names_a_metric_that_a_worker_exports_or_a_rule_records(
+    exported: dict[str, set[str]],
+):
+    """A renamed metric would leave an alert asleep and a panel empty, without any error."""
+    recorded = {rule["record"] for rule in RECORDS}
+    queries = [rule["expr"] for rule in RECORDS + ALERTS] + dashboard_queries() + scaling_queries()
+    assert len(queries) > 60
+
+    unknown = {name for query in queries for name in named(query)} - recorded - EXTERNAL
+    assert sorted(unknown - set(exported)) == []
+
+
+def test_every_metric_is_shown_or_watched(exported: dict[str, set[str]]):
+    """What nobody looks at should not be exported."""
+    asked = {
+        n for q in [r["expr"] for r in RECORDS + ALERTS] + dashboard_queries() for n in named(q)
+    }
+    families = {re.sub(r"_(total|bucket|sum|count|created)$", "", name) for name in exported}
+    seen = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked}
+
+    assert sorted(families - seen) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "others"),
+    [
+        ("rejected", Rejected, {"deadline_passed"}),
+        ("interrupted", Interrupted, set()),
+        ("crashed", Crashed, set()),
+    ],
+)
+def test_the_classes_of_failure_are_those_of_the_errors(
+    kind: str, base: type[Exception], others: set[str]
+):
+    """A new error is in one class, and the rules know it; a deadline is the client's own."""
+    (rule,) = [r for r in RECORDS if r.get("labels", {}).get("class") == kind]
+    listed = re.search(r'code=~"([^"]+)"', rule["expr"])
+    codes = {code for code, error in by_code().items() if issubclass(error, base)}
+
+    assert listed is not None
+    assert codes - others == set(listed[1].split("|"))
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_an_alert_says_what_is_wrong_how_bad_it_is_and_where_to_read_on(alert: dict[str, Any]):
+    """The link ends at a heading of docs/operations.md."""
+    text = (ROOT / "docs" / "operations.md").read_text()
+    anchors = {
+        re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
+    page, _, anchor = alert["annotations"]["runbook_url"].partition("#")
+
+    assert page == "{{ $externalLabels.runbooks }}docs/operations.md"
+    assert anchor in anchors
+    assert alert["labels"]["severity"] in {"page", "ticket"}
+    assert alert["annotations"]["summary"].endswith(".")
+
+
+def test_every_alert_has_a_test_in_which_it_fires():
+    """promtool runs them, below."""
+    tests = yaml.safe_load((DEPLOY / "prometheus" / "rules_test.yaml").read_text())["tests"]
+    fires = {
+        case["alertname"]
+        for group in tests
+        for case in group.get("alert_rule_test", ())
+        if case["exp_alerts"]
+    }
+
+    assert {alert["alert"] for alert in ALERTS} == fires
+
+
+def test_the_operators_rules_are_the_same():
+    """`make rules` writes them anew."""
+    text = (DEPLOY / "k8s" / "base" / "prometheusrule.yaml").read_text()
+
+    assert yaml.safe_load(text)["spec"]["groups"] == RULES
+
+
+def test_promtool_accepts_rules_and_configuration_and_every_alert_fires_when_it_should():
+    """Debian's promtool."""
+    run("promtool", "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+    run("promtool", "check", "rules", DEPLOY / "prometheus" / "rules.yaml")
+    run("promtool", "test", "rules", DEPLOY / "prometheus" / "rules_test.yaml")
+
+
+def test_the_queries_of_the_dashboard_and_of_the_scaling_parse(tmp_path: Path):
+    """As rules, since promtool reads no dashboards."""
+    queries = dashboard_queries() + scaling_queries()
+    rules = [{"record": f"q:{n}", "expr": query} for n, query in enumerate(queries)]
+    path = tmp_path / "queries.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    run("promtool", "check", "rules", path)
