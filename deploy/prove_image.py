@@ -111,7 +111,7 @@ class Images:
         origin = ROOT
         if sources[0].startswith("--from="):
             origin = self.root(sources.pop(0).removeprefix("--from="))
-        goal = place / (folder if target.startswith(".") else "").lstrip("/") / target.lstrip("/")
+        goal = place / str(Path(folder) / target).lstrip("/")  # an absolute target stays absolute
         for source in sources:
             path = origin / source.lstrip("/")
             if path.is_dir():  # its content, as Docker does

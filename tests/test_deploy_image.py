@@ -1,0 +1,200 @@
+"""The Dockerfile and compose.yaml: what an engine would be told, read without one."""
+
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy_tools import DEPLOY, ROOT, run, tool
+
+sys.path.append(str(DEPLOY))
+import dockerfile
+
+TEXT = (ROOT / "Dockerfile").read_text()
+STAGES = dockerfile.parse(TEXT)
+TARGETS = ("cpu", "gpu", "client")
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+PINNED = re.compile(r"[a-z0-9./-]+:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}")
+OURS = {"ralf:cpu", "ralf:gpu", "ralf:client"}
+UNPINNED = {"nvidia/dcgm-exporter:3.3.0-3.2.0-ubuntu22.04"}
+"""Whose digest is not known here."""
+
+
+def environment(target: str) -> dict[str, str]:
+    """What the image sets."""
+    values = {"PATH": "/bin"}
+    for stage in dockerfile.lineage(STAGES, target):
+        for step in stage.steps:
+            if step.word == "ENV":
+                values |= dockerfile.pairs(step.text, values)
+    return values
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_image_runs_as_nobody_checks_its_health_and_holds_no_model(target: str):
+    """Whatever the target; what is written lies under /work."""
+    values = environment(target)
+    user = dockerfile.last(STAGES, target, "USER")
+    health = dockerfile.health_command(dockerfile.last(STAGES, target, "HEALTHCHECK"))
+    copied = [
+        step.text
+        for stage in STAGES.values()
+        for step in stage.steps
+        if step.word == "COPY" and not step.text.startswith("--from")
+    ]
+
+    assert user == "10001:10001"
+    assert "/healthz" in health[-1]
+    compile(health[-1], "HEALTHCHECK", "exec")
+    assert dockerfile.command(dockerfile.last(STAGES, target, "ENTRYPOINT"))[-1] == "ralf"
+    assert values["RALF_MODELS_DIR"] == "/models"
+    assert {values[name] for name in ("TMPDIR", "RALF_WORK_DIR")} == {"/work"}
+    assert not any(text.startswith("models") for text in copied)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_builds_is_not_in_what_ships(target: str):
+    """The last stages copy one folder, from a stage that took pip out of it."""
+    (copy,) = [step.text for step in STAGES[target].steps if step.word == "COPY"]
+    source = copy.split()[0].removeprefix("--from=")
+    installs = [step.text for step in STAGES[source].steps if step.word == "RUN"]
+
+    assert not [step for step in STAGES[target].steps if step.word == "RUN"]
+    assert copy.split()[1:] == ["/opt/ralf", "/opt/ralf"]
+    assert "pip uninstall --yes pip" in installs[-1]
+    assert all("-c constraints.txt" in text for text in installs if "'.[" in text)
+
+
+def test_a_gpu_image_asks_for_decoder_and_device():
+    """Never a worker that was to have a GPU and quietly has none."""
+    values = environment("gpu")
+
+    assert values["NVIDIA_DRIVER_CAPABILITIES"] == "video,compute,utility"
+    assert values["RALF_DEVICE"] == "cuda"
+    assert environment("cpu")["RALF_DEVICE"] == "cpu"
+
+
+def test_bases_are_pinned_by_digest():
+    """The one that is not is named here."""
+    images = {service["image"] for service in COMPOSE["services"].values()} - OURS
+
+    assert {image for image in images if not PINNED.fullmatch(image)} == UNPINNED
+    assert {stage.base for stage in STAGES.values() if stage.base not in STAGES} == set(
+        PINNED.findall(TEXT)
+    )
+
+
+def test_what_is_copied_is_there_and_let_through():
+    """.dockerignore lets nothing through that is not named in it."""
+    lines = (ROOT / ".dockerignore").read_text().split("\n")
+    sources = {
+        source.rstrip("/")
+        for stage in STAGES.values()
+        for step in stage.steps
+        if step.word == "COPY" and not step.text.startswith("--from")
+        for source in step.text.split()[:-1]
+    }
+
+    assert "*" in lines
+    assert {line[1:] for line in lines if line.startswith("!")} == sources
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_the_parser_refuses_what_it_does_not_know():
+    """A step that is passed over would be a proof of nothing."""
+    with pytest.raises(dockerfile.NotUnderstood, match="ONBUILD"):
+        dockerfile.parse("FROM x AS a\nONBUILD RUN true\n")
+    stages = dockerfile.parse(
+        "ARG B=x:1\nFROM ${B} AS a\nRUN one \\\n # why\n && two\nENV P=$Q/r\n"
+    )
+    assert stages["a"].base == "x:1"
+    assert stages["a"].steps[0].text.split() == ["one", "&&", "two"]
+    assert dockerfile.pairs("P=$Q/r S='a b'", {"Q": "q"}) == {"P": "q/r", "S": "a b"}
+
+
+def test_hadolint_has_nothing_to_say():
+    """Its defaults."""
+    run("hadolint", ROOT / "Dockerfile")
+
+
+# compose.yaml
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_a_service_is_held_tight(name: str):
+    """But the GPU's exporter, whose counters need a capability."""
+    service = COMPOSE["services"][name]
+    if name == "gpu-exporter":
+        assert service["cap_add"] == ["SYS_ADMIN"]
+        return
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+
+
+def test_each_role_gets_its_own_secrets_and_the_network_it_needs():
+    """Redis is reached from inside only; who fetches or pushes also reaches out."""
+    services = COMPOSE["services"]
+    files = {name: service.get("env_file") for name, service in services.items()}
+    outside = {name for name, service in services.items() if "outside" in service["networks"]}
+
+    assert files["worker-cpu"] == files["worker-gpu"] == ["secrets/worker.env"]
+    assert files["deliverer"] == ["secrets/deliverer.env"]
+    assert files["janitor"] == ["secrets/janitor.env"]
+    assert files["ralf"] == ["secrets/producer.env"]
+    assert outside == {"worker-cpu", "worker-gpu", "deliverer"}
+    assert COMPOSE["networks"]["queue"] == {"internal": True}
+
+
+def test_redis_is_configured_as_the_page_asks():
+    """Append-only, synced at each write, nothing evicted."""
+    lines = (DEPLOY / "redis" / "redis.conf").read_text().splitlines()
+    page = (ROOT / "docs" / "redis.md").read_text()
+    asked = re.findall(r"```\n(.*?)```", page, re.DOTALL)[0].splitlines()
+
+    assert [line for line in asked if line not in lines] == []
+    assert "aclfile /run/secrets/users.acl" in lines
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Path:
+    """The folder as one who has just written the secrets has it."""
+    folder = tmp_path / "deploy"
+    shutil.copytree(DEPLOY, folder, ignore=shutil.ignore_patterns("secrets", "__pycache__"))
+    subprocess.run([sys.executable, folder / "make_secrets.py"], check=True, capture_output=True)
+    return folder
+
+
+def test_docker_compose_reads_every_profile(deployment: Path):
+    """Debian's 1.29, the oldest that is meant to."""
+    profiles = [word for name in ("cpu", "gpu", "tools") for word in ("--profile", name)]
+    text = run("docker-compose", "-f", deployment / "compose.yaml", *profiles, "config")
+    services: dict[str, Any] = yaml.safe_load(text)["services"]
+
+    assert set(services) == set(COMPOSE["services"])
+    assert services["worker-cpu"]["command"][:1] == ["worker"]
+    assert services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert services["deliverer"]["environment"]["RALF_REDIS_URL"].startswith("redis://deliverer:")
+
+
+def test_scripts_can_be_run_and_parse():
+    """bash -n, and the mode."""
+    for script in DEPLOY.glob("*.sh"):
+        subprocess.run([tool("bash"), "-n", script], check=True)
+        assert script.stat().st_mode & stat.S_IXUSR
+
+
+def test_the_proof_asks_for_root_before_it_does_anything():
+    """Or for nothing, where it is root; help is a screen."""
+    told = subprocess.run(
+        [sys.executable, DEPLOY / "prove_image.py", "--help"], capture_output=True, text=True
+    )
+    assert told.returncode == 0
+    assert "--work" in told.stdout
