@@ -1,4 +1,4 @@
-"""`ralf bench engine` and `ralf bench dct`: their options.  Imports torch only when they run."""
+"""`ralf bench engine`, `dct` and `residual`: their options.  Imports torch only when they run."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ FAILED = 1
 
 
 def add_benches(what: "argparse._SubParsersAction[Any]") -> None:
-    """Add both to the verbs of `ralf bench`."""
+    """Add them to the verbs of `ralf bench`."""
     from kernels.models_cli import guarded
 
     engine = what.add_parser(
@@ -38,6 +38,19 @@ def add_benches(what: "argparse._SubParsersAction[Any]") -> None:
     dct.add_argument("--tilings", action="store_true", help="each listed tiling of the kernels")
     _device_and_out(dct)
     dct.set_defaults(run=guarded(_dct))
+    residual = what.add_parser(
+        "residual",
+        help="a level of the reconstructor by the ways that might be faster",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    residual.add_argument("--channels", type=int, default=32)
+    residual.add_argument("--size", type=int, default=256, help="side of a map")
+    residual.add_argument("--blocks", type=int, default=8)
+    residual.add_argument("--batch", type=int, help="maps; 64 on a GPU, 1 on a CPU")
+    residual.add_argument("--repeats", type=int, default=7)
+    residual.add_argument("--calls", type=int, default=3, help="calls a turn")
+    _device_and_out(residual)
+    residual.set_defaults(run=guarded(_residual))
 
 
 def _device_and_out(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +68,12 @@ def _dct(args: argparse.Namespace) -> int:
     from kernels.bench_dct import run_dct
 
     return _told(run_dct, args)
+
+
+def _residual(args: argparse.Namespace) -> int:
+    from kernels.bench_residual import run_residual
+
+    return _told(run_residual, args)
 
 
 def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ Sizes 128 to 512, multiples of 16 (see `kernels.dct.fusible`): H is padded to a 
 128, 256 and 512 waste nothing.  The tilings are fixed tables, so that the same build computes
 the same way every time; `ralf bench dct --tilings` measures the alternatives listed here.
 
-The only file that imports triton.  TRITON_INTERPRET=1 runs it on a CPU.
+Only this file and residual_triton import triton.  TRITON_INTERPRET=1 runs it on a CPU.
 
 n: side   H: n/2   P: H as a power of two   a, b: parity of row and column frequency
 """

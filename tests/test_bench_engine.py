@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import bench_device, bench_engine
+from kernels import bench_device, bench_engine, bench_residual
 from kernels.bench import interleave
 from kernels.bench_dct import CHAIN, COPY, ratios
 from kernels.bench_engine import AUTHORS
@@ -59,6 +59,18 @@ def test_engines_are_timed_beside_the_papers_way(
     assert f"{AUTHORS} / torch-fp32" in record["ratios"]
     assert "tiny@" in record["conditions"]["model"]
     assert {"device", "torch", "commit"} <= record["machine"].keys()
+
+
+def test_a_level_of_the_reconstructor_is_timed(capsys: pytest.CaptureFixture[str]):
+    """On a CPU the plain way alone; a GPU adds those that might be faster."""
+    small = ("--channels", 16, "--size", 16, "--blocks", 1, "--repeats", 1, "--calls", 1)
+    record = measured(capsys, "residual", "--device", "cpu", *small)
+    [(name, timing)] = record["timings"].items()
+    flop = 2 * 2 * 9 * 16 * 16 * 16 * 16
+
+    assert bench_residual.EAGER == name
+    assert record["facts"]["TFLOP/s"][name] == round(flop / timing["median_s"] / 1e12, 2)
+    assert {name: 0} == record["facts"][f"largest difference to {name}"]
 
 
 def test_a_network_with_fresh_weights_can_be_measured(
@@ -155,6 +167,8 @@ def test_on_a_gpu_the_fused_kernels_and_the_compiled_network_are_in_the_record(
         capsys, "engine", "tiny", "--models", tiny_models, "--batch", 2, "--repeats", 2
     )
 
+    residual = measured(capsys, "residual", "--batch", 1, "--size", 64, "--repeats", 1)
+    assert {"fused", "torch.compile"} <= residual["timings"].keys()
     assert len([name for name in dct["timings"] if name.startswith("fused")]) >= 3
     assert {"torch-fp16", "torch-eager-fp16", "authors, TF32"} <= engine["timings"].keys()
     assert {"capability", "cuda"} <= engine["machine"].keys()

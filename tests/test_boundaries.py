@@ -15,7 +15,7 @@ ROOMS = {
     "train": {"train", "worker", "kernels"},
 }
 OWNERS = {
-    "triton": {"kernels/dct_triton.py"},
+    "triton": {"kernels/dct_triton.py", "kernels/residual_triton.py"},
     "torch_tensorrt": {"kernels/build_trt.py"},
     "onnx": {"kernels/export_onnx.py"},
     "onnxruntime": {"kernels/export_onnx.py"},

@@ -1,0 +1,136 @@
+"""A residual block in one launch: x + conv(relu(conv(x))), the middle activation never in memory.
+
+Not in use: no network calls it, because it has not been measured on a GPU (PERFORMANCE.md has the
+prediction and the command).  It is for the reconstructor's full-resolution level, whose maps are
+wide in pixels and narrow in channels.
+
+A program walks down a strip of LANES columns.  For each row it makes the middle row by nine small
+products (taps × channels), rounds it to FP16, and lets it add to the three output rows that it
+touches, whose FP32 sums move along.  A neighbour to the left or right of a value in registers
+cannot be addressed, so the row is shifted by a product with a shifted identity: exact, since each
+sum has one term, and a fifth more arithmetic.  Strips overlap by two columns, blocks by two rows.
+
+Numerics.  FP16 operands, FP32 sums; the middle is rounded to FP16 as cuDNN's would be, the second
+convolution and the identity are summed before the one rounding of the result.
+
+C: channels, a power of two from 16   weights as [3, 3, in, out]   maps as channels last
+"""
+
+# ruff: noqa: PLR0917  (a kernel's arguments are positional)
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+LANES, ROWS, WARPS = 64, 32, 4
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _taps(weights, dy: tl.constexpr, dx: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One tap's matrix, [in, out]."""
+    c = tl.arange(0, C)
+    return tl.load(weights + ((dy * 3 + dx) * C + c[:, None]) * C + c[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _spread(left, middle, right, weights, dy: tl.constexpr, total, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a middle row adds to the output row that sees it through the weights' row dy."""
+    total = tl.dot(left, _taps(weights, dy, 0, C), total)
+    total = tl.dot(middle, _taps(weights, dy, 1, C), total)
+    return tl.dot(right, _taps(weights, dy, 2, C), total)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block(  # type: ignore[no-untyped-def]
+    x,
+    first,
+    first_bias,
+    second,
+    second_bias,
+    out,
+    H,
+    W,
+    strips,
+    C: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    lane, c = tl.arange(0, LANES), tl.arange(0, C)
+    w = tl.program_id(0) % strips * (LANES - 2) + lane - 1
+    top = tl.program_id(1) * ROWS
+    start = (tl.program_id(0) // strips).to(tl.int64) * H * W * C
+    x += start
+    out += start
+    to_right = (lane[None, :] == lane[:, None] - 1).to(tl.float16)
+    to_left = (lane[None, :] == lane[:, None] + 1).to(tl.float16)
+    bias = tl.load(first_bias + c)[None, :].to(tl.float32)
+    last_bias = tl.load(second_bias + c)[None, :].to(tl.float32)
+    above = tl.zeros((LANES, C), tl.float32)
+    here = tl.zeros((LANES, C), tl.float32)
+    for step in range(ROWS + 2):
+        r = top + step - 1
+        middle = tl.zeros((LANES, C), tl.float32)
+        for tap in tl.static_range(9):
+            row, column = r + tap // 3 - 1, w + tap % 3 - 1
+            inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
+            pixels = x + (row * W + column)[:, None] * C + c[None, :]
+            tile = tl.load(pixels, mask=inside[:, None], other=0)
+            middle = tl.dot(tile, _taps(first, tap // 3, tap % 3, C), middle)
+        # Outside the image the second convolution sees zeros, not what the first would say.
+        inside = (w >= 0) & (w < W) & (r >= 0) & (r < H)
+        middle = tl.where(inside[:, None], tl.maximum(middle + bias, 0), 0).to(tl.float16)
+        left = tl.dot(to_right, middle).to(tl.float16)
+        right = tl.dot(to_left, middle).to(tl.float16)
+        above = _spread(left, middle, right, second, 2, above, C)
+        here = _spread(left, middle, right, second, 1, here, C)
+        below = _spread(left, middle, right, second, 0, tl.zeros((LANES, C), tl.float32), C)
+        o = r - 1
+        own = (lane > 0) & (lane < LANES - 1) & (w < W) & (o >= top) & (o < H)
+        place = (o * W + w)[:, None] * C + c[None, :]
+        identity = tl.load(x + place, mask=own[:, None], other=0).to(tl.float32)
+        tl.store(out + place, (above + last_bias + identity).to(tl.float16), mask=own[:, None])
+        above = here
+        here = below
+
+
+class Weights(NamedTuple):
+    """A block's two convolutions as the kernel reads them, FP16."""
+
+    first: Tensor  # [3, 3, C, C]
+    first_bias: Tensor  # [C]
+    second: Tensor
+    second_bias: Tensor
+
+    @classmethod
+    def of(cls, block: nn.Module) -> "Weights":
+        """From a `kernels.networks.reconstructor.Residual`."""
+        made: list[Tensor] = []
+        for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
+            weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+            made += [weight.detach().permute(2, 3, 1, 0).contiguous().half(), bias.detach().half()]
+        return cls(*made)
+
+
+def residual(x: Tensor, weights: Weights) -> Tensor:
+    """The block of x [m, C, h, w], FP16 and channels last; so is the result."""
+    m, channels, height, width = x.shape
+    if x.dtype != torch.float16 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"x should be FP16 and channels last, got {x.dtype}, strides {x.stride()}")
+    if channels < 16 or channels & (channels - 1):
+        raise ValueError(f"channels should be a power of two from 16, got {channels}")
+    out = torch.empty_like(x)
+    strips = -(-width // (LANES - 2))
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        _block[(m * strips, -(-height // ROWS))](
+            *(x, *weights, out, height, width, strips),
+            C=channels,
+            LANES=LANES,
+            ROWS=ROWS,
+            num_warps=WARPS,
+            num_stages=1,  # loads in flight cost 168 KB of shared memory here: one program an SM
+        )
+    return out
