@@ -21,7 +21,8 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import isnan
+from fnmatch import fnmatchcase
+from math import inf, isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,37 +137,40 @@ def _engines(artifact: Artifact) -> Gate:
 
 
 def _metrics(artifact: Artifact, against: Artifact | None) -> Gate:
-    margins = artifact.manifest.margins
     if against is None or against.version == artifact.version:
         return Gate("metrics", "nothing: no other version in place that reads", "nothing", True)
-    ours, theirs = artifact.manifest.metrics, against.manifest.metrics
-    asked, came, passed = [], [], True
-    for name, margin in sorted(margins.items()):
-        floor, found = figure(theirs, name), figure(ours, name)
-        if floor is None:
-            continue
-        asked.append(f"{name} at least {floor - margin:.4f} ({against.version}: {floor:.4f})")
-        came.append(f"{name} {'not measured' if found is None else f'{found:.4f}'}")
-        passed = passed and found is not None and found >= floor - margin
-    if not asked:
-        return Gate(
-            "metrics", f"{', '.join(sorted(margins)) or 'nothing'} of {against.version}",
-            f"{against.version} has none of them: nothing to compare", True,
-        )  # fmt: skip
+    margins = artifact.manifest.margins
+    ours, theirs = figures(artifact.manifest.metrics), figures(against.manifest.metrics)
+    floors = {
+        name: value - margin
+        for pattern, margin in margins.items()
+        for name, value in theirs.items()
+        if fnmatchcase(name, pattern)
+    }
+    if not floors:
+        asked = f"{', '.join(margins) or 'nothing'} of {against.version}"
+        came = f"{against.version} has none of them: nothing to compare"
+        return Gate("metrics", asked, came, True)
+    worse = {name for name, floor in floors.items() if not ours.get(name, -inf) >= floor}
+    shown = sorted(worse or floors)  # what is fine needs no words beside what is not
+    beside = against.version
+    asked = ", ".join(f"{n} at least {floors[n]:.4f} ({beside}: {theirs[n]:.4f})" for n in shown)
+    came = ", ".join(f"{n} {f'{ours[n]:.4f}' if n in ours else 'not measured'}" for n in shown)
     advice = "train further, or measure it on the same test data: ralf evaluate"
-    return Gate("metrics", ", ".join(asked), ", ".join(came), passed, advice)
+    return Gate("metrics", asked, came, not worse, advice)
 
 
-def figure(metrics: Mapping[str, Any], name: str) -> float | None:
-    """A figure by name, dots leading inwards; of [value, low, high] the value."""
-    found: Any = metrics
-    for part in name.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    if isinstance(found, list | tuple) and found:
-        found = found[0]
-    if not isinstance(found, int | float) or isinstance(found, bool) or isnan(found):
-        return None
-    return float(found)
+def figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every figure by name, dots leading inwards; of [value, low, high] the value."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            found |= figures(value, f"{prefix}{name}.")
+            continue
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(first, int | float) and not isinstance(first, bool) and not isnan(first):
+            found[prefix + name] = float(first)
+    return found
 
 
 def golden_gate(artifact: Artifact) -> Gate:

@@ -81,13 +81,25 @@ def test_a_figure_may_fall_by_the_margin_and_no_further(tmp_path: Path, auc: obj
 def test_the_margin_is_the_manifests_and_figures_may_lie_deeper(tmp_path: Path):
     """Names with dots lead inwards; a figure that the one in place lacks is not asked for."""
     promote(tmp_path, publish(tmp_path, metrics={"ffpp": {"auc": 0.9}}))
-    margins = {"ffpp.auc": 0.1, "celeb.auc": 0.0}
+    margins = {"ffpp.*": 0.1, "celeb.auc": 0.0}
     worse = publish(tmp_path, "worse", metrics={"ffpp": {"auc": 0.79}}, margins=margins)
     fair = publish(tmp_path, "fair", metrics={"ffpp": {"auc": 0.81}}, margins=margins)
 
     with pytest.raises(Refused, match=r"ffpp\.auc 0\.7900"):
         promote(tmp_path, worse)
     assert fair == promote(tmp_path, fair)[0]
+
+
+def test_the_cards_figures_are_compared_without_being_named(tmp_path: Path):
+    """Those on which more is better; what is told is what fell, not all that did not."""
+    card = {"crop clean auc seen": [0.9, 0.8, 1.0], "crop h264=40 auc held out": 0.8}
+    promote(tmp_path, publish(tmp_path, metrics=card | {"crop clean ece": 0.01}))
+    worse = card | {"crop h264=40 auc held out": 0.77, "crop clean ece": 0.9}
+
+    with pytest.raises(Refused, match=r"asked crop h264=40 auc held out at least 0\.7800 [^,]*;"):
+        promote(tmp_path, publish(tmp_path, "worse", metrics=worse))
+    fair = card | {"crop h264=40 auc held out": 0.79}
+    promote(tmp_path, publish(tmp_path, "fair", metrics=fair))
 
 
 def test_a_target_without_its_engine_is_refused_with_the_command_that_builds_it(tmp_path: Path):

@@ -210,7 +210,7 @@ def shadowed() -> Iterator[Link]:
     link = ShadowedLink(Settings(shadow="12345678"))
     try:
         link.open()
-        until(link, lambda said: link.ready is not None, 60)
+        until(link, lambda said: link.ready is not None)
         yield link
     finally:
         link.close()
@@ -227,10 +227,10 @@ def test_the_verdict_comes_first_and_the_comparison_after_it(clip: Path):
         said: list[wire.Message] = []
         for job_id in ("a", "b"):
             link.say(run(clip, job_id))
-            said += until(link, lambda heard: any(isinstance(m, wire.Done) for m in heard), 60)
+            said += until(link, lambda heard: any(isinstance(m, wire.Done) for m in heard))
         so_far = sum(isinstance(m, wire.Compared) for m in said)
         said += until(
-            link, lambda heard: sum(isinstance(m, wire.Compared) for m in heard) + so_far == 2, 60
+            link, lambda heard: sum(isinstance(m, wire.Compared) for m in heard) + so_far == 2
         )
 
     names = [type(m).__name__ for m in said if not isinstance(m, wire.Company)]
@@ -244,13 +244,13 @@ def test_a_shadow_that_takes_the_child_down_costs_no_job(clip: Path):
     """The job has its verdict; the next one, not begun, finds another child."""
     with shadowed() as link:
         link.say(run(clip, "a", tag="abort"))
-        said = until(link, lambda heard: any(isinstance(m, wire.Done) for m in heard), 60)
+        said = until(link, lambda heard: any(isinstance(m, wire.Done) for m in heard))
         link.say(run(clip, "b"))
-        said += until(link, lambda heard: False, 60)  # until it has gone
+        said += until(link, lambda heard: False)  # until it has gone
         how = link.closed()
         assert ["Started", "Done"] == [type(m).__name__ for m in said]
         assert "died of SIGABRT" == how
         link.open()
-        until(link, lambda heard: link.ready is not None, 60)
+        until(link, lambda heard: link.ready is not None)
         link.say(run(clip, "b"))
-        until(link, lambda heard: any(isinstance(m, wire.Done) for m in heard), 60)
+        until(link, lambda heard: any(isinstance(m, wire.Done) for m in heard))

@@ -113,15 +113,15 @@ def _calibrate(order: Order) -> Facts:
             "calibrate: split val chose the weights too, so scores come out a little too sure; "
             "--calibrate-on a split that chose nothing is better"
         )
-    logits, forged = [], []
-    for condition in order.conditions:
-        found, known = _videos(order, judge, split, condition)
-        logits.append(found)
-        forged.append(known)
+    seen = [_videos(order, judge, split, condition) for condition in order.conditions]
+    logit, forged = (np.concatenate([each[column] for each in seen]) for column in (0, 1))
+    people: set[str] = set().union(*(each[2] for each in seen))
     try:
         made = calibrate(
-            np.concatenate(logits), np.concatenate(forged),
-            fitted_on=f"{split}: {','.join(order.conditions)}", times=len(order.conditions),
+            logit, forged,
+            fitted_on=f"{split}: {','.join(order.conditions)}",
+            # The same person seen again is no new evidence of how often reals are called forged.
+            times=max(1, int((~forged).sum()) // len(people)),
         )  # fmt: skip
     except CalibrationError as error:
         raise Stopped(
@@ -129,7 +129,8 @@ def _calibrate(order: Order) -> Facts:
             str(error),
             "train further (--minutes), or name another split: --calibrate-on",
         ) from error
-    reals = probability(logits[0], made.calibration)[~forged[0]]
+    first, known, _ = seen[0]
+    reals = probability(first, made.calibration)[~known]
     return {
         "calibration": made.calibration.model_dump(),
         "thresholds": {name: dataclasses.asdict(each) for name, each in made.thresholds.items()},
@@ -140,8 +141,8 @@ def _calibrate(order: Order) -> Facts:
 
 def _videos(
     order: Order, judge: Judge, split: str, condition: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """A logit and a label for each video, pooled as a verdict pools."""
+) -> tuple[np.ndarray, np.ndarray, set[str]]:
+    """A logit and a label for each video, pooled as a verdict pools; and who is in them."""
     if not len(order.index.where(split=split)):
         raise Stopped(
             f"rows of split {split}",
@@ -152,7 +153,8 @@ def _videos(
         judge, order.index, split, families=_families(order.index, split), condition=condition
     )
     pooled = score(judge, examples).pooled(judge.aggregation)
-    return pooled.logit, pooled.forged
+    people = {str(item.frame.row.target or item.video) for item in examples.items}
+    return pooled.logit, pooled.forged, people
 
 
 def _families(index: Index, split: str) -> tuple[str, ...]:

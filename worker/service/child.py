@@ -208,7 +208,10 @@ class Child:
     def _look_again(self, visit: Visit, second: Second) -> None:
         """The shadow's turn: it counts as company, so that nobody else is blamed for its death."""
         try:
-            found = second.look(leaving=lambda: self._leaving)
+            if visit.peer.gone:
+                second.close()
+                return
+            found = second.look(leaving=lambda: self._leaving or visit.peer.gone)
             visit.peer.say(wire.Compared(dump(found)))
         finally:
             self._turnstile.exit(visit)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import structlog
 
+from kernels.manifest import Reference
 from worker.errors import ModelUnavailable
 from worker.service import wire
 from worker.service.link import Link
@@ -100,7 +101,8 @@ class Stable:
         self._shown = ready
         facts = json.loads(ready.facts)
         for model, known in facts.pop("references", {}).items():
-            self._metrics.drift.refer(model, known["edges"], known["counts"])
+            reference = Reference.model_validate(known)  # a child's word is checked
+            self._metrics.drift.refer(model, reference.edges, reference.counts)
         self._metrics.engine_is(facts)
         self._metrics.ready.set(1)
         self._metrics.child_rss.set(self._link.rss())
