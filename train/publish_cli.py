@@ -35,7 +35,7 @@ def publish_command(subparsers: Commands) -> None:
     parser.add_argument(
         "--failure", action="append", default=[], help="a known failure, repeatable"
     )
-    parser.add_argument("--promote", action="store_true", help="make it the current version")
+    parser.add_argument("--promote", action="store_true", help="make it current, gate by gate")
 
 
 def _models(args: argparse.Namespace) -> Path:
@@ -48,7 +48,7 @@ def _models(args: argparse.Namespace) -> Path:
 
 def run_publish(args: argparse.Namespace) -> int:
     """A run as a new version of a model; its folder on stdout."""
-    from kernels.artifact import promote
+    from kernels.registry import promote
     from train.card import portions
     from train.layouts import read_all
     from train.publish import Told, publish
