@@ -145,7 +145,7 @@ class DaliDecoder:
         warning = ""
         if not self.refusal(probe):
             data, most = np.fromfile(probe.path, np.uint8), frames_in(self.chunk_bytes, probe)
-            while done < len(wanted) and not warning:
+            while done < len(wanted):
                 order = Order(probe, data, wanted[done : done + most])
                 yield order
                 if order.pixels is None:
