@@ -115,11 +115,13 @@ def test_embedded_serves_and_leaves_nothing_behind():
 
 
 def test_embedded_keeps_its_data_where_it_is_told(tmp_path: Path):
-    """With a folder the queue outlives the block."""
+    """With a folder the queue outlives the block; Redis is set as `ralf doctor` wants it."""
     for attempt in range(2):
         with embedded(QUICK, bodies="test", deliver=False, data=tmp_path) as service:
             with Redis.from_url(service.redis_url) as redis:
                 assert redis.incr("kept") == attempt + 1
+                assert redis.config_get("append*")["appendonly"] == "yes"
+                assert redis.config_get("append*")["appendfsync"] == "always"
 
 
 def test_embedded_dies_with_whoever_started_it():

@@ -51,6 +51,8 @@ BROKEN = 70
 """Exit status of a worker that met a fault of ours; its supervisor starts another."""
 START_S = 20.0
 _PR_SET_PDEATHSIG = 1
+_STDERR = 2
+"""Not sys.stderr's: a notebook's has none."""
 
 
 def run_worker(
@@ -201,7 +203,8 @@ def embedded(
 ) -> Iterator[Embedded]:
     """A real Redis, one worker and one deliverer while the block runs; stopped in any case.
 
-    With `data` the queue outlives the block there (append-only file); without, it is forgotten.
+    With `data` the queue outlives the block there, and a crash too: an append-only file, on disk
+    before each answer, as docs/redis.md asks for.  Without, it is forgotten.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ralf-redis-")))
@@ -239,6 +242,7 @@ def _start_redis(
         "dir": str(data or folder),
         "save": "",
         "appendonly": "yes" if data else "no",
+        "appendfsync": "always",  # who asks for the queue to be kept means all that was answered
         "maxmemory-policy": "noeviction",
         "logfile": str(folder / "redis.log"),
     }
@@ -285,7 +289,7 @@ def _start(
         [*command, role, *arguments],
         env=as_environment(settings, os.environ),
         stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno() if role == "run" else None,
+        stdout=_STDERR if role == "run" else None,
         start_new_session=True,
     )
     stack.callback(_stop, process, settings.grace_s + 5.0)
