@@ -21,6 +21,7 @@ from train.hulls import FaceGeometry
 from train.index import Index, IndexFault
 from train.pictures import Pictures, frames_of
 from train.recipe import FAMILIES, Augment, Data
+from train.recipe_text import RecipeError
 from train.samples import portraits
 from worker.media.faces import cut_one
 
@@ -472,3 +473,22 @@ def test_a_box_outside_the_picture_is_refused():
 
     with pytest.raises(IndexFault, match="lies outside 40×50"):
         region(np.zeros((50, 40, 3), np.uint8), outside, Cut(SMALL))
+
+
+def test_families_are_drawn_by_the_recipes_shares(reals):
+    """Six to one, within what chance allows; without shares, alike."""
+    families = ("smooth", "inner")
+    drawn = Batches(reals, data(batch=16, families=families, shares=(6.0, 1.0)), seed=5)
+    kinds = [drawn._family(np.random.default_rng(seed)) for seed in range(700)]
+    even = Batches(reals, data(batch=16, families=families), seed=5)
+    alike = [even._family(np.random.default_rng(seed)) for seed in range(700)]
+
+    assert 560 < kinds.count("smooth") < 640
+    assert 290 < alike.count("smooth") < 410
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, 2.0, 3.0)])
+def test_shares_that_fit_no_families_are_refused(shares):
+    """One above 0 for each family."""
+    with pytest.raises(RecipeError, match=r"data\.shares should be 2 numbers above 0"):
+        data(families=("smooth", "inner"), shares=shares)
