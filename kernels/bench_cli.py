@@ -1,4 +1,8 @@
-"""`ralf bench engine`, `dct` and `residual`: their options.  Imports torch only when they run."""
+"""`ralf bench engine`, `dct` and `residual`: their options.
+
+Imports torch only when they run.  `python -m kernels.bench_cli` is the same without the service's
+libraries, for a GPU host that has only torch.
+"""
 
 import argparse
 import sys
@@ -84,3 +88,10 @@ def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
     except EngineError as error:
         print(f"ralf bench: {error}", file=sys.stderr)
         return FAILED
+
+
+if __name__ == "__main__":
+    alone = argparse.ArgumentParser(prog="python -m kernels.bench_cli", description=__doc__)
+    add_benches(alone.add_subparsers(dest="what", required=True, metavar="WHAT"))
+    arguments = alone.parse_args()
+    sys.exit(arguments.run(arguments))

@@ -4,9 +4,9 @@ Not in use: no network calls it, because it has not been measured on a GPU (PERF
 prediction and the command).  It is for the reconstructor's full-resolution level, whose maps are
 wide in pixels and narrow in channels.
 
-A program walks down a strip of LANES columns.  For each row it makes the middle row by nine small
-products (taps × channels), rounds it to FP16, and lets it add to the three output rows that it
-touches, whose FP32 sums move along.  A neighbour to the left or right of a value in registers
+A program walks down 32 rows of a strip of LANES columns.  For each it makes the middle row by nine
+small products (taps × channels), rounds it to FP16, and lets it add to the three output rows that
+it touches, whose FP32 sums move along.  A neighbour to the left or right of a value in registers
 cannot be addressed, so the row is shifted by a product with a shifted identity: exact, since each
 sum has one term, and a fifth more arithmetic.  Strips overlap by two columns, blocks by two rows.
 
@@ -55,12 +55,13 @@ def _block(  # type: ignore[no-untyped-def]
     H,
     W,
     strips,
+    leftmost,
     C: tl.constexpr,
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     lane, c = tl.arange(0, LANES), tl.arange(0, C)
-    w = tl.program_id(0) % strips * (LANES - 2) + lane - 1
+    w = leftmost + tl.program_id(0) % strips * (LANES - 2) + lane - 1
     top = tl.program_id(1) * ROWS
     start = (tl.program_id(0) // strips).to(tl.int64) * H * W * C
     x += start
@@ -123,14 +124,28 @@ def residual(x: Tensor, weights: Weights) -> Tensor:
     if channels < 16 or channels & (channels - 1):
         raise ValueError(f"channels should be a power of two from 16, got {channels}")
     out = torch.empty_like(x)
-    strips = -(-width // (LANES - 2))
+    blocks = -(-height // ROWS)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _block[(m * strips, -(-height // ROWS))](
-            *(x, *weights, out, height, width, strips),
-            C=channels,
-            LANES=LANES,
-            ROWS=ROWS,
-            num_warps=WARPS,
-            num_stages=1,  # loads in flight cost 168 KB of shared memory here: one program an SM
-        )
+        for leftmost, strips, lanes in cut(width):
+            _block[(m * strips, blocks)](
+                *(x, *weights, out, height, width, strips, leftmost),
+                C=channels,
+                LANES=lanes,
+                ROWS=ROWS,
+                num_warps=WARPS if lanes == LANES else 1,
+                num_stages=1,  # loads in flight take 168 KB of shared memory: one program an SM
+            )
     return out
+
+
+def cut(width: int) -> list[tuple[int, int, int]]:
+    """Launches that cover the columns: where each begins, its strips, their lanes.
+
+    256 columns are four strips of 62 and 8 more, for which 16 lanes do.
+    """
+    strips, rest = divmod(width, LANES - 2)
+    launches = [(0, strips, LANES)] if strips else []
+    if rest:
+        lanes = max(16, 1 << (rest + 1).bit_length())
+        launches.append((strips * (LANES - 2), 1, lanes))
+    return launches

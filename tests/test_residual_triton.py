@@ -63,6 +63,22 @@ def test_it_is_the_block_within_twice_its_rounding(run: Callable[..., Any], shap
     assert errors["fused"] <= allowed, f"{errors}, allowed {allowed:.2e}"
 
 
+def test_every_column_is_covered_once():
+    """Full strips, and one that is just wide enough for what they leave."""
+    from kernels.residual_triton import cut
+
+    assert [(0, 4, 64), (248, 1, 16)] == cut(256)
+    assert [(0, 1, 64)] == cut(62)
+    assert [(0, 1, 64), (62, 1, 64)] == cut(62 + 61)
+    assert [(0, 1, 32)] == cut(30)
+    for width in range(1, 300):
+        launches = cut(width)
+        ends = [begin + strips * (lanes - 2) for begin, strips, lanes in launches]
+
+        assert [0, *ends[:-1]] == [begin for begin, *_ in launches]
+        assert ends[-1] >= width
+
+
 def refusals(device: str) -> list[str]:
     """What it says of inputs that it does not take."""
     from kernels.residual_triton import Weights, residual
