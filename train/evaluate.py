@@ -10,9 +10,10 @@ registry, a folder of one, or the folder of a training run.
 """
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ class Judge:
     """Of the calibrated score: at or above it, forged."""
     network: nn.Module | None = None
     """For figures that look inside."""
+    trained: Mapping[str, Any] = field(default_factory=dict)
+    """By which recipe, how many steps and faces."""
 
 
 def judge_of(spec: str, models: Path, *, device: str = "cpu") -> Judge:
@@ -70,6 +73,7 @@ def judge_of(spec: str, models: Path, *, device: str = "cpu") -> Judge:
         aggregation=manifest.aggregation,
         threshold=manifest.thresholds.get(manifest.policy, 0.5),
         network=getattr(engine, "network", None),
+        trained=manifest.trained,
     )
 
 
@@ -79,7 +83,11 @@ def from_run(run: Path, *, device: str = "cpu") -> Judge:
     recipe = checkpoint.recipe
     network = build(recipe.network.build, **recipe.network.dimensions)
     network.load_state_dict(weights(checkpoint))
-    return of_network(run.name, network, recipe.data.input, device=device)
+    state = checkpoint.state
+    return replace(
+        of_network(run.name, network, recipe.data.input, device=device),
+        trained={"recipe": recipe.name, "steps": state.step, "faces": state.faces},
+    )
 
 
 def of_network(

@@ -10,7 +10,7 @@ neither are a face and the forgeries blended from it.  One class alone has no ra
 never 0.5.  Checked against scikit-learn.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -232,17 +232,45 @@ def interval(
     scored: Scored, figure: Figure, *, replicates: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """The middle 95 % of a figure over samples of clusters; NaN with one class or one cluster."""
+    found = [
+        figure(scored.forged, scored.logit, weight) for weight in _samples(scored, replicates, seed)
+    ]
+    return _middle(found)
+
+
+def paired_interval(
+    one: Scored, other: Scored, figure: Figure, *, replicates: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The middle 95 % of how far a figure of `one` lies above that of `other` on the same rows.
+
+    Both are drawn together, so that what is hard for all models does not count as a difference.
+    """
+    if one.video != other.video or one.cluster != other.cluster:
+        raise ValueError("two models can be paired only on the same faces in the same order")
+    found = [
+        figure(one.forged, one.logit, weight) - figure(other.forged, other.logit, weight)
+        for weight in _samples(one, replicates, seed)
+    ]
+    return _middle(found)
+
+
+def _samples(scored: Scored, replicates: int, seed: int) -> Iterator[Floats]:
+    """How often each row is drawn, sample after sample; none with one class or one cluster."""
     _, member = np.unique(_numbered(scored.cluster), return_inverse=True)
     clusters = int(member.max()) + 1 if len(scored) else 0
-    if clusters < 2 or scored.forged.all() or not scored.forged.any() or not replicates:
-        return float("nan"), float("nan")
+    if clusters < 2 or scored.forged.all() or not scored.forged.any():
+        return
     rng = np.random.default_rng(seed)
-    found = []
     for _ in range(replicates):
         times = np.bincount(rng.integers(0, clusters, clusters), minlength=clusters)
         weight = times[member].astype(np.float64)
         if weight[scored.forged].any() and weight[~scored.forged].any():
-            found.append(figure(scored.forged, scored.logit, weight))
+            yield weight
+
+
+def _middle(found: Sequence[float]) -> tuple[float, float]:
+    if not found:
+        return float("nan"), float("nan")
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
 

@@ -9,6 +9,7 @@
     false_positives  reals called forged: by dataset, size, colour, condition
     aggregation      frames and means to score a video by
     card             what stands on the model's card
+    detectors        models side by side: seen and unseen forgeries, robustness, cost, speed
 
 A table is rows of text under columns; it prints itself and is kept as JSON with the figures whole.
 """
@@ -31,7 +32,7 @@ from worker.scores import calibrated
 
 Kind = Literal[
     "intra", "cross", "robustness", "ablation", "backbone", "pooling", "false_positives",
-    "aggregation", "card",
+    "aggregation", "card", "detectors",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -83,6 +84,7 @@ def table(kind: Kind, judges: Sequence[Judge], index: Index, ask: Ask = Ask()) -
     """The table of that name."""
     from train.table_aggregation import aggregation  # they build on this module
     from train.table_card import card
+    from train.table_detectors import detectors
 
     makers: dict[str, Callable[[Sequence[Judge], Index, Ask], Table]] = {
         "intra": intra,
@@ -94,6 +96,7 @@ def table(kind: Kind, judges: Sequence[Judge], index: Index, ask: Ask = Ask()) -
         "false_positives": false_positives,
         "aggregation": aggregation,
         "card": card,
+        "detectors": detectors,
     }
     if kind not in makers:
         raise ValueError(f"no table {kind!r}; there are {', '.join(makers)}")

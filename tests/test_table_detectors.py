@@ -1,0 +1,154 @@
+"""Detectors side by side: the figures, the interval of a difference, what a network costs."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cost import cost
+from kernels.manifest import InputContract, Sampling
+from kernels.networks import build
+from tests.faces_on_disk import faces
+from train.evaluate import Judge, evaluate, of_network
+from train.index import Index
+from train.metrics import Scored, auc, interval, paired_interval
+from train.recipe import HELD_OUT
+from train.table_detectors import CANNOT, everyone
+from train.tables import Ask, table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=1))
+ASK = Ask(split="val", families=("smooth", "inner"), conditions=("blur:5",), replicates=50)
+LITE = {"backbone": "tf_efficientnet_lite0", "size": 64}
+SHOWN: Counter[str] = Counter()
+
+
+def detail(crops: Tensor) -> Tensor:
+    """How much fine detail there is; knows a smoothed face, and counts what it is shown."""
+    SHOWN["crops"] += len(crops)
+    grey = crops.float().mean(dim=1)
+    return -(grey[:, :, 1:] - grey[:, :, :-1]).abs().mean(dim=(1, 2)) / 4 + 1
+
+
+KNOWS = Judge(name="knows", score=detail, input=CONTRACT, trained={"recipe": "r", "faces": 640})
+WRONG = Judge(name="wrong", score=lambda crops: -detail(crops), input=CONTRACT)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return faces(tmp_path_factory.mktemp("data") / "d", val=6)
+
+
+def test_the_figures_are_those_of_judging_each_alone(index: Index):
+    """Seen and unseen against the same reals, to the last bit."""
+    made = table("detectors", [KNOWS, WRONG], index, ASK)
+    for condition in ("clean", "blur:5"):
+        alone = evaluate(
+            WRONG, index, "val",
+            families=("smooth", "inner", HELD_OUT), condition=condition, replicates=0,
+        ).scored  # fmt: skip
+        parts = made.figures["wrong"]["parts"][condition]
+        for part, families in zip(parts, ({"smooth", "inner"}, {HELD_OUT}), strict=True):
+            own = alone.where(np.array([v[1] in families for v in alone.video]) | ~alone.forged)
+
+            assert auc(own.forged, own.logit) == part["figures"]["auc"]
+            assert part["figures"]["forged"] == 6 * len(families)
+
+
+def test_a_row_a_model_and_condition_and_a_sentence_on_what_it_shows(index: Index, tmp_path: Path):
+    """The first model is what the others are compared with; what cannot be said is said."""
+    made = table("detectors", [KNOWS, WRONG], index, ASK)
+    stored = json.loads(made.save(tmp_path / "t.json").read_text())
+    part = stored["figures"]["wrong"]["parts"]["clean"][0]
+
+    assert ["knows", "  blur:5", "wrong", "  blur:5"] == [row[0] for row in made.rows]
+    assert all(len(row) == len(made.columns) for row in made.rows)
+    assert ("", "") == made.rows[0][-2:]
+    assert "640 faces" in made.rows[0]
+    assert part["low"] <= part["less_first"] <= part["high"] < 0
+    assert "wrong" in made.notes[0] and "below it" in made.notes[0]
+    assert made.notes[-1] == CANNOT
+    assert {"machine", "asked", "knows", "wrong"} == set(stored["figures"])
+
+
+def test_crops_that_are_cut_alike_are_made_once(index: Index, monkeypatch: pytest.MonkeyPatch):
+    """Two models of one contract see the same tensors; another contract has its own."""
+    wide = replace(KNOWS, name="wide", input=CONTRACT.model_copy(update={"margin": 1.6}))
+    made: Counter[str] = Counter()
+    from train.examples import Examples
+
+    whole = Examples.crop
+
+    def counted(self: Examples, item: object) -> Tensor:
+        made["crops"] += 1
+        return whole(self, item)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Examples, "crop", counted)
+    one = everyone([KNOWS, WRONG], index, ASK, ("smooth",), "clean")
+    once = made["crops"]
+    three = everyone([KNOWS, wide, WRONG], index, ASK, ("smooth",), "clean")
+
+    assert 12 == once == made["crops"] - 2 * once
+    assert np.array_equal(one[0].logit, -one[1].logit)
+    assert np.array_equal(one[1].logit, three[2].logit)
+    assert not np.array_equal(three[0].logit, three[1].logit)
+
+
+def test_a_network_has_its_cost_in_the_row(index: Index):
+    """Weights and arithmetic of the very network that was judged."""
+    judge = of_network("fdfl", build("fdfl", **LITE), CONTRACT)
+    made = table("detectors", [KNOWS, judge], index, replace(ASK, families=("smooth",)))
+    row = next(row for row in made.rows if row[0] == "fdfl")
+
+    assert ("3.85", "0.12") == row[1:3]
+    assert float(row[3]) > 0
+    assert ("—", "—") == made.rows[0][1:3]
+
+
+def test_the_destructors_products_are_counted():
+    """Four products for each of three planes at 64²: 25 MFLOP, which torch does not see."""
+    small = build("ralf", base=4, blocks=1, **LITE)
+    plain = cost(small)
+    classifier = cost(build("classifier", **LITE))
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        small.to("meta")(torch.zeros((1, 3, 64, 64), dtype=torch.uint8, device="meta"))
+
+    assert plain.gflop - counter.get_total_flops() / 1e9 == pytest.approx(3 * 8 * 64**3 / 1e9)
+    assert (classifier.parameters, round(classifier.gflop, 4)) == (3_372_289, 0.0627)
+
+
+def scored(logit: np.ndarray, clusters: int = 30) -> Scored:
+    """Each cluster a real and a forged face."""
+    forged = np.arange(2 * clusters) % 2 == 1
+    names = tuple(("d", "real", "", str(row // 2)) for row in range(2 * clusters))
+    return Scored(logit, forged, names, tuple(row // 2 for row in range(2 * clusters)))
+
+
+def test_a_difference_on_the_same_faces_is_surer_than_two_figures():
+    """One model is the other and a little noise: alone both are unsure, their difference is not."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 1, 60) + np.tile([0.0, 0.8], 30)
+    one, other = scored(base), scored(base + rng.normal(0, 0.05, 60))
+    low, high = paired_interval(one, other, auc, replicates=300)
+    wide = interval(one, auc, replicates=300)
+
+    assert low <= auc(one.forged, one.logit) - auc(other.forged, other.logit) <= high
+    assert high - low < (wide[1] - wide[0]) / 4
+    assert (0.0, 0.0) == paired_interval(one, one, auc, replicates=20)
+
+
+def test_models_that_saw_other_faces_cannot_be_paired():
+    """Nor one class alone have an interval."""
+    one = scored(np.zeros(60))
+    with pytest.raises(ValueError, match="same faces in the same order"):
+        paired_interval(one, one.where(np.arange(60) < 58), auc)
+    reals = one.where(~one.forged)
+
+    assert np.isnan(paired_interval(reals, reals, auc)).all()
