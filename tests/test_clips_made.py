@@ -1,10 +1,10 @@
 """Made clips: twins that differ in the forgery alone, as a dataset that can be prepared."""
 
-import av
 import numpy as np
 import pytest
 
 from kernels.manifest import InputContract
+from tests.clips import decode_all
 from tests.faces_on_disk import faces
 from train.clips import Wanted, make_clips
 from train.index import Index, IndexFault, load
@@ -24,8 +24,9 @@ def made(stills, tmp_path_factory) -> Index:
 
 
 def frames(index: Index, row) -> np.ndarray:
-    with av.open(index.whole_path(row)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    return np.stack(
+        [shown.pixels.transpose(1, 2, 0) for shown in decode_all(index.whole_path(row))]
+    )
 
 
 def test_each_still_gives_a_real_and_a_forged_clip_at_each_rate(made):
