@@ -74,12 +74,8 @@ class Batching:
 def cover(count: int, buckets: tuple[int, ...]) -> tuple[int, ...]:
     """The buckets, largest first, that hold so many at the least cost; only the last is padded."""
     whole, left = divmod(count, buckets[-1])
-    if not left:
-        return (buckets[-1],) * whole
-    ways: list[tuple[int, ...]] = []
-    if fitting := [size for size in buckets if size >= left]:
-        ways.append((fitting[0],))
-    if under := [size for size in buckets if size < left]:
-        ways.append((under[-1], *cover(left - under[-1], buckets)))
-    cheapest = min(ways, key=lambda way: (sum(way) + CALL_COST * len(way), len(way)))
-    return (buckets[-1],) * whole + cheapest
+    best: list[tuple[int, ...]] = [()]
+    for few in range(1, left + 1):
+        ways = [(size, *best[max(0, few - size)]) for size in buckets]
+        best.append(min(ways, key=lambda way: (sum(way) + CALL_COST * len(way), len(way))))
+    return (buckets[-1],) * whole + tuple(sorted(best[left], reverse=True))

@@ -25,7 +25,7 @@ this part in FP32 where they run in bf16.
 
 The ops and their backward are opaque to torch.compile and torch.export, so that fused kernels can
 take their place; `destruct_reference` is what the first means, in plain torch, and what export
-decomposes it to.  On CUDA an FP16 mask of a size that `fusible` knows is filtered by dct_triton;
+decomposes it to.  On CUDA, FP16 products of the sizes that `fusible` knows are dct_triton's;
 without triton, or where it cannot build its kernels, the log says so once and the reference runs.
 Differentiable once; gradients are summed in FP32 at least, since those of a mean over a batch
 are too small for FP16.

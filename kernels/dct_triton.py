@@ -28,6 +28,7 @@ n: side   H: n/2   P: H as a power of two   a, b: parity of row and column frequ
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from subprocess import CalledProcessError
 
 import torch
 import triton
@@ -312,7 +313,8 @@ def destruct(
                 RESIDUAL=apart is not None,
                 **_options(inverse),
             )
-    except TritonError as error:
+    # Triton's own, and what making its launcher may meet: no C compiler, a cache it cannot write.
+    except (TritonError, RuntimeError, OSError, CalledProcessError) as error:
         raise FusedKernelError(f"size {size} on {image.device}: {error}") from error
     return out, apart
 
