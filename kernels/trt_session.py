@@ -151,7 +151,8 @@ class Session:
             slot.inputs[0][: len(crops)].copy_(crops, non_blocking=True)
             # What lies behind is an older batch's: finite pixels, and nobody reads their scores.
             slot.launch()
-            outputs = tuple(output.to("cpu", torch.float32) for output in slot.outputs)
+            # Copies: the slot's own are overwritten by the next part.
+            outputs = tuple(output.to("cpu", torch.float32, copy=True) for output in slot.outputs)
         self.queue.finish()
         return outputs
 
