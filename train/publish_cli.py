@@ -202,14 +202,15 @@ def calibrated_by(score: "Score", manifest: "Manifest", args: argparse.Namespace
         videos = scored(examples, found).pooled(manifest.aggregation)
         logits.append(videos.logit)
         forged.append(videos.forged)
-        people |= {item.frame.row.target or item.video for item in examples.items}
+        reals = [item for item in examples.items if not item.forged]
+        people |= {item.frame.row.target or item.video for item in reals}
     return calibrate(
         np.concatenate(logits),
         np.concatenate(forged),
         fitted_on=args.fitted_on or f"{args.split}: {','.join(conditions)}",
         shift=not args.no_shift,
         # The same person seen again is no new evidence of how often reals are called forged.
-        times=max(1, int((~np.concatenate(forged)).sum()) // len(people)),
+        times=max(1, int((~np.concatenate(forged)).sum()) // max(1, len(people))),
     )
 
 

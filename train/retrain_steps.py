@@ -121,7 +121,7 @@ def _calibrate(order: Order) -> Facts:
             logit, forged,
             fitted_on=f"{split}: {','.join(order.conditions)}",
             # The same person seen again is no new evidence of how often reals are called forged.
-            times=max(1, int((~forged).sum()) // len(people)),
+            times=max(1, int((~forged).sum()) // max(1, len(people))),
         )  # fmt: skip
     except CalibrationError as error:
         raise Stopped(
@@ -153,7 +153,8 @@ def _videos(
         judge, order.index, split, families=_families(order.index, split), condition=condition
     )
     pooled = score(judge, examples).pooled(judge.aggregation)
-    people = {str(item.frame.row.target or item.video) for item in examples.items}
+    reals = [item for item in examples.items if not item.forged]
+    people = {str(item.frame.row.target or item.video) for item in reals}
     return pooled.logit, pooled.forged, people
 
 
