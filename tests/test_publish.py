@@ -1,5 +1,6 @@
 """From a run to a model: the engine says what the checkpoint's weights say."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.artifact import Artifact, golden, open_artifact
+from kernels.artifact import Artifact, golden, open_artifact, versions
 from kernels.engine import load as load_engine
 from kernels.networks import build
 from tests.training import MadeBatches, tiny
-from train.calibrate import calibrate
+from train.calibrate import calibrate, restored
 from train.card import Portion, portions, without_places
 from train.checkpoint import CheckpointError, load
 from train.loop import BEST, LAST, Options, train
 from train.publish import Told, judged, made_crops, publish, recalibrate, weights
 from train.recipes import named
+from worker.cli import main
 
 
 @pytest.fixture(scope="module", params=["ralf_small", "small_classifier"])
@@ -100,6 +102,40 @@ def test_calibration_goes_into_the_manifest_and_onto_the_card(run: Path, tmp_pat
     assert again.weights_sha256 == artifact.weights_sha256
     assert again.manifest.calibration.fitted_on == "new"
     assert f"Recalibrated from {artifact.version}" in again.file("card.md").read_text()
+
+
+def test_a_version_may_take_over_the_calibration_of_another(run: Path, tmp_path: Path):
+    """Figures are measured on a calibrated draft; what then ships is calibrated the same."""
+    rng = np.random.default_rng(0)
+    forged = np.arange(100) < 50
+    found = calibrate(rng.normal(0, 1, 100) + 2 * forged, forged, fitted_on="val, crf 23")
+    draft = published(run, tmp_path / "drafts", calibrated=found)
+    figures = tmp_path / "card.json"
+    flat = {"test_auc": [0.9, 0.8, 0.95], "crop clean ece": 0.04}
+    card = {"title": "For the card", "figures": {"ralf": flat, "ralf clean": {"frames": {}}}}
+    figures.write_text(json.dumps(card))
+
+    asked = [str(run), "--name", "last", "--models", str(tmp_path / "models")]
+    asked += ["--calibration-of", str(draft.path), "--metrics", str(figures)]
+    code = main(["publish", *asked, "--aggregation", "mean"])
+    [version] = versions(tmp_path / "models", "last")
+    made = open_artifact(tmp_path / "models" / "last" / version).manifest
+
+    assert code == 0
+    assert found.calibration == made.calibration
+    assert found.scores() == made.thresholds
+    assert flat.items() <= made.metrics.items()
+    assert found == restored(made.calibration, made.metrics["calibration"])
+    assert "mean" == made.aggregation.track
+
+
+def test_a_version_without_calibration_has_none_to_take_over(run: Path, tmp_path: Path, capsys):
+    """The message says what to do."""
+    draft = published(run, tmp_path)
+    asked = ["--name", "last", "--models", str(tmp_path), "--calibration-of", str(draft.path)]
+
+    assert main(["publish", str(run), *asked]) == 2
+    assert "was never calibrated: `ralf calibrate`" in capsys.readouterr().err
 
 
 def test_the_card_tells_data_licences_figures_and_what_is_missing(run: Path, tmp_path: Path):

@@ -68,6 +68,15 @@ class Calibrated:
         return {"nll_before": self.nll_before, "nll_after": self.nll_after, "thresholds": found}
 
 
+def restored(calibration: Calibration, facts: dict[str, Any]) -> Calibrated:
+    """What `facts` tell, whole again."""
+    thresholds = {
+        name: Threshold(**{**each, "interval": tuple(each["interval"])})
+        for name, each in facts["thresholds"].items()
+    }
+    return Calibrated(calibration, thresholds, facts["nll_before"], facts["nll_after"])
+
+
 def calibrate(
     logit: Floats,
     forged: NDArray[np.bool_],

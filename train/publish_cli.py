@@ -33,6 +33,14 @@ def publish_command(subparsers: Commands) -> None:
     parser.add_argument("--scores", type=Path, metavar="CSV", help="logit,label: to calibrate on")
     parser.add_argument("--fitted-on", default="", help="what --scores is, in words")
     parser.add_argument(
+        "--calibration-of", type=Path, metavar="VERSION",
+        help="folder of a version of the same run that was calibrated: take that",
+    )  # fmt: skip
+    parser.add_argument(
+        "--aggregation", default="top_half_mean", metavar="RULE",
+        help="what stands for a track: `ralf evaluate --table aggregation` compares them",
+    )  # fmt: skip
+    parser.add_argument(
         "--failure", action="append", default=[], help="a known failure, repeatable"
     )
     parser.add_argument("--promote", action="store_true", help="make it current, gate by gate")
@@ -48,6 +56,7 @@ def _models(args: argparse.Namespace) -> Path:
 
 def run_publish(args: argparse.Namespace) -> int:
     """A run as a new version of a model; its folder on stdout."""
+    from kernels.manifest import Aggregation
     from kernels.registry import promote
     from train.card import portions
     from train.layouts import read_all
@@ -59,8 +68,12 @@ def run_publish(args: argparse.Namespace) -> int:
         if index is None:
             raise ValueError("--golden-from needs --data")
         golden, source = golden_faces(args.folder, index, args.golden_from.split(","))
+    if args.scores and args.calibration_of:
+        raise ValueError("publish takes --scores or --calibration-of, not both")
+    calibrated = _calibrated_on(args.scores, args.fitted_on) if args.scores else None
     told = Told(
-        calibrated=_calibrated_on(args.scores, args.fitted_on) if args.scores else None,
+        calibrated=_calibration_of(args.calibration_of) if args.calibration_of else calibrated,
+        aggregation=Aggregation.model_validate({"track": args.aggregation}),
         metrics=_figures(args.metrics) if args.metrics else {},
         data=portions(index) if index is not None else (),
         failures=tuple(args.failure),
@@ -115,6 +128,17 @@ def golden_faces(run: Path, index: "Index", datasets: list[str]) -> tuple["NDArr
         chosen += [items[place * len(items) // count] for place in range(count)]
     crops: NDArray[np.uint8] = torch.stack([examples.crop(item) for item in chosen]).numpy()
     return crops, f"{', '.join(datasets)}, split {split or 'unnamed'}"
+
+
+def _calibration_of(version: Path) -> "Calibrated":
+    """What calibrating a version found, with its intervals."""
+    from kernels.artifact import open_artifact
+    from train.calibrate import CalibrationError, restored
+
+    artifact = open_artifact(version)
+    if "calibration" not in artifact.manifest.metrics:
+        raise CalibrationError(f"{artifact.label} was never calibrated: `ralf calibrate` does it")
+    return restored(artifact.manifest.calibration, artifact.manifest.metrics["calibration"])
 
 
 def calibrate_command(subparsers: Commands) -> None:

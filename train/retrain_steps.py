@@ -23,7 +23,7 @@ from kernels.artifact import Artifact, open_artifact
 from kernels.disk import ArtifactError
 from kernels.engine import EngineError, pick_device
 from kernels.manifest import Calibration, Reference
-from train.calibrate import Calibrated, CalibrationError, Threshold, calibrate, probability
+from train.calibrate import Calibrated, CalibrationError, calibrate, probability, restored
 from train.card import portions
 from train.data import Batches
 from train.evaluate import Judge, evaluate, examples_for, from_run, score
@@ -167,12 +167,9 @@ def _families(index: Index, split: str) -> tuple[str, ...]:
 
 def calibrated_of(facts: Facts) -> Calibrated:
     """What calibrating found, back from the journal."""
-    thresholds = {
-        name: Threshold(**{**each, "interval": tuple(each["interval"])})
-        for name, each in facts["thresholds"].items()
-    }
     before, after = facts["nll"]
-    return Calibrated(Calibration(**facts["calibration"]), thresholds, before, after)
+    told = {"thresholds": facts["thresholds"], "nll_before": before, "nll_after": after}
+    return restored(Calibration(**facts["calibration"]), told)
 
 
 def _evaluate(order: Order, calibration: Facts) -> Facts:

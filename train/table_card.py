@@ -52,6 +52,8 @@ def card(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
         if len(stills.where(split=CHECK, label=0)):
             for condition in ask.conditions or CONDITIONS:
                 _false_positives(figures, judge, stills, ask, condition)
+        # What promotion compares (manifest.margins), by the name that every model has.
+        figures[f"{ask.split}_auc"] = figures[f"crop {(ask.conditions or CONDITIONS)[0]} auc seen"]
         found.figures[judge.name] = figures
         for name, value in figures.items():
             cells = [value] if isinstance(value, float) else value

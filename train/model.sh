@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# From a folder of faces to the model that ships: `make model DATA=…`.
+#
+#   classifier ─▶ detector ─▶ draft ─▶ made clips ─▶ calibrated ─▶ card ─▶ models/ralf-small
+#
+# Every step goes on where it was broken off: type the same command again.  MINUTES bounds each of
+# the two trainings in one command; the next command goes on from there.
+#
+#   two CPU cores (what ships):  DATA=faces train/model.sh              two to three hours
+#   one GPU (the larger one):    DATA=faces RECIPE=ralf_small CLASSIFIER_STEPS=4000 STEPS=6000 \
+#                                MINUTES=5 train/model.sh               not measured
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+: "${DATA:?a folder with faces.csv, or an index: see README, \"Training\"}"
+RUNS=${RUNS:-runs}
+MODELS=${MODELS:-models}
+NAME=${NAME:-ralf-small}
+RECIPE=${RECIPE:-ralf_small_cpu}
+GOLDEN=${GOLDEN:-civilservice}
+MINUTES=${MINUTES:-}
+BACKBONE=${BACKBONE:-imagenet}         # a safetensors file in timm's names where the hub is not reached
+CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-420}
+STEPS=${STEPS:-}
+FRAMES=8                               # of each made clip
+BIN=${BIN:-.venv/bin}
+SHARES=3,2,3,1.5,1,1.5,0.7,1.5,0.5
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+processes=$("$BIN/python" -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))')
+train() { # RECIPE RUN options: one process a device, or a core
+  "$BIN/torchrun" --nproc-per-node="$processes" -m worker.cli train "$1" --data "$DATA" --out "$2" \
+    ${MINUTES:+--minutes "$MINUTES"} "${@:3}"
+}
+
+train small_classifier "$RUNS/classifier" --set "init.backbone=$BACKBONE" --set data.batch=16 \
+  --set "schedule.steps=$CLASSIFIER_STEPS" --set schedule.evaluate_every=4 \
+  --set optimiser.ema=0.99 --set "data.shares=$SHARES"
+train "$RECIPE" "$RUNS/$NAME" --set "init.backbone=$RUNS/classifier" \
+  ${STEPS:+--set "schedule.steps=$STEPS"}
+
+clips() { # SPLIT options: stills set in motion, encoded, and cut by the worker's own finder
+  "$BIN/ralf" data clips "$DATA" --split "$1" --out "$RUNS/clips/$1" --crf 23,40 "${@:2}"
+  "$BIN/ralf" data prepare "$RUNS/clips/$1/index.csv" --out "$RUNS/crops/$1" --frames "$FRAMES"
+}
+seen=self_blend,inner,swap,mouth,eyes,reenact,resample,smooth,spectrum
+clips val --families "$seen"
+clips test --families "$seen,boundary,boundary,boundary"
+
+last() { tail -n 1; } # the version's folder is the last line on stdout
+draft=$("$BIN/ralf" publish "$RUNS/$NAME" --name "$NAME" --models "$RUNS/drafts" | last)
+draft=$("$BIN/ralf" calibrate "$draft" --models "$RUNS/drafts" --data "$RUNS/crops/val/index.csv" \
+  --split val --fitted-on "made clips of the val people, H.264 at crf 23 and 40" | last)
+"$BIN/ralf" evaluate "$draft" --table card --split test --device cpu --out "$RUNS/card" \
+  --data "$DATA" "$RUNS/crops/test/index.csv"
+"$BIN/ralf" publish "$RUNS/$NAME" --name "$NAME" --models "$MODELS" --promote --data "$DATA" \
+  --golden-from "$GOLDEN" --calibration-of "$draft" --metrics "$RUNS/card/card.json"
