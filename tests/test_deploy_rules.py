@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -94,6 +95,30 @@ def test_every_query_names_a_metric_that_a_worker_exports_or_a_rule_records(
 
     unknown = {name for query in queries for name in named(query)} - recorded - EXTERNAL
     assert sorted(unknown - set(exported)) == []
+
+
+def test_a_process_without_a_model_is_ready(redis_server: RedisServer):
+    """Or the alert on workers that are not would never end."""
+    settings = replace(QUICK, redis_url=redis_server.url, http_port=two_ports())
+    janitor = subprocess.Popen(
+        [sys.executable, "-m", "worker.service.serve", "janitor"],
+        env=as_environment(settings, os.environ),
+        cwd=ROOT,
+    )
+    try:
+        until(lambda: answered(settings.http_port))
+        text = get(settings.http_port, "/metrics")[1]
+    finally:
+        janitor.terminate()
+        janitor.wait(60)
+
+    assert "\nralf_ready 1.0\n" in text
+
+
+def answered(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_every_metric_is_shown_or_watched(exported: dict[str, set[str]]):

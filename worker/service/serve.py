@@ -138,6 +138,7 @@ def _alone(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask_to_stop)
     telemetry.METRICS.watch_queue(queue_counts(store))
+    telemetry.METRICS.ready.set(1)  # there is no model to wait for
     health = Health(settings, pulse=lambda: pulse[0])
     try:
         with serving(settings, health, telemetry.METRICS):
