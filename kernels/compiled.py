@@ -1,7 +1,7 @@
 """A network on CUDA: compiled once for each bucket, on a stream of its own.
 
-torch.compile makes one program per batch size, when the engine is loaded and never later: a
-compilation takes a minute, and a job that waited for one would look hung.  So crops come in the
+torch.compile makes one program per batch size, when the engine is loaded and never later: to
+compile may take minutes, and a job that waited for it would look hung.  So crops come in the
 buckets of kernels.batching, and a size that has no program, because memory ran out and the batch
 was halved, runs eagerly.  So does everything where compiling fails; the log says why, once.
 
