@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Four detectors and the mean of three, trained on the same faces for as long, judged side by side.
+#   bench/compare_detectors.sh DATA OUT [FACES] [SIZE]
+# One backbone for all (EfficientNet-Lite0), crops of SIZE pixels (128), FACES crops (24000) each;
+# the plain classifier stands for what is called Xception where there is a GPU.  Every step may be
+# stopped and asked for again.  The record goes to OUT/detectors.json.
+#   BACKBONE, VGG16   first weights: safetensors files, or `imagenet` from their hubs
+#   LIMIT             judge only so many people; SEED of the training runs (0)
+set -euo pipefail
+data=$(realpath "$1") out=$(realpath -m "$2") faces=${3:-24000} size=${4:-128}
+cd "$(dirname "$0")/.."
+ralf() { "${PYTHON:-.venv/bin/python}" -m worker.cli "$@"; }
+export RALF_MODELS_DIR=$out/models
+batch=16
+steps=$((faces / batch))
+mkdir -p "$out"
+learn() { # MODEL RECIPE [--set …]
+  ralf train "$2" --data "$data" --out "$out/runs/$1" --device cpu --workers 1 \
+    --set "schedule.steps=$steps" --set schedule.evaluate_every=3 --set "data.batch=$batch" \
+    --set "network.size=$size" --set "data.input.size=$size" --set optimiser.ema=0.99 \
+    --set "seed=${SEED:-0}" --set "init.backbone=${BACKBONE:-imagenet}" "${@:3}"
+  ralf publish "$out/runs/$1" --name "$1" --data "$data" --promote
+  promote "$1" "$(ralf calibrate "$1" --data "$data" --split val --device cpu)"
+}
+promote() { # MODEL FOLDER
+  ralf models promote "$1@$(basename "$2")"
+}
+learn classifier small_classifier
+learn ralf ralf_small_cpu --set "init.perceptual=${VGG16:-imagenet}"
+learn fdfl fdfl_small
+learn rcl rcl_small
+promote trio "$(ralf ensemble ralf fdfl rcl --name trio --data "$data" --split val)"
+ralf evaluate classifier ralf fdfl rcl trio --data "$data" --table detectors --split test \
+  --out "$out" ${LIMIT:+--limit "$LIMIT"} | tee "$out/detectors.txt"
