@@ -1,7 +1,7 @@
 """Clips and a model for `ralf bench pipeline`, made here: python -m tests.walk_clips FOLDER [SIDE]
 
 long.mp4 is what an upload looks like: 21 s of 1080p with six people, a keyframe every ten seconds.
-small/ holds what a soak walks through in turn: codecs, sizes and a turned phone clip, two seconds
+small/ holds what a soak walks through in turn: codecs, sizes and a turned clip without faces, two s
 each.  models/ holds an untrained model, for machines that have none: its speed is a trained one's.
 With SIDE that model is a tiny one that takes crops of so many pixels.
 """
