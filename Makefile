@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint types schemas rules deploy-tools deploy-check clean
+.PHONY: demo test lint types schemas rules deploy-tools deploy-check plans clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Ralf needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; set PYTHON=")'
@@ -40,6 +40,15 @@ deploy-tools: $(VENV)/deploy-ready
 
 deploy-check: $(VENV)/deploy-ready
 	REQUIRE_DEPLOY_TOOLS=1 OMP_NUM_THREADS=1 $(RUN)/pytest tests/test_deploy_image.py tests/test_deploy_integration.py tests/test_deploy_k8s.py tests/test_deploy_rules.py
+
+# Real plans by TensorRT-RTX's builder, without a GPU.  It lies apart, so that `make test` shows that nothing else needs it.
+RTX = $(shell sed -n 's/.*tensorrt-rtx-cu13==\([0-9.]*\).*/\1/p' pyproject.toml)
+$(VENV)/plans-ready: $(VENV)/ready
+	$(RUN)/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/plans tensorrt-rtx-cu13==$(RTX) tensorrt-rtx-cu13-libs==$(RTX) tensorrt-rtx-cu13-bindings==$(RTX)
+	touch $@
+
+plans: $(VENV)/plans-ready
+	PYTHONPATH="$(CURDIR)/$(VENV)/plans" REQUIRE_RTX=1 $(RUN)/pytest tests/test_build_rtx.py
 
 clean:
 	rm -rf $(VENV) demo/out build *.egg-info

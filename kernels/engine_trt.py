@@ -54,6 +54,8 @@ def installed() -> dict[Flavour, str]:
 
 def facts(device: torch.device) -> Device:
     """What choosing a plan needs to know of a CUDA device."""
+    if device.type != "cuda":
+        raise EngineError(f"a plan runs on a GPU, not on {device}")
     properties = torch.cuda.get_device_properties(device)
     architecture = f"sm{properties.major}{properties.minor}"
     return Device(properties.name, architecture, installed())

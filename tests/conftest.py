@@ -27,6 +27,7 @@ hypothesis.settings.register_profile("ralf", deadline=None)
 hypothesis.settings.load_profile("ralf")
 REQUIRE_GPU = os.environ.get("REQUIRE_GPU") == "1"
 REQUIRE_DALI = os.environ.get("REQUIRE_DALI") == "1"
+REQUIRE_RTX = os.environ.get("REQUIRE_RTX") == "1"
 
 
 def has_dali() -> bool:
@@ -43,6 +44,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if REQUIRE_DALI:
             pytest.fail("REQUIRE_DALI=1, and nvidia.dali is not installed")
         pytest.skip("no DALI; REQUIRE_DALI=1 makes this an error")
+    if item.get_closest_marker("rtx") and not importlib.util.find_spec("tensorrt_rtx"):
+        if REQUIRE_RTX:
+            pytest.fail("REQUIRE_RTX=1, and tensorrt_rtx is not installed")
+        pytest.skip("no TensorRT-RTX; REQUIRE_RTX=1 makes this an error")
 
 
 @pytest.fixture(autouse=True)

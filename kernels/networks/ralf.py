@@ -113,8 +113,11 @@ class Ralf(nn.Module):
 
     def trace(self, crops: Tensor) -> Trace:
         """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and all that is made of them."""
+        return self.follow(crops, *self.destroy(crops))
+
+    def follow(self, crops: Tensor, destroyed: Tensor, removed: Tensor) -> Trace:
+        """All that comes after `destroy`, which a fused op may have done."""
         image = unit(crops)
-        destroyed, removed = self.destroy(crops)
         rebuilt, encoded = self.reconstructor(destroyed)
         dtype = dtype_of(self.classifier.stem)
         features = self.classifier.stem((image - rebuilt).abs().to(dtype))

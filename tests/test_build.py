@@ -1,0 +1,416 @@
+"""`ralf build`: what agrees is published, what does not is refused with the layer that differs."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import build as building
+from kernels import (
+    build_cli,
+    build_rtx,
+    build_trt,
+    engine_trt,
+    fastest,
+    plan_store,
+    plans,
+    verify,
+)
+from kernels.artifact import Artifact, open_artifact, promote
+from kernels.build import Order, build
+from kernels.diverge import ModuleLayers
+from kernels.engine import EngineError, load
+from kernels.engine_torch import restore
+from kernels.gate import Gate
+from kernels.networks import build as network_of
+from kernels.plans import Device, Key, PlanMissing, Unverified
+from kernels.trace import Built
+from kernels.untrained import patterns, publish_untrained, settle
+from kernels.verify import Refused
+
+pytest.importorskip("onnxruntime", reason="the extra build brings it")
+from kernels import export_onnx
+
+SIZE = 64
+CPU = torch.device("cpu")
+H200 = Device("NVIDIA H200", "sm90", {"rtx": "1.4.0.76"})
+KEY = Key("rtx", "1.4.0.76", ("sm80", "sm90"), "fp16", 8)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tiny untrained model."""
+    root = tmp_path_factory.mktemp("models")
+    publish_untrained(root, name="tiny", base=4, blocks=1, size=SIZE, golden_crops=4)
+    return root
+
+
+@pytest.fixture
+def artifact(shelf: Path, tmp_path: Path) -> Artifact:
+    """A copy of it."""
+    [version] = (shelf / "tiny").glob("????????")
+    return open_artifact(shutil.copytree(version, tmp_path / "tiny" / version.name))
+
+
+@pytest.fixture
+def reference(artifact: Artifact) -> torch.nn.Module:
+    """The FP32 module."""
+    return restore(artifact.manifest, artifact.read("weights.safetensors"))
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch, reference: torch.nn.Module) -> SimpleNamespace:
+    """TensorRT-RTX and ONNX, faked at their border: a graph that gives the module's logits."""
+    state = SimpleNamespace(built=0, shift=0.0, layers=lambda path: ModuleLayers(reference))
+
+    def run(crops: np.ndarray) -> list[np.ndarray]:
+        return [reference(torch.from_numpy(crops)).numpy() + np.float32(state.shift)]
+
+    def compile_graph(graph: Path, size: int, buckets: tuple[int, ...]) -> Built:
+        state.built += 1
+        return Built(b"plan %d" % state.built, 0.5, {"tf32": False})
+
+    monkeypatch.setattr(export_onnx, "export", lambda network, path, **_: path.write_bytes(b"x"))
+    monkeypatch.setattr(export_onnx, "session", lambda path: run)
+    monkeypatch.setattr(export_onnx, "OnnxLayers", lambda path: state.layers(path))  # noqa: PLW0108 - it is changed later
+    monkeypatch.setattr(export_onnx, "convolutions", lambda path: (["conv"], 1))
+    monkeypatch.setattr(build_rtx, "version", lambda: "1.4.0.76")
+    monkeypatch.setattr(build_rtx, "architectures", lambda: ("sm80", "sm90"))
+    monkeypatch.setattr(build_rtx, "build", compile_graph)
+    monkeypatch.setattr(build_rtx, "check_structure", lambda content, *graph: None)
+    return state
+
+
+def order(artifact: Artifact, **changes: object) -> Order:
+    """Few crops, small batches, nothing said."""
+    told: list[str] = []
+    return Order(artifact, **{"buckets": (1, 8), "crops": 4, "say": told.append, **changes})
+
+
+def test_a_plan_that_agrees_is_published_unverified(artifact: Artifact, builder):
+    """With its hash, options, error, timing and versions; no GPU has run it."""
+    made = build(order(artifact))
+    record = plans.plan(artifact, KEY).record
+
+    assert (made.record, "unverified", "rtx-aot") == (record, record.state, record.builder)
+    assert b"plan 1" == made.read()
+    assert (1, 8) == record.buckets and {"tf32": False} == record.options
+    assert record.error["golden"] <= record.error["budget"] and 4 == record.error["decisions"]
+    assert {"export_s", "check_s", "build_s"} == set(record.timing)
+    assert {"python", "torch"} <= set(record.versions)
+    with pytest.raises(Unverified):
+        plans.find(artifact, H200)
+
+
+def test_a_plan_that_is_there_is_not_built_twice(artifact: Artifact, builder):
+    """Unless asked, or damaged, or for other batches."""
+    first = build(order(artifact))
+    assert first == build(order(artifact)) and 1 == builder.built
+    build(order(artifact, again=True))
+    assert 2 == builder.built
+    plans.plan(artifact, KEY).path.write_bytes(b"damaged")
+    assert b"plan 3" == build(order(artifact)).read()
+    assert (1, 4, 8) == build(order(artifact, buckets=(1, 4, 8))).record.buckets
+    assert 4 == builder.built
+
+
+def test_a_graph_that_disagrees_is_refused_with_its_first_wrong_layer(
+    artifact: Artifact, builder, reference: torch.nn.Module
+):
+    """By how much, against which budget; nothing is published, nothing was compiled."""
+    builder.shift = 1.0
+    wrong = restore(artifact.manifest, artifact.read("weights.safetensors"))
+    wrong.get_parameter("reconstructor.encoders.1.0.body.1.weight").mul_(2)
+    builder.layers = lambda path: ModuleLayers(wrong)
+    with pytest.raises(Refused) as caught:
+        build(order(artifact))
+    message = str(caught.value)
+
+    assert "golden crops differ by 1.0000, budget 0.2500" in message
+    assert "first layer that differs is reconstructor.encoders.1.0.body.1 (differs by" in message
+    assert 0 == builder.built and [] == plans.plans(artifact)
+    assert [] == list(plans.engines(artifact).iterdir())
+
+
+def test_decisions_that_flip_are_refused_even_where_golden_logits_agree(
+    artifact: Artifact, builder, monkeypatch: pytest.MonkeyPatch
+):
+    """The larger random set is asked too."""
+    check = Gate.check
+
+    def flipping(gate: Gate, what: str, score, precision):
+        def other(crops: np.ndarray) -> np.ndarray:
+            return score(crops) if len(crops) == 4 and gate.count != 4 else -5 - score(crops)
+
+        monkeypatch.setattr(Gate, "check", check)
+        return check(gate, what, other, precision)
+
+    monkeypatch.setattr(Gate, "check", flipping)
+    with pytest.raises(Refused, match=r"of 6 random crops otherwise.*no one layer differs"):
+        build(order(artifact, crops=6))
+    assert [] == plans.plans(artifact)
+
+
+def test_a_builder_that_fails_leaves_nothing(artifact: Artifact, builder, monkeypatch):
+    """And the lock is free for the next."""
+
+    def fails(*_: object) -> Built:
+        raise EngineError("TensorRT-RTX built no plan")
+
+    monkeypatch.setattr(build_rtx, "build", fails)
+    with pytest.raises(EngineError, match="built no plan"):
+        build(order(artifact))
+    with plan_store.building(artifact):
+        assert [] == plans.plans(artifact)
+
+
+@pytest.mark.parametrize("batches", [(), (0, 8), (8, 1), (1, 1), (1, 1024)])
+def test_batches_that_make_no_sense_are_refused(artifact: Artifact, batches: tuple[int, ...]):
+    """They ascend from one."""
+    with pytest.raises(EngineError, match="as 1,8,64"):
+        Order(artifact, buckets=batches)
+
+
+def test_torch_tensorrt_without_a_gpu_says_what_to_do(artifact: Artifact):
+    """The other builder needs none."""
+    with pytest.raises(EngineError, match="without one: --builder rtx-aot"):
+        build(order(artifact), "torch-tensorrt")
+    with pytest.raises(EngineError, match="precision should be one of"):
+        Order(artifact, precision="fp12")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, reference: torch.nn.Module) -> SimpleNamespace:
+    """A GPU whose plans say what the module says, give or take."""
+    state = SimpleNamespace(shift=0.0, ran=[], front=[])
+
+    def of(artifact: Artifact, key: Key, content: bytes, buckets, *, device, front="plan"):
+        state.ran.append(content)
+        state.front.append(front)
+
+        class Engine:
+            batching = SimpleNamespace(buckets=buckets)
+            precision, name = key.precision, str(key)
+
+            def __call__(self, crops: Tensor) -> Tensor:
+                return reference(crops) + state.shift
+
+        made = Engine()
+        made.artifact, made.device = artifact, "cpu"
+        return made
+
+    for module in (building, verify, engine_trt):
+        monkeypatch.setattr(module, "facts", lambda device: H200)
+    monkeypatch.setattr(engine_trt.TrtEngine, "of", of)
+    return state
+
+
+def test_verifying_marks_what_agrees_on_this_architecture(artifact: Artifact, builder, gpu):
+    """With error, budget, decisions and timing; afterwards it is found."""
+    build(order(artifact))
+    gate_of, verify.DECISIONS = verify.DECISIONS, 6
+    try:
+        [checked] = verify.verify(artifact, CPU, say=lambda line: None)
+    finally:
+        verify.DECISIONS = gate_of
+    seen = plans.find(artifact, H200).record.verifications["sm90"]
+
+    assert checked.record == plans.plan(artifact, KEY).record
+    assert "verified" == checked.record.state and not checked.record.verified_on("sm80")
+    assert (H200.label, 6) == (seen.device, seen.decisions)
+    assert {"1", "8"} == set(seen.timing_ms) and seen.error <= seen.budget
+
+
+def test_verifying_withdraws_what_disagrees(artifact: Artifact, builder, gpu, monkeypatch):
+    """Nobody finds it again."""
+    build(order(artifact))
+    monkeypatch.setattr(verify, "DECISIONS", 4)
+    gpu.shift = 1.0
+    with pytest.raises(Refused, match=r"differ by 1\.0000, budget 0\.2500; rtx1.* was withdrawn"):
+        verify.verify(artifact, CPU, say=lambda line: None)
+    assert [] == plans.plans(artifact) == list(plans.engines(artifact).iterdir())
+
+
+def test_verifying_leaves_plans_of_other_machines_alone(
+    artifact: Artifact, builder, gpu, monkeypatch
+):
+    """Another version's, another GPU's; nothing there is nothing to do."""
+    assert [] == verify.verify(artifact, CPU)
+    monkeypatch.setattr(build_rtx, "version", lambda: "1.7.1")
+    build(order(artifact))
+    told: list[str] = []
+
+    assert [] == verify.verify(artifact, CPU, say=told.append)
+    assert "left as it is" in told[0] and "needs tensorrt_rtx 1.7.1" in told[0]
+    assert "unverified" == plans.plans(artifact)[0].record.state
+
+
+class OnGpu(Order):
+    """An order whose device passes for a GPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return True
+
+
+def test_on_a_gpu_both_fronts_are_tried_and_the_faster_kept(
+    artifact: Artifact, gpu, monkeypatch: pytest.MonkeyPatch
+):
+    """Verified at once, both timings in the record."""
+    spent = {"plan": 2.0, "op": 1.0}
+
+    def compiled(network, buckets, front):
+        return Built(front.encode(), 1.0, {"front": front})
+
+    def timed(engine, agreement):
+        made = real(engine, agreement)
+        return made.model_copy(update={"timing_ms": {"1": 1.0, "8": spent[gpu.front[-1]]}})
+
+    real = building.verification
+    monkeypatch.setattr(building, "verification", timed)
+    monkeypatch.setattr(build_trt, "flavour", lambda: "trt")
+    monkeypatch.setattr(build_trt, "version", lambda: "10.15.1.29")
+    monkeypatch.setattr(build_trt, "build", compiled)
+    made = build(OnGpu(artifact, buckets=(1, 8), crops=4, say=lambda line: None))
+
+    assert "trt10.15.1.29-sm90-fp16-b8" == str(made.key)
+    assert b"op" == made.read() and made.record.verified_on("sm90")
+    assert {"plan", "op"} == set(made.record.options["fronts_ms"])
+    gpu.shift = 1.0
+    names = ["reconstructor.enter.0"]
+    wrong = SimpleNamespace(
+        names=lambda: names, values=lambda c, n: {x: np.zeros(1, np.float32) for x in n}
+    )
+    monkeypatch.setattr(build_trt, "PlanLayers", lambda *_: wrong)
+    with pytest.raises(Refused, match=r"first layer that differs is reconstructor\.enter\.0"):
+        build(OnGpu(artifact, buckets=(1, 8), crops=4, again=True, say=lambda line: None))
+    assert b"op" == plans.plan(artifact, made.key).read()
+
+
+def test_torch_tensorrt_is_asked_for_the_whole_network_in_its_own_types(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Faked at the library: what it is given runs, and equals the network."""
+    torch.manual_seed(0)
+    dimensions = {"base": 4, "blocks": 1, "backbone": "tf_efficientnet_lite0", "size": 32}
+    network = network_of("ralf", **dimensions)
+    settle(network, patterns(4, 32))
+    network.eval().requires_grad_(False)
+    asked: dict[str, object] = {}
+
+    def convert(program, *, arg_inputs, **options):
+        asked.update(options, program=program, inputs=arg_inputs)
+        return b"plan"
+
+    library = SimpleNamespace(
+        Input=lambda **spec: spec,
+        dynamo=SimpleNamespace(convert_exported_program_to_serialized_trt_engine=convert),
+    )
+    monkeypatch.setattr(build_trt, "_library", lambda: library)
+    crops = torch.from_numpy(patterns(3, 32))
+    built = build_trt.build(network, (1, 8), "op")
+    got = asked["program"].module()(crops, *network.destroy(crops))
+
+    assert (b"plan", "op") == (built.content, built.options["front"])
+    torch.testing.assert_close(network(crops), got, rtol=1e-4, atol=1e-4)
+    assert [(8, 3, 32, 32)] * 3 == [spec["max_shape"] for spec in asked["inputs"]]
+    assert [torch.uint8, torch.float32, torch.float32] == [s["dtype"] for s in asked["inputs"]]
+    for option in ("require_full_compilation", "disable_tf32", "immutable_weights"):
+        assert asked[option] is True
+    for option in ("cache_built_engines", "reuse_cached_engines"):
+        assert asked[option] is False
+    assert not Path(asked["timing_cache_path"]).parent.exists()
+
+
+@contextmanager
+def quiet(capsys: pytest.CaptureFixture[str]):
+    """What was printed meanwhile."""
+    capsys.readouterr()
+    said = SimpleNamespace()
+    yield said
+    said.out, said.err = capsys.readouterr()
+
+
+def command(*words: str) -> Callable[[], int]:
+    """`ralf build …`, ready to run."""
+    parser = argparse.ArgumentParser()
+    build_cli.add_build(parser.add_subparsers())
+    args = parser.parse_args(["build", *words])
+    return lambda: args.run(args)
+
+
+def test_all_on_a_cpu_times_torch_and_the_fastest_is_loaded(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """One line a device in engines/fastest.json; `load` takes what it says."""
+    promote(artifact.path.parent.parent, "tiny", artifact.version)
+    monkeypatch.setattr(building, "available", list)
+    monkeypatch.setattr(fastest, "REPEATS", 2)
+    for winner in ("torch-fp32", "torch-bf16"):
+        told = {"torch-fp32": 0.2, "torch-bf16": 0.4, winner: 0.1}
+
+        def interleave(ways, told=told, **_):
+            return {
+                name: SimpleNamespace(median_s=told[name])
+                for name in ways
+                if not ways[name]().isnan().any()
+            }
+
+        monkeypatch.setattr(
+            fastest, "offers", lambda manifest, device: ["torch-fp32", "torch-bf16"]
+        )
+        monkeypatch.setattr(fastest, "interleave", interleave)
+        with quiet(capsys) as said:
+            models = str(artifact.path.parent.parent)
+            assert 0 == command("tiny", "--models", models, "--all", "--json", "--device", "cpu")()
+        found = json.loads(said.out)["fastest"]
+
+        assert winner == found["engine"] == plans.fastest(artifact, fastest.device_of(CPU)).engine
+        assert {"torch-fp32", "torch-bf16"} == set(found["faces_per_s"])
+        assert winner.removeprefix("torch-") == load(artifact, "cpu").precision
+
+
+def test_an_engine_that_fails_is_left_out_of_the_race(artifact: Artifact, monkeypatch):
+    """And said."""
+    monkeypatch.setattr(fastest, "REPEATS", 1)
+    monkeypatch.setattr(fastest, "offers", lambda manifest, device: ["torch-fp32", str(KEY)])
+    told: list[str] = []
+    measured = fastest.measure(artifact, CPU, batch=2, say=told.append)
+
+    assert ["torch-fp32"] == list(measured.faces_per_s)
+    assert f"{KEY}: left out: a plan runs on a GPU, not on cpu" in told
+
+
+def test_the_command_prints_what_was_made_and_what_was_refused(artifact: Artifact, builder, capsys):
+    """0 and a line; 1 and the reason; 2 for a batch that is none; 5 for no such model."""
+    models = str(artifact.path.parent.parent)
+    promote(models, "tiny", artifact.version)
+    words = ("tiny", "--models", models, "--batch", "1,8", "--crops", "4", "--device", "cpu")
+    with quiet(capsys) as said:
+        assert 0 == command(*words)()
+    assert f"{KEY}  unverified" in said.out
+    with quiet(capsys) as said:
+        assert 0 == command(*words, "--json")()
+    assert [str(KEY)] == [plan["key"] for plan in json.loads(said.out)["plans"]]
+    builder.shift = 1.0
+    with quiet(capsys) as said:
+        assert 1 == command(*words, "--again")()
+    assert "budget 0.2500" in said.err and said.out == ""
+    with quiet(capsys) as said:
+        assert 2 == command("tiny", "--models", models, "--batch", "1;8")()
+        assert 5 == command("nobody", "--models", models)()
+    assert b"plan 1" == plans.plan(artifact, KEY).read()
+
+
+def test_a_plan_nobody_built_is_missed_with_the_command(artifact: Artifact):
+    """That very command."""
+    with pytest.raises(PlanMissing, match="ralf build tiny@"):
+        plans.find(artifact, H200)
