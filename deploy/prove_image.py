@@ -1,6 +1,6 @@
 """Run the Dockerfile's own steps in a clean root, without an engine, and serve a job from there.
 
-    sudo .venv/bin/python deploy/prove_image.py [--out RECORD.json]
+    sudo .venv/bin/python deploy/prove_image.py [--out RECORD.json] [--work FOLDER [--reuse]]
 
 A root is made by debootstrap (Debian 12, Python 3.11 as the base image has); each stage of the
 Dockerfile is a copy of its base in which RUN, COPY, ENV, USER and WORKDIR are done as written.
@@ -34,6 +34,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import dockerfile  # noqa: E402
+import yaml  # noqa: E402
 from dockerfile import Stage  # noqa: E402
 
 PACKAGES = "python3,python3-venv,python-is-python3,ca-certificates"
@@ -50,6 +51,7 @@ class Images:
     stages: Mapping[str, Stage]
     work: Path
     binds: list[Path]
+    reuse: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, dict[str, str]] = field(default_factory=dict)
     folder: dict[str, str] = field(default_factory=dict)
@@ -79,10 +81,12 @@ class Images:
 
     def _build(self, stage: Stage, place: Path) -> None:
         base = self.root(stage.base)
-        say(f"stage {stage.name}")
+        there = self.reuse and place.exists()
         began = time.monotonic()
-        shutil.rmtree(place, ignore_errors=True)
-        subprocess.run(["cp", "-a", "--reflink=auto", base, place], check=True)
+        if not there:
+            say(f"stage {stage.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            subprocess.run(["cp", "-a", "--reflink=auto", base, place], check=True)
         values = dict(self.environment.get(stage.base, {"PATH": SEARCHED}))
         arguments: dict[str, str] = {}
         folder, user = self.folder.get(stage.base, "/"), "0"
@@ -98,13 +102,14 @@ class Images:
                     (place / folder.lstrip("/")).mkdir(parents=True, exist_ok=True)
                 case "USER":
                     user = step.text
-                case "COPY":
+                case "COPY" if not there:
                     self._copy(step.text, place, folder)
-                case "RUN":
+                case "RUN" if not there:
                     assert user == "0", "a RUN after USER is not understood here"
                     self._run(step.text, place, values | arguments, folder)
         self.environment[stage.name], self.folder[stage.name] = values, folder
-        self.seconds[stage.name] = time.monotonic() - began
+        if not there:
+            self.seconds[stage.name] = time.monotonic() - began
 
     def _copy(self, text: str, place: Path, folder: str) -> None:
         *sources, target = shlex.split(text)
@@ -260,10 +265,16 @@ def serve_a_job(images: Images, clip: Path, folder: Path) -> dict[str, object]:
             "RALF_LOG_LEVEL": "warning",
         }
         mounts = {"/models": str(models), "/uploads": str(uploads)}
-        say("a worker from `cpu`, on a read-only root")
+        say("a worker from `cpu`, on a read-only root, with compose.yaml's command")
+        arguments = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]["worker-cpu"]
         began = time.monotonic()
         worker = subprocess.Popen(
-            images.container("cpu", images.entry("cpu"), environment=environment, mounts=mounts)
+            images.container(
+                "cpu",
+                images.entry("cpu", *arguments["command"]),
+                environment=environment,
+                mounts=mounts,
+            )
         )
         try:
             health = dockerfile.last(images.stages, "cpu", "HEALTHCHECK")
@@ -329,6 +340,7 @@ def main() -> int:
     """Build, serve, report."""
     parser = argparse.ArgumentParser(description="Prove the Dockerfile's steps without an engine.")
     parser.add_argument("--work", type=Path, help="keep the roots here (else a folder that goes)")
+    parser.add_argument("--reuse", action="store_true", help="take roots in --work as they are")
     parser.add_argument("--bind", type=Path, action="append", default=[], help="a host folder")
     parser.add_argument("--clip", type=Path, help="the video to submit (else one is made)")
     parser.add_argument("--out", type=Path, help="write the record there")
@@ -341,7 +353,7 @@ def main() -> int:
         folder.chmod(0o755)
         work = (options.work or folder / "roots").resolve()
         work.mkdir(parents=True, exist_ok=True)
-        images = Images(dockerfile.read(ROOT / "Dockerfile"), work, options.bind)
+        images = Images(dockerfile.read(ROOT / "Dockerfile"), work, options.bind, options.reuse)
         clip = options.clip or the_clip(folder / "clips")
         record: dict[str, object] = {}
         for name in ("client", "cpu"):
