@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from kernels.artifact import Artifact, Golden
 from kernels.compiled import OnCuda, buckets_of
-from kernels.engine import EngineError, Precision, check_crops, check_precision
+from kernels.engine import Engine, EngineError, Precision, check_crops, check_precision
 from kernels.lanes import side_by_side
 from kernels.manifest import Manifest
 from kernels.networks import build
@@ -172,6 +172,12 @@ def _alone(score: Callable[[Tensor], Tensor], crops: Tensor) -> Tensor:
     """One lane's piece; inference mode belongs to the thread that entered it."""
     with torch.inference_mode():
         return score(crops).float()
+
+
+def explainer(engine: Engine) -> TorchEngine | None:
+    """The torch engine that shows what this one judged by; None where there is none."""
+    found = getattr(engine, "explainer", engine)
+    return found if isinstance(found, TorchEngine) else None
 
 
 def batches(crops: Tensor, most: int) -> Iterator[Tensor]:

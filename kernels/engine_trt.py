@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,7 @@ from kernels.artifact import Artifact
 from kernels.batching import Batching
 from kernels.disk import ArtifactError, Damaged
 from kernels.engine import EngineError, Precision, check_crops
-from kernels.engine_torch import placed, restore
+from kernels.engine_torch import TorchEngine, placed, restore
 from kernels.plans import Device, Flavour, Key, Plan
 from kernels.trt_session import Queue, Session
 
@@ -123,6 +124,11 @@ class TrtEngine:
     def precision(self) -> Precision:
         """Of the bulk of the arithmetic."""
         return cast("Precision", self.key.precision)
+
+    @cached_property
+    def explainer(self) -> TorchEngine:
+        """A plan gives logits alone; pictures are for a few crops a track, and need no compiler."""
+        return TorchEngine.of(self.artifact, torch.device(self.device), compiled=False)
 
     def warm(self) -> None:
         """Make every bucket that fits ready; what does not fit is halved now, not in a job."""

@@ -87,6 +87,8 @@ def sweep(artifact: Artifact) -> None:
     folder = engines(artifact)
     named = {found.record.file for found in plans(artifact)}
     for path in folder.iterdir():
+        if path.is_dir():
+            continue
         if path.name.startswith(".") or (path.suffix == ".plan" and path.name not in named):
             path.unlink()
 

@@ -56,6 +56,8 @@ def verify(artifact: Artifact, device: torch.device, say: Say = print) -> list[P
             except (Disagrees, Damaged) as error:
                 plan_store.withdraw(artifact, plan)
                 failures.append(f"{error}; {plan.key} was withdrawn")
+            except EngineError as error:  # it could not be asked; that is not yet its fault
+                failures.append(f"{plan.key} could not run: {error}")
     if failures:
         raise Refused("; ".join(failures))
     return checked

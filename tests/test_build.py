@@ -239,6 +239,19 @@ def test_verifying_withdraws_what_disagrees(artifact: Artifact, builder, gpu, mo
     assert [] == plans.plans(artifact) == list(plans.engines(artifact).iterdir())
 
 
+def test_a_plan_that_cannot_run_is_said_and_left(artifact: Artifact, builder, gpu, monkeypatch):
+    """A driver's trouble is not the plan's fault."""
+    build(order(artifact))
+
+    def fails(*_: object, **__: object) -> None:
+        raise EngineError("TensorRT made no execution context")
+
+    monkeypatch.setattr(engine_trt.TrtEngine, "of", fails)
+    with pytest.raises(Refused, match="could not run: TensorRT made no execution context"):
+        verify.verify(artifact, CPU, say=lambda line: None)
+    assert "unverified" == plans.plan(artifact, KEY).record.state
+
+
 def test_verifying_leaves_plans_of_other_machines_alone(
     artifact: Artifact, builder, gpu, monkeypatch
 ):

@@ -19,7 +19,7 @@ import torch
 from kernels import engine_trt, plan_store, plans, trt_session
 from kernels.artifact import Artifact, golden, open_artifact
 from kernels.engine import EngineError, load
-from kernels.engine_torch import logits_of, restore
+from kernels.engine_torch import explainer, logits_of, restore
 from kernels.engine_trt import TrtEngine, load_plan
 from kernels.plans import Device, Key, Measured, Unverified
 from kernels.trt_session import GRAPH_MOST, Session
@@ -362,6 +362,17 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
 
     assert TrtEngine.of(artifact, KEY, b"plan", (1,), device=CPU).name == str(KEY)
+
+
+def test_what_a_plan_judged_by_is_shown_by_torch(engine: TrtEngine):
+    """A plan gives logits alone; the pictures are the same model's, and made when asked for."""
+    torch_engine = explainer(engine)
+    assert torch_engine is explainer(engine) and torch_engine is not None
+    shown = torch_engine.explain(torch.from_numpy(patterns(1, SIZE)))
+
+    assert (1, 3, SIZE, SIZE) == shown.residual.shape
+    assert torch_engine is explainer(torch_engine)
+    assert explainer(SimpleNamespace()) is None
 
 
 def test_a_kernel_in_front_makes_the_plans_other_inputs(artifact: Artifact):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels.engine_torch import TorchEngine
+from kernels.engine_torch import explainer
 from worker.batcher import behind
 from worker.contract import (
     EarlyStop,
@@ -314,8 +314,8 @@ class _Walk:
         if not kept:
             return Evidence()
         residuals = None
-        engine = behind(self.parts.engine)
-        if isinstance(engine, TorchEngine) and engine.explains and self.ask.evidence.residuals:
+        engine = explainer(behind(self.parts.engine))
+        if engine is not None and engine.explains and self.ask.evidence.residuals:
             residuals = engine.explain(torch.stack([item.crop for item in kept])).residual
         logits = np.array([item.logit for item in kept], np.float32)
         scores = calibrated(logits, self.manifest.calibration).tolist()
