@@ -67,6 +67,7 @@ TORCH_FREE = {
             "signing",
             "errand",
             "ending",
+            "entry",
             "fetching",
             "limits",
             "link",

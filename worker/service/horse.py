@@ -24,7 +24,6 @@ import socket
 import threading
 import time
 import uuid
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -35,7 +34,6 @@ from redis.exceptions import RedisError, ResponseError
 from rq import Queue, Worker, worker_registration
 from rq.executions import Execution
 from rq.job import Job as RqJob
-from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 from rq.suspension import is_suspended
 from rq.utils import now as utc_now
@@ -45,6 +43,7 @@ from rq.worker import WorkerStatus
 from worker.contract import Failure, Priority
 from worker.errors import ModelUnavailable
 from worker.service.ending import Ending
+from worker.service.entry import checked, write_refused
 from worker.service.errand import Errand
 from worker.service.jobs import Body
 from worker.service.link import Link
@@ -60,7 +59,6 @@ POP_S = 1
 LISTENER_END_S = 5.0
 """RQ's listening thread has so long to end; it is a daemon, so nothing hangs on it."""
 _JOB_ID = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
-REFUSED_TTL_S = 86400
 
 
 class Horse(Worker):  # type: ignore[misc]  # rq is untyped
@@ -210,7 +208,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
 
     def _execute(self, job: RqJob) -> None:
         raw = self._raw(job)
-        function, fault = self._checked(job, raw)
+        function, fault = checked(raw, job.id, self.table)
         claim = self.store.begin(job.id, self.name, alone=not self.link.shared)
         if claim is not None and raw is None:
             self.store.hand_back(claim)  # RQ's entry was deleted; this writes it anew
@@ -247,42 +245,12 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
             raw = b""
         return raw
 
-    def _checked(self, job: RqJob, raw: bytes | None) -> tuple[str, str]:
-        """The function's name, and what is wrong with the entry, if anything is."""
-        if raw is None:
-            return "", "its entry in Redis has no data"
-        try:
-            function, instance, arguments, keywords = json.loads(_inflated(raw))
-        except (ValueError, TypeError, zlib.error):
-            return "", "its payload is not RQ's JSON of function, instance, arguments, keywords"
-        if not isinstance(function, str) or function not in self.table:
-            listed = ", ".join(sorted(self.table))
-            return "", f"its function is {str(function)[:80]!r}; this worker runs only {listed}"
-        if instance is not None or arguments != [job.id] or keywords != {}:
-            return "", "its arguments should be its own id and nothing else"
-        return function, ""
-
     def _refuse(self, job: RqJob, fault: str) -> None:
         """Failed in RQ's eyes too, without running any callback or webhook that it names."""
         log.error("job.refused", job_id=job.id, reason=fault)
         self.metrics.refused.inc()
         with self.connection.pipeline() as pipe:
-            pipe.delete(job.key)
-            pipe.hset(
-                job.key,
-                mapping={
-                    "status": JobStatus.FAILED.value,
-                    "origin": self.queue.name,
-                    "data": zlib.compress(b'["refused", null, [], {}]'),
-                    "description": "refused",
-                    "exc_info": zlib.compress(f"refused: {fault}".encode()),
-                    "created_at": utcformat(utc_now()),
-                    "ended_at": utcformat(utc_now()),
-                    "worker_name": self.name,
-                },
-            )
-            pipe.expire(job.key, REFUSED_TTL_S)
-            pipe.zadd(job.failed_job_registry.key, {job.id: int(time.time()) + REFUSED_TTL_S})
+            write_refused(pipe, job, fault, worker=self.name)
             pipe.lrem(self.queue.intermediate_queue_key, 0, job.id)
             self.increment_failed_job_count(pipe)
             pipe.execute()
@@ -399,14 +367,3 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         except RedisError as error:
             log.warning("redis.unreachable", error=str(error))
         log.info("worker.stopped", worker=self.name, broken=self.broken)
-
-
-def _inflated(raw: bytes) -> bytes:
-    """RQ compresses its payloads; our store's script does not. A bomb is not inflated."""
-    if raw[:1] != b"\x78":
-        return raw
-    inflater = zlib.decompressobj()
-    data = inflater.decompress(raw, 65536)
-    if inflater.unconsumed_tail:
-        raise ValueError("the payload is larger than any of ours")
-    return data
