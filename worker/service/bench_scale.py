@@ -15,6 +15,7 @@ jobs a second of n workers by n times those of one, of the medians; 1 is perfect
 """
 
 import argparse
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -150,6 +151,7 @@ def record(workers: tuple[int, ...], counts: Mapping[Load, int], *, turns: int) 
             "redis": "a process of its own on a Unix socket, no append-only file",
             "logs": "warnings only",
             "others": f"the {sum(workers)} workers are up all the time; those not at work sleep",
+            "nice": os.nice(0),
             "seconds": "a job, from the first one's start to the last one's end, by turn",
         },
         timings={
