@@ -3,7 +3,8 @@
 #   bench/compare_detectors.sh DATA OUT [FACES] [SIZE]
 # One backbone for all (EfficientNet-Lite0), crops of SIZE pixels (128), FACES crops (24000) each;
 # the plain classifier stands for what is called Xception where there is a GPU.  Every step may be
-# stopped and asked for again.  The record goes to OUT/detectors.json.
+# stopped and asked for again.  The record goes to OUT/detectors.json.  Too few faces (under a
+# thousand) teach nothing, and calibration then refuses.
 #   BACKBONE, VGG16   first weights: safetensors files, or `imagenet` from their hubs
 #   LIMIT             judge only so many people; SEED of the training runs (0)
 set -euo pipefail
@@ -20,15 +21,14 @@ learn() { # MODEL RECIPE [--set …]
     --set "network.size=$size" --set "data.input.size=$size" --set optimiser.ema=0.99 \
     --set "seed=${SEED:-0}" --set "init.backbone=${BACKBONE:-imagenet}" "${@:3}"
   ralf publish "$out/runs/$1" --name "$1" --data "$data" --promote
-  promote "$1" "$(ralf calibrate "$1" --data "$data" --split val --device cpu)"
-}
-promote() { # MODEL FOLDER
-  ralf models promote "$1@$(basename "$2")"
+  local made
+  made=$(ralf calibrate "$1" --data "$data" --split val --device cpu)
+  ralf models promote "$1@$(basename "$made")"
 }
 learn classifier small_classifier
 learn ralf ralf_small_cpu --set "init.perceptual=${VGG16:-imagenet}"
 learn fdfl fdfl_small
 learn rcl rcl_small
-promote trio "$(ralf ensemble ralf fdfl rcl --name trio --data "$data" --split val)"
+ralf ensemble ralf fdfl rcl --name trio --data "$data" --split val --promote
 ralf evaluate classifier ralf fdfl rcl trio --data "$data" --table detectors --split test \
   --out "$out" ${LIMIT:+--limit "$LIMIT"} | tee "$out/detectors.txt"

@@ -63,7 +63,7 @@ class Explainer(Protocol):
     def explain(self, crops: Tensor) -> Explanation: ...
 
 
-class Panel(Protocol):
+class Several(Protocol):
     """Several detectors that judge as one."""
 
     def members(self, crops: Tensor) -> Tensor: ...
@@ -143,7 +143,7 @@ class TorchEngine:
         check_crops(crops, self.artifact)
         if not self.detectors:
             raise EngineError(f"{self.artifact.label} is one detector: it has no members")
-        ensemble = cast("Panel", self.network)
+        ensemble = cast("Several", self.network)
         if not len(crops):
             return torch.zeros(0, len(self.detectors))
         if self.device == "cpu":

@@ -75,6 +75,16 @@ def test_the_classifier_alone_differs_from_ralf_small_only_in_network_and_loss()
     assert small.network.dimensions["backbone"] == alone.network.dimensions["backbone"]
 
 
+@pytest.mark.parametrize("name", ["fdfl_small", "rcl_small"])
+def test_the_other_small_detectors_have_the_same_data_and_budget(name: str):
+    """All that differs is the network, the loss and, for rcl, who stands beside whom."""
+    alone = dataclasses.replace(named("small_classifier"), notes=())
+    changed = {line.split(":")[0] for line in differences(alone, named(name))}
+    own = {"name", "notes", "network.build", "network.fusion", "data.pairing"}
+
+    assert set() == {each for each in changed - own if not each.startswith("loss.")}
+
+
 def test_every_family_is_one_that_blending_knows():
     """A recipe must not name what cannot be made, nor train on what is held out."""
     for name in RECIPES:

@@ -1,6 +1,8 @@
 """Detectors side by side: the figures, the interval of a difference, what a network costs."""
 
 import json
+import os
+import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from train.evaluate import Judge, evaluate, of_network
 from train.index import Index
 from train.metrics import Scored, auc, interval, paired_interval
 from train.recipe import HELD_OUT
+from train.recipe_text import override
+from train.recipes import named
 from train.table_detectors import CANNOT, everyone
 from train.tables import Ask, table
 
@@ -152,3 +156,33 @@ def test_models_that_saw_other_faces_cannot_be_paired():
     reals = one.where(~one.forged)
 
     assert np.isnan(paired_interval(reals, reals, auc)).all()
+
+
+def test_the_comparison_is_one_command_with_one_budget(tmp_path: Path):
+    """Each recipe takes what the script sets; all see as many faces, and all are judged at once."""
+    log, stub = tmp_path / "log", tmp_path / "stub"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\necho /models/one/12345678\n')
+    stub.chmod(0o755)
+    script = Path(__file__).resolve().parent.parent / "bench" / "compare_detectors.sh"
+    environment = os.environ | {"PYTHON": str(stub), "BACKBONE": "b.safetensors", "LIMIT": "5"}
+    subprocess.run([script, tmp_path, tmp_path / "out", "3200", "64"], env=environment, check=True)
+    said = [line.split()[2:] for line in log.read_text().splitlines()]
+    recipes = [
+        override(named(words[1]), dict(s.split("=", 1) for s in words if "=" in s))
+        for words in said
+        if words[0] == "train"
+    ]
+
+    assert ["small_classifier", "ralf_small_cpu", "fdfl_small", "rcl_small"] == [
+        recipe.name for recipe in recipes
+    ]
+    assert {3200} == {recipe.data.batch * (recipe.schedule.steps or 0) for recipe in recipes}
+    assert {64} == {recipe.data.input.size for recipe in recipes}
+    assert {"b.safetensors"} == {recipe.init.backbone for recipe in recipes}
+    assert len({recipe.optimiser for recipe in recipes}) == 1
+    assert said[-1][:6] == ["evaluate", "classifier", "ralf", "fdfl", "rcl", "trio"]
+    assert {"--limit", "5", "detectors"} <= set(said[-1])
+    promoted = [words[2] for words in said if words[:2] == ["models", "promote"]]
+    assert ["classifier", "ralf", "fdfl", "rcl", "trio"] == [
+        each.split("@")[0] for each in promoted
+    ]

@@ -27,8 +27,7 @@ class Panel:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         inner = behind(engine)
-        lists = isinstance(inner, TorchEngine) and bool(inner.detectors)
-        self._ensemble = inner if lists and isinstance(inner, TorchEngine) else None
+        self._ensemble = inner if isinstance(inner, TorchEngine) and inner.detectors else None
         self._said: list[NDArray[np.float32]] = []
 
     @property
