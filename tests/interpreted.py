@@ -31,7 +31,7 @@ class Interpreter:
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The function's result; arguments and result are pickled."""
-        return self._process.submit(function, *arguments).result(timeout=170)
+        return self._process.submit(function, *arguments).result(timeout=500)
 
     def close(self) -> None:
         """End the process."""

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.documents import a_job
-from tests.test_horse import QUICK, until
+from tests.test_horse import QUICK, ended
 from tests.test_serve import get
+from tests.waiting import LONG_S, until
 from worker.service import crew as crew_module
 from worker.service import jobs
 from worker.service.crew import healthy
@@ -70,17 +71,17 @@ def test_two_parents_run_two_jobs_in_one_child_and_drain_at_a_signal(
 ):
     """Side by side, each at a port of its own; SIGTERM lets the running jobs end."""
     settings = replace(
-        QUICK, redis_url=redis_url, http_port=two_ports(), work_dir=str(tmp_path), grace_s=60.0
+        QUICK, redis_url=redis_url, http_port=two_ports(), work_dir=str(tmp_path), grace_s=LONG_S
     )
     store = Store(connect(redis_url), settings)
     with a_crew(settings) as crew:
-        asked = [a_job("1", tag="sleep:2"), a_job("2", tag="sleep:2", priority="high")]
+        asked = [a_job("1", tag="sleep:8"), a_job("2", tag="sleep:8", priority="high")]
         store.submit(asked, function=jobs.PREFIX + "sleep")
         until(lambda: store.counts().running == {"high": 1, "default": 1})
         ports = (settings.http_port, settings.http_port + 1)
         assert [get(port, "/healthz")[0] for port in ports] == [200, 200]
         crew.send_signal(signal.SIGTERM)
-        code = crew.wait(60)
+        code = ended(crew)
 
     states = [store.status(name).state for name in ("j1", "j2")]  # type: ignore[union-attr]
     assert (code, states) == (0, ["succeeded", "succeeded"])

@@ -362,13 +362,9 @@ def test_a_pickled_payload_is_never_loaded(service: Service, tmp_path: Path):
 
 def test_a_forged_entry_for_a_real_job_gives_it_a_named_end(service: Service, tmp_path: Path):
     """Tampering is seen by the client, not hidden."""
-    service.redis.set("rq:suspended", 1)
-    try:
-        time.sleep(1.3)
+    with service.suspended():
         job_id = service.submit("trivial")
         service.redis.hset(f"rq:job:{job_id}", "data", b'["os.system",null,["true"],{}]')
-    finally:
-        service.redis.delete("rq:suspended")
     status = service.reaches(job_id, "succeeded", "failed")
 
     assert status.failure is not None

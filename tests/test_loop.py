@@ -295,7 +295,7 @@ def test_two_processes_train_what_one_does_on_twice_the_faces(tmp_path: Path):
         env=environment() | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=450,
     )
     assert said.returncode == 0, said.stderr[-3000:]
     validation = [MadeBatches()[100], MadeBatches()[101], MadeBatches(6)[102]]

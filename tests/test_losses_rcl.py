@@ -185,7 +185,7 @@ def test_two_processes_have_the_centre_of_all_their_faces(tmp_path: Path):
         env=environment() | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=450,
     )
     assert said.returncode == 0, said.stderr[-3000:]
     torch.manual_seed(5)

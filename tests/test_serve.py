@@ -130,7 +130,7 @@ def test_embedded_dies_with_whoever_started_it():
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from tests.test_serve import *\n"
         "with embedded(QUICK, bodies='test', deliver=False) as service:\n"
-        "    print(*service.pids.values(), flush=True); time.sleep(60)\n"
+        "    print(*service.pids.values(), flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT)],
