@@ -185,6 +185,17 @@ def test_every_service_pod_has_a_budget_and_a_name_that_policies_select():
         assert budget["maxUnavailable"] == 1
 
 
+def test_redis_refuses_writes_before_the_kernel_kills_it():
+    """And keeps what it acknowledged."""
+    (pod,) = [pod for name, pod in pods("redis") if name == "redis"]
+    (config,) = [each for each in rendered("redis") if each["kind"] == "ConfigMap"]
+    lines = config["data"]["redis.conf"].splitlines()
+
+    assert pod["containers"][0]["resources"]["limits"]["memory"] == "4Gi"
+    assert "maxmemory 3gb" in lines
+    assert {"appendonly yes", "appendfsync always", "maxmemory-policy noeviction"} <= set(lines)
+
+
 def test_an_engine_is_built_where_the_node_is_and_written_where_workers_read():
     """The same volume, this time writable."""
     ((name, pod),) = pods("engines")
