@@ -18,7 +18,7 @@ from standardwebhooks import Webhook
 from tests.deploy_tools import ROOT, tool
 from tests.documents import a_track, a_verdict
 from tests.test_redis_access import popped
-from worker.service.horse import Horse
+from worker.service.entry import checked
 from worker.service.store import Store, connect
 from worker.settings import Settings
 
@@ -98,13 +98,10 @@ def test_the_documented_envelope_is_what_a_worker_believes():
     """The page's JSON passes the worker's own check; another function does not."""
     (block,) = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
 
-    class Entry:
-        id = "ID"
-
-    horse = Horse.__new__(Horse)
-    horse.table = {"worker.service.jobs.moderate": None}  # type: ignore[dict-item]
-    assert horse._checked(Entry(), block.encode()) == ("worker.service.jobs.moderate", "")
-    assert horse._checked(Entry(), block.replace("jobs.moderate", "os.system").encode())[1]
+    moderate = "worker.service.jobs.moderate"
+    assert checked(block.encode(), "ID", [moderate]) == (moderate, "")
+    assert checked(block.replace(moderate, "os.system").encode(), "ID", [moderate])[1]
+    assert checked(block.encode(), "another", [moderate])[1]
 
 
 def test_the_python_on_the_page_parses_and_names_what_the_client_has():
