@@ -72,8 +72,9 @@ def version() -> str:
 
 
 def splits(network: nn.Module) -> bool:
-    """Whether the op can stand in front of it."""
-    return hasattr(network, "destroy") and hasattr(network, "follow")
+    """Whether the op can stand in front of it, and all that it makes is used behind it."""
+    guided = getattr(network, "guide", None) is not None
+    return guided and hasattr(network, "destroy") and hasattr(network, "follow")
 
 
 def build(

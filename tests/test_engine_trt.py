@@ -8,6 +8,7 @@ import ctypes
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from kernels import engine_trt, plan_store, plans, trt_session
 from kernels.artifact import Artifact, golden, open_artifact
 from kernels.engine import EngineError, load
 from kernels.engine_torch import explainer, logits_of, restore
-from kernels.engine_trt import TrtEngine, load_plan
+from kernels.engine_trt import TrtEngine, facts, load_plan
 from kernels.plans import Device, Key, Measured, Unverified
 from kernels.trt_session import GRAPH_MOST, Session
 from kernels.untrained import patterns, publish_untrained
@@ -100,7 +101,7 @@ class FakeEngine:
         return 1 + len(self.inputs)
 
     def get_tensor_name(self, place: int) -> str:
-        return [*self.inputs, "logits"][place]
+        return ["logits", *reversed(self.inputs)][place]  # in an order of its own
 
     def get_tensor_mode(self, name: str) -> str:
         return "out" if name == "logits" else "in"
@@ -377,14 +378,14 @@ def test_what_a_plan_judged_by_is_shown_by_torch(engine: TrtEngine):
 
 def test_a_kernel_in_front_makes_the_plans_other_inputs(artifact: Artifact):
     """From the padded crops, in the plan's own buffers."""
-    made = FakeEngine(lambda crops, other: other.mean((1, 2, 3)))
-    made.inputs = ["crops", "destroyed"]
-    front = lambda crops: (crops.float() * 2,)  # noqa: E731
+    made = FakeEngine(lambda crops, one, two: one.mean((1, 2, 3)) + two[:, 0, 0, 0])
+    made.inputs = ["crops", "destroyed_0", "destroyed_1"]
+    front = lambda crops: (crops.float() * 2, torch.ones(crops.shape))  # noqa: E731
     session = Session(bindings(made), b"plan", FakeQueue(CPU), CPU, None, front)
     crops = torch.from_numpy(patterns(3, SIZE))
     [got] = session.run(4, crops)
 
-    torch.testing.assert_close(crops.float().mean((1, 2, 3)) * 2, got[:3])
+    torch.testing.assert_close(crops.float().mean((1, 2, 3)) * 2 + 1, got[:3])
     with pytest.raises(EngineError, match="no kernel in front"):
         Session(bindings(made), b"plan", FakeQueue(CPU), CPU)
     made.inputs = ["crops"]
@@ -498,3 +499,35 @@ def test_the_session_knows_nothing_of_cuda_but_its_queue():
     text = Path(trt_session.__file__).read_text()
 
     assert text.count("torch.cuda.") == text.split("class Slot")[0].count("torch.cuda.")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("builder", ["torch-tensorrt", "rtx-aot"])
+def test_a_plan_built_and_run_on_this_gpu_agrees_with_torch(own: Artifact, builder: str):
+    """Any batch, from either side of the bus, from two threads; found again by key and device."""
+    from kernels.build import Order, available, build
+
+    if builder not in available():
+        pytest.skip(f"{builder} is not installed here")
+    place = torch.device("cuda", 0)
+    made = build(Order(own, buckets=(1, 4, 8), device=place, crops=16, say=print), builder)  # type: ignore[arg-type]
+    engine = load_plan(own, place, str(made.key))
+    crops = torch.from_numpy(patterns(11, SIZE, seed=6))
+    expected = restore(own.manifest, own.read("weights.safetensors"))(crops)
+    budget = own.manifest.error_budget["logit"]
+
+    assert made.record.verified_on(facts(place).architecture)
+    for count in (1, 3, 8, 11):
+        torch.testing.assert_close(expected[:count], engine(crops[:count]), atol=budget, rtol=0)
+    torch.testing.assert_close(engine(crops), engine(crops.to(place)), atol=1e-3, rtol=0)
+    with ThreadPoolExecutor(2) as threads:
+        for got in threads.map(engine, [crops] * 4):
+            torch.testing.assert_close(expected, got, atol=budget, rtol=0)
+    assert load_plan(own, place).key.architectures
+    with pytest.raises(EngineError, match="does not read the plan"):
+        Session(
+            engine_trt.runtime_module(made.key.flavour),
+            b"junk" * 99,
+            trt_session.Queue(place),
+            place,
+        )
