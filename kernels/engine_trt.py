@@ -8,6 +8,7 @@ Any number of crops is cut into the plan's buckets and padded (kernels.batching)
 side, streams and buffers and graphs, is kernels.trt_session.  One caller at a time.
 """
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -110,7 +111,7 @@ class TrtEngine:
         check_key(artifact, key, here, str(trt.__version__))
         queue = Queue(device)
         before = destructor(artifact, key, device) if front == "op" else None
-        session = Session(trt, content, queue, device, cache_file(artifact, key, here), before)
+        session = Session(trt, content, queue, device, cache_file(content, key, here), before)
         engine = cls(artifact, key, str(device), session, Batching(buckets))
         engine.warm()
         return engine
@@ -199,12 +200,12 @@ def check_key(artifact: Artifact, key: Key, here: Device, runtime: str) -> None:
         )
 
 
-def cache_file(artifact: Artifact, key: Key, here: Device) -> Path | None:
+def cache_file(content: bytes, key: Key, here: Device) -> Path | None:
     """Where RTX's compiled kernels are kept: the user's own folder, one file a plan and GPU."""
     if key.flavour != "rtx":
         return None
     home = os.environ.get("XDG_CACHE_HOME")
-    name = f"{artifact.manifest_sha256[:16]}-{key}-{here.architecture}"
+    name = f"{hashlib.sha256(content).hexdigest()[:16]}-{here.architecture}"
     folder = Path(home) if home else Path.home() / ".cache"
     return folder / "ralf" / f"{name}.compiled"
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from kernels import build as building
 from kernels import (
     build_cli,
@@ -297,6 +299,9 @@ def test_on_a_gpu_both_fronts_are_tried_and_the_faster_kept(
     assert "trt10.15.1.29-sm90-fp16-b8" == str(made.key)
     assert b"op" == made.read() and made.record.verified_on("sm90")
     assert {"plan", "op"} == set(made.record.options["fronts_ms"])
+    fails_with(monkeypatch, "op")
+    made = build(OnGpu(artifact, buckets=(1, 8), crops=4, again=True, say=lambda line: None))
+    assert b"plan" == made.read()
     gpu.shift = 1.0
     names = ["reconstructor.enter.0"]
     wrong = SimpleNamespace(
@@ -305,7 +310,28 @@ def test_on_a_gpu_both_fronts_are_tried_and_the_faster_kept(
     monkeypatch.setattr(build_trt, "PlanLayers", lambda *_: wrong)
     with pytest.raises(Refused, match=r"first layer that differs is reconstructor\.enter\.0"):
         build(OnGpu(artifact, buckets=(1, 8), crops=4, again=True, say=lambda line: None))
-    assert b"op" == plans.plan(artifact, made.key).read()
+    assert b"plan" == plans.plan(artifact, made.key).read()
+
+
+def fails_with(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """torch-tensorrt builds all but one way."""
+    real = build_trt.build
+
+    def compiled(network, buckets, front):
+        if front == wrong:
+            raise EngineError("torch-tensorrt does not build the network")
+        return real(network, buckets, front)
+
+    monkeypatch.setattr(build_trt, "build", compiled)
+
+
+def test_without_onnx_the_message_says_what_to_install(artifact: Artifact, monkeypatch):
+    """Not a bare ImportError."""
+    monkeypatch.delitem(sys.modules, "kernels.export_onnx")
+    monkeypatch.delattr(kernels, "export_onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EngineError, match=r"needs onnx and onnxruntime.*ralf\[build\]"):
+        build(order(artifact))
 
 
 def test_torch_tensorrt_is_asked_for_the_whole_network_in_its_own_types(
