@@ -677,3 +677,13 @@ def test_a_loss_with_a_rival_must_say_who_steps_it(tmp_path: Path):
 
     with pytest.raises(TypeError, match="rival_optimiser"):
         moving.step([MadeBatches()[0]], Moment(0, 0, 1, 0.0), 10)
+
+
+def test_the_newest_weights_are_kept_where_the_recipe_says_so(tmp_path: Path):
+    """select=last: a worse look later replaces a better one earlier."""
+    stub_run(tmp_path, **{"schedule.steps": "8", "schedule.select": "last"})
+    best, last = load(tmp_path / BEST), load(tmp_path / LAST)
+
+    assert (8, 8) == (best.state.step, best.state.best_step)
+    for name, tensor in last.part("average").items():
+        assert torch.equal(tensor, best.part("network")[name])

@@ -298,8 +298,9 @@ class _Training:
             device=self.stepper.device, dtype=self.stepper.dtype, ranks=self.ranks,
         )  # fmt: skip
         self.look_s = time.monotonic() - began_s
-        figure = self.look.figure(self.recipe.schedule.select)
-        step, better = self.state.step, self.state.best is None or figure > self.state.best
+        select = self.recipe.schedule.select
+        figure, step, best = self.look.figure(select), self.state.step, self.state.best
+        better = best is None or figure > best or select == "last"
         self.state = dataclasses.replace(
             self.state,
             looked_step=step,

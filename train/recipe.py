@@ -146,8 +146,9 @@ class Schedule:
     """Epochs between looks at the validation split."""
     patience: int | None = None
     """Looks without a better one before the run stops early; None never stops."""
-    select: Literal["auc", "bce"] = "auc"
-    """What on the validation split says which weights are best; test is never looked at."""
+    select: Literal["auc", "bce", "last"] = "auc"
+    """What on the validation split says which weights are best; test is never looked at.  last
+    takes the newest: for a rate that falls to its floor, judged by a split too small to choose."""
 
     def __post_init__(self) -> None:
         at_least("schedule.epochs", self.epochs, 1)

@@ -35,7 +35,7 @@ class Look:
 
     def figure(self, select: str) -> float:
         """What picks the best weights; higher is better."""
-        return self.auc if select == "auc" else -self.bce
+        return -self.bce if select == "bce" else self.auc
 
 
 @torch.no_grad()
