@@ -127,8 +127,10 @@ def ralf_small_cpu() -> Recipe:
                 *small.notes,
                 "No L_con: VGG would take a quarter of the faces that the time allows.",
                 "It begins from small_classifier's weights: 700 steps are too few for both.",
-                "The last weights, not the best: on 484 made clips of the val people step 700 has "
-                "AUC 0.882, step 228, best on their 242 clean stills, 0.861.",
+                (
+                    "The last weights, not the best: on 484 made clips of the val people step 700 "
+                    "has AUC 0.882, step 228, best on their 242 clean stills, 0.861."
+                ),
             ),
         ),
         {
