@@ -128,9 +128,9 @@ def test_the_triplet_loss_is_what_a_search_over_all_triplets_finds():
     assert triplet_loss(features, forged, 0.4).item() == pytest.approx(sum(hinges) / 8)
 
 
-def made(shape: str) -> FdflObjective:
+def made(shape: str, centre: str = "faces") -> FdflObjective:
     """The objective of a tiny FDFL."""
-    recipe = tiny("fdfl", **{"loss.shape": shape})
+    recipe = tiny("fdfl", **{"loss.shape": shape, "loss.centre": centre})
     torch.manual_seed(0)
     network = build(recipe.network.build, **recipe.network.dimensions)
     found = objective(recipe, network)
@@ -140,7 +140,7 @@ def made(shape: str) -> FdflObjective:
 
 @pytest.mark.parametrize(
     ("shape", "learnt"),
-    [("single_centre", [(1280,)]), ("centre", [(2, 1280)]), ("triplet", []), ("none", [])],
+    [("single_centre", [(1, 1280)]), ("centre", [(2, 1280)]), ("triplet", []), ("none", [])],
 )
 def test_every_shape_trains_beside_cross_entropy(shape: str, learnt: list[tuple[int, ...]]):
     """The paper's loss and those it is compared with; only a centre is learnt."""
@@ -157,12 +157,43 @@ def test_every_shape_trains_beside_cross_entropy(shape: str, learnt: list[tuple[
     torch.testing.assert_close(terms.total, cross + 0.5 * sum(parts.values(), torch.zeros(())))
 
 
-def test_the_centre_lies_in_the_checkpoint():
-    """And starts at standard normals."""
-    state = made("single_centre").state_dict()
+@pytest.mark.parametrize("shape", ["single_centre", "centre"])
+def test_a_centre_starts_at_the_first_batchs_faces(shape: str):
+    """Natural ones first, forged ones too where there are two; later batches do not move it so."""
+    judged = made(shape)
+    first, second = MadeBatches()[0], MadeBatches()[1]
+    seen = judged.look(first.crops)
+    judged.terms(seen, first, MOMENT)
+    means = [seen.embedding[~first.forged].mean(0), seen.embedding[first.forged].mean(0)]
+    placed = judged.centre.detach().clone()
+    judged.terms(judged.look(second.crops), second, MOMENT)
 
-    assert ["centre"] == list(state)
-    assert state["centre"].std().item() == pytest.approx(1, abs=0.1)
+    torch.testing.assert_close(placed, torch.stack(means[: len(placed)]).detach())
+    assert torch.equal(placed, judged.centre)
+    assert {"centre", "placed"} == set(judged.state_dict())
+
+
+def test_a_resumed_run_keeps_its_centre():
+    """What the checkpoint holds is not placed anew."""
+    judged, resumed = made("single_centre"), made("single_centre")
+    batch = MadeBatches()[0]
+    judged.terms(judged.look(batch.crops), batch, MOMENT)
+    resumed.load_state_dict(judged.state_dict())
+    other = MadeBatches()[1]
+    resumed.terms(resumed.look(other.crops), other, MOMENT)
+
+    assert torch.equal(judged.centre, resumed.centre)
+
+
+def test_as_published_the_centre_starts_at_standard_normals():
+    """And is not placed."""
+    judged = made("single_centre", "random")
+    before = judged.centre.detach().clone()
+    batch = MadeBatches()[0]
+    judged.terms(judged.look(batch.crops), batch, MOMENT)
+
+    assert before.std().item() == pytest.approx(1, abs=0.1)
+    assert torch.equal(before, judged.centre)
 
 
 def test_nonsense_is_refused_when_the_loss_is_made():

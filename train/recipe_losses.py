@@ -82,6 +82,9 @@ class FdflLoss:
     """single_centre is the paper's; the others are what it is compared with there."""
     weight: float = 0.5
     """λ, of the shaping loss. [R]"""
+    centre: Literal["faces", "random"] = "faces"
+    """Where a centre starts: at the first batch's faces of its class, or, as published, at
+    standard normals."""
     margin: float = 0.3
     """m, in roots of the features' number: how much farther forged faces lie than natural ones
     (single_centre), or than the nearest of the same class (triplet)."""

@@ -184,7 +184,7 @@ FDFL_NOTES = (
     "[R] loss.weight 0.5 is from memory; loss.margin 0.3 is the open implementations' default.",
     "[X] Norms and activations of the mining block, its width, the fusion: see the network.",
     "[X] Input size, optimiser and schedule are not published where we can read: ralf's here.",
-    "The centre starts at standard normals, as open implementations have it: see the loss for why.",
+    "loss.centre=faces: a centre drawn at random lies far from every face; random is as published.",
     "The paper names its own limit: no gain on forgeries of other methods than it trained on.",
 )
 

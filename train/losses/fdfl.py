@@ -5,11 +5,13 @@
 M_nat and M_man are the mean distances of the batch's natural and manipulated faces from one
 learnt centre C, D the features' number.  Natural faces are drawn together; forged ones, which have
 nothing in common, need only lie m √D farther out.  C is a parameter like any other, moved by the
-same optimiser, and starts at standard normals.  Features behind a ReLU cannot reach the negative
-half of it, so M_nat keeps a rest; that is the smaller evil.  A centre near zero is reached by
-natural faces that have no features left, whose logit is then the bias alone: on one batch of eight
-faces, 15 steps, cross entropy stalled at 0.31 (half of ln 2) with coordinates of deviation 0.1, and
-came to 0.01 with 1.
+same optimiser.
+
+It starts at the first batch's natural faces (`loss.centre=random`: at standard normals, as
+published).  Drawn at random it lies √D and more from every face, and the first hundreds of steps
+carry all of them there together.  Drawn close to zero it is reached by natural faces that have no
+feature left, whose logit is then the bias alone: on one batch of eight, 15 steps, cross entropy
+stalled at 0.31, half of ln 2; from the faces' mean it came to 0.01.
 
 The losses that the paper compares with, by `loss.shape`: center loss (a centre for each class, half
 the mean squared distance), triplet (each face, the farthest of its class, the nearest of the other,
@@ -35,6 +37,7 @@ from train.losses.objective import (
     exact,
     refuse_one_class,
 )
+from train.ranks import here
 from train.recipe import FdflLoss, Recipe
 
 
@@ -66,6 +69,8 @@ def triplet_loss(features: Tensor, forged: Tensor, margin: float) -> Tensor:
 class FdflObjective(Objective):
     """Over a network whose trace(crops) gives embedding and logit."""
 
+    placed: Tensor
+
     def __init__(self, recipe: Recipe, network: nn.Module) -> None:
         super().__init__(recipe, network)
         assert isinstance(recipe.loss, FdflLoss)
@@ -73,8 +78,8 @@ class FdflObjective(Objective):
         self.centre: nn.Parameter | None = None
         if self.loss.shape in ("single_centre", "centre"):
             count = 2 if self.loss.shape == "centre" else 1
-            places = torch.randn(count, self.network.backbone.width)
-            self.centre = nn.Parameter(places.squeeze(0))
+            self.centre = nn.Parameter(torch.randn(count, self.network.backbone.width))
+            self.register_buffer("placed", torch.tensor(self.loss.centre == "random"))
 
     def look(self, crops: Tensor) -> Any:
         """Embedding and logit."""
@@ -98,6 +103,18 @@ class FdflObjective(Objective):
             return triplet_loss(features, forged, loss.margin)
         if self.centre is None:
             return None
+        if not self.placed:
+            self._place(exact(features.detach()), forged)
         if loss.shape == "centre":
             return centre_loss(features, forged, self.centre)
-        return single_centre_loss(features, forged, self.centre, loss.margin)
+        return single_centre_loss(features, forged, self.centre[0], loss.margin)
+
+    @torch.no_grad()
+    def _place(self, features: Tensor, forged: Tensor) -> None:
+        """Each centre to the mean of its class, real first, over all processes."""
+        assert self.centre is not None
+        refuse_one_class(forged)
+        for place, member in enumerate((~forged, forged)[: len(self.centre)]):
+            total, count = here().total(features[member].sum(0)), here().total(member.sum())
+            self.centre[place] = total / count
+        self.placed.fill_(True)
