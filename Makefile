@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint types schemas rules deploy-tools deploy-check plans clean
+.PHONY: demo test lint types model schemas rules deploy-tools deploy-check plans clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Ralf needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; set PYTHON=")'
@@ -23,6 +23,10 @@ lint: $(VENV)/ready
 
 types: $(VENV)/ready
 	$(RUN)/mypy
+
+# What ships, from a folder of faces: DATA=…; every step goes on where it was broken off.
+model: $(VENV)/ready
+	train/model.sh
 
 schemas: $(VENV)/ready
 	$(RUN)/python -m worker.contract docs

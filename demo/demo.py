@@ -21,9 +21,8 @@ from typing import Any
 
 from standardwebhooks import Webhook
 
-from kernels.artifact import ArtifactError, promote, resolve
+from kernels.artifact import ArtifactError, resolve
 from kernels.disk import replace_text
-from kernels.untrained import publish_untrained
 from train.samples import make_samples
 from worker.client import Client, connect
 from worker.contract import Callback, Verdict
@@ -38,14 +37,20 @@ PATIENCE_S = 600.0
 
 
 def main() -> int:
-    """Run it all; 1 where a verdict is missing or was not pushed."""
+    """Run it all; 1 where a verdict is missing or was not pushed, 2 without the model."""
+    given = Settings.from_environment()
+    try:
+        resolve(models_dir(given), given.model)
+    except ArtifactError as error:
+        say(str(error))
+        return 2
     OUT.mkdir(exist_ok=True)
     say("making the sample clips")
     truth = make_samples(OUT / "clips")
     secret = "whsec_" + b64encode(secrets.token_bytes(32)).decode()
     with tempfile.TemporaryDirectory(prefix="ralf-demo-") as work, receiver(secret) as inbox:
         settings = replace(
-            with_model(Settings.from_environment()),
+            given,
             work_dir=work,
             file_roots=(str(OUT / "clips"),),
             webhook_secrets=(f"default={secret}",),
@@ -61,19 +66,6 @@ def main() -> int:
     print(f"\nthe truth of the clips: {json.dumps(truths)}")
     print(f"pages: {OUT.relative_to(Path.cwd()) if OUT.is_relative_to(Path.cwd()) else OUT}/*.html")
     return 1 if missing else 0
-
-
-def with_model(settings: Settings) -> Settings:
-    """The settings as they are where their model is there, else those of one that knows nothing."""
-    try:
-        resolve(models_dir(settings), settings.model)
-    except ArtifactError as error:
-        say(f"{error}; publishing a model with untrained weights instead: its scores mean nothing")
-        place = OUT / "models"
-        made = publish_untrained(place)
-        promote(place, made.name, made.version)
-        return replace(settings, models_dir=str(place), model=made.name)
-    return settings
 
 
 def say(text: str) -> None:

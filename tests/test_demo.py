@@ -1,15 +1,11 @@
 """`make demo` with one clip and a tiny model: all its parts, as a person runs it."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 import demo.demo as shown
-from kernels.artifact import resolve
-from kernels.untrained import publish_untrained
 from train.samples import Truth
-from worker.settings import Settings
 
 
 @pytest.fixture
@@ -43,13 +39,15 @@ def test_a_clip_goes_through_the_queue_to_its_page(
     assert "<html" in (out / "none.mp4.html").read_text()
 
 
-def test_without_its_model_it_shows_one_that_knows_nothing(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_its_model_it_says_what_is_missing(
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    """And says so; a model that is there is used."""
-    small = partial(publish_untrained, name="tiny", base=4, blocks=1, size=64, golden_crops=4)
-    monkeypatch.setattr(shown, "publish_untrained", small)
-    made = shown.with_model(Settings(models_dir=str(tmp_path / "none")))
+    """Before anything is made or started."""
+    monkeypatch.setenv("RALF_MODELS_DIR", str(tmp_path / "none"))
 
-    assert resolve(Path(made.models_dir), made.model).manifest.untrained
-    assert shown.with_model(made) == made
+    assert shown.main() == 2
+    assert "no model 'ralf-small'" in capsys.readouterr().err
+    assert not list(out.iterdir())

@@ -1,0 +1,89 @@
+"""The model that comes with the code: whole, small, told of truly, and better than chance."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kernels.artifact import SHIPPED, Artifact, golden, resolve
+from kernels.engine import load
+from train.samples import Truth, make_samples
+from worker.contract import Verdict
+from worker.pipeline import analyze
+from worker.runtime import load as load_parts
+from worker.settings import Settings
+
+NAME = Settings().model
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Artifact:
+    return resolve(SHIPPED, NAME)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory) -> dict[str, tuple[Truth, Verdict]]:
+    """The demo's clips and what the model says of them."""
+    folder = tmp_path_factory.mktemp("samples")
+    parts = load_parts(Settings(threads=1, models_dir=str(SHIPPED)))
+    return {
+        clip.file: (clip, analyze(folder / clip.file, parts)[0]) for clip in make_samples(folder)
+    }
+
+
+def test_it_is_whole_and_fits_into_git(shipped: Artifact):
+    """Every hash; one version; under 25 MB."""
+    shipped.verify()
+
+    files = [path for path in shipped.path.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25_000_000
+    assert [shipped.path] == [path for path in shipped.path.parent.iterdir() if path.is_dir()]
+    assert not shipped.manifest.untrained
+
+
+def test_it_says_what_its_golden_crops_say(shipped: Artifact):
+    """The engine proves itself on this machine, to the error budget."""
+    stored = golden(shipped)
+    import torch
+
+    said = load(shipped, "cpu")(torch.from_numpy(stored.crops)).numpy()
+    apart = np.abs(said - stored.logits)
+
+    assert apart.max() < shipped.manifest.error_budget["logit"]
+    assert stored.logits[len(said) // 2 :].mean() > stored.logits[: len(said) // 2].mean()
+
+
+def test_its_card_tells_what_was_measured(shipped: Artifact):
+    """Every figure of the manifest's, data with its licence, and what it is not for."""
+    card = shipped.file("card.md").read_text()
+
+    for name, value in shipped.manifest.metrics.items():
+        if isinstance(value, list):
+            assert f"| {name} | {value[0]:.4g} |" in card
+    for part in ("public domain", "## Where it fails", "## Not for", "fitted on made clips"):
+        assert part in card
+    assert {"fpr_0.05", "low"} <= shipped.manifest.thresholds.keys()
+
+
+@pytest.mark.parametrize("name", ["authentic.mp4", "no_faces.mp4"])
+def test_an_untouched_sample_is_not_called_forged(judged, name: str):
+    """At the model's own threshold; phone.mp4 lies on it, as the card says."""
+    truth, verdict = judged[name]
+
+    assert truth.label in ("authentic", "no_faces")
+    assert verdict.label != "likely_forged"
+    assert (verdict.label == "no_faces") == (truth.label == "no_faces")
+
+
+def test_the_forged_twin_scores_far_above_the_untouched(judged):
+    """The same person, motion and encoder; only the blending differs."""
+    (_, authentic), (_, forged) = judged["authentic.mp4"], judged["forged.mp4"]
+
+    assert forged.label == "likely_forged"
+    assert forged.score - authentic.score > 0.3
+
+
+def test_a_folder_without_it_is_a_clear_error(tmp_path: Path):
+    """What was sought, what is there, what to do."""
+    with pytest.raises(Exception, match=rf"no model '{NAME}'"):
+        load_parts(Settings(models_dir=str(tmp_path)))
