@@ -21,7 +21,7 @@ from worker.service.shelf import Shelf, load
 from worker.settings import Settings
 
 JOBS = 2
-FRAMES = 40
+FRAMES = 120
 CHUNK = 2 * 3 * 320 * 180
 """Two frames: a clip takes many turns, so that all jobs are under way at the same time."""
 PATIENCE_S = 300.0
@@ -31,11 +31,11 @@ SAMPLING = Sampling(mode="uniform", max_frames=FRAMES)
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory, astronaut: np.ndarray) -> list[Path]:
-    """One face and two, 40 frames each."""
+    """One face and two, 120 frames each."""
     folder = tmp_path_factory.mktemp("clips")
     return [
         face_clip(
-            folder / f"{count}.mp4", [astronaut] * count, 1.6, size=(320, 180), face_height=0.6
+            folder / f"{count}.mp4", [astronaut] * count, 4.8, size=(320, 180), face_height=0.6
         )
         for count in range(1, JOBS + 1)
     ]
@@ -77,26 +77,43 @@ def test_a_kill_in_mid_batch_loses_no_job(
     service: Service, clips: list[Path], eager_parts: Parts, one_thread: None
 ):
     """kill -9 with all jobs under way: each ends in the verdict that it would have alone."""
-    jobs = [
-        service.submit("moderate", media=Media(uri=f"file://{clip}"), sampling=SAMPLING)
-        for clip in clips
-    ]
-    patiently(lambda: all(percent(service, job) > 0 for job in jobs))
-    under_way = [job for job in jobs if service.status(job).state == "running"]
-    assert service.shared is not None
-    os.kill(int((service.shared / "pid").read_text()), signal.SIGKILL)
-    over = {"succeeded", "failed", "quarantined"}
-    patiently(lambda: all(service.status(job).state in over for job in jobs))
+    jobs = killed_in_mid_batch(service, clips)
 
-    assert under_way == jobs
     assert [service.status(job).state for job in jobs] == ["succeeded"] * JOBS
-    assert all(service.status(job).attempts > 1 for job in jobs)
     assert service.redis.hlen(service.store.key("quarantine")) == 0
     parts = with_decoder(eager_parts, PyavDecoder(chunk_bytes=CHUNK, threads=1))
     for job, clip in zip(jobs, clips, strict=True):
         verdict, expected = service.store.verdict(job), analyze(clip, parts, ask=Ask(SAMPLING))[0]
         assert verdict is not None
         assert said(expected) == said(verdict)
+
+
+def killed_in_mid_batch(service: Service, clips: list[Path]) -> list[str]:
+    """Jobs all under way when their child was killed; a quick machine needs some tries."""
+    for _ in range(10):
+        jobs = tried(service, clips)
+        if all(service.status(job).attempts > 1 for job in jobs):
+            return jobs
+    raise AssertionError("in ten tries no two jobs were under way together")
+
+
+def tried(service: Service, clips: list[Path]) -> list[str]:
+    """A job for each clip, the child killed while all run, if they ever do; each job's end."""
+    jobs = [
+        service.submit("moderate", media=Media(uri=f"file://{clip}"), sampling=SAMPLING)
+        for clip in clips
+    ]
+    patiently(lambda: all(percent(service, job) > 0 or ended(service, job) for job in jobs))
+    assert service.shared is not None
+    if all(service.status(job).state == "running" for job in jobs):
+        os.kill(int((service.shared / "pid").read_text()), signal.SIGKILL)
+    patiently(lambda: all(ended(service, job) for job in jobs))
+    return jobs
+
+
+def ended(service: Service, job: str) -> bool:
+    """Whether nothing more happens to it."""
+    return service.status(job).state in ("succeeded", "failed", "quarantined")
 
 
 def patiently(true: Callable[[], bool]) -> None:
