@@ -180,7 +180,7 @@ def test_a_recipe_is_printed_without_data(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["train", "nope"], "known: ralf"),
+        (["train", "nope"], "known: fdfl"),
         (["train", "ralf", "--set", "epochs"], "NAME=VALUE"),
         (["train", "ralf"], "--data PATH and --out RUN"),
         (["train", "ralf", "--data", "/nowhere", "--out", "run"], "no data at /nowhere"),
