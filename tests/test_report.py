@@ -164,7 +164,9 @@ def test_the_wheel_carries_what_is_not_python():
         for path in (ROOT / room).glob(pattern)
     }
     there = [path for room in rooms for path in (ROOT / room).rglob("*.*") if path.is_file()]
-    foreign = {path for path in there if path.suffix not in (".py", ".pyc", ".typed")}
+    # What is read or run in a checkout only needs no place in a wheel.
+    kept = (".py", ".pyc", ".typed", ".md", ".sh")
+    foreign = {path for path in there if path.suffix not in kept}
     folders = {path.parent for path in there if path.suffix == ".py"}
 
     assert {ROOT / "worker/page/page.css", ROOT / "worker/service/moves.lua"} <= carried
