@@ -31,7 +31,7 @@ SIZE = 64
 LITE = {"backbone": "tf_efficientnet_lite0", "size": SIZE}
 NETWORKS = {
     "forest": Network(build="ralf", base=4, blocks=1, **LITE),
-    "blocks": Network(build="fdfl", **LITE),
+    "blocks": Network(build="fdfl", fusion="concat", **LITE),
     "centre": Network(build="classifier", **LITE),
 }
 CALIBRATIONS = {

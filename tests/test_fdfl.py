@@ -15,7 +15,7 @@ from kernels.networks.backbones import FAMILIES, Backbone, NetworkError, Seen
 from kernels.networks.fdfl import FUSIONS, SCALE, YCBCR, Fdfl, Fuse, MiningBlock, Spectrum
 from tests.test_networks import cost, crops
 
-SMALL = {"backbone": "tf_efficientnet_lite0", "size": 64}
+SMALL = {"backbone": "tf_efficientnet_lite0", "size": 64, "fusion": "concat"}
 
 
 def small(**changes: object) -> Fdfl:
@@ -163,6 +163,13 @@ def test_fusions_do_what_they_say():
     torch.testing.assert_close(halfway(pixels, frequencies), torch.full_like(pixels, 4))
 
 
+def test_it_is_gated_where_nothing_else_is_said():
+    """What is trained from a backbone begins as that."""
+    network = build("fdfl", backbone="tf_efficientnet_lite0", size=32)
+
+    assert "gate" == network.fuse.kind
+
+
 def test_a_shut_gate_begins_as_the_backbone_and_can_open():
     """Frequencies change nothing at first, and the gradient reaches what would let them in."""
     gated = small(fusion="gate")
@@ -177,7 +184,7 @@ def test_a_shut_gate_begins_as_the_backbone_and_can_open():
 
 def test_without_fusion_it_is_the_plain_classifier():
     """The row that the branch must beat has no weight more."""
-    classifier = build("classifier", pool="mean", **SMALL).eval()
+    classifier = build("classifier", pool="mean", backbone="tf_efficientnet_lite0", size=64).eval()
     alone = small(fusion="none")
     alone.load_state_dict(classifier.state_dict())
     faces = crops(2)
@@ -197,8 +204,10 @@ def test_gradients_reach_every_weight(fusion: str):
 
 def test_the_sizes_of_both():
     """Xception's 20.8 M and 11.9 GFLOP, and what the branch adds to it; 2 GFLOP for the small."""
-    full = cost(build("fdfl").eval(), crops(1, 256))
-    slim = cost(build("fdfl", backbone="tf_efficientnet_lite0").eval(), crops(1, 256))
+    full = cost(build("fdfl", fusion="concat").eval(), crops(1, 256))
+    slim = cost(
+        build("fdfl", backbone="tf_efficientnet_lite0", fusion="concat").eval(), crops(1, 256)
+    )
 
     assert full == pytest.approx((20.81 + 1.65, 11.9 + 1.6), rel=0.01)
     assert slim == pytest.approx((3.85, 2.0), rel=0.01)
@@ -250,7 +259,7 @@ def test_its_onnx_graph_gives_its_logits(tmp_path: Path):
     [
         ({"size": 299}, "multiple of 16, at least 32, got 299"),
         ({"size": 16}, "at least 32"),
-        ({"fusion": "magic"}, "one of concat, sum, gate, attention, none, got 'magic'"),
+        ({"fusion": "magic"}, "one of gate, sum, concat, attention, none, got 'magic'"),
         ({"backbone": "vgg"}, "one of xception"),
     ],
 )

@@ -105,7 +105,7 @@ def test_crops_that_are_cut_alike_are_made_once(index: Index, monkeypatch: pytes
 
 def test_a_network_has_its_cost_in_the_row(index: Index):
     """Weights and arithmetic of the very network that was judged."""
-    judge = of_network("fdfl", build("fdfl", **LITE), CONTRACT)
+    judge = of_network("fdfl", build("fdfl", fusion="concat", **LITE), CONTRACT)
     made = table("detectors", [KNOWS, judge], index, replace(ASK, families=("smooth",)))
     row = next(row for row in made.rows if row[0] == "fdfl")
 

@@ -183,6 +183,7 @@ def xception() -> Recipe:
 FDFL_NOTES = (
     "[R] loss.weight 0.5 is from memory; loss.margin 0.3 is the open implementations' default.",
     "[X] Norms and activations of the mining block, its width, the fusion: see the network.",
+    "network.fusion=gate begins as its backbone; a fresh convolution there forgets what that knew.",
     "[X] Input size, optimiser and schedule are not published where we can read: ralf's here.",
     "loss.centre=faces: a centre drawn at random lies far from every face; random is as published.",
     "The paper names its own limit: no gain on forgeries of other methods than it trained on.",
@@ -194,7 +195,7 @@ def fdfl() -> Recipe:
     return dataclasses.replace(
         ralf(),
         name="fdfl",
-        network=Network(build="fdfl", backbone="xception", size=256, fusion="concat"),
+        network=Network(build="fdfl", backbone="xception", size=256, fusion="gate"),
         loss=FdflLoss(),
         notes=FDFL_NOTES,
     )
@@ -205,7 +206,7 @@ def fdfl_small() -> Recipe:
     return dataclasses.replace(
         ralf_small(),
         name="fdfl_small",
-        network=Network(build="fdfl", backbone="tf_efficientnet_lite0", size=256, fusion="concat"),
+        network=Network(build="fdfl", backbone="tf_efficientnet_lite0", size=256, fusion="gate"),
         loss=FdflLoss(),
         notes=FDFL_NOTES,
     )

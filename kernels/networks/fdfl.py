@@ -11,11 +11,15 @@ weights a channel.  The published description ends there; what it leaves open is
 the norms and activations between, the mining block's width (that of the spectrum), and the
 fusion, which is a dimension, since the paper compares several and names none that we know of:
 
+    gate        x + a·f, the factor a zero at first: begins as the backbone; the default
+    sum         x + f
     concat      both side by side, one 1 × 1 convolution, norm, ReLU
-    sum         the one added to the other
-    gate        the same behind a factor a channel that starts at zero: begins as the backbone
     attention   a weight from 0 to 1 at each place and channel says which of both is taken
-    none        the backbone alone: what the branch must beat
+    none        x alone: what the branch must beat
+
+A fresh convolution in its middle costs a trained backbone what it knew.  Validation AUC from the
+same warm backbone, 50 batches of 16 at 128 px, cross entropy alone or with the single-center loss:
+none 0.84 and 0.74, gate 0.84 and 0.77, concat (with it) 0.39.
 
 Numerics.  Spectrum and its norm are FP32.  A crop's DC lies within ±64 and coefficients in steps
 of 1/16: so scaled, the variance of any frequency is a number that FP16 holds, and the norm's
@@ -29,7 +33,7 @@ m: faces   s: side of a crop
 """
 
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +62,8 @@ YCBCR = (
     (-0.168735892, -0.331264108, 0.5),
     (0.5, -0.418687589, -0.081312411),
 )
-Fusion = Literal["concat", "sum", "gate", "attention", "none"]
-FUSIONS = ("concat", "sum", "gate", "attention", "none")
+Fusion = Literal["gate", "sum", "concat", "attention", "none"]
+FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 
 
 def block_dct() -> Tensor:
@@ -159,7 +163,7 @@ class Fdfl(nn.Module):
         *,
         backbone: str = "xception",
         size: int = 256,
-        fusion: Fusion = "concat",
+        fusion: Fusion = "gate",
         pool: Pool = "mean",
     ) -> None:
         super().__init__()
