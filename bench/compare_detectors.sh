@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Four detectors and the mean of three, trained on the same faces for as long, judged side by side.
+# Five detectors and the mean of three, trained on the same faces for as long, judged side by side:
+# the plain classifier, RALF as published and with the crop beside the residual (what ships), FDFL,
+# RCL-inspired.
 #   bench/compare_detectors.sh DATA OUT [FACES] [SIZE]
 # One backbone for all (EfficientNet-Lite0), crops of SIZE pixels (128), FACES crops (24000) each;
 # the plain classifier stands for what is called Xception where there is a GPU.  Every step may be
 # stopped and asked for again.  The record goes to OUT/detectors.json.  Too few faces (under a
 # thousand) teach nothing, and calibration then refuses.
-#   BACKBONE, VGG16   first weights: safetensors files, or `imagenet` from their hubs
-#   LIMIT             judge only so many people; SEED of the training runs (0)
+#   BACKBONE   first weights: a safetensors file in timm's names, or `imagenet` from timm's hub
+#   LIMIT      judge only so many people; SEED of the training runs (0)
 set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2") faces=${3:-24000} size=${4:-128}
 cd "$(dirname "$0")/.."
@@ -27,9 +29,10 @@ learn() { # MODEL RECIPE [--set …]
   ralf models promote "$1@$(basename "$made")"
 }
 learn classifier small_classifier
-learn ralf ralf_small_cpu --set "init.perceptual=${VGG16:-imagenet}"
+learn ralf ralf_small_cpu --set network.sees=residual
+learn ralf_both ralf_small_cpu
 learn fdfl fdfl_small
 learn rcl rcl_small
 ralf ensemble ralf fdfl rcl --name trio --data "$data" --split val --promote
-ralf evaluate classifier ralf fdfl rcl trio --data "$data" --table detectors --split test \
+ralf evaluate classifier ralf ralf_both fdfl rcl trio --data "$data" --table detectors --split test \
   --out "$out" ${LIMIT:+--limit "$LIMIT"} | tee "$out/detectors.txt"

@@ -22,7 +22,7 @@ from worker.media.types import Faces, Frames
 from worker.pipeline import Ask, analyze
 from worker.runtime import Parts, load
 from worker.settings import Settings
-from worker.soak import slope, soak
+from worker.soak import Slope, slope, soak
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +84,7 @@ def test_a_start_that_settles_is_no_leak():
     """The first tenth is left out: caches fill."""
     values = [100.0] * 10 + [400.0] * 90
 
-    assert slope(values).per_thousand == 0
-    assert slope(values).mean == 400
+    assert slope(values) == Slope(per_thousand=0, low=0, high=0, mean=400)
 
 
 def test_too_few_clips_have_no_slope():

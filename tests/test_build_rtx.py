@@ -4,6 +4,7 @@ With REQUIRE_RTX=1, as `make plans` runs it, the shipped sizes are built as well
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 pytest.importorskip("onnxruntime", reason="the extra build brings it")
 
 from kernels import build_rtx, export_onnx, plans
+from kernels.artifact import SHIPPED, resolve
 from kernels.build import Order, build
 from kernels.engine import EngineError
 from kernels.plans import Device
 from kernels.untrained import publish_untrained
+from worker.settings import Settings
 
 SIZE = 32
 REAL = pytest.mark.skipif(os.environ.get("REQUIRE_RTX") != "1", reason="make plans runs it")
@@ -140,3 +143,15 @@ def test_the_shipped_sizes_become_plans(tmp_path: Path, name: str, dimensions, p
     with pytest.raises(plans.Unverified):
         plans.find(artifact, Device("NVIDIA H200", "sm90", {"rtx": build_rtx.version()}))
     assert np.isfinite(list(record.timing.values())).all()
+
+
+@REAL
+@pytest.mark.rtx
+def test_the_model_that_ships_becomes_a_plan(tmp_path: Path):
+    """Trained weights and real faces: rounding is another matter there."""
+    shutil.copytree(SHIPPED, tmp_path / "models")
+    artifact = resolve(tmp_path / "models", Settings().model)
+    record = build(Order(artifact, crops=16), "rtx-aot").record
+
+    assert 0 < record.error["golden"] <= artifact.manifest.error_budget["logit"]
+    assert 16 == record.error["decisions"]

@@ -18,6 +18,7 @@ from train.metrics import (
     RATES,
     Scored,
     accuracy,
+    at_even_odds,
     auc,
     average_precision,
     brier,
@@ -100,6 +101,17 @@ def test_calibration_error_by_hand():
 
     assert pytest.approx(0.3) == ece(forged, np.full(10, 0.9))
     assert ece(np.array([True, False]), np.array([1.0, 0.0])) == 0
+
+
+def test_weighing_a_row_twice_is_seeing_it_twice():
+    """Even odds of three forgeries to a real: the real weighs as much as all three."""
+    forged = np.array([True, True, True, False])
+    score = np.array([0.9, 0.7, 0.4, 0.3])
+    weight = at_even_odds(forged)
+
+    np.testing.assert_allclose(weight, [1 / 6, 1 / 6, 1 / 6, 1 / 2])
+    rows = [0, 1, 2, 3, 3, 3]
+    assert pytest.approx(ece(forged[rows], score[rows])) == ece(forged, score, weight=weight)
 
 
 def test_perfect_and_useless_scores():

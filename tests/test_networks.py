@@ -120,6 +120,22 @@ def test_the_guide_steers_the_logit_only_where_it_is_built():
     assert (unguided.trace(crops(1)).attention == 1).all()
 
 
+def test_a_detector_that_sees_both_begins_as_its_classifier_alone(tmp_path):
+    """The gate is shut: the residual is worth nothing until training opens it."""
+    alone = build("classifier", backbone="tf_efficientnet_lite0", size=64).eval()
+    named = {
+        f"classifier.{name[5:]}" if name.startswith("head.") else name.partition(".")[2]: tensor
+        for name, tensor in alone.backbone.state_dict().items()
+    }
+    save_file(named, tmp_path / "alone.safetensors")
+    both, faces = tiny(sees="both"), crops(2)
+    assert both.initialise(tmp_path / "alone.safetensors") == ()
+
+    torch.testing.assert_close(alone(faces), both(faces))
+    nn.init.ones_(both.gate)
+    assert not torch.allclose(alone(faces), both(faces), atol=1e-3)
+
+
 def test_explaining_shows_what_scoring_saw():
     """The residual is |x − rebuilt|."""
     network, faces = tiny(), crops(2)
@@ -136,9 +152,12 @@ def test_bytes_and_floats_are_the_same_crops():
     torch.testing.assert_close(network(faces), network(faces / 255), rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_reach_the_mask_and_every_weight():
+@pytest.mark.parametrize("sees", ["residual", "both"])
+def test_gradients_reach_the_mask_and_every_weight(sees: str):
     """One joint backward: the classifier's gradient goes through reconstructor and mask."""
-    network = tiny().train()
+    network = tiny(sees=sees).train()
+    if sees == "both":
+        nn.init.ones_(network.gate)
     trace = network.trace(crops(2))
     (trace.logit.sum() + trace.embedding.sum()).backward()
     dry = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
@@ -223,12 +242,17 @@ def test_pretrained_weights_come_from_the_hub(monkeypatch):
     assert torch.equal(served.conv_head.weight, network.classifier.rest.conv_head.weight)
 
 
+@pytest.mark.parametrize("sees", ["residual", "both"])
 @pytest.mark.parametrize(
     ("dtype", "budget"), [(torch.bfloat16, 0.05), (torch.float16, 0.02), (torch.float32, 1e-4)]
 )
-def test_lowered_and_channels_last_it_agrees_with_fp32(dtype: torch.dtype, budget: float):
+def test_lowered_and_channels_last_it_agrees_with_fp32(
+    dtype: torch.dtype, budget: float, sees: str
+):
     """The residual is taken in FP32 and rounded after; logits stay close."""
-    network, faces = tiny(), crops(2)
+    network, faces = tiny(sees=sees), crops(2)
+    if sees == "both":
+        nn.init.ones_(network.gate)
     expected = network(faces)
     lowered = network.lower(dtype).to(memory_format=torch.channels_last)
 
@@ -285,6 +309,7 @@ def test_ralf_exports_to_onnx():
         ("ralf", {**TINY, "size": 30}, "multiple of 4"),
         ("ralf", {**TINY, "base": 3}, "base should be even"),
         ("ralf", {**TINY, "pool": "median"}, "max or mean"),
+        ("ralf", {**TINY, "sees": "nothing"}, "residual or both"),
     ],
 )
 def test_what_cannot_be_built_is_said(name: str, dimensions: dict, message: str):

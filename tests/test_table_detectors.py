@@ -173,14 +173,15 @@ def test_the_comparison_is_one_command_with_one_budget(tmp_path: Path):
         if words[0] == "train"
     ]
 
-    assert ["small_classifier", "ralf_small_cpu", "fdfl_small", "rcl_small"] == [
-        recipe.name for recipe in recipes
-    ]
+    small = ["small_classifier", "ralf_small_cpu", "ralf_small_cpu", "fdfl_small", "rcl_small"]
+    assert small == [recipe.name for recipe in recipes]
+    assert ["residual", "both"] == [r.network.dimensions["sees"] for r in recipes[1:3]]
     assert {3200} == {recipe.data.batch * (recipe.schedule.steps or 0) for recipe in recipes}
     assert {64} == {recipe.data.input.size for recipe in recipes}
     assert {"b.safetensors"} == {recipe.init.backbone for recipe in recipes}
     assert len({recipe.optimiser for recipe in recipes}) == 1
-    assert said[-1][:6] == ["evaluate", "classifier", "ralf", "fdfl", "rcl", "trio"]
+    models = ["classifier", "ralf", "ralf_both", "fdfl", "rcl"]
+    assert said[-1][:7] == ["evaluate", *models, "trio"]
     assert {"--limit", "5", "detectors"} <= set(said[-1])
     promoted = [words[2] for words in said if words[:2] == ["models", "promote"]]
-    assert [f"{name}@12345678" for name in ("classifier", "ralf", "fdfl", "rcl")] == promoted
+    assert [f"{name}@12345678" for name in models] == promoted

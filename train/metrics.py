@@ -106,24 +106,30 @@ def brier(forged: Bools, probability: Floats) -> float:
 
 
 def reliability(
-    forged: Bools, probability: Floats, bins: int = 15
-) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Mean probability, share forged and number in each bin of equal width."""
+    forged: Bools, probability: Floats, bins: int = 15, weight: Floats | None = None
+) -> tuple[Floats, Floats, Floats]:
+    """Mean probability, share forged and weight in each bin of equal width; unweighted: number."""
+    weight = np.ones(len(forged)) if weight is None else weight
     place = np.clip((probability * bins).astype(int), 0, bins - 1)
-    number = np.bincount(place, minlength=bins)
+    number = np.bincount(place, weight, bins)
     with np.errstate(invalid="ignore"):
-        said = np.bincount(place, probability, bins) / number
-        true = np.bincount(place, forged.astype(float), bins) / number
+        said = np.bincount(place, weight * probability, bins) / number
+        true = np.bincount(place, weight * forged, bins) / number
     return said, true, number
 
 
-def ece(forged: Bools, probability: Floats, bins: int = 15) -> float:
+def ece(forged: Bools, probability: Floats, bins: int = 15, weight: Floats | None = None) -> float:
     """Expected calibration error: how far said and true lie apart, weighted by bin."""
     if not len(forged):
         return float("nan")
-    said, true, number = reliability(forged, probability, bins)
+    said, true, number = reliability(forged, probability, bins, weight)
     filled = number > 0
-    return float(np.sum(np.abs(said - true)[filled] * number[filled]) / len(forged))
+    return float(np.sum(np.abs(said - true)[filled] * number[filled]) / number.sum())
+
+
+def at_even_odds(forged: Bools) -> Floats:
+    """A weight for each row, such that the reals together weigh what the forgeries do."""
+    return np.where(forged, 0.5 / max(1, forged.sum()), 0.5 / max(1, (~forged).sum()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,6 +123,14 @@ def ralf_small_cpu() -> Recipe:
     return override(
         dataclasses.replace(
             small,
+            network=Network(
+                build="ralf",
+                base=8,
+                blocks=2,
+                backbone="tf_efficientnet_lite0",
+                size=256,
+                sees="both",
+            ),
             notes=(
                 *small.notes,
                 "No L_con: VGG would take a quarter of the faces that the time allows.",
@@ -135,8 +143,6 @@ def ralf_small_cpu() -> Recipe:
         ),
         {
             "name": "ralf_small_cpu",
-            "network.base": "8",
-            "network.blocks": "2",
             "data.batch": "16",
             "data.shares": ",".join(map(str, SHARES)),
             "loss.weight_con": "0",

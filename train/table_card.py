@@ -4,23 +4,25 @@
               AUC over the families trained on and over the one held out, and by family
     clips     made clips (train/clips.py) that were prepared, where the data has some: the same by
               video, pooled and calibrated as a verdict is
-    check     real faces of other people: the share called forged at the model's threshold
+    check     real faces of other people: the share called forged at the model's threshold, and
+              where clean by size, colour and pose; all of them, whatever the limit
 
-Calibration is judged at even odds, as it was fitted: one forgery for each real face, the families
-in turn.  The figures are kept flat, a value and its 95 % interval, as `ralf publish --metrics`
-takes them.
+Calibration is judged at even odds, as it was fitted: the reals weigh what the forgeries do.  The
+figures are kept flat, a value and its 95 % interval, as `ralf publish --metrics` takes them.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from train.calibrate import interval as share_interval
 from train.evaluate import Judge, Result, evaluate
 from train.index import Index
-from train.metrics import Scored, measure
+from train.metrics import Scored, at_even_odds, ece, measure
+from train.perturb import CLEAN
 from train.recipe import FAMILIES, HELD_OUT
-from train.tables import Ask, Table, _percent, _take
+from train.tables import Ask, Table, _percent, _take, called_forged
 from worker.scores import calibrated
 
 Figures = dict[str, list[float] | float]
@@ -90,41 +92,31 @@ def _figures(figures: Figures, name: str, scored: Scored, judge: Judge, ask: Ask
 
 def _at_threshold(name: str, scored: Scored, judge: Judge) -> Figures:
     """How far the score may be believed, and what the threshold calls forged."""
-    even = measure(at_even_odds(scored), judge.calibration, replicates=0)
-    above = calibrated(scored.logit, judge.calibration) >= judge.threshold
+    probability = calibrated(scored.logit, judge.calibration)
+    above = probability >= judge.threshold
     reals, forged = above[~scored.forged], above[scored.forged]
     return {
-        f"{name} ece": even.ece,
+        f"{name} ece": ece(scored.forged, probability, weight=at_even_odds(scored.forged)),
         f"{name} false positives": _share(reals),
         f"{name} forgeries caught": _share(forged),
     }
 
 
-def at_even_odds(scored: Scored) -> Scored:
-    """As many forgeries as reals: of several made of one face, one, the methods in turn."""
-    if int(scored.forged.sum()) <= int((~scored.forged).sum()):
-        return scored
-    turn = {cluster: place for place, cluster in enumerate(dict.fromkeys(scored.cluster))}
-    methods = scored.methods
-    rows = zip(scored.video, scored.cluster, scored.forged, strict=True)
-    kept = [
-        not forged or methods.index(video[1]) == turn[cluster] % len(methods)
-        for video, cluster, forged in rows
-    ]
-    return scored.where(np.array(kept, bool))
-
-
 def _false_positives(
     figures: Figures, judge: Judge, index: Index, ask: Ask, condition: str
 ) -> None:
-    each = evaluate(
-        judge, index.where(label=0), CHECK, condition=condition, frames=ask.frames,
-        limit=ask.limit, replicates=0, watch=ask.watch,
-    )  # fmt: skip
-    above = calibrated(each.scored.logit, judge.calibration) >= judge.threshold
-    figures[f"other people {condition} false positives"] = _share(above)
+    everyone = replace(ask, split=CHECK, limit=None)
+    _, groups = called_forged(judge, index, everyone, condition)
+    for group, (events, of) in groups.items():
+        if group == "all":
+            figures[f"other people {condition} false positives"] = _rate(events, of)
+        elif condition == CLEAN:
+            figures[f"other people {condition} {group} false positives"] = _rate(events, of)
 
 
 def _share(above: "np.ndarray") -> list[float]:
-    events, of = int(above.sum()), len(above)
+    return _rate(int(above.sum()), len(above))
+
+
+def _rate(events: int, of: int) -> list[float]:
     return [events / of, *share_interval(events, of)]

@@ -263,26 +263,33 @@ def false_positives(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
         f"Real faces called forged, split {ask.split}",
         ("model, condition and faces", "faces", "called forged", "rate [95 %]"),
     )
-    reals = index.where(label=0)
     for judge in judges:
         for condition in (CLEAN, *(ask.conditions or ("h264=23", "h264=40", "jpeg=50"))):
-            examples = examples_for(
-                judge, reals, ask.split, condition=condition, frames=ask.frames, limit=ask.limit
-            )
-            each = result(judge, score(judge, examples, ask.watch), condition, replicates=0)
+            each, groups = called_forged(judge, index, ask, condition)
             found.results.append(each)
-            wrong = calibrated(each.scored.logit, judge.calibration) >= judge.threshold
-            groups = _groups(examples)
-            for name in sorted(set(groups.ravel().tolist()) - {""}):
-                member = (groups == name).any(axis=1)
+            for name, (events, of) in groups.items():
                 label = f"{judge.name} {condition} {name}"
-                events, of = int(wrong[member].sum()), int(member.sum())
                 low, high = share_interval(events, of)
                 found.figures[label] = {"faces": of, "forged": events, "interval": [low, high]}
                 span = f"{_percent(events / of)} [{_percent(low)}, {_percent(high)}]"
                 found.rows.append((label, str(of), str(events), span))
     found.notes.append("rates in percent, with Clopper and Pearson's interval")
     return found
+
+
+def called_forged(
+    judge: Judge, index: Index, ask: Ask, condition: str
+) -> tuple[Result, dict[str, tuple[int, int]]]:
+    """The split's reals judged; of each group of them how many are called forged, of how many."""
+    examples = examples_for(
+        judge, index.where(label=0), ask.split, condition=condition, frames=ask.frames,
+        limit=ask.limit,
+    )  # fmt: skip
+    each = result(judge, score(judge, examples, ask.watch), condition, replicates=0)
+    wrong = calibrated(each.scored.logit, judge.calibration) >= judge.threshold
+    groups = _groups(examples)
+    members = {n: (groups == n).any(axis=1) for n in sorted(set(groups.ravel().tolist()) - {""})}
+    return each, {name: (int(wrong[own].sum()), int(own.sum())) for name, own in members.items()}
 
 
 def _groups(examples: Any) -> np.ndarray:

@@ -45,9 +45,11 @@ def slope(values: Sequence[float] | NDArray[np.float64]) -> Slope:
     ends = np.cumsum([len(block) for block in blocks])
     middles = ends - np.array([len(block) for block in blocks]) / 2
     means = np.array([block.mean() for block in blocks])
-    line = stats.linregress(middles, means)
-    reach = float(stats.t.ppf(0.975, len(blocks) - 2)) * float(line.stderr)
-    grown = float(line.slope)
+    grown, reach = 0.0, 0.0
+    if np.ptp(means) > 0:  # SciPy has no error (NaN) for a line that is flat
+        line = stats.linregress(middles, means)
+        grown = float(line.slope)
+        reach = float(stats.t.ppf(0.975, len(blocks) - 2)) * float(line.stderr)
     figures = (1000 * grown, 1000 * (grown - reach), 1000 * (grown + reach), float(later.mean()))
     return Slope(*(round(figure, 3) for figure in figures))
 

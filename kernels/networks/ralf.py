@@ -3,12 +3,18 @@
     crops ─▶ destruct ─▶ destroyed ─▶ reconstruct ─▶ rebuilt
       x                     │                           │
       └──── |x − destroyed| ┴─▶ guide stem ─▶ attention │
-      └──── |x − rebuilt| ──────▶ main stem ──── × ◀────┘ ─▶ rest ─▶ global pool ─▶ one logit
+      ├──── |x − rebuilt| ──────▶ main stem ──── × ◀────┘ ─▶ rest ─▶ global pool ─▶ one logit
+      └─ sees=both: x ─▶ plain stem ──────────── + ◀ gate
 
 The mask is one learnt matrix for all three colours, half open at the start.  A real face should
 come back as it was; a forged one should not, and the guide says where something was taken out.
 Equations are those of the paper (eq. 1 for the destructor); the logit is of *forged*, where the
 paper's is of real.
+
+As published the classifier reads the residual alone.  With sees="both" (ours, not the paper's) the
+crop itself enters too, by a stem of its own, and the residual is let in through one learnt gate a
+channel, which begins shut: so the detector begins as its classifier alone, and what the residual
+adds is added to that.
 
 Numerics.  Images, residuals, mask and head are FP32 whatever the convolutions run in: the
 residual is a small difference of two large numbers, so it is taken first and rounded after.
@@ -22,7 +28,7 @@ m: faces   s: side of a crop   c: base
 
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +44,8 @@ from kernels.networks.backbones import (
     unit,
 )
 from kernels.networks.reconstructor import Reconstructor
+
+Sees = Literal["residual", "both"]
 
 
 class Trace(NamedTuple):
@@ -85,8 +93,11 @@ class Ralf(nn.Module):
         size: int = 256,
         pool: Pool = "max",
         guided: bool = True,
+        sees: Sees = "residual",
     ) -> None:
         super().__init__()
+        if sees not in ("residual", "both"):
+            raise NetworkError(f"sees should be residual or both, got {sees!r}")
         if size < 32 or size % 4:
             raise NetworkError(f"size should be a multiple of 4, at least 32, got {size}")
         self.size = size
@@ -95,6 +106,10 @@ class Ralf(nn.Module):
         self.classifier = Backbone(backbone, pool)
         self.guide = deepcopy(self.classifier.stem) if guided else None
         self.attention = SpatialAttention() if guided else None
+        self.plain = deepcopy(self.classifier.stem) if sees == "both" else None
+        if self.plain is not None:
+            *_, last = (part for part in self.plain if isinstance(part, nn.BatchNorm2d))
+            self.gate = nn.Parameter(torch.zeros(last.num_features, 1, 1))
 
     def destroy(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         """The crops without what the mask takes away, FP32, and |x − that|."""
@@ -126,6 +141,9 @@ class Ralf(nn.Module):
             features = features * attention
         else:
             attention = torch.ones_like(features[:, :1])
+        if self.plain is not None:
+            plain = self.plain((image * 2 - 1).to(dtype))
+            features = plain + self.gate.to(plain.dtype) * features
         logit = self.classifier.classify(features)
         embedding = encoded.float().mean((2, 3))
         return Trace(image, destroyed, rebuilt, embedding, attention.float(), logit)
@@ -145,7 +163,7 @@ class Ralf(nn.Module):
         self.reconstructor.to(dtype)
         if dtype is torch.float16:
             lower_backbone(self.classifier, dtype)
-            for part in (self.guide, self.attention):
+            for part in (self.guide, self.attention, self.plain):
                 if part is not None:
                     part.to(dtype)
         return self
@@ -153,8 +171,9 @@ class Ralf(nn.Module):
     def initialise(
         self, weights: Path | str | None = None, pretrained: bool = False
     ) -> tuple[str, ...]:
-        """Fill the classifier as load_backbone does, and the guide's stem like the main one."""
+        """Fill the classifier as load_backbone does, and the other stems like the main one."""
         left = load_backbone(self.classifier, weights, pretrained)
-        if self.guide is not None:
-            self.guide.load_state_dict(self.classifier.stem.state_dict())
+        for stem in (self.guide, self.plain):
+            if stem is not None:
+                stem.load_state_dict(self.classifier.stem.state_dict())
         return left
