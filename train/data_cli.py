@@ -81,7 +81,7 @@ def evaluate_commands(subparsers: Commands, refusing: Refusing) -> None:
     )
     parser.add_argument("--device", default="cpu", help="FP32 either way")
     parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="table.json, videos.csv; with intra a page for each model")  # fmt: skip
+                        help="table.json, videos.csv; for intra a page each too")  # fmt: skip
 
 
 def _add(verbs: Commands, name: str, summary: str, run: Run) -> argparse.ArgumentParser:
