@@ -20,7 +20,7 @@ from train.evaluate import Judge, evaluate, of_network
 from train.index import Index
 from train.metrics import Scored, auc, interval, paired_interval
 from train.recipe import HELD_OUT
-from train.recipe_text import override
+from train.recipe_text import override, to_json
 from train.recipes import named
 from train.table_detectors import CANNOT, everyone
 from train.tables import Ask, table
@@ -185,3 +185,23 @@ def test_the_comparison_is_one_command_with_one_budget(tmp_path: Path):
     assert {"--limit", "5", "detectors"} <= set(said[-1])
     promoted = [words[2] for words in said if words[:2] == ["models", "promote"]]
     assert [f"{name}@12345678" for name in models] == promoted
+
+
+def test_the_ablation_leaves_one_thing_out_at_a_time(tmp_path: Path):
+    """Every arm is a recipe that differs from the first; all see as many faces."""
+    log, stub = tmp_path / "log", tmp_path / "stub"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    stub.chmod(0o755)
+    script = Path(__file__).resolve().parent.parent / "bench" / "ablate.sh"
+    environment = os.environ | {"PYTHON": str(stub), "JOBS": "1", "BACKBONE": "b.safetensors"}
+    subprocess.run([script, tmp_path, tmp_path / "out", "1600", "64"], env=environment, check=True)
+    *trained, judged = [line.split()[2:] for line in log.read_text().splitlines()]
+    recipes = [
+        override(named(words[1]), dict(s.split("=", 1) for s in words if "=" in s))
+        for words in trained
+    ]
+
+    assert {1600} == {recipe.data.batch * (recipe.schedule.steps or 0) for recipe in recipes}
+    assert len(recipes) == len({to_json(recipe) for recipe in recipes}) == 9
+    runs = [words[words.index("--out") + 1] for words in trained]
+    assert judged[: len(runs) + 1] == ["evaluate", *runs] and runs[0].endswith("/all")

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# What each ingredient of the training data is worth: the plain classifier, trained with all of
+# them, then with one left out at a time, judged side by side on the same faces.
+#   bench/ablate.sh DATA OUT [FACES] [SIZE]
+# FACES crops (6000) of SIZE pixels (128) each; JOBS trainings at once (2), one thread each.  Every
+# step may be stopped and asked for again.  The record goes to OUT/detectors.json.
+#   BACKBONE   first weights: a safetensors file in timm's names, or `imagenet` from timm's hub
+#   LIMIT      judge only so many people; SEED of the training runs (0)
+set -euo pipefail
+data=$(realpath "$1") out=$(realpath -m "$2") faces=${3:-6000} size=${4:-128}
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 data out size steps=$((faces / 16))
+ralf() { "${PYTHON:-.venv/bin/python}" -m worker.cli "$@"; }
+learn() { # RUN [NAME=VALUE …]
+  local run=$1 changes=()
+  shift
+  for change in "$@"; do changes+=(--set "$change"); done
+  ralf train small_classifier --data "$data" --out "$out/$run" --device cpu \
+    --set "schedule.steps=$steps" --set schedule.evaluate_every=1000 --set schedule.select=last \
+    --set data.batch=16 --set "network.size=$size" --set "data.input.size=$size" \
+    --set optimiser.ema=0.99 --set "data.shares=3,2,3,1.5,1,1.5,0.7,1.5,0.5" \
+    --set "seed=${SEED:-0}" --set "init.backbone=${BACKBONE:-imagenet}" "${changes[@]}"
+}
+export -f ralf learn
+arms=(
+  "all"
+  "no_h264 data.augment.h264=0"
+  "no_wear data.augment.h264=0 data.augment.jpeg=0 data.augment.resize=0 data.augment.blur=0 data.augment.noise=0"
+  "self_blend_alone data.families=self_blend data.shares="
+  "swap_alone data.families=swap data.shares="
+  "even_shares data.shares="
+  "unpaired data.pairing=balanced"
+  "one_margin data.augment.margins="
+  "no_average optimiser.ema="
+)
+mkdir -p "$out"
+# shellcheck disable=SC2016 # the inner shell is to expand them
+printf '%s\n' "${arms[@]}" | xargs -P "${JOBS:-2}" -I{} bash -c 'set -e; read -ra words <<<"{}"; learn "${words[@]}"'
+runs=()
+for arm in "${arms[@]}"; do runs+=("$out/${arm%% *}"); done
+OMP_NUM_THREADS=${JOBS:-2} ralf evaluate "${runs[@]}" --data "$data" --table detectors --split test \
+  --out "$out" ${LIMIT:+--limit "$LIMIT"} | tee "$out/ablation.txt"
