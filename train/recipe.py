@@ -117,6 +117,8 @@ class Optimiser:
     """Decay of the moving average of the weights, which is what gets judged and published."""
     norm_momentum: float | None = None
     """How fast batch norms' statistics follow; None: as the backbone's library has it."""
+    norms: Literal["batch", "running"] = "batch"
+    """What batch norms normalise by while training; see train.norms for what a batch gives away."""
 
     def __post_init__(self) -> None:
         at_least("optimiser.accumulate", self.accumulate, 1)

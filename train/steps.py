@@ -21,6 +21,7 @@ from train.checkpoint import pack_optimiser, unpack_optimiser
 from train.depthwise import QuickDepthwise
 from train.diverged import keep
 from train.losses.objective import Batch, Moment, objective
+from train.norms import SteadyNorms
 from train.optimise import MovingAverage, computed_in, optimiser, rate
 from train.ranks import Ranks
 from train.recipe import Recipe
@@ -64,6 +65,7 @@ class Stepper:
             for layer in network.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                     layer.momentum = recipe.optimiser.norm_momentum
+        self.steady = SteadyNorms(network) if recipe.optimiser.norms == "running" else None
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.objective = objective(recipe, self.network).to(device)
         self.main = optimiser(recipe.optimiser, self.network, self.objective.learnt())
@@ -84,6 +86,8 @@ class Stepper:
 
     def step(self, batches: Sequence[Batch], moment: Moment, steps: int) -> dict[str, float]:
         """Move once; the terms, averaged over batches and processes."""
+        if self.steady is not None:
+            self.steady.hold()
         self.main.zero_grad(set_to_none=True)
         moved = [on_device(batch, self.device) for batch in batches]
         share = 1 / len(moved)
@@ -163,6 +167,8 @@ class Stepper:
             group["lr"] = now
         self.scaler.step(self.main)
         self.scaler.update()
+        if self.steady is not None:
+            self.steady.follow()
         # Norms' running statistics are each process's own where they are not synchronised.
         self.ranks.average_(b for b in self.network.buffers() if b.is_floating_point())
         if self.average is not None:
