@@ -240,7 +240,7 @@ def test_a_printed_recipe_says_everything():
     """print(recipe) is the run's description."""
     text = str(named("ralf_small"))
 
-    for field in ("lr=0.0005", "blocks=4", "held_out='boundary'", "margin=1.3", "weight_con=0.1"):
+    for field in ("lr=0.0004", "blocks=4", "held_out='boundary'", "margin=1.3", "weight_con=0.1"):
         assert field in text
 
 

@@ -2,7 +2,9 @@
 
 In a paired batch each forgery stands beside the real face it was made from, so the batch's own
 mean tells a network what the two have in common, and so what they have not: it learns to compare,
-which a worker scoring one face cannot.  The loss falls all the same, and so does what is served.
+which a worker scoring one face cannot.  Its loss falls while what is served gets worse: the small
+classifier after 76,000 faces had AUC 0.977 on batches of the validation people by the batch's own
+statistics, and 0.827 by the running ones.
 """
 
 from functools import partial
@@ -47,7 +49,8 @@ class SteadyNorms:
         for number, found in self.seen.items():
             layer = self.layers[number]
             share = layer.momentum or 0.0
-            for kept, new in zip((layer.running_mean, layer.running_var), zip(*found), strict=True):
+            means, variances = zip(*found, strict=True)
+            for kept, new in ((layer.running_mean, means), (layer.running_var, variances)):
                 if kept is not None:
                     kept.lerp_(torch.stack(new).mean(0), share)
         self.seen.clear()

@@ -81,6 +81,10 @@ OUR_NOTES = (
     "L_con per pair, with eps: a batch mean lets one well-made forgery hide among coarse ones.",
     "[R] Rate, warm-up, decay and EMA are common practice for AdamW at this size, not searched.",
     "norm_momentum 0.05: EfficientNet-Lite's own 0.01 needs 500 steps to forget photographs.",
+    (
+        "norms=running: a paired batch's own statistics tell which half is forged.  76,000 faces "
+        "by them ended in AUC 0.977 by the batch, and 0.827 as served."
+    ),
     "H.264, JPEG and scaling hit both classes alike: uploads are compressed, labels must not be.",
 )
 
@@ -92,7 +96,7 @@ def ralf() -> Recipe:
         network=Network(build="ralf", base=32, blocks=8, backbone="xception", size=256),
         loss=RalfLoss(),
         data=Data(families=BLENDED, held_out=HELD_OUT, augment=OUR_AUGMENT),
-        optimiser=Optimiser(lr=2e-4, weight_decay=1e-4, norm_momentum=0.05),
+        optimiser=Optimiser(lr=2e-4, weight_decay=1e-4, norm_momentum=0.05, norms="running"),
         schedule=Schedule(epochs=40, patience=10),
         notes=OUR_NOTES,
     )
@@ -107,7 +111,7 @@ def ralf_small() -> Recipe:
             build="ralf", base=16, blocks=4, backbone="tf_efficientnet_lite0", size=256
         ),
         loss=RalfLoss(perceptual="vgg16", con_patch=128),
-        optimiser=Optimiser(lr=5e-4, weight_decay=1e-4, norm_momentum=0.05),
+        optimiser=Optimiser(lr=4e-4, weight_decay=1e-4, norm_momentum=0.05, norms="running"),
         schedule=Schedule(epochs=60),
         notes=(
             *OUR_NOTES,
