@@ -31,6 +31,7 @@ arms=(
   "even_shares data.shares="
   "unpaired data.pairing=balanced"
   "one_margin data.augment.margins="
+  "batch_norms optimiser.norms=batch"
   "no_average optimiser.ema="
 )
 mkdir -p "$out"

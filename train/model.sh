@@ -20,7 +20,7 @@ RECIPE=${RECIPE:-ralf_small_cpu}
 GOLDEN=${GOLDEN:-civilservice}
 MINUTES=${MINUTES:-}
 BACKBONE=${BACKBONE:-imagenet}         # a safetensors file in timm's names where the hub is not reached
-CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-420}
+CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-1700}
 STEPS=${STEPS:-}
 FRAMES=8                               # of each made clip
 BIN=${BIN:-.venv/bin}
@@ -34,7 +34,7 @@ train() { # RECIPE RUN options: one process a device, or a core
 }
 
 train small_classifier "$RUNS/classifier" --set "init.backbone=$BACKBONE" --set data.batch=16 \
-  --set "schedule.steps=$CLASSIFIER_STEPS" --set schedule.evaluate_every=4 \
+  --set "schedule.steps=$CLASSIFIER_STEPS" --set schedule.evaluate_every=5 --set schedule.select=last \
   --set optimiser.ema=0.99 --set "data.shares=$SHARES"
 train "$RECIPE" "$RUNS/$NAME" --set "init.backbone=$RUNS/classifier" \
   ${STEPS:+--set "schedule.steps=$STEPS"}

@@ -138,11 +138,9 @@ def ralf_small_cpu() -> Recipe:
             notes=(
                 *small.notes,
                 "No L_con: VGG would take a quarter of the faces that the time allows.",
-                "It begins from small_classifier's weights: 700 steps are too few for both.",
-                (
-                    "The last weights, not the best: on 484 made clips of the val people step 700 "
-                    "has AUC 0.882, step 228, best on their 242 clean stills, 0.861."
-                ),
+                "It begins from small_classifier's weights: 450 steps are too few for both.",
+                "sees=both: the crop beside the residual, so that it begins as that classifier.",
+                "The last weights: 242 clean stills of the val split are too few to choose by.",
             ),
         ),
         {
@@ -152,7 +150,7 @@ def ralf_small_cpu() -> Recipe:
             "loss.weight_con": "0",
             "loss.con_patch": "64",
             "optimiser.ema": "0.99",
-            "schedule.steps": "700",
+            "schedule.steps": "450",
             "schedule.evaluate_every": "4",
             "schedule.select": "last",
         },
