@@ -29,8 +29,8 @@ from worker.media.probe import probe
 from worker.media.types import Clip
 from worker.settings import Settings
 
-# At this size these are ralf_small, fdfl and rcl.
-NAMES = sorted(RECIPES.keys() - {"ralf_small_cpu", "fdfl_small", "rcl_small"})
+# At this size these are fdfl and rcl.
+NAMES = sorted(RECIPES.keys() - {"fdfl_small", "rcl_small"})
 QUIET, EAGER = Options(quiet=True), Options(quiet=True, save_every_s=0)
 FRAMES = 3
 
