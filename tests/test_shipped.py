@@ -67,7 +67,7 @@ def test_its_card_tells_what_was_measured(shipped: Artifact):
 
 @pytest.mark.parametrize("name", ["authentic.mp4", "no_faces.mp4"])
 def test_an_untouched_sample_is_not_called_forged(judged, name: str):
-    """At the model's own threshold; phone.mp4 lies on it, as the card says."""
+    """At the model's own threshold; phone.mp4 it wrongly calls forged, as the card says."""
     truth, verdict = judged[name]
 
     assert truth.label in ("authentic", "no_faces")
