@@ -41,5 +41,5 @@ def test_a_group_that_does_not_come_up_is_an_error(monkeypatch: pytest.MonkeyPat
     """Not a wait without an end."""
     monkeypatch.setattr(bench_scale, "PATIENCE_S", 0.0)
 
-    with pytest.raises(FleetFailed, match="1 (workers did not come up|jobs did not end)"):
+    with pytest.raises(FleetFailed, match=r"1 (workers did not come up|jobs did not end)"):
         record((1,), {"empty": 1}, turns=1)
