@@ -19,7 +19,7 @@ from tests.faces_on_disk import faces
 from train.evaluate import Judge, evaluate, of_network
 from train.index import Index
 from train.metrics import Scored, auc, interval, paired_interval
-from train.recipe import HELD_OUT
+from train.recipe import HELD_OUT, Recipe
 from train.recipe_text import override, to_json
 from train.recipes import named
 from train.table_detectors import CANNOT, everyone
@@ -158,20 +158,30 @@ def test_models_that_saw_other_faces_cannot_be_paired():
     assert np.isnan(paired_interval(reals, reals, auc)).all()
 
 
-def test_the_comparison_is_one_command_with_one_budget(tmp_path: Path):
-    """Each recipe takes what the script sets; all see as many faces, and all are judged at once."""
-    log, stub = tmp_path / "log", tmp_path / "stub"
-    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\necho /models/one/12345678\n')
+def asked_by(
+    name: str, folder: Path, faces: int, prints: str = "", **environment: str
+) -> tuple[list[list[str]], list[Recipe]]:
+    """What a script of bench/ asks `ralf` for at 64 px, word by word, and the recipes it trains."""
+    log, stub = folder / "log", folder / "stub"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\necho {prints}\n')
     stub.chmod(0o755)
-    script = Path(__file__).resolve().parent.parent / "bench" / "compare_detectors.sh"
-    environment = os.environ | {"PYTHON": str(stub), "BACKBONE": "b.safetensors", "LIMIT": "5"}
-    subprocess.run([script, tmp_path, tmp_path / "out", "3200", "64"], env=environment, check=True)
+    script = Path(__file__).resolve().parent.parent / "bench" / name
+    given = os.environ | {"PYTHON": str(stub), "BACKBONE": "b.safetensors", **environment}
+    subprocess.run([script, folder, folder / "out", str(faces), "64"], env=given, check=True)
     said = [line.split()[2:] for line in log.read_text().splitlines()]
     recipes = [
         override(named(words[1]), dict(s.split("=", 1) for s in words if "=" in s))
         for words in said
         if words[0] == "train"
     ]
+    return said, recipes
+
+
+def test_the_comparison_is_one_command_with_one_budget(tmp_path: Path):
+    """Each recipe takes what the script sets; all see as many faces, and all are judged at once."""
+    said, recipes = asked_by(
+        "compare_detectors.sh", tmp_path, 3200, "/models/one/12345678", LIMIT="5"
+    )
 
     small = ["small_classifier", "ralf_small_cpu", "ralf_small_cpu", "fdfl_small", "rcl_small"]
     assert small == [recipe.name for recipe in recipes]
@@ -189,17 +199,7 @@ def test_the_comparison_is_one_command_with_one_budget(tmp_path: Path):
 
 def test_the_ablation_leaves_one_thing_out_at_a_time(tmp_path: Path):
     """Every arm is a recipe that differs from the first; all see as many faces."""
-    log, stub = tmp_path / "log", tmp_path / "stub"
-    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
-    stub.chmod(0o755)
-    script = Path(__file__).resolve().parent.parent / "bench" / "ablate.sh"
-    environment = os.environ | {"PYTHON": str(stub), "JOBS": "1", "BACKBONE": "b.safetensors"}
-    subprocess.run([script, tmp_path, tmp_path / "out", "1600", "64"], env=environment, check=True)
-    *trained, judged = [line.split()[2:] for line in log.read_text().splitlines()]
-    recipes = [
-        override(named(words[1]), dict(s.split("=", 1) for s in words if "=" in s))
-        for words in trained
-    ]
+    (*trained, judged), recipes = asked_by("ablate.sh", tmp_path, 1600, JOBS="1")
 
     assert {1600} == {recipe.data.batch * (recipe.schedule.steps or 0) for recipe in recipes}
     assert len(recipes) == len({to_json(recipe) for recipe in recipes}) == 10

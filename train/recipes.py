@@ -127,14 +127,7 @@ def ralf_small_cpu() -> Recipe:
     return override(
         dataclasses.replace(
             small,
-            network=Network(
-                build="ralf",
-                base=8,
-                blocks=2,
-                backbone="tf_efficientnet_lite0",
-                size=256,
-                sees="both",
-            ),
+            network=small.network.model_copy(update={"base": 8, "blocks": 2, "sees": "both"}),
             notes=(
                 *small.notes,
                 "No L_con: VGG would take a quarter of the faces that the time allows.",
