@@ -24,6 +24,7 @@ from scipy.special import expit
 from scipy.stats import beta
 
 from kernels.manifest import Calibration
+from train.metrics import at_even_odds
 
 Floats = NDArray[np.float64]
 FPRS = (0.01, 0.05)
@@ -113,7 +114,7 @@ def nll(logit: Floats, forged: NDArray[np.bool_], calibration: Calibration) -> f
     """Mean negative log likelihood, both classes weighing alike."""
     logit, forged = _checked(logit, forged)
     z = (logit - calibration.shift) / calibration.temperature
-    return float(_loss(z, forged.astype(np.float64), _weights(forged)))
+    return float(_loss(z, forged.astype(np.float64), at_even_odds(forged)))
 
 
 def fit(
@@ -127,7 +128,7 @@ def fit(
 ) -> Calibration:
     """Temperature, and shift unless told not to, of the greatest likelihood."""
     logit, forged = _checked(logit, forged)
-    weights = _weights(forged) if balanced else np.full(len(forged), 1 / len(forged))
+    weights = at_even_odds(forged) if balanced else np.full(len(forged), 1 / len(forged))
     n, m = int(forged.sum()), int((~forged).sum())
     high, low = ((n + 1) / (n + 2), 1 / (m + 2)) if smooth else (1.0, 0.0)
     target = np.where(forged, high, low)
@@ -197,10 +198,6 @@ def _between(low: float, high: float) -> float:
     """A score above `low` and not above `high`, in the middle where floats leave room."""
     middle = low + (high - low) / 2
     return middle if low < middle <= high else min(float(np.nextafter(low, np.inf)), 1.0)
-
-
-def _weights(forged: NDArray[np.bool_]) -> Floats:
-    return np.where(forged, 0.5 / forged.sum(), 0.5 / (~forged).sum())
 
 
 def _loss(z: Floats, target: Floats, weights: Floats) -> float:
