@@ -590,6 +590,22 @@ def test_a_detector_may_begin_where_its_classifier_ended(tmp_path: Path):
     assert torch.equal(mine["guide.conv_stem.weight"], ended["backbone.stem.conv_stem.weight"])
 
 
+def test_a_run_may_go_on_from_anothers_weights(tmp_path: Path):
+    """`init.network`: all judged weights of a run of the same network; of another, refused."""
+    recipe = tiny("small_classifier", **{"schedule.steps": "2"})
+    train(recipe, MadeBatches(), [MadeBatches()[100]], tmp_path / "first", data_sha256="d" * 64,
+          options=QUIET)  # fmt: skip
+    ended = load(tmp_path / "first" / LAST).part("average")
+    again = {"init.network": str(tmp_path / "first"), "seed": "5"}
+
+    mine = make_network(tiny("small_classifier", **again)).state_dict()
+
+    assert mine.keys() == ended.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in ended.items())
+    with pytest.raises(CheckpointError, match=r"another network.*build: 'classifier' → 'ralf'"):
+        make_network(tiny("ralf_small", **again))
+
+
 def test_a_run_without_that_backbone_cannot_be_begun_from(tmp_path: Path):
     """A folder that is no run, and weights of another network, are named."""
     (tmp_path / "empty").mkdir()

@@ -1,6 +1,7 @@
 """Recipes: complete, printable, changed by name with their types checked."""
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -183,6 +184,19 @@ def test_json_with_a_missing_or_unknown_name_is_refused():
         from_json(text.replace('"epochs"', '"epoch"'), Recipe)
     with pytest.raises(RecipeError, match="kind"):
         from_json(text.replace('"kind": "bce"', '"kind": "hinge"'), Recipe)
+
+
+def test_a_run_from_before_a_field_was_there_opens_with_its_default():
+    """Which means what was done before; what never had a default is asked for."""
+    old = json.loads(to_json(named("ralf")))
+    del old["data"]["augment"]["other"], old["optimiser"]["norms"]
+
+    opened = from_json(json.dumps(old), Recipe)
+
+    assert (opened.data.augment.other, opened.optimiser.norms) == (0.0, "batch")
+    del old["network"]
+    with pytest.raises(RecipeError, match="missing \\['network'\\]"):
+        from_json(json.dumps(old), Recipe)
 
 
 @given(

@@ -2,7 +2,7 @@
 
 The backbone may come from timm's hub, from a file in timm's names, or from a run of ours: then it
 takes that run's judged weights, whatever network they belong to, so that a detector can begin
-where its classifier alone ended.
+where its classifier alone ended.  Before that, all of the network may come from a run of ours.
 """
 
 import tempfile
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels.networks import build
 from train.recipe import Recipe
+from train.recipe_text import differences
 
 OWNERS = ("backbone.", "classifier.")
 """What networks of ours call their backbone."""
@@ -24,12 +25,29 @@ def make_network(recipe: Recipe) -> nn.Module:
     """The recipe's network with its first weights, the same for the same seed."""
     torch.manual_seed(recipe.seed)
     network = build(recipe.network.build, **recipe.network.dimensions)
+    if recipe.init.network is not None:
+        _go_on(network, recipe, Path(recipe.init.network))
     source = recipe.init.backbone
     if source is not None:
         fill = getattr(network, "initialise", None) or _fill_backbone(network)
         with _file(source) as weights:
             fill(weights, source == "imagenet")
     return network
+
+
+def _go_on(network: nn.Module, recipe: Recipe, run: Path) -> None:
+    """All weights of a run that trained the same network."""
+    from train.checkpoint import CheckpointError, load
+    from train.publish import judged, weights
+
+    checkpoint = load(judged(run))
+    theirs, mine = checkpoint.recipe.network, recipe.network
+    if theirs != mine:
+        raise CheckpointError(
+            f"init.network {run} trained another network than this recipe's: "
+            + "; ".join(differences(theirs, mine))
+        )
+    network.load_state_dict(weights(checkpoint))
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Recipes as text: JSON there and back, and overrides by dotted name with their types checked.
 
 Both walk the dataclasses' own type hints, so a field added to a recipe needs nothing here.
-Decoding is strict: a missing or an unknown name is an error, since a recipe that was guessed
-back together is not the one that was trained.
+Decoding is strict: an unknown name is an error, and so is a missing one without a default, since
+a recipe that was guessed back together is not the one that was trained.  A field that is new gets
+a default that means what was done before it was there, so runs of an older version still open.
 """
 
 import dataclasses
@@ -176,15 +177,21 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return hint.model_validate(value)
     if dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
-        fields = {field.name for field in dataclasses.fields(hint)}  # type: ignore[arg-type]
-        if not isinstance(value, dict) or value.keys() != fields:
-            got = set(value) if isinstance(value, dict) else {repr(value)}
+        fields = {field.name: field for field in dataclasses.fields(hint)}  # type: ignore[arg-type]
+        needed = {key for key, field in fields.items() if _no_default(field)}
+        got = set(value) if isinstance(value, dict) else {repr(value)}
+        if got - fields.keys() or needed - got:
             raise RecipeError(
-                f"{name} should have {sorted(fields)}; missing {sorted(fields - got)}, "
-                f"unknown {sorted(got - fields)}"
+                f"{name} should have {sorted(fields)}; missing {sorted(needed - got)}, "
+                f"unknown {sorted(got - fields.keys())}"
             )
-        return hint(**{key: _typed(value[key], hints[key], f"{name}.{key}") for key in fields})  # type: ignore[operator]
+        return hint(**{key: _typed(value[key], hints[key], f"{name}.{key}") for key in got})  # type: ignore[operator]
     return float(value) if hint is float else value
+
+
+def _no_default(field: "dataclasses.Field[Any]") -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
 
 
 def _member(value: Any, members: tuple[Any, ...], name: str) -> Any:
