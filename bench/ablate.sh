@@ -18,7 +18,7 @@ learn() { # RUN [NAME=VALUE …]
   ralf train small_classifier --data "$data" --out "$out/$run" --device cpu \
     --set "schedule.steps=$steps" --set schedule.evaluate_every=1000 --set schedule.select=last \
     --set data.batch=16 --set "network.size=$size" --set "data.input.size=$size" \
-    --set optimiser.ema=0.99 --set "data.shares=3,2,3,1.5,1,1.5,0.7,1.5,0.5" \
+    --set optimiser.ema=0.99 \
     --set "seed=${SEED:-0}" --set "init.backbone=${BACKBONE:-imagenet}" "${changes[@]}"
 }
 export -f ralf learn
@@ -26,6 +26,7 @@ arms=(
   "all"
   "no_h264 data.augment.h264=0"
   "no_wear data.augment.h264=0 data.augment.jpeg=0 data.augment.resize=0 data.augment.blur=0 data.augment.noise=0"
+  "no_other data.augment.other=0 data.augment.sharpen=0"
   "self_blend_alone data.families=self_blend data.shares="
   "swap_alone data.families=swap data.shares="
   "even_shares data.shares="

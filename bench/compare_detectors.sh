@@ -21,7 +21,7 @@ learn() { # MODEL RECIPE [--set …]
   ralf train "$2" --data "$data" --out "$out/runs/$1" --device cpu --workers 1 \
     --set "schedule.steps=$steps" --set schedule.evaluate_every=3 --set "data.batch=$batch" \
     --set "network.size=$size" --set "data.input.size=$size" --set optimiser.ema=0.99 \
-    --set data.shares=3,2,3,1.5,1,1.5,0.7,1.5,0.5 --set schedule.select=last \
+    --set schedule.select=last \
     --set "seed=${SEED:-0}" --set "init.backbone=${BACKBONE:-imagenet}" "${@:3}"
   ralf publish "$out/runs/$1" --name "$1" --data "$data" --promote
   local made

@@ -17,7 +17,7 @@ from train import published
 from train.clips import Wanted, make_clips
 from train.evaluate import Judge, evaluate, examples_for, judge_of, of_network, score, write_videos
 from train.index import Index, IndexFault
-from train.metrics import Scored, measure
+from train.metrics import Scored, measure, together
 from train.perturb import DEEPERFORENSICS
 from train.prepare import prepare
 from train.table_aggregation import spread
@@ -288,7 +288,8 @@ def test_the_card_judges_stills_clips_and_other_people(carded):
     assert {
         "crop clean auc seen", "crop clean auc held out", "crop clean auc smooth",
         "crop clean ece", "crop clean false positives", "clip crf23 auc seen",
-        "clip crf40 forgeries caught", "other people clean false positives",
+        "clip crf40 forgeries caught", "clip any ece", "clip any ece by chance",
+        "other people clean false positives",
     } <= figures.keys()  # fmt: skip
     assert figures["crop clean auc seen"] == figures["crop clean auc smooth"]
     share, low, high = figures["other people clean false positives"]
@@ -302,7 +303,11 @@ def test_the_cards_figures_are_those_of_the_scores(carded):
     stills = everything.where(dataset="portraits")
     each = evaluate(JUDGE, stills, "val", families=("boundary",), replicates=0)
     expected = roc_auc_score(each.scored.forged, each.scored.logit)
-    pooled = made.results[-2].scored.pooled(JUDGE.aggregation)
+    at_each = [made.results[place].scored.pooled(JUDGE.aggregation) for place in (-2, -1)]
+    pooled = at_each[0]
+    every = together(at_each)
+    seen = every.where(np.array([video[1] != "boundary" for video in every.video]))
 
+    assert roc_auc_score(seen.forged, seen.logit) == made.figures["sharp"]["clip any auc seen"][0]
     assert pytest.approx(expected) == made.figures["sharp"]["crop clean auc held out"][0]
     assert 6 == len(pooled)

@@ -23,6 +23,7 @@ from train.metrics import (
     average_precision,
     brier,
     ece,
+    ece_by_chance,
     eer,
     interval,
     measure,
@@ -100,6 +101,18 @@ def test_calibration_error_by_hand():
 
     assert pytest.approx(0.3) == ece(forged, np.full(10, 0.9))
     assert ece(np.array([True, False]), np.array([1.0, 0.0])) == 0
+
+
+def test_true_probabilities_show_the_error_that_chance_makes():
+    """Few rows show much of it; overconfidence shows more than chance explains."""
+    rng = np.random.default_rng(0)
+    said = rng.uniform(0, 1, 100)
+    found = [ece(rng.random(100) < said, said) for _ in range(100)]
+
+    assert ece_by_chance(said) == pytest.approx(np.mean(found), rel=0.1)
+    assert ece_by_chance(np.tile(said, 16)) == pytest.approx(np.mean(found) / 4, rel=0.15)
+    assert ece_by_chance(np.array([0.0, 1.0, 1.0])) == 0
+    assert ece(rng.random(100) < 0.5, np.round(said)) > 2 * ece_by_chance(said)
 
 
 def test_weighing_a_row_twice_is_seeing_it_twice():

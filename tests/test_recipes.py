@@ -106,6 +106,7 @@ def test_overrides_reach_every_part_by_name():
             "network.base": "8",
             "margins": "1.2,1.4",
             "families": "self_blend,swap",
+            "shares": "2,1",
             "held_out": "none",
             "finder.min_face": "30",
             "con_pairs": "no",
@@ -120,6 +121,7 @@ def test_overrides_reach_every_part_by_name():
     assert changed.network.dimensions["base"] == 8
     assert changed.data.augment.margins == (1.2, 1.4)
     assert changed.data.families == ("self_blend", "swap")
+    assert changed.data.shares == (2.0, 1.0)
     assert changed.data.held_out is None
     assert changed.data.input.finder.min_face == 30
     assert isinstance(changed.loss, RalfLoss)
@@ -158,7 +160,8 @@ def test_sizes_that_must_agree_are_set_together():
         ({"weight_freq": "nan"}, "loss.weight_freq should be from 0"),
         ({"clip": "0"}, "optimiser.clip should be above 0"),
         ({"radius_real": "2"}, "below"),
-        ({"families": "boundary"}, "trained on too"),
+        ({"families": "boundary", "shares": "1"}, "trained on too"),
+        ({"families": "inner"}, "shares should be 1 numbers above 0"),
         ({"families": "inner,magic"}, "families should be self_blend, inner.*, not 'magic'"),
         ({"held_out": "magic"}, "held_out should be self_blend"),
         ({"network.deep": "3"}, "no 'network.deep'"),

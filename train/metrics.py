@@ -127,6 +127,13 @@ def ece(forged: Bools, probability: Floats, bins: int = 15, weight: Floats | Non
     return float(np.sum(np.abs(said - true)[filled] * number[filled]) / number.sum())
 
 
+def ece_by_chance(probability: Floats, bins: int = 15, *, replicates: int = 200) -> float:
+    """The calibration error to expect of so many rows if every probability were true."""
+    rng = np.random.default_rng(0)
+    drawn = rng.random((replicates, len(probability))) < probability
+    return float(np.mean([ece(forged, probability, bins) for forged in drawn]))
+
+
 def at_even_odds(forged: Bools) -> Floats:
     """A weight for each row, such that the reals together weigh what the forgeries do."""
     return np.where(forged, 0.5 / max(1, forged.sum()), 0.5 / max(1, (~forged).sum()))
@@ -188,6 +195,16 @@ class Scored:
             tuple(rows),
             tuple(self.cluster[own[0]] for own in rows.values()),
         )
+
+
+def together(parts: Sequence[Scored]) -> Scored:
+    """All their rows, one after another."""
+    return Scored(
+        np.concatenate([part.logit for part in parts]),
+        np.concatenate([part.forged for part in parts]),
+        tuple(video for part in parts for video in part.video),
+        tuple(cluster for part in parts for cluster in part.cluster),
+    )
 
 
 @dataclass(frozen=True)

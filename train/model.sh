@@ -24,7 +24,6 @@ CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-1700}
 STEPS=${STEPS:-}
 FRAMES=8                               # of each made clip
 BIN=${BIN:-.venv/bin}
-SHARES=3,2,3,1.5,1,1.5,0.7,1.5,0.5
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 processes=$("$BIN/python" -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))')
@@ -35,7 +34,7 @@ train() { # RECIPE RUN options: one process a device, or a core
 
 train small_classifier "$RUNS/classifier" --set "init.backbone=$BACKBONE" --set data.batch=16 \
   --set "schedule.steps=$CLASSIFIER_STEPS" --set schedule.evaluate_every=5 --set schedule.select=last \
-  --set optimiser.ema=0.99 --set "data.shares=$SHARES"
+  --set optimiser.ema=0.99
 train "$RECIPE" "$RUNS/$NAME" --set "init.backbone=$RUNS/classifier" \
   ${STEPS:+--set "schedule.steps=$STEPS"}
 

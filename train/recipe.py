@@ -96,7 +96,7 @@ class Data:
         if self.shares and (len(self.shares) != len(self.families) or min(self.shares) <= 0):
             raise RecipeError(
                 f"data.shares should be {len(self.families)} numbers above 0, one for each of "
-                f"data.families; got {self.shares}"
+                f"data.families; got {self.shares}.  None at all draws them alike"
             )
         if self.held_out is not None and self.held_out in self.families:
             raise RecipeError(

@@ -3,12 +3,13 @@
     stills    forgeries blended into every real face of the split, clean and through H.264:
               AUC over the families trained on and over the one held out, and by family
     clips     made clips (train/clips.py) that were prepared, where the data has some: the same by
-              video, pooled and calibrated as a verdict is
+              video, pooled and calibrated as a verdict is; at each CRF, and all of them as one
     check     real faces of other people: the share called forged at the model's threshold, and
               where clean by size, colour and pose; all of them, whatever the limit
 
-Calibration is judged at even odds, as it was fitted: the reals weigh what the forgeries do.  The
-figures are kept flat, a value and its 95 % interval, as `ralf publish --metrics` takes them.
+Calibration is judged at even odds, as it was fitted: the reals weigh what the forgeries do; beside
+its error stands the one that so few rows would show if every score were true.  The figures are
+kept flat, a value and its 95 % interval, as `ralf publish --metrics` takes them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from train.calibrate import interval as share_interval
 from train.evaluate import Judge, Result, evaluate
 from train.index import Index
-from train.metrics import Scored, at_even_odds, ece, measure
+from train.metrics import Scored, at_even_odds, ece, ece_by_chance, measure, together
 from train.perturb import CLEAN
 from train.recipe import FAMILIES, HELD_OUT
 from train.tables import Ask, Table, _percent, _take, called_forged
@@ -47,10 +48,14 @@ def card(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
             _figures(figures, f"crop {condition}", each.scored, judge, ask)
             for name, one in each.by_method.items():
                 figures[f"crop {condition} auc {name}"] = [one.auc, one.auc_low, one.auc_high]
+        videos: list[Scored] = []
         for rate in sorted({row.compression for row in clips.where(split=ask.split)}):
-            each = _judged(judge, clips.where(compression=rate), ask, "clean", ())
+            each = _judged(judge, clips.where(compression=rate), ask, CLEAN, ())
             _take(found, f"{judge.name} clips {rate}", each)
-            _figures(figures, f"clip {rate}", each.scored.pooled(judge.aggregation), judge, ask)
+            videos.append(each.scored.pooled(judge.aggregation))
+            _figures(figures, f"clip {rate}", videos[-1], judge, ask)
+        if len(videos) > 1:
+            _figures(figures, "clip any", together(videos), judge, ask)
         if len(stills.where(split=CHECK, label=0)):
             for condition in ask.conditions or CONDITIONS:
                 _false_positives(figures, judge, stills, ask, condition)
@@ -97,6 +102,7 @@ def _at_threshold(name: str, scored: Scored, judge: Judge) -> Figures:
     reals, forged = above[~scored.forged], above[scored.forged]
     return {
         f"{name} ece": ece(scored.forged, probability, weight=at_even_odds(scored.forged)),
+        f"{name} ece by chance": ece_by_chance(probability),
         f"{name} false positives": _share(reals),
         f"{name} forgeries caught": _share(forged),
     }
