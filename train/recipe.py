@@ -112,6 +112,9 @@ class Optimiser:
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     """sgd takes the first as its momentum."""
+    dials: float = 1.0
+    """How many times the rate the frequency mask and the gates are moved by: Adam goes a rate a
+    step, and what begins at nothing stays there through a short run."""
     weight_decay: float = 0.0
     """adamw leaves vectors (biases, norms) and the frequency mask out of it."""
     clip: float | None = 1.0
@@ -128,6 +131,7 @@ class Optimiser:
     def __post_init__(self) -> None:
         at_least("optimiser.accumulate", self.accumulate, 1)
         above_zero("optimiser.lr", self.lr)
+        above_zero("optimiser.dials", self.dials)
         between("optimiser.weight_decay", self.weight_decay, 0, 1)
         if self.clip is not None:
             above_zero("optimiser.clip", self.clip)

@@ -150,12 +150,6 @@ def everyone(
     return [found[place] for place in range(len(judges))]
 
 
-def _part(whole: Scored, families: Iterable[str]) -> Scored:
-    """The reals, and the forgeries of these families; others on disk stand in the CSV alone."""
-    wanted = set(families)
-    return whole.where(np.array([video[1] in wanted for video in whole.video]) | ~whole.forged)
-
-
 def _compared(
     judge: Judge, mine: Scored, firsts: Scored, seen: Sequence[str], replicates: int
 ) -> tuple[Part, Part]:
