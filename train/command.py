@@ -21,7 +21,9 @@ def refusing(run: Run) -> Run:
         from kernels.engine import EngineError
         from train.checkpoint import CheckpointError
         from train.diverged import Diverged
+        from train.memory import keep_freed
 
+        keep_freed()
         try:
             return run(args)
         except Diverged as error:
