@@ -15,7 +15,7 @@ from kernels.manifest import InputContract
 from tests.faces_on_disk import faces
 from train.crops import Cut, region
 from train.data import REAL, Batches
-from train.degrade import Wear, as_another, draw, put_on
+from train.degrade import Wear, draw, put_on
 from train.examples import Examples
 from train.hulls import FaceGeometry
 from train.index import Index, IndexFault
@@ -27,9 +27,8 @@ from worker.media.faces import cut_one
 
 PLAIN = Augment(flip=0.0)
 HARD = Augment(
-    flip=0.5, jpeg=0.3, h264=0.5, resize=0.5, blur=0.3, noise=0.3, colour=0.3, sharpen=0.3,
-    other=0.5, margins=(1.2, 1.5),
-)  # fmt: skip
+    flip=0.5, jpeg=0.3, h264=0.5, resize=0.5, blur=0.3, noise=0.3, colour=0.3, margins=(1.2, 1.5)
+)
 SMALL = InputContract(size=96)
 
 
@@ -309,11 +308,8 @@ def test_the_recipes_chances_are_what_is_drawn():
         "resize": np.mean([wear.scale < 1 for wear in wears]),
         "blur": np.mean([wear.blur > 0 for wear in wears]),
         "noise": np.mean([wear.noise > 0 for wear in wears]),
-        "sharpen": np.mean([wear.sharpen[0] > 0 for wear in wears]),
-        "other": np.mean([wear.skin > 0 for wear in wears]) / 0.7,
     }
-    wanted = {"flip": 0.5, "h264": 0.5, "jpeg": 0.3, "resize": 0.5, "blur": 0.3, "noise": 0.3,
-              "sharpen": 0.3, "other": 0.5}  # fmt: skip
+    wanted = {"flip": 0.5, "h264": 0.5, "jpeg": 0.3, "resize": 0.5, "blur": 0.3, "noise": 0.3}
 
     assert pytest.approx(wanted, abs=0.04) == share
     assert Wear() == draw(PLAIN, rng, face_px=200)
@@ -328,44 +324,9 @@ def test_each_wear_does_what_it_says():
     assert put_on(Wear(scale=0.5), image, rng).shape == (100, 100, 3)
     assert sharp(put_on(Wear(blur=1.2), image, rng)) < sharp(image)
     assert sharp(put_on(Wear(noise=8), image, rng)) > sharp(image)
-    assert sharp(put_on(Wear(sharpen=(1.0, 1.0)), image, rng)) > 1.5 * sharp(image)
     assert sharp(put_on(Wear(codec="libx264", quality=40), image, rng)) < sharp(image)
     grey = put_on(Wear(saturation=0), image, rng)
     assert np.abs(np.diff(grey.astype(int), axis=-1)).max() <= 1
-
-
-def test_another_persons_skin_is_smooth_and_their_edges_stay():
-    """A guided filter takes texture; the step between two fields keeps its height."""
-    rng = np.random.default_rng(0)
-    field = np.full((120, 160, 3), 80.0)
-    field[:, 80:] = 180
-    image = np.clip(field + rng.normal(0, 5, field.shape[:2])[..., None], 0, 255).astype(np.uint8)
-    face = FaceGeometry(np.array([30, 20, 130, 110], np.float32), SQUARE)
-
-    smooth, same = as_another(Wear(skin=1.0, pores=(0.06, 200.0)), image, face)
-
-    assert same is face
-    assert smooth[:, :60].std() < 0.5 * image[:, :60].std()
-    assert smooth[:, 84:].mean() - smooth[:, :76].mean() == pytest.approx(100, abs=2)
-
-
-def test_another_persons_face_is_found_where_it_went():
-    """Stretched and lit anew: a dot on each landmark is still under it."""
-    image = np.zeros((120, 160, 3), np.uint8)
-    for x, y in SQUARE.astype(int):
-        image[y - 1 : y + 2, x - 1 : x + 2] = 255
-    face = FaceGeometry(np.array([30, 20, 130, 110], np.float32), SQUARE)
-    wear = Wear(stretch=1.2, light=tuple(np.linspace(-0.2, 0.2, 9)))
-
-    wide, moved = as_another(wear, image, face)
-
-    assert wide.shape[1] / wide.shape[0] == pytest.approx(1.2 * 160 / 120, rel=0.02)
-    for x, y in np.rint(moved.five).astype(int):
-        assert wide[y, x].min() > 120
-    assert np.array_equal(image, as_another(Wear(), image, face)[0])
-
-
-SQUARE = np.array([[60, 50], [100, 50], [80, 70], [64, 90], [96, 90]], np.float32)
 
 
 def sharp(image: np.ndarray) -> float:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -493,31 +492,6 @@ def test_weight_decay_spares_vectors_and_the_mask():
 def stepper(recipe: Recipe, run: Path, network: nn.Module | None = None) -> Stepper:
     """One step's machinery."""
     return Stepper(recipe, network or StubRalf(), torch.device("cpu"), ALONE, run)
-
-
-def test_dials_are_moved_by_their_own_rate(tmp_path: Path):
-    """The mask goes twenty of Adam's steps while the rest goes one; after a resume as well."""
-    level = {"warmup": "0", "schedule.shape": "constant", "optimiser.lr": "0.001", "clip": "none"}
-    recipe = tiny("ralf", **level, **{"optimiser.dials": "20", "optimiser.weight_decay": "0"})
-    moving, again = stepper(recipe, tmp_path), stepper(recipe, tmp_path)
-
-    for one in (moving, again):
-        before = {name: p.detach().clone() for name, p in one.network.named_parameters()}
-        one.step([MadeBatches()[0]], Moment(0, 0, 1, 0.0), 10)
-        went = {n: (p - before[n]).abs().max().item() for n, p in one.network.named_parameters()}
-        assert went["mask"] == pytest.approx(0.02, rel=0.1)
-        assert went["encoder.weight"] == pytest.approx(0.001, rel=0.1)
-        tensors, plain = moving.pack()
-        again.unpack(partial(_part, tensors), plain)
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds under a prefix."""
-    return {
-        name.removeprefix(f"{prefix}."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(f"{prefix}.")
-    }
 
 
 def test_clipping_bounds_the_whole_gradient(tmp_path: Path):

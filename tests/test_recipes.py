@@ -192,11 +192,11 @@ def test_json_with_a_missing_or_unknown_name_is_refused():
 def test_a_run_from_before_a_field_was_there_opens_with_its_default():
     """Which means what was done before; what never had a default is asked for."""
     old = json.loads(to_json(named("ralf")))
-    del old["data"]["augment"]["other"], old["optimiser"]["norms"]
+    del old["data"]["shares"], old["optimiser"]["norms"]
 
     opened = from_json(json.dumps(old), Recipe)
 
-    assert (opened.data.augment.other, opened.optimiser.norms) == (0.0, "batch")
+    assert (opened.data.shares, opened.optimiser.norms) == ((), "batch")
     del old["network"]
     with pytest.raises(RecipeError, match="missing \\['network'\\]"):
         from_json(json.dumps(old), Recipe)

@@ -19,7 +19,7 @@ TINY = [
     "network.size=32", "data.input.size=32", "init.backbone=none", "batch=8", "epochs=2",
     "ema=0.5", "norm_momentum=0.3", "families=none", "shares=none", "held_out=none",
     "precision=fp32", "jpeg=0", "h264=0", "resize=0", "blur=0", "noise=0", "augment.colour=0",
-    "sharpen=0", "other=0", "optimiser.lr=0.003", "margins=none",
+    "optimiser.lr=0.003", "margins=none",
 ]  # fmt: skip
 
 

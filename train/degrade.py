@@ -2,12 +2,8 @@
 
 A Wear is drawn once for a real face and its forgery together and put on both: how good a picture
 is must not tell whether it is forged.  The order is that of a camera and a platform: colour and
-blur first, then the size, sharpening, the sensor's noise, and last the encoder.  It works on the
-picture around the face, before the crop is cut, so that a crop's edges are padded as in serving.
-
-Its first part, `as_another`, comes before the forging: other skin, light and proportions than
-those of the people at hand.  A collection of officials has no children and no make-up, and where
-smooth skin is only ever met in forgeries, a network calls it forged.
+blur first, then the size, the sensor's noise, and last the encoder.  It works on the picture
+around the face, before the crop is cut, so that a crop's edges are padded as in serving.
 """
 
 from dataclasses import dataclass
@@ -17,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.animate import recompress
-from train.hulls import FaceGeometry
 from train.recipe import Augment
-from train.sources import LUMA, guided, jpeg
-from train.warp import Kernel, Pixels, blur, resize, spread, to_u8
+from train.sources import LUMA, jpeg
+from train.warp import Kernel, Pixels, blur, resize, to_u8
 
 Image = NDArray[np.uint8]
 Codec = Literal["none", "jpeg", "libx264", "libx265"]
@@ -31,14 +26,6 @@ class Wear:
     """One way of having been through the world; the defaults leave a picture as it is."""
 
     flip: bool = False
-    stretch: float = 1.0
-    """How much wider than tall the picture gets; its area stays."""
-    light: tuple[float, ...] = ()
-    """Logarithms of the light on three by three places."""
-    skin: float = 0.0
-    """How much of the fine texture between edges is taken away, 0 to 1."""
-    pores: tuple[float, float] = (0.0, 0.0)
-    """For skin: the filter's radius over the eyes' distance, and the variance that is an edge."""
     gain: tuple[float, float, float] = (1.0, 1.0, 1.0)
     gamma: float = 1.0
     saturation: float = 1.0
@@ -46,8 +33,6 @@ class Wear:
     scale: float = 1.0
     """Size of the picture afterwards over its size before."""
     kernel: Kernel = "bilinear"
-    sharpen: tuple[float, float] = (0.0, 1.0)
-    """How much of what a blur takes away is put on again, and that blur's sigma."""
     noise: float = 0.0
     codec: Codec = "none"
     quality: float = 0.0
@@ -64,9 +49,9 @@ def draw(augment: Augment, rng: np.random.Generator, *, face_px: float) -> Wear:
     changed: dict[str, object] = {"flip": bool(chance[0] < augment.flip)}
     if chance[1] < augment.colour:
         grey = rng.random() < 0.15
-        changed["gain"] = tuple(float(x) for x in np.exp(rng.normal(0, 0.08, 3)))
-        changed["gamma"] = float(np.exp(rng.normal(0, 0.2)))
-        changed["saturation"] = 0.0 if grey else float(np.exp(rng.normal(0, 0.3)))
+        changed["gain"] = tuple(float(x) for x in np.exp(rng.normal(0, 0.06, 3)))
+        changed["gamma"] = float(np.exp(rng.normal(0, 0.15)))
+        changed["saturation"] = 0.0 if grey else float(np.exp(rng.normal(0, 0.2)))
     if chance[2] < augment.blur:
         changed["blur"] = float(rng.uniform(0.3, 1.6))
     if chance[3] < augment.resize:
@@ -83,46 +68,7 @@ def draw(augment: Augment, rng: np.random.Generator, *, face_px: float) -> Wear:
         changed["intra"] = bool(rng.random() < 0.2)
     elif chance[6] < augment.jpeg / max(1 - augment.h264, 1e-6):
         changed["codec"], changed["quality"] = "jpeg", float(rng.integers(30, 96))
-    if rng.random() < augment.other:
-        changed |= _another(rng)
-    if rng.random() < augment.sharpen:
-        changed["sharpen"] = (float(rng.uniform(0.2, 1.5)), float(rng.uniform(0.5, 1.4)))
     return Wear(**changed)  # type: ignore[arg-type]
-
-
-def _another(rng: np.random.Generator) -> dict[str, object]:
-    """Another person under another light: each of the three more often than not."""
-    changed: dict[str, object] = {}
-    chance = rng.random(3)
-    if chance[0] < 0.6:
-        changed["stretch"] = float(np.exp(np.clip(rng.normal(0, 0.07), -0.16, 0.16)))
-    if chance[1] < 0.6:
-        changed["light"] = tuple(float(x) for x in rng.normal(0, rng.uniform(0.05, 0.35), 9))
-    if chance[2] < 0.7:
-        changed["skin"] = float(rng.uniform(0.3, 1))
-        edge = np.exp(rng.uniform(np.log(20), np.log(400)))
-        changed["pores"] = (float(rng.uniform(0.02, 0.08)), float(edge))
-    return changed
-
-
-def as_another(wear: Wear, image: Image, face: FaceGeometry) -> tuple[Image, FaceGeometry]:
-    """The picture as if of another person under another light, and where the face then is."""
-    if not (wear.skin or wear.light or wear.stretch != 1):
-        return image, face
-    out = image.astype(np.float32)
-    if wear.skin:
-        luma = out @ LUMA
-        smooth = guided(luma, max(1, round(wear.pores[0] * face.eye_distance)), wear.pores[1])
-        out = out + ((smooth - luma) * np.float32(wear.skin))[..., None]
-    if wear.light:
-        knots = np.array(wear.light, np.float32).reshape(3, 3, 1)
-        out = out * np.exp(spread(knots, *out.shape[:2]))
-    if wear.stretch != 1:
-        height, width = out.shape[:2]
-        tall, wide = round(height / wear.stretch**0.5), round(width * wear.stretch**0.5)
-        out = resize(out, tall, wide, "bicubic")
-        face = face.scaled(wide / width, tall / height)
-    return to_u8(out), face
 
 
 def put_on(wear: Wear, image: Image, rng: np.random.Generator) -> Image:
@@ -134,8 +80,6 @@ def put_on(wear: Wear, image: Image, rng: np.random.Generator) -> Image:
     if wear.scale < 1:
         tall, wide = max(16, round(height * wear.scale)), max(16, round(width * wear.scale))
         out = resize(out, tall, wide, wear.kernel)
-    if wear.sharpen[0]:
-        out = out + (out - blur(out, wear.sharpen[1])) * np.float32(wear.sharpen[0])
     if wear.noise:
         grain = rng.normal(0, wear.noise, (*out.shape[:2], 1)).astype(np.float32)
         out = out + grain * (0.7 + 0.3 * rng.standard_normal(out.shape, np.float32))

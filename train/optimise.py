@@ -16,9 +16,6 @@ from train.recipe import Optimiser, Recipe, Schedule
 NO_DECAY = ("mask",)
 """Parameters named so keep their size whatever the weight decay: decay would pull the frequency
 mask's logits to 0, a mask of one half."""
-DIALS = ("mask", "gate")
-"""What begins at nothing and must travel far: the frequency mask, and the gates that let one branch
-into another."""
 
 
 def optimiser(
@@ -27,12 +24,8 @@ def optimiser(
     """The main optimiser over the network and what the loss itself learns."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = list(own)
-    dials: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
-            continue
-        if choice.dials != 1 and name.split(".")[-1] in DIALS:
-            dials.append(parameter)
             continue
         # Adam's decay is part of the gradient and, in the papers that use it, spares nothing.
         spared = choice.kind == "adamw" and (parameter.ndim < 2 or name.endswith(NO_DECAY))
@@ -40,7 +33,6 @@ def optimiser(
     groups = [
         {"params": decayed, "weight_decay": choice.weight_decay},
         {"params": kept, "weight_decay": 0.0},
-        {"params": dials, "weight_decay": 0.0, "times": choice.dials},
     ]
     groups = [group for group in groups if group["params"]]
     if choice.kind == "sgd":

@@ -47,16 +47,11 @@ class Augment:
     blur: float = 0.0
     noise: float = 0.0
     colour: float = 0.0
-    sharpen: float = 0.0
-    other: float = 0.0
-    """Skin, light and proportions of somebody else, before anything is forged."""
     margins: tuple[float, ...] = ()
     """Crop margins drawn from, instead of the contract's one; () keeps the contract's."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "flip", "jpeg", "h264", "resize", "blur", "noise", "colour", "sharpen", "other",
-        ):  # fmt: skip
+        for name in ("flip", "jpeg", "h264", "resize", "blur", "noise", "colour"):
             between(f"augment.{name}", getattr(self, name), 0, 1)
         for margin in self.margins:
             between("augment.margins", margin, 1, 3)
@@ -112,9 +107,6 @@ class Optimiser:
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     """sgd takes the first as its momentum."""
-    dials: float = 1.0
-    """How many times the rate the frequency mask and the gates are moved by: Adam goes a rate a
-    step, and what begins at nothing stays there through a short run."""
     weight_decay: float = 0.0
     """adamw leaves vectors (biases, norms) and the frequency mask out of it."""
     clip: float | None = 1.0
@@ -131,7 +123,6 @@ class Optimiser:
     def __post_init__(self) -> None:
         at_least("optimiser.accumulate", self.accumulate, 1)
         above_zero("optimiser.lr", self.lr)
-        above_zero("optimiser.dials", self.dials)
         between("optimiser.weight_decay", self.weight_decay, 0, 1)
         if self.clip is not None:
             above_zero("optimiser.clip", self.clip)

@@ -233,10 +233,10 @@ def redraw(image: Pixels, face: FaceGeometry, rng: np.random.Generator, least: i
 def polish(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """Skin without its texture: a guided filter keeps edges and takes the rest."""
     radius = max(2, round(face.eye_distance * rng.uniform(0.03, 0.09)))
-    tolerance = rng.uniform(60, 500)
+    tolerance = np.float32(rng.uniform(60, 500))
     out = np.empty_like(image)
     for channel in range(3):
-        out[..., channel] = guided(image[..., channel], radius, tolerance)
+        out[..., channel] = _guided(image[..., channel], radius, tolerance)
     out = image + (out - image) * np.float32(rng.uniform(0.5, 1.0))
     if rng.random() < 0.5:  # generators lay one regular texture over the skin
         texture = blur(rng.normal(0, 1, image.shape[:2]).astype(np.float32), rng.uniform(0.5, 1.2))
@@ -244,12 +244,12 @@ def polish(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixel
     return tint(out, rng) if rng.random() < 0.3 else out
 
 
-def guided(plane: Pixels, radius: int, tolerance: float) -> Pixels:
+def _guided(plane: Pixels, radius: int, tolerance: np.float32) -> Pixels:
     """He's guided filter with the plane as its own guide."""
     side = 2 * radius + 1
     mean = ndimage.uniform_filter(plane, side)
     variance = ndimage.uniform_filter(plane * plane, side) - mean * mean
-    a = variance / (variance + np.float32(tolerance))
+    a = variance / (variance + tolerance)
     b = mean * (1 - a)
     smooth: Pixels = ndimage.uniform_filter(a, side) * plane + ndimage.uniform_filter(b, side)
     return smooth

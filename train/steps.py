@@ -164,7 +164,7 @@ class Stepper:
 
     def _move(self, now: float, step: int) -> None:
         for group in self.main.param_groups:
-            group["lr"] = now * group.get("times", 1.0)
+            group["lr"] = now
         self.scaler.step(self.main)
         self.scaler.update()
         if self.steady is not None:
