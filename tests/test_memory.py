@@ -33,5 +33,5 @@ def faults(how: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's mallopt")
 def test_a_tensor_that_comes_again_takes_the_pages_of_the_last():
-    """As it comes, each is mapped anew; kept, next to none."""
-    assert faults("kept") * 20 < faults("as it comes")
+    """As it comes, each is mapped anew; kept, two or three of thirty-five."""
+    assert faults("kept") * 4 < faults("as it comes")
