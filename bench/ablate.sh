@@ -18,8 +18,8 @@ learn() { # RUN [NAME=VALUE …]
   ralf train small_classifier --data "$data" --out "$out/$run" --device cpu \
     --set "schedule.steps=$steps" --set schedule.evaluate_every=1000 --set schedule.select=last \
     --set data.batch=16 --set "network.size=$size" --set "data.input.size=$size" \
-    --set optimiser.ema=0.99 \
-    --set "seed=${SEED:-0}" --set "init.backbone=${BACKBONE:-imagenet}" "${changes[@]}"
+    --set optimiser.ema=0.99 --set "seed=${SEED:-0}" \
+    --set "init.backbone=${BACKBONE:-imagenet}" "${changes[@]}"
 }
 export -f ralf learn
 arms=(

@@ -18,5 +18,4 @@ def keep_freed() -> bool:
         return False
     tell = getattr(ctypes.CDLL(None), "mallopt", None)
     wanted = ((MMAP_THRESHOLD, 1 << 30), (TRIM_THRESHOLD, (1 << 31) - 1), (TOP_PAD, 64 << 20))
-    told = [tell(name, value) == 1 for name, value in wanted] if tell is not None else [False]
-    return all(told)
+    return tell is not None and all(tell(name, value) == 1 for name, value in wanted)
