@@ -115,6 +115,15 @@ def test_true_probabilities_show_the_error_that_chance_makes():
     assert ece(rng.random(100) < 0.5, np.round(said)) > 2 * ece_by_chance(said)
 
 
+def test_few_rows_that_weigh_much_show_the_chance_of_few():
+    """A hundred rows of which ten carry nearly everything err like ten."""
+    said = np.random.default_rng(0).uniform(0, 1, 100)
+    heavy = np.where(np.arange(100) < 10, 1.0, 1e-4)
+
+    assert ece_by_chance(said, weight=np.ones(100)) == pytest.approx(ece_by_chance(said), rel=0.1)
+    assert ece_by_chance(said, weight=heavy) == pytest.approx(ece_by_chance(said[:10]), rel=0.25)
+
+
 def test_weighing_a_row_twice_is_seeing_it_twice():
     """Even odds of three forgeries to a real: the real weighs as much as all three."""
     forged = np.array([True, True, True, False])

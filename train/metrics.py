@@ -127,11 +127,21 @@ def ece(forged: Bools, probability: Floats, bins: int = 15, weight: Floats | Non
     return float(np.sum(np.abs(said - true)[filled] * number[filled]) / number.sum())
 
 
-def ece_by_chance(probability: Floats, bins: int = 15, *, replicates: int = 200) -> float:
-    """The calibration error to expect of so many rows if every probability were true."""
+def ece_by_chance(
+    probability: Floats, bins: int = 15, *, weight: Floats | None = None, replicates: int = 200
+) -> float:
+    """The calibration error to expect of such rows if every probability were true.
+
+    Rows that weigh more say no more: as many are drawn, by weight, as their weights are worth.
+    """
     rng = np.random.default_rng(0)
-    drawn = rng.random((replicates, len(probability))) < probability
-    return float(np.mean([ece(forged, probability, bins) for forged in drawn]))
+    said = np.broadcast_to(probability, (replicates, len(probability)))
+    if weight is not None:
+        share = weight / weight.sum()
+        worth = round(1 / float(share @ share))
+        said = probability[rng.choice(len(probability), (replicates, worth), p=share)]
+    drawn = rng.random(said.shape) < said
+    return float(np.mean([ece(*one, bins) for one in zip(drawn, said, strict=True)]))
 
 
 def at_even_odds(forged: Bools) -> Floats:

@@ -100,9 +100,10 @@ def _at_threshold(name: str, scored: Scored, judge: Judge) -> Figures:
     probability = calibrated(scored.logit, judge.calibration)
     above = probability >= judge.threshold
     reals, forged = above[~scored.forged], above[scored.forged]
+    even = at_even_odds(scored.forged)
     return {
-        f"{name} ece": ece(scored.forged, probability, weight=at_even_odds(scored.forged)),
-        f"{name} ece by chance": ece_by_chance(probability),
+        f"{name} ece": ece(scored.forged, probability, weight=even),
+        f"{name} ece by chance": ece_by_chance(probability, weight=even),
         f"{name} false positives": _share(reals),
         f"{name} forgeries caught": _share(forged),
     }
