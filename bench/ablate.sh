@@ -26,6 +26,7 @@ arms=(
   "all"
   "no_h264 data.augment.h264=0"
   "no_wear data.augment.h264=0 data.augment.jpeg=0 data.augment.resize=0 data.augment.blur=0 data.augment.noise=0"
+  "no_others data.augment.other=0"
   "self_blend_alone data.families=self_blend data.shares="
   "swap_alone data.families=swap data.shares="
   "even_shares data.shares="

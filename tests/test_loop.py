@@ -574,12 +574,16 @@ def test_the_backbones_first_weights_come_from_a_file(name: str, tmp_path: Path)
     assert all(torch.equal(source.conv_stem.weight, weight) for weight in weights)
 
 
+def classifier_run(run: Path, **changes: str) -> dict[str, torch.Tensor]:
+    """Train the small classifier two steps; its judged weights."""
+    recipe = tiny("small_classifier", **{"schedule.steps": "2"} | changes)
+    train(recipe, MadeBatches(), [MadeBatches()[100]], run, data_sha256=DATA, options=QUIET)
+    return load(run / LAST).part("average")
+
+
 def test_a_detector_may_begin_where_its_classifier_ended(tmp_path: Path):
     """`init.backbone` may be a run's folder: its judged weights, the head and the guide too."""
-    recipe = tiny("small_classifier", **{"schedule.steps": "2"})
-    train(recipe, MadeBatches(), [MadeBatches()[100]], tmp_path / "first", data_sha256="d" * 64,
-          options=QUIET)  # fmt: skip
-    ended = load(tmp_path / "first" / LAST).part("average")
+    ended = classifier_run(tmp_path / "first")
 
     network = make_network(tiny("ralf_small", **{"init.backbone": str(tmp_path / "first")}))
 
@@ -592,10 +596,7 @@ def test_a_detector_may_begin_where_its_classifier_ended(tmp_path: Path):
 
 def test_a_run_may_go_on_from_anothers_weights(tmp_path: Path):
     """`init.network`: all judged weights of a run of the same network; of another, refused."""
-    recipe = tiny("small_classifier", **{"schedule.steps": "2"})
-    train(recipe, MadeBatches(), [MadeBatches()[100]], tmp_path / "first", data_sha256="d" * 64,
-          options=QUIET)  # fmt: skip
-    ended = load(tmp_path / "first" / LAST).part("average")
+    ended = classifier_run(tmp_path / "first")
     again = {"init.network": str(tmp_path / "first"), "seed": "5"}
 
     mine = make_network(tiny("small_classifier", **again)).state_dict()
@@ -604,6 +605,25 @@ def test_a_run_may_go_on_from_anothers_weights(tmp_path: Path):
     assert all(torch.equal(mine[name], tensor) for name, tensor in ended.items())
     with pytest.raises(CheckpointError, match=r"another network.*build: 'classifier' → 'ralf'"):
         make_network(tiny("ralf_small", **again))
+
+
+def test_a_run_may_begin_at_the_mean_of_several(tmp_path: Path):
+    """Of whole networks and of backbones alone; one that does not fit the others is named."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    ended = [classifier_run(one), classifier_run(two, seed="7")]
+    both = f"{one},{two}"
+
+    whole = make_network(tiny("small_classifier", **{"init.network": both})).state_dict()
+    part = make_network(tiny("ralf_small", **{"init.backbone": both})).state_dict()
+
+    for name, tensor in ended[0].items():
+        mean = (tensor + ended[1][name]) / 2 if tensor.is_floating_point() else tensor
+        torch.testing.assert_close(whole[name], mean)
+        torch.testing.assert_close(part[name.replace("backbone.", "classifier.", 1)], mean)
+    assert any(not torch.equal(tensor, ended[1][name]) for name, tensor in ended[0].items())
+    classifier_run(tmp_path / "other", **{"network.backbone": "resnet18"})
+    with pytest.raises(CheckpointError, match=r"other and \S*one trained different networks"):
+        make_network(tiny("ralf_small", **{"init.backbone": f"{one},{tmp_path / 'other'}"}))
 
 
 def test_a_run_without_that_backbone_cannot_be_begun_from(tmp_path: Path):

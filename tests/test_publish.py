@@ -226,9 +226,14 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path):
 def test_the_card_names_first_weights_by_their_file_alone():
     """Where they lay on the trainer's machine is nobody's business."""
     recipe = named("ralf_small")
-    init = replace(recipe.init, backbone="/home/ann/weights/lite0.safetensors")
+    init = replace(
+        recipe.init,
+        backbone="/home/ann/weights/lite0.safetensors",
+        network="/home/ann/runs/one,/home/ann/runs/two",
+    )
 
     shown = without_places(replace(recipe, init=init))
 
     assert shown.init.backbone == "lite0.safetensors"
+    assert shown.init.network == "one,two"
     assert shown.init.perceptual == recipe.init.perceptual

@@ -202,6 +202,6 @@ def test_the_ablation_leaves_one_thing_out_at_a_time(tmp_path: Path):
     (*trained, judged), recipes = asked_by("ablate.sh", tmp_path, 1600, JOBS="1")
 
     assert {1600} == {recipe.data.batch * (recipe.schedule.steps or 0) for recipe in recipes}
-    assert len(recipes) == len({to_json(recipe) for recipe in recipes}) == 10
+    assert len(recipes) == len({to_json(recipe) for recipe in recipes}) == 11
     runs = [words[words.index("--out") + 1] for words in trained]
     assert judged[: len(runs) + 1] == ["evaluate", *runs] and runs[0].endswith("/all")

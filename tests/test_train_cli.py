@@ -106,6 +106,22 @@ def test_publish_and_calibrate_make_versions_that_serve_the_same_logits(
     np.testing.assert_allclose(logits, kept.logits, atol=1e-4)
 
 
+def test_calibrating_warns_of_a_split_that_chose_the_weights_and_of_no_other(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A run that takes the last weights was only looked at by validation."""
+    run, models = tmp_path / "run", tmp_path / "models"
+    assert main(train_command(pictures, run, "--set", "schedule.select=last")) == 0
+    assert main(["publish", str(run), "--name", "small", "--models", str(models)]) == 0
+    model = capsys.readouterr().out.splitlines()[-1]
+
+    fit = ["calibrate", model, "--models", str(models), "--device", "cpu"]
+    assert main([*fit, "--data", str(pictures)]) == 0
+
+    assert resolve(models, model).manifest.trained["chosen_by"] == "last"
+    assert "chose these weights" not in capsys.readouterr().err
+
+
 def test_a_calibrated_score_speaks_of_videos_counted_once(run: Path, tmp_path: Path):
     """Frames are pooled as a verdict pools them, and a second condition is no second video."""
     for number in range(2):

@@ -174,11 +174,11 @@ def _failures(recipe: Recipe, failures: Sequence[str]) -> str:
 
 
 def without_places(recipe: Recipe) -> Recipe:
-    """First weights by their file's name: where it lay is nobody's business."""
+    """First weights by their files' or runs' names: where they lay is nobody's business."""
     init = recipe.init
     names = {
-        field: Path(value).name
-        for field, value in (("backbone", init.backbone), ("perceptual", init.perceptual))
+        field: ",".join(Path(part).name for part in value.split(","))
+        for field, value in dataclasses.asdict(init).items()
         if value is not None
     }
     return dataclasses.replace(recipe, init=dataclasses.replace(init, **names))

@@ -71,6 +71,21 @@ class FaceGeometry:
         box = ((self.box.reshape(2, 2) - shift) * scale).reshape(4)
         return FaceGeometry(box, (self.five - shift) * scale, mesh)
 
+    def moved(self, bend: NDArray[np.float32]) -> "FaceGeometry":
+        """The face in an image whose every pixel was looked up `bend` [h, w, 2] away from it."""
+
+        def at(points: Points) -> Points:
+            now = points
+            for _ in range(3):  # where p comes to lie: x = p − bend(x)
+                x, y = np.rint(now).astype(int).T
+                inside = bend[y.clip(0, bend.shape[0] - 1), x.clip(0, bend.shape[1] - 1)]
+                now = points - inside
+            return np.asarray(now, np.float32)
+
+        mesh = None if self.mesh is None else at(self.mesh)
+        corners = at(self.box.reshape(2, 2)).reshape(4)
+        return FaceGeometry(corners, at(self.five), mesh)
+
     def flipped(self, width: int) -> "FaceGeometry":
         """The face in the mirrored image.  The mesh goes: its topology is not mirrored."""
         mirror = np.array([width - 1, 0], np.float32)

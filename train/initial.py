@@ -3,6 +3,8 @@
 The backbone may come from timm's hub, from a file in timm's names, or from a run of ours: then it
 takes that run's judged weights, whatever network they belong to, so that a detector can begin
 where its classifier alone ended.  Before that, all of the network may come from a run of ours.
+Several runs that began alike may be named, with commas between: the mean of their weights is
+taken.
 """
 
 import tempfile
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.networks import build
+from kernels.networks.backbones import FAMILIES, Backbone, load_backbone
+from train.checkpoint import Checkpoint, CheckpointError, load
 from train.recipe import Recipe
 from train.recipe_text import differences
 
@@ -26,7 +30,7 @@ def make_network(recipe: Recipe) -> nn.Module:
     torch.manual_seed(recipe.seed)
     network = build(recipe.network.build, **recipe.network.dimensions)
     if recipe.init.network is not None:
-        _go_on(network, recipe, Path(recipe.init.network))
+        network.load_state_dict(_mean(recipe.init.network, lambda run: _network_of(run, recipe)))
     source = recipe.init.backbone
     if source is not None:
         fill = getattr(network, "initialise", None) or _fill_backbone(network)
@@ -35,47 +39,14 @@ def make_network(recipe: Recipe) -> nn.Module:
     return network
 
 
-def _go_on(network: nn.Module, recipe: Recipe, run: Path) -> None:
-    """All weights of a run that trained the same network."""
-    from train.checkpoint import CheckpointError, load
-    from train.publish import judged, weights
-
-    checkpoint = load(judged(run))
-    theirs, mine = checkpoint.recipe.network, recipe.network
-    if theirs != mine:
-        raise CheckpointError(
-            f"init.network {run} trained another network than this recipe's: "
-            + "; ".join(differences(theirs, mine))
-        )
-    network.load_state_dict(weights(checkpoint))
-
-
-@contextmanager
-def _file(source: str) -> Iterator[str | None]:
-    """The file to fill from; a run's backbone is written out for as long as it is read."""
-    if not Path(source).is_dir():
-        yield None if source == "imagenet" else source
-        return
-    from safetensors.torch import save_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{Path(source).name}.safetensors"
-        save_file(backbone_of(Path(source)), path)
-        yield str(path)
-
-
 def backbone_of(run: Path) -> dict[str, Tensor]:
     """The backbone of a run's judged weights, in timm's names."""
-    from kernels.networks.backbones import FAMILIES
-    from train.checkpoint import CheckpointError, load
-    from train.publish import judged, weights
-
-    checkpoint = load(judged(run))
+    checkpoint, judged = _judged(run)
     kind = checkpoint.recipe.network.dimensions.get("backbone")
     found = {
         name.removeprefix(owner): tensor
         for owner in OWNERS
-        for name, tensor in weights(checkpoint).items()
+        for name, tensor in judged.items()
         if name.startswith(owner)
     }
     if kind not in FAMILIES or not found:
@@ -87,9 +58,57 @@ def backbone_of(run: Path) -> dict[str, Tensor]:
     return named
 
 
-def _fill_backbone(network: nn.Module) -> Callable[[str | None, bool], object]:
-    from kernels.networks.backbones import Backbone, load_backbone
+def _network_of(run: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """All judged weights of a run that trained the recipe's network."""
+    checkpoint, judged = _judged(run)
+    theirs, mine = checkpoint.recipe.network, recipe.network
+    if theirs != mine:
+        raise CheckpointError(
+            f"init.network {run} trained another network than this recipe's: "
+            + "; ".join(differences(theirs, mine))
+        )
+    return judged
 
+
+def _judged(run: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+    from train.publish import judged, weights  # which knows of training's loop, as the loop of this
+
+    checkpoint = load(judged(run))
+    return checkpoint, weights(checkpoint)
+
+
+def _mean(named: str, of: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean over the runs that are named; what is counted, not learnt, is the first's."""
+    runs = [Path(run) for run in named.split(",")]
+    first, *rest = [of(run) for run in runs]
+    for run, other in zip(runs[1:], rest, strict=True):
+        if {name: x.shape for name, x in other.items()} != {n: x.shape for n, x in first.items()}:
+            raise CheckpointError(
+                f"{run} and {runs[0]} trained different networks: no mean of both"
+            )
+    return {
+        name: torch.stack([tensor, *(other[name] for other in rest)]).mean(0)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in first.items()
+    }
+
+
+@contextmanager
+def _file(source: str) -> Iterator[str | None]:
+    """The file to fill from; a run's backbone is written out for as long as it is read."""
+    if not all(Path(part).is_dir() for part in source.split(",")):
+        yield None if source == "imagenet" else source
+        return
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{Path(source).name}.safetensors"
+        save_file(_mean(source, backbone_of), path)
+        yield str(path)
+
+
+def _fill_backbone(network: nn.Module) -> Callable[[str | None, bool], object]:
     backbone = network.backbone
     assert isinstance(backbone, Backbone)
     return lambda weights, pretrained: load_backbone(backbone, weights, pretrained)

@@ -74,6 +74,7 @@ def publish(run: Path, name: str, models: Path, told: Told | None = None) -> Art
             "recipe": recipe.name,
             "steps": checkpoint.state.step,
             "faces": checkpoint.state.faces,
+            "chosen_by": recipe.schedule.select,
             "data_sha256": checkpoint.data_sha256,
             "commit": checkpoint.commit,
         },

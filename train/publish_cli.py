@@ -240,7 +240,8 @@ def calibrated_by(score: "Score", manifest: "Manifest", args: argparse.Namespace
 
 def _warn_of_a_used_split(artifact: Any, split: str) -> None:
     """The split that chose the weights flatters them; a word to whoever fits on it."""
-    if split == "val" and "validation" in artifact.manifest.metrics:
+    last = artifact.manifest.trained.get("chosen_by") == "last"  # whatever validation said
+    if split == "val" and "validation" in artifact.manifest.metrics and not last:
         print(
             "ralf: the split val chose these weights, so scores fitted on it are a little too "
             "sure; --split with faces that chose nothing is better",

@@ -47,11 +47,13 @@ class Augment:
     blur: float = 0.0
     noise: float = 0.0
     colour: float = 0.0
+    other: float = 0.0
+    """Another person's features, expression and skin, before anything is forged."""
     margins: tuple[float, ...] = ()
     """Crop margins drawn from, instead of the contract's one; () keeps the contract's."""
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jpeg", "h264", "resize", "blur", "noise", "colour"):
+        for name in ("flip", "jpeg", "h264", "resize", "blur", "noise", "colour", "other"):
             between(f"augment.{name}", getattr(self, name), 0, 1)
         for margin in self.margins:
             between("augment.margins", margin, 1, 3)
@@ -167,10 +169,11 @@ class Init:
 
     backbone: str | None = "imagenet"
     """imagenet (from timm's hub), a safetensors file with timm's names, the folder of a run with
-    the same backbone, or None: random."""
+    the same backbone (of several, commas between: the mean of their weights), or None: random."""
     network: str | None = None
-    """The folder of a run with the same network, whose judged weights to go on from; a backbone
-    is filled in after it, so that either half of a detector can be the better trained one."""
+    """The folder of a run with the same network, or of several, whose judged weights to go on
+    from; a backbone is filled in after it, so that either half of a detector can be the better
+    trained one."""
     perceptual: str | None = "imagenet"
     """imagenet (from torchvision's hub), a safetensors file with torchvision's names, or None."""
 

@@ -69,8 +69,9 @@ def ralf_paper() -> Recipe:
 
 
 OUR_AUGMENT = Augment(
-    jpeg=0.3, h264=0.5, resize=0.4, blur=0.2, noise=0.2, colour=0.3, margins=(1.2, 1.3, 1.45)
-)
+    jpeg=0.3, h264=0.5, resize=0.4, blur=0.2, noise=0.2, colour=0.3, other=0.5,
+    margins=(1.2, 1.3, 1.45),
+)  # fmt: skip
 OUR_NOTES = (
     (
         "Paired batches: identity and quality cannot be a shortcut when each forgery stands beside "

@@ -207,12 +207,20 @@ def look(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
 
 def act(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """The whole expression moved: mouth, nose, eyes."""
+    moves = expression(face, *image.shape[:2], rng, eyes=0.035)
+    return _drawn(remap(image, grid(*image.shape[:2]) + moves), face, rng)
+
+
+def expression(
+    face: FaceGeometry, height: int, width: int, rng: np.random.Generator, *, eyes: float
+) -> Pixels:
+    """Where to look for another expression: [h, w, 2], nothing far from the face."""
     unit = face.eye_distance
     mouth, upper = _mouth(face), face.five[:3]
     before = np.concatenate([mouth, upper, _ring(face)])
-    eyes = upper + rng.normal(0, 0.035 * unit, upper.shape)
-    after = np.concatenate([mouth + _mouth_moves(face, rng), eyes, _ring(face)])
-    return _drawn(morph(image, before, after.astype(np.float32), unit), face, rng)
+    moved = upper + rng.normal(0, eyes * unit, upper.shape)
+    after = np.concatenate([mouth + _mouth_moves(face, rng), moved, _ring(face)])
+    return _spline(before, after.astype(np.float32), height, width, unit)
 
 
 def redraw(image: Pixels, face: FaceGeometry, rng: np.random.Generator, least: int = 48) -> Pixels:
@@ -230,14 +238,19 @@ def redraw(image: Pixels, face: FaceGeometry, rng: np.random.Generator, least: i
     return tint(sharper, rng) if rng.random() < 0.5 else np.clip(sharper, 0, 255)
 
 
-def polish(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+def smoothed(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """Skin without its texture: a guided filter keeps edges and takes the rest."""
     radius = max(2, round(face.eye_distance * rng.uniform(0.03, 0.09)))
     tolerance = np.float32(rng.uniform(60, 500))
     out = np.empty_like(image)
     for channel in range(3):
         out[..., channel] = _guided(image[..., channel], radius, tolerance)
-    out = image + (out - image) * np.float32(rng.uniform(0.5, 1.0))
+    return image + (out - image) * np.float32(rng.uniform(0.5, 1.0))
+
+
+def polish(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+    """Smooth skin, as generators draw it."""
+    out = smoothed(image, face, rng)
     if rng.random() < 0.5:  # generators lay one regular texture over the skin
         texture = blur(rng.normal(0, 1, image.shape[:2]).astype(np.float32), rng.uniform(0.5, 1.2))
         out += (texture / texture.std() * np.float32(rng.uniform(0.5, 2.5)))[..., None]
