@@ -49,6 +49,14 @@ def test_both_users_are_documented():
     assert [name for name, *_ in RULES] == ["ralf", "reader"]
 
 
+def test_every_user_begins_with_no_channel():
+    """Redis 6.2 gives a new user every channel, and then refuses a pattern of them."""
+    deployed = (ROOT / "deploy" / "redis" / "users.acl").read_text().splitlines()
+    for rules in (*RULES, *(line.split() for line in deployed)):
+        patterns = [place for place, rule in enumerate(rules) if rule.startswith("&")]
+        assert rules.index("resetchannels") < min(patterns, default=len(rules))
+
+
 def test_the_whole_service_runs_as_its_user_and_a_reader_reads(users: dict[str, str]):
     """Submit, work, cancel, watch, fold, push, sweep; then the example of the stream."""
     with serving(lambda request: reply(204)) as web:
