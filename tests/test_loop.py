@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 
+from kernels.disk import ArtifactError
 from kernels.networks.backbones import NetworkError
 from tests.training import Halves, MadeBatch, MadeBatches, StubRalf, environment, tiny
 from train.checkpoint import CheckpointError, load
@@ -29,6 +30,7 @@ from train.journal import Journal
 from train.loop import BEST, LAST, Options, Outcome, train
 from train.losses.objective import Moment, Objective
 from train.optimise import MovingAverage, computed_in, optimiser, rate
+from train.publish import publish
 from train.ranks import ALONE
 from train.recipe import Optimiser, Recipe, Schedule
 from train.steps import Stepper
@@ -270,6 +272,7 @@ RANKED = """
 import sys
 from pathlib import Path
 import torch
+from kernels.disk import ArtifactError
 from kernels.networks.backbones import NetworkError
 from tests.training import Halves, MadeBatches, StubRalf, tiny
 from train.loop import Options, train
@@ -595,9 +598,10 @@ def test_a_detector_may_begin_where_its_classifier_ended(tmp_path: Path):
 
 
 def test_a_run_may_go_on_from_anothers_weights(tmp_path: Path):
-    """`init.network`: all judged weights of a run of the same network; of another, refused."""
+    """`init.network`: all judged weights of a run of the same network, over which ImageNet's are
+    not laid; of another network, refused."""
     ended = classifier_run(tmp_path / "first")
-    again = {"init.network": str(tmp_path / "first"), "seed": "5"}
+    again = {"init.network": str(tmp_path / "first"), "init.backbone": "imagenet", "seed": "5"}
 
     mine = make_network(tiny("small_classifier", **again)).state_dict()
 
@@ -605,6 +609,23 @@ def test_a_run_may_go_on_from_anothers_weights(tmp_path: Path):
     assert all(torch.equal(mine[name], tensor) for name, tensor in ended.items())
     with pytest.raises(CheckpointError, match=r"another network.*build: 'classifier' → 'ralf'"):
         make_network(tiny("ralf_small", **again))
+
+
+def test_a_run_may_go_on_from_a_published_version(tmp_path: Path):
+    """What ships is as good a beginning as its run, up to its FP16; damaged, it is refused."""
+    ended = classifier_run(tmp_path / "first")
+    version = publish(tmp_path / "first", "small", tmp_path / "models").path
+
+    whole = make_network(tiny("small_classifier", **{"init.network": str(version)})).state_dict()
+    part = make_network(tiny("ralf_small", **{"init.backbone": str(version)})).state_dict()
+
+    for name, tensor in ended.items():
+        kept = tensor.half().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(whole[name], kept)
+        assert torch.equal(part[name.replace("backbone.", "classifier.", 1)], kept)
+    (version / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors"):
+        make_network(tiny("small_classifier", **{"init.network": str(version)}))
 
 
 def test_a_run_may_begin_at_the_mean_of_several(tmp_path: Path):

@@ -1,10 +1,10 @@
 """A recipe's network with its first weights.
 
-The backbone may come from timm's hub, from a file in timm's names, or from a run of ours: then it
-takes that run's judged weights, whatever network they belong to, so that a detector can begin
-where its classifier alone ended.  Before that, all of the network may come from a run of ours.
-Several runs that began alike may be named, with commas between: the mean of their weights is
-taken.
+The backbone may come from timm's hub, from a file in timm's names, or from what we trained (the
+folder of a run, or of a published version): then it takes the judged weights, whatever network
+they belong to, so that a detector can begin where its classifier alone ended.  Before that, all of
+the network may come from what we trained.  Several that began alike may be named, with commas
+between: the mean of their weights is taken.
 """
 
 import tempfile
@@ -15,14 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kernels.artifact import MANIFEST, open_artifact
+from kernels.engine_torch import restore
+from kernels.manifest import Network
 from kernels.networks import build
 from kernels.networks.backbones import FAMILIES, Backbone, load_backbone
-from train.checkpoint import Checkpoint, CheckpointError, load
+from train.checkpoint import CheckpointError, load
 from train.recipe import Recipe
 from train.recipe_text import differences
 
 OWNERS = ("backbone.", "classifier.")
 """What networks of ours call their backbone."""
+IMAGENET = "imagenet"
+"""The default backbone: of timm's hub.  It is not laid over a network that brings its own."""
 
 
 def make_network(recipe: Recipe) -> nn.Module:
@@ -32,25 +37,25 @@ def make_network(recipe: Recipe) -> nn.Module:
     if recipe.init.network is not None:
         network.load_state_dict(_mean(recipe.init.network, lambda run: _network_of(run, recipe)))
     source = recipe.init.backbone
-    if source is not None:
+    if source is not None and (recipe.init.network is None or source != IMAGENET):
         fill = getattr(network, "initialise", None) or _fill_backbone(network)
         with _file(source) as weights:
-            fill(weights, source == "imagenet")
+            fill(weights, source == IMAGENET)
     return network
 
 
-def backbone_of(run: Path) -> dict[str, Tensor]:
-    """The backbone of a run's judged weights, in timm's names."""
-    checkpoint, judged = _judged(run)
-    kind = checkpoint.recipe.network.dimensions.get("backbone")
+def backbone_of(folder: Path) -> dict[str, Tensor]:
+    """The backbone of a run's or a version's weights, in timm's names."""
+    of, trained = _trained(folder)
+    kind = of.dimensions.get("backbone")
     found = {
         name.removeprefix(owner): tensor
         for owner in OWNERS
-        for name, tensor in judged.items()
+        for name, tensor in trained.items()
         if name.startswith(owner)
     }
     if kind not in FAMILIES or not found:
-        raise CheckpointError(f"{run} trained {checkpoint.recipe.network.build}: no backbone in it")
+        raise CheckpointError(f"{folder} holds {of.build}: no backbone in it")
     named = {}
     for name, tensor in found.items():
         part, _, rest = name.partition(".")
@@ -58,23 +63,27 @@ def backbone_of(run: Path) -> dict[str, Tensor]:
     return named
 
 
-def _network_of(run: Path, recipe: Recipe) -> dict[str, Tensor]:
-    """All judged weights of a run that trained the recipe's network."""
-    checkpoint, judged = _judged(run)
-    theirs, mine = checkpoint.recipe.network, recipe.network
-    if theirs != mine:
+def _network_of(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """All weights of a run or a version of the recipe's network."""
+    of, trained = _trained(folder)
+    if of != recipe.network:
         raise CheckpointError(
-            f"init.network {run} trained another network than this recipe's: "
-            + "; ".join(differences(theirs, mine))
+            f"init.network {folder} holds another network than this recipe's: "
+            + "; ".join(differences(of, recipe.network))
         )
-    return judged
+    return trained
 
 
-def _judged(run: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+def _trained(folder: Path) -> tuple[Network, dict[str, Tensor]]:
+    """What a run's judged weights, or a published version's, are of; and they."""
+    if (folder / MANIFEST).is_file():
+        artifact = open_artifact(folder)
+        network = restore(artifact.manifest, artifact.read("weights.safetensors"))
+        return artifact.manifest.network, network.state_dict()
     from train.publish import judged, weights  # which knows of training's loop, as the loop of this
 
-    checkpoint = load(judged(run))
-    return checkpoint, weights(checkpoint)
+    checkpoint = load(judged(folder))
+    return checkpoint.recipe.network, weights(checkpoint)
 
 
 def _mean(named: str, of: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -98,7 +107,7 @@ def _mean(named: str, of: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tens
 def _file(source: str) -> Iterator[str | None]:
     """The file to fill from; a run's backbone is written out for as long as it is read."""
     if not all(Path(part).is_dir() for part in source.split(",")):
-        yield None if source == "imagenet" else source
+        yield None if source == IMAGENET else source
         return
     from safetensors.torch import save_file
 

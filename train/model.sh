@@ -42,9 +42,9 @@ train() { # RECIPE RUN options: one process a device, or a core
 branch() { # SEED: goes on from the classifier, a process on its own
   local processes=1
   train small_classifier "$RUNS/branch$1" --set "init.network=$RUNS/classifier" \
-    --set init.backbone=none --set "seed=$1" --set data.batch=16 \
-    --set "schedule.steps=$BRANCH_STEPS" --set schedule.evaluate_every=16 \
-    --set schedule.select=last --set optimiser.lr=3e-4 --set optimiser.ema=0.995
+    --set "seed=$1" --set data.batch=16 --set "schedule.steps=$BRANCH_STEPS" \
+    --set schedule.evaluate_every=16 --set schedule.select=last \
+    --set optimiser.lr=3e-4 --set optimiser.ema=0.995
 }
 
 train small_classifier "$RUNS/classifier" --set "init.backbone=$BACKBONE" --set data.batch=16 \

@@ -168,12 +168,13 @@ class Init:
     """Where first weights come from."""
 
     backbone: str | None = "imagenet"
-    """imagenet (from timm's hub), a safetensors file with timm's names, the folder of a run with
-    the same backbone (of several, commas between: the mean of their weights), or None: random."""
+    """imagenet (from timm's hub), a safetensors file with timm's names, the folder of a run or of a
+    published version with the same backbone (of several, commas between: the mean of their
+    weights), or None: random."""
     network: str | None = None
-    """The folder of a run with the same network, or of several, whose judged weights to go on
-    from; a backbone is filled in after it, so that either half of a detector can be the better
-    trained one."""
+    """The folder of a run or version with the same network, or of several, whose judged weights to
+    go on from; a backbone other than ImageNet's is filled in after it, so that either half of a
+    detector can be the better trained one."""
     perceptual: str | None = "imagenet"
     """imagenet (from torchvision's hub), a safetensors file with torchvision's names, or None."""
 
