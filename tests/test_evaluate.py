@@ -196,14 +196,14 @@ def test_published_figures_are_the_papers():
     }
 
 
-def test_robustness_is_seven_kinds_of_five_levels_and_true_jpeg(index):
+def test_robustness_is_nine_kinds_of_five_levels(index):
     """Unless told otherwise, and each beside the clean figure."""
     one = index.where(video=next(row for row in index if row.split == "val").video)
     made = table("robustness", [JUDGE], one, replace(QUICK, families=(), replicates=0))
     told = [row[0].removeprefix("sharp ") for row in made.rows]
 
-    assert told[0] == "clean" and len(told) == len(set(told)) == 1 + 7 * 5 + 5 + 1
-    for kind in (*DEEPERFORENSICS, "jpeg"):
+    assert told[0] == "clean" and len(told) == len(set(told)) == 1 + 9 * 5 + 1
+    for kind in (*DEEPERFORENSICS, "jpeg", "light"):
         assert {f"{kind}:{level}" for level in range(1, 6)} <= set(told)
     assert "rescale:2" in told
     assert any("jpeg is true JPEG" in note for note in made.notes)

@@ -116,6 +116,20 @@ def test_true_jpeg_is_jpeg():
     assert np.array_equal(np.asarray(Image.open(buffer)), under("jpeg=50"))
 
 
+def test_uneven_light_scales_what_is_there():
+    """Half as bright a picture comes out half as bright, nowhere by more than its strength, and
+    from one pixel to the next by less than a third: a shadow's border, not a seam."""
+    picture = np.full((256, 256, 3), 100, np.uint8)
+    for seed in range(20):
+        bright, dark = (
+            under("light:5", seed, image).astype(float) for image in (picture, picture // 2)
+        )
+        gain = np.log(bright / 100)
+        np.testing.assert_allclose(dark, bright / 2, atol=0.8)
+        assert np.abs(gain).max() < 0.51
+        assert max(np.abs(np.diff(gain, axis=axis)).max() for axis in (0, 1)) < 0.33
+
+
 @pytest.mark.parametrize("condition", ["fog:1", "blur:6", "blur:0", "blur", "jpeg=", "h264:x"])
 def test_what_is_not_known_is_refused(condition: str):
     """With what is."""

@@ -4,6 +4,7 @@
 parameters.  Its "JPEG" is not JPEG but a picture made small and large again, so it is called
 `pixelation` here, and true JPEG stands beside it under `jpeg`.  RALF's Table 3 uses four kinds at
 level 2: contrast, blur, `rescale` (which it calls compression) and pixelation.  `h264` is by CRF.
+`light` is ours: sun from one side or through leaves, which no studio's portraits show.
 
 Kernels are OpenCV's by their definition, not by its code: against it, values may differ by one.
 Noise and blocks come from the generator passed in, so a table can be made again.
@@ -18,7 +19,7 @@ from scipy import ndimage
 from train.animate import recompress
 from train.degrade import stepped
 from train.sources import LUMA, jpeg
-from train.warp import Pixels, resize, to_u8
+from train.warp import Pixels, resize, smooth_field, to_u8
 
 Image = NDArray[np.uint8]
 Apply = Callable[[Image, float, np.random.Generator], Image]
@@ -98,6 +99,14 @@ def _jpeg(image: Image, quality: float, _rng: np.random.Generator) -> Image:
     return to_u8(jpeg(image.astype(np.float32), int(quality)))
 
 
+def _light(image: Image, strength: float, rng: np.random.Generator) -> Image:
+    """Brighter here than there by up to exp(2 strength), with soft borders or hard ones."""
+    hills = smooth_field(rng, *image.shape[:2], cells=int(rng.integers(1, 5)), amplitude=1)[..., 0]
+    hardness = np.exp(rng.uniform(np.log(0.7), np.log(12)))
+    gain = np.exp(strength * np.tanh(hardness * (hills - rng.normal(0, 0.3))))
+    return to_u8((image * gain[..., None]).astype(np.float32))
+
+
 DEEPERFORENSICS: dict[str, tuple[float, ...]] = {
     "saturation": (0.4, 0.3, 0.2, 0.1, 0.0),
     "contrast": (0.85, 0.725, 0.6, 0.475, 0.35),
@@ -109,7 +118,8 @@ DEEPERFORENSICS: dict[str, tuple[float, ...]] = {
 }
 TRUE_JPEG = {"jpeg": (90.0, 70.0, 50.0, 30.0, 10.0)}
 RESCALE = {"rescale": (2.0, 3.0, 4.0, 5.0, 6.0)}
-LEVELS = DEEPERFORENSICS | TRUE_JPEG | RESCALE
+LIGHT = {"light": (0.1, 0.2, 0.3, 0.4, 0.5)}
+LEVELS = DEEPERFORENSICS | TRUE_JPEG | RESCALE | LIGHT
 TABLE_3 = ("contrast:2", "blur:2", "rescale:2", "pixelation:2")
 """What RALF's Table 3 shows."""
 _APPLY: dict[str, Apply] = {
@@ -122,6 +132,7 @@ _APPLY: dict[str, Apply] = {
     "h264": _h264,
     "jpeg": _jpeg,
     "rescale": _rescale,
+    "light": _light,
 }
 CLEAN = "clean"
 
@@ -129,7 +140,8 @@ CLEAN = "clean"
 def perturb(image: Image, condition: str, rng: np.random.Generator) -> Image:
     """The picture under a condition: "clean", "blur:2" (a level from 1 to 5), or "h264=23".
 
-    After "=" comes the parameter itself: CRF, JPEG quality, factor, variance, taps or count.
+    After "=" comes the parameter itself: CRF, JPEG quality, factor, variance, taps, count or
+    strength.
     """
     kind, value = parse(condition)
     return image if kind == CLEAN else _APPLY[kind](image, value, rng)

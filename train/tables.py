@@ -198,7 +198,7 @@ def cross(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
 def robustness(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
     """The clean AUC, and how far each condition takes it down."""
     conditions = ask.conditions or (
-        *all_conditions((*DEEPERFORENSICS, "jpeg")),
+        *all_conditions((*DEEPERFORENSICS, "jpeg", "light")),
         "rescale:2",
     )
     found = Table(
@@ -264,7 +264,7 @@ def false_positives(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
         ("model, condition and faces", "faces", "called forged", "rate [95 %]"),
     )
     for judge in judges:
-        for condition in (CLEAN, *(ask.conditions or ("h264=23", "h264=40", "jpeg=50"))):
+        for condition in (CLEAN, *(ask.conditions or ("h264=23", "h264=40", "jpeg=50", "light:3"))):
             each, groups = called_forged(judge, index, ask, condition)
             found.results.append(each)
             for name, (events, of) in groups.items():
