@@ -15,7 +15,7 @@ from kernels.manifest import InputContract
 from tests.faces_on_disk import faces
 from train.crops import Cut, region
 from train.data import REAL, Batches
-from train.degrade import Wear, as_another, draw, put_on
+from train.degrade import Wear, draw, put_on
 from train.examples import Examples
 from train.hulls import FaceGeometry
 from train.index import Index, IndexFault
@@ -330,44 +330,6 @@ def test_each_wear_does_what_it_says():
     assert sharp(put_on(Wear(codec="libx264", quality=40), image, rng)) < sharp(image)
     grey = put_on(Wear(saturation=0), image, rng)
     assert np.abs(np.diff(grey.astype(int), axis=-1)).max() <= 1
-
-
-def test_another_persons_face_is_found_where_it_went():
-    """Dots drawn on the landmarks lie under the landmarks of the bent picture."""
-    five = np.array([[120, 120], [180, 120], [150, 150], [125, 180], [175, 180]], np.float32)
-    face = FaceGeometry(np.array([80, 70, 220, 230], np.float32), five)
-    image = np.zeros((300, 300, 3), np.uint8)
-    for x, y in five.astype(int):
-        image[y - 2 : y + 3, x - 2 : x + 3] = 255
-    went = []
-
-    for seed in range(20):
-        bent, moved = as_another(Wear(other=seed), image, face)
-        went.append(np.abs(moved.five - five).max())
-        for x, y in np.rint(moved.five).astype(int):
-            assert bent[y - 1 : y + 2, x - 1 : x + 2].max() > 100
-        assert (moved.box[:2] < moved.five.min(axis=0)).all()
-
-    assert max(went) > 3
-    assert as_another(Wear(), image, face) == (image, face)
-
-
-def test_another_persons_skin_is_smooth_and_their_edges_stay():
-    """Over many of them grain goes or stays, and a step between two fields keeps its height."""
-    rng = np.random.default_rng(0)
-    field = np.full((240, 240, 1), 80.0)
-    field[:, 120:] = 180
-    image = (field + rng.normal(0, 6, (240, 240, 1))).clip(0, 255).astype(np.uint8)
-    image = image.repeat(3, axis=-1)
-    five = np.array([[95, 100], [145, 100], [120, 125], [100, 150], [140, 150]], np.float32)
-    face = FaceGeometry(np.array([60, 60, 180, 190], np.float32), five)
-
-    seen = [as_another(Wear(other=seed), image, face)[0] for seed in range(20)]
-
-    grain = [float(one[:, :90].std()) for one in seen]
-    assert min(grain) < 3
-    assert max(grain) > 5
-    assert all(abs(one[:, 160:].mean() - one[:, :80].mean() - 100) < 4 for one in seen)
 
 
 def sharp(image: np.ndarray) -> float:

@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.another import as_another
 from train.crops import Cut, region
 from train.datacheck import refuse_leaks
-from train.degrade import Wear, as_another, draw, put_on
+from train.degrade import Wear, draw, put_on
 from train.hulls import FaceGeometry
 from train.index import Index, IndexFault
 from train.pictures import Frame, Image
@@ -177,7 +178,7 @@ class Batches:
             )
         wear = draw(self.data.augment, rng, face_px=_longer(face))
         cut = self._cut(rng, flip=wear.flip)
-        part, moved = as_another(wear, *region(image, face, cut))
+        part, moved = as_another(*region(image, face, cut), wear.other)
         fake = self.pool.forgery(shown, part, moved, family, rng)
         forged = self._worn(fake, moved, wear, cut, rng)
         if shown is real:
@@ -210,7 +211,7 @@ class Batches:
     def _whole(self, frame: Frame, wear: Wear, cut: Cut, rng: np.random.Generator) -> Tensor:
         image, face = self._open(frame)
         if face is not None:
-            image, face = as_another(wear, *region(image, face, cut))
+            image, face = as_another(*region(image, face, cut), wear.other)
         return self._worn(image, face, wear, cut, rng)
 
     def _worn(

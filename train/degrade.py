@@ -5,10 +5,7 @@ is must not tell whether it is forged.  The order is that of a camera and a plat
 blur first, then the size, the sensor's noise, and last the encoder.  It works on the picture
 around the face, before the crop is cut, so that a crop's edges are padded as in serving.
 
-Its first part, `as_another`, comes before the forging: the whole picture is bent and its skin
-smoothed, without any seam, as if of somebody else.  A few hundred officials have neither children
-nor make-up nor open mouths among them, and where an odd face is only ever met in forgeries, a
-network calls it forged.
+Its first part, `other`, comes before the forging: train/another.py.
 """
 
 from dataclasses import dataclass
@@ -18,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.animate import recompress
-from train.hulls import FaceGeometry
 from train.recipe import Augment
-from train.sources import LUMA, expression, jpeg, smoothed
-from train.warp import Kernel, Pixels, blur, grid, remap, resize, smooth_field, to_u8
+from train.sources import LUMA, jpeg
+from train.warp import Kernel, Pixels, blur, resize, to_u8
 
 Image = NDArray[np.uint8]
 Codec = Literal["none", "jpeg", "libx264", "libx265"]
@@ -33,7 +29,7 @@ class Wear:
 
     flip: bool = False
     other: int | None = None
-    """What draws another person's features and skin; None leaves them."""
+    """The seed of another person's features, skin and light; None leaves them."""
     gain: tuple[float, float, float] = (1.0, 1.0, 1.0)
     gamma: float = 1.0
     saturation: float = 1.0
@@ -79,29 +75,6 @@ def draw(augment: Augment, rng: np.random.Generator, *, face_px: float) -> Wear:
     if rng.random() < augment.other:
         changed["other"] = int(rng.integers(2**31))
     return Wear(**changed)  # type: ignore[arg-type]
-
-
-def as_another(wear: Wear, image: Image, face: FaceGeometry) -> tuple[Image, FaceGeometry]:
-    """The picture as if of another person, and where the face then is."""
-    if wear.other is None:
-        return image, face
-    rng = np.random.default_rng(wear.other)
-    out, unit = image.astype(np.float32), face.eye_distance
-    chance = rng.random(3)
-    if chance[0] < 0.5:
-        out = smoothed(out, face, rng)
-    if chance[1] < 0.85:
-        height, width = out.shape[:2]
-        bend = smooth_field(
-            rng, height, width, cells=int(rng.integers(3, 7)), amplitude=rng.uniform(0, 0.1) * unit
-        )
-        if chance[2] < 0.6:
-            bend = bend + expression(face, height, width, rng, eyes=0.05)
-        out = remap(
-            out, grid(height, width) + bend, "bicubic" if rng.random() < 0.5 else "bilinear"
-        )
-        face = face.moved(bend)
-    return to_u8(out), face
 
 
 def put_on(wear: Wear, image: Image, rng: np.random.Generator) -> Image:

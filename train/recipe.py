@@ -48,7 +48,7 @@ class Augment:
     noise: float = 0.0
     colour: float = 0.0
     other: float = 0.0
-    """Another person's features, expression and skin, before anything is forged."""
+    """Another person's features, expression and skin, in another light, before the forging."""
     margins: tuple[float, ...] = ()
     """Crop margins drawn from, instead of the contract's one; () keeps the contract's."""
 
