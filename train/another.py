@@ -51,13 +51,18 @@ def bent(
 
 
 def shaded(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
-    """Lit from one side, or through leaves: brighter here than there, with soft borders or hard."""
-    height, width = image.shape[:2]
-    hills = smooth_field(rng, height, width, cells=int(rng.integers(1, 5)), amplitude=1)[..., 0]
-    hardness = np.exp(rng.uniform(np.log(0.7), np.log(12)))
-    light = np.tanh(hardness * (hills - rng.normal(0, 0.3)))[..., None]
+    """Lit from one side, or through leaves."""
+    light = uneven(rng, *image.shape[:2])
     warmth = 1 + rng.normal(0, 0.2) * np.array([1, 0, -1]) + rng.normal(0, 0.04, 3)
     return image * np.exp(light * (rng.uniform(0.05, 0.4) * warmth)).astype(np.float32)
+
+
+def uneven(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:
+    """Light here and shade there, with soft borders or hard ones: [h, w, 1], -1 to 1."""
+    hills = smooth_field(rng, height, width, cells=int(rng.integers(1, 5)), amplitude=1)[..., 0]
+    hardness = np.exp(rng.uniform(np.log(0.7), np.log(12)))
+    light: NDArray[np.float64] = np.tanh(hardness * (hills - rng.normal(0, 0.3)))[..., None]
+    return light
 
 
 def beamed(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:

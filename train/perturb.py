@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from train.animate import recompress
+from train.another import uneven
 from train.degrade import stepped
 from train.sources import LUMA, jpeg
-from train.warp import Pixels, resize, smooth_field, to_u8
+from train.warp import Pixels, resize, to_u8
 
 Image = NDArray[np.uint8]
 Apply = Callable[[Image, float, np.random.Generator], Image]
@@ -100,11 +101,9 @@ def _jpeg(image: Image, quality: float, _rng: np.random.Generator) -> Image:
 
 
 def _light(image: Image, strength: float, rng: np.random.Generator) -> Image:
-    """Brighter here than there by up to exp(2 strength), with soft borders or hard ones."""
-    hills = smooth_field(rng, *image.shape[:2], cells=int(rng.integers(1, 5)), amplitude=1)[..., 0]
-    hardness = np.exp(rng.uniform(np.log(0.7), np.log(12)))
-    gain = np.exp(strength * np.tanh(hardness * (hills - rng.normal(0, 0.3))))
-    return to_u8((image * gain[..., None]).astype(np.float32))
+    """Brighter here than there by up to exp(2 strength)."""
+    light = uneven(rng, *image.shape[:2])
+    return to_u8((image * np.exp(strength * light)).astype(np.float32))
 
 
 DEEPERFORENSICS: dict[str, tuple[float, ...]] = {
