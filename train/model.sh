@@ -43,7 +43,7 @@ branch() { # SEED: goes on from the classifier, a process on its own
   local processes=1
   train small_classifier "$RUNS/branch$1" --set "init.network=$RUNS/classifier" \
     --set "seed=$1" --set data.batch=16 --set "schedule.steps=$BRANCH_STEPS" \
-    --set schedule.evaluate_every=16 --set schedule.select=last \
+    --set data.augment.other=0.7 --set schedule.evaluate_every=16 --set schedule.select=last \
     --set optimiser.lr=3e-4 --set optimiser.ema=0.995
 }
 
