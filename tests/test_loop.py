@@ -272,7 +272,6 @@ RANKED = """
 import sys
 from pathlib import Path
 import torch
-from kernels.disk import ArtifactError
 from kernels.networks.backbones import NetworkError
 from tests.training import Halves, MadeBatches, StubRalf, tiny
 from train.loop import Options, train
