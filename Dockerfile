@@ -17,6 +17,7 @@ RUN python -m venv /opt/ralf
 # What is installed depends on these alone, so that a change of code is a small layer.
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN mkdir kernels worker train
+COPY ralf ralf
 
 
 FROM build AS build-client

@@ -29,7 +29,7 @@ model: $(VENV)/ready
 	train/model.sh
 
 schemas: $(VENV)/ready
-	$(RUN)/python -m worker.contract docs
+	$(RUN)/python -m ralf.worker.contract docs
 
 rules: $(VENV)/ready
 	$(RUN)/python deploy/prometheus_rule.py

@@ -16,7 +16,7 @@ REQUIRE_GPU=1 "$python" -m pytest -q -m gpu \
 "$python" -m tests.walk_clips "$made"
 export RALF_MODELS_DIR=${RALF_MODELS_DIR:-$made/models} RALF_MODEL=${RALF_MODEL:-untrained}
 measure() { # NAME, and what to measure
-  "$python" -m worker.cli bench "${@:2}" >"$made/$1.json"
+  "$python" -m ralf.worker.cli bench "${@:2}" >"$made/$1.json"
   mv "$made/$1.json" "$folder/$1_$when.json"
   cat "$folder/$1_$when.json"
 }

@@ -21,15 +21,15 @@ from typing import Any
 
 from standardwebhooks import Webhook
 
-from kernels.artifact import ArtifactError, resolve
-from kernels.disk import replace_text
-from train.samples import make_samples
-from worker.client import Client, connect
-from worker.contract import Callback, Verdict
-from worker.report import page
-from worker.runtime import models_dir
-from worker.service.serve import embedded
-from worker.settings import Settings
+from ralf.kernels.artifact import ArtifactError, resolve
+from ralf.kernels.disk import replace_text
+from ralf.train.samples import make_samples
+from ralf.worker.client import Client, connect
+from ralf.worker.contract import Callback, Verdict
+from ralf.worker.report import page
+from ralf.worker.runtime import models_dir
+from ralf.worker.service.serve import embedded
+from ralf.worker.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"

@@ -203,7 +203,7 @@ def free_port() -> int:
 @contextmanager
 def a_redis(folder: Path, users: Path) -> Iterator[int]:
     """A Redis with the users of make_secrets.py; gives its port."""
-    from worker.service.serve import redis_server
+    from ralf.worker.service.serve import redis_server
 
     port = free_port()
     options = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", "aclfile": users}
@@ -330,7 +330,7 @@ def drain(worker: "subprocess.Popen[bytes]") -> int:
 
 def the_clip(folder: Path) -> Path:
     """One with a face in it, made here."""
-    from train.samples import make_samples
+    from ralf.train.samples import make_samples
 
     say("making a clip")
     return folder / make_samples(folder)[0].file

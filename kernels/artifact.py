@@ -12,7 +12,7 @@ Publishing writes to a hidden folder beside the version, flushes it, and renames
 the other way round.  Killed at any step, each leaves the old state or the new one, whole; what a
 dead writer left is swept by the next, since all of them hold the lock on the model's folder.
 
-`promote` here moves the pointer and asks nothing; kernels.registry asks first.
+`promote` here moves the pointer and asks nothing; ralf.kernels.registry asks first.
 
 Refused, with the reason: a torn, truncated, changed or missing file, a link of any kind inside a
 version, a file name that is not a plain name, a manifest that does not hash to its folder's name.
@@ -31,8 +31,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kernels import history
-from kernels.disk import (
+from ralf.kernels import history
+from ralf.kernels.disk import (
     ArtifactError,
     Damaged,
     compare,
@@ -43,9 +43,9 @@ from kernels.disk import (
     refuse_links,
     write,
 )
-from kernels.golden import Golden, golden
-from kernels.history import VERSION
-from kernels.manifest import Manifest
+from ralf.kernels.golden import Golden, golden
+from ralf.kernels.history import VERSION
+from ralf.kernels.manifest import Manifest
 
 __all__ = [
     "SHIPPED",

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from kernels.networks.backbones import unit
-from kernels.networks.ralf import Ralf
-from kernels.networks.reconstructor import Fuse
+from ralf.kernels.networks.backbones import unit
+from ralf.kernels.networks.ralf import Ralf
+from ralf.kernels.networks.reconstructor import Fuse
 
 
 def dct(samples: Tensor) -> Tensor:

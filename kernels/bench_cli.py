@@ -14,7 +14,7 @@ FAILED = 1
 
 def add_benches(what: "argparse._SubParsersAction[Any]") -> None:
     """Add them to the verbs of `ralf bench`."""
-    from kernels.models_cli import guarded
+    from ralf.kernels.models_cli import guarded
 
     engine = what.add_parser(
         "engine",
@@ -63,25 +63,25 @@ def _device_and_out(parser: argparse.ArgumentParser) -> None:
 
 
 def _engine(args: argparse.Namespace) -> int:
-    from kernels.bench_engine import run_engine
+    from ralf.kernels.bench_engine import run_engine
 
     return _told(run_engine, args)
 
 
 def _dct(args: argparse.Namespace) -> int:
-    from kernels.bench_dct import run_dct
+    from ralf.kernels.bench_dct import run_dct
 
     return _told(run_dct, args)
 
 
 def _residual(args: argparse.Namespace) -> int:
-    from kernels.bench_residual import run_residual
+    from ralf.kernels.bench_residual import run_residual
 
     return _told(run_residual, args)
 
 
 def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    from kernels.engine import EngineError
+    from ralf.kernels.engine import EngineError
 
     try:
         return run(args)
@@ -91,7 +91,7 @@ def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
 
 
 if __name__ == "__main__":
-    alone = argparse.ArgumentParser(prog="python -m kernels.bench_cli", description=__doc__)
+    alone = argparse.ArgumentParser(prog="python -m ralf.kernels.bench_cli", description=__doc__)
     add_benches(alone.add_subparsers(dest="what", required=True, metavar="WHAT"))
     arguments = alone.parse_args()
     sys.exit(arguments.run(arguments))

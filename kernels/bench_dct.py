@@ -2,7 +2,7 @@
 
 Each way but the last two takes u8 crops and gives the destroyed image and |x − it|:
 - authors, FFT FP32: as the papers' authors run it;
-- products, FP32 and FP16: `kernels.dct`'s reference, in the network's dtypes;
+- products, FP32 and FP16: `ralf.kernels.dct`'s reference, in the network's dtypes;
 - fused: dct_triton, on CUDA; with --tilings also under each tiling that is listed there.
 And for scale: the FP16 chain alone, four products and a multiply of pixels already centred in
 FP16, without the residual; and a copy of what the fused kernels read and write, which is as fast
@@ -19,11 +19,17 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from kernels import authors
-from kernels.bench import Record, interleave, machine
-from kernels.bench_device import captured, facts, settle, short_name
-from kernels.dct import basis, centred, destruct_reference, destruct_residual_reference, fusible
-from kernels.engine import EngineError, pick_device
+from ralf.kernels import authors
+from ralf.kernels.bench import Record, interleave, machine
+from ralf.kernels.bench_device import captured, facts, settle, short_name
+from ralf.kernels.dct import (
+    basis,
+    centred,
+    destruct_reference,
+    destruct_residual_reference,
+    fusible,
+)
+from ralf.kernels.engine import EngineError, pick_device
 
 Pair = tuple[Tensor, Tensor]
 CALLS = 50
@@ -96,7 +102,7 @@ def fused_ways(crops: Tensor, mask: Tensor, tilings: bool) -> dict[str, Callable
     if crops.device.type != "cuda" or not fusible(crops, torch.float16):
         return {}
     try:
-        from kernels import dct_triton
+        from ralf.kernels import dct_triton
     except ImportError as error:
         raise EngineError(f"the fused kernels need triton: {error}") from error
 

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.artifact import Artifact, models_folder, resolve
-from kernels.authors import AuthorsWay
-from kernels.bench import Record, interleave, machine
-from kernels.bench_device import facts, settle, short_name
-from kernels.compiled import OnCuda
-from kernels.disk import ArtifactError
-from kernels.engine import EngineError, check_golden, make, pick_device
-from kernels.engine_torch import placed, restore
-from kernels.fastest import candidates
-from kernels.networks.ralf import Ralf
-from kernels.untrained import patterns, publish_untrained
+from ralf.kernels.artifact import Artifact, models_folder, resolve
+from ralf.kernels.authors import AuthorsWay
+from ralf.kernels.bench import Record, interleave, machine
+from ralf.kernels.bench_device import facts, settle, short_name
+from ralf.kernels.compiled import OnCuda
+from ralf.kernels.disk import ArtifactError
+from ralf.kernels.engine import EngineError, check_golden, make, pick_device
+from ralf.kernels.engine_torch import placed, restore
+from ralf.kernels.fastest import candidates
+from ralf.kernels.networks.ralf import Ralf
+from ralf.kernels.untrained import patterns, publish_untrained
 
 FRESH: dict[str, dict[str, Any]] = {
     "ralf": {"base": 32, "blocks": 8, "backbone": "xception"},
@@ -102,7 +102,7 @@ def chosen(args: argparse.Namespace, folder: Path) -> Artifact:
 
 def build_plans(artifact: Artifact, device: torch.device) -> None:
     """By every builder that is here; one that fails leaves the others, and a line."""
-    from kernels.build import Order, available, build
+    from ralf.kernels.build import Order, available, build
 
     for builder in available():
         say(f"building by {builder}")

@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kernels.bench import Record, interleave, machine
-from kernels.bench_device import facts, settle, short_name
-from kernels.engine import pick_device
-from kernels.networks.reconstructor import Residual, stack
+from ralf.kernels.bench import Record, interleave, machine
+from ralf.kernels.bench_device import facts, settle, short_name
+from ralf.kernels.engine import pick_device
+from ralf.kernels.networks.reconstructor import Residual, stack
 
 EAGER = "eager, channels last"
 Way = Callable[[], Tensor]
@@ -90,7 +90,7 @@ def on_cuda(plain: nn.Module, last: nn.Module, x: Tensor) -> dict[str, Way]:
 def fused(blocks: nn.Module, x: Tensor) -> dict[str, Way]:
     """The Triton blocks, where triton is and takes these shapes."""
     try:
-        from kernels.residual_triton import Weights, residual
+        from ralf.kernels.residual_triton import Weights, residual
     except ImportError as error:
         print(f"ralf bench: fused blocks left out: {error}", file=sys.stderr)
         return {}

@@ -1,11 +1,11 @@
 """A published model and a builder → a plan beside it, checked and published, or refused.
 
-    torch-tensorrt   on the GPU that will run it (kernels.build_trt); the default where one is
-    rtx-aot          TensorRT-RTX ahead of time, no GPU needed (kernels.build_rtx)
+    torch-tensorrt   on the GPU that will run it (ralf.kernels.build_trt); the default where one is
+    rtx-aot          TensorRT-RTX ahead of time, no GPU needed (ralf.kernels.build_rtx)
 
 What a builder makes must first agree with the FP32 module (kernels.gate).  rtx-aot's ONNX graph is
 run on the CPU and must agree before it is compiled, and the plan of it is published `unverified`
-unless a GPU is here to run it; kernels.verify does that later, on each architecture.
+unless a GPU is here to run it; ralf.kernels.verify does that later, on each architecture.
 torch-tensorrt's plan runs here and now.  What disagrees is not published: the message says by how
 much, and names the first layer that differs.
 
@@ -26,17 +26,18 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
-from kernels import plan_store, plans
-from kernels.artifact import Artifact, golden
-from kernels.disk import ArtifactError
-from kernels.diverge import TOLERANCE, Layers, ModuleLayers, first_divergence
-from kernels.engine import EngineError, Precision, budget_of, check_precision
-from kernels.engine_torch import DTYPES, Detector, restore
-from kernels.engine_trt import TrtEngine, facts
-from kernels.gate import Agreement, Disagrees, Gate, Score
-from kernels.plans import Key, Plan, Verification
-from kernels.trace import Built
-from kernels.verify import Refused, now, reference, scored, told, verification, verified
+from ralf import install_hint
+from ralf.kernels import plan_store, plans
+from ralf.kernels.artifact import Artifact, golden
+from ralf.kernels.disk import ArtifactError
+from ralf.kernels.diverge import TOLERANCE, Layers, ModuleLayers, first_divergence
+from ralf.kernels.engine import EngineError, Precision, budget_of, check_precision
+from ralf.kernels.engine_torch import DTYPES, Detector, restore
+from ralf.kernels.engine_trt import TrtEngine, facts
+from ralf.kernels.gate import Agreement, Disagrees, Gate, Score
+from ralf.kernels.plans import Key, Plan, Verification
+from ralf.kernels.trace import Built
+from ralf.kernels.verify import Refused, now, reference, scored, told, verification, verified
 
 Builder = Literal["torch-tensorrt", "rtx-aot"]
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
@@ -121,11 +122,10 @@ def build(order: Order, builder: Builder | None = None) -> Plan:
 
 def _ahead_of_time(order: Order) -> Plan:
     try:
-        from kernels import build_rtx, export_onnx
+        from ralf.kernels import build_rtx, export_onnx
     except ImportError as error:
         raise EngineError(
-            f"building ahead of time needs onnx and onnxruntime: {error}; "
-            "install the extra build: pip install 'ralf[build]'"
+            f"building ahead of time needs onnx and onnxruntime: {error}; " + install_hint("build")
         ) from error
 
     key = Key(
@@ -182,7 +182,7 @@ def _fits(key: Key, device: torch.device) -> bool:
 
 
 def _by_tensorrt(order: Order) -> Plan:
-    from kernels import build_trt
+    from ralf.kernels import build_trt
 
     here = facts(order.device)
     flavour, version = build_trt.flavour(), build_trt.version()
@@ -229,7 +229,7 @@ class _Tried:
 
 
 def _tried(order: Order, gate: Gate, key: Key, network: nn.Module, front: Front) -> _Tried:
-    from kernels import build_trt
+    from ralf.kernels import build_trt
 
     built = build_trt.build(network, order.buckets, front)
     order.say(f"{key}: destructor in the {front}, built in {built.seconds:.0f} s; running it")

@@ -6,15 +6,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kernels.build import Order
-    from kernels.plans import Measured, Plan
+    from ralf.kernels.build import Order
+    from ralf.kernels.plans import Measured, Plan
 
 FAILED = 1
 
 
 def add_build(subparsers: "argparse._SubParsersAction[Any]") -> None:
     """Add the command."""
-    from kernels.models_cli import guarded
+    from ralf.kernels.models_cli import guarded
 
     parser = subparsers.add_parser(
         "build",
@@ -45,11 +45,11 @@ def add_build(subparsers: "argparse._SubParsersAction[Any]") -> None:
 
 def run_build(args: argparse.Namespace) -> int:
     """Build, and with --all time."""
-    from kernels.artifact import resolve
-    from kernels.build import Order, available, build
-    from kernels.engine import EngineError, pick_device
-    from kernels.fastest import measure
-    from kernels.models_cli import folder
+    from ralf.kernels.artifact import resolve
+    from ralf.kernels.build import Order, available, build
+    from ralf.kernels.engine import EngineError, pick_device
+    from ralf.kernels.fastest import measure
+    from ralf.kernels.models_cli import folder
 
     try:
         buckets = tuple(int(batch) for batch in args.batch.split(","))

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kernels.engine import EngineError
-from kernels.trace import Built
+from ralf import install_hint
+from ralf.kernels.engine import EngineError
+from ralf.kernels.trace import Built
 
 
 def version() -> str:
@@ -97,6 +98,6 @@ def _bindings() -> Any:
     except ImportError as error:
         raise EngineError(
             f"building ahead of time needs tensorrt_rtx, which does not import: {error}; "
-            "install the extra build: pip install 'ralf[build]'"
+            + install_hint("build")
         ) from error
     return tensorrt_rtx

@@ -7,7 +7,7 @@ nothing may fall back to torch: a plan is all of the network, or it is not built
 
 The destructor is either inside the plan, as the matrix products that it means, or in front of it,
 as the fused op whose results the plan then takes beside the crops.  Which is faster is measured
-by kernels.build, which asks for both.
+by ralf.kernels.build, which asks for both.
 
 Neither engine cache nor shared timing cache is used: torch-tensorrt keeps both as pickles in a
 folder that any user can write.
@@ -24,12 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kernels.diverge import Tapped
-from kernels.engine import EngineError
-from kernels.engine_trt import runtime_module
-from kernels.plans import Flavour
-from kernels.trace import Built, trace
-from kernels.trt_session import Queue, Session
+from ralf.kernels.diverge import Tapped
+from ralf.kernels.engine import EngineError
+from ralf.kernels.engine_trt import runtime_module
+from ralf.kernels.plans import Flavour
+from ralf.kernels.trace import Built, trace
+from ralf.kernels.trt_session import Queue, Session
 
 OPTIMIZATION = 5
 """TensorRT's highest: searches longest."""

@@ -7,8 +7,8 @@ takes the parsed arguments and returns the exit code.  Imports inside, so that -
 import argparse
 from typing import Any
 
-from kernels.build_cli import add_build
-from kernels.models_cli import models_commands
+from ralf.kernels.build_cli import add_build
+from ralf.kernels.models_cli import models_commands
 
 
 def commands(subparsers: "argparse._SubParsersAction[Any]") -> None:

@@ -17,7 +17,7 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from kernels.batching import BUCKETS, Batching
+from ralf.kernels.batching import BUCKETS, Batching
 
 PROGRAMS = 64
 """Programs that one class of network may have in a process: models × buckets.  torch's own limit

@@ -152,7 +152,7 @@ Fused = Callable[[Tensor, Tensor, torch.dtype, torch.dtype | None], tuple[Tensor
 @lru_cache(maxsize=1)
 def _fused() -> Fused | None:
     try:
-        from kernels.dct_triton import destruct as fused
+        from ralf.kernels.dct_triton import destruct as fused
     except ImportError as error:
         log.warning("dct.reference_used", reason=str(error))
         return None

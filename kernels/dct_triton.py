@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from kernels.dct import CENTRE, FusedKernelError, basis
+from ralf.kernels.dct import CENTRE, FusedKernelError, basis
 
 
 @dataclass(frozen=True)

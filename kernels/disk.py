@@ -1,6 +1,6 @@
 """Files that are whole or not there: hashed reads of plain files, flushed writes, one lock.
 
-What kernels.artifact stands on.  Reading never follows a link and never blocks on a pipe.
+What ralf.kernels.artifact stands on.  Reading never follows a link and never blocks on a pipe.
 Writing flushes a file before its name can be seen, and its folder after.
 """
 

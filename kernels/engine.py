@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.artifact import Artifact, golden
+from ralf.kernels.artifact import Artifact, golden
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -60,7 +60,7 @@ def load(
     golden_crops bounds the check: a wrong build shows at the first crops, and all 32 take seconds
     on a CPU.  `ralf models verify` checks all.
     """
-    from kernels.engine_torch import TorchEngine
+    from ralf.kernels.engine_torch import TorchEngine
 
     place = pick_device(device)
     chosen = precision is not None or max_batch is not None
@@ -77,10 +77,10 @@ def make(artifact: Artifact, device: torch.device, name: str) -> Engine:
     """The engine of that name, not checked: torch-PRECISION, torch-eager-PRECISION, or a plan."""
     kind, _, precision = name.rpartition("-")
     if kind not in {"torch", "torch-eager"}:
-        from kernels.engine_trt import load_plan
+        from ralf.kernels.engine_trt import load_plan
 
         return load_plan(artifact, device, name)
-    from kernels.engine_torch import TorchEngine
+    from ralf.kernels.engine_torch import TorchEngine
 
     check_precision(precision)
     compiled = kind == "torch"
@@ -90,8 +90,8 @@ def make(artifact: Artifact, device: torch.device, name: str) -> Engine:
 def _measured_fastest(artifact: Artifact, device: torch.device) -> str | None:
     if not (artifact.path / "engines" / "fastest.json").exists():
         return None
-    from kernels.fastest import device_of
-    from kernels.plans import fastest
+    from ralf.kernels.fastest import device_of
+    from ralf.kernels.plans import fastest
 
     measured = fastest(artifact, device_of(device))
     return measured.engine if measured else None

@@ -31,13 +31,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from kernels.artifact import Artifact, Golden
-from kernels.compiled import OnCuda, buckets_of
-from kernels.engine import Engine, EngineError, Precision, check_crops, check_precision
-from kernels.lanes import side_by_side
-from kernels.manifest import Manifest
-from kernels.networks import build
-from kernels.networks.ralf import Explanation
+from ralf.kernels.artifact import Artifact, Golden
+from ralf.kernels.compiled import OnCuda, buckets_of
+from ralf.kernels.engine import Engine, EngineError, Precision, check_crops, check_precision
+from ralf.kernels.lanes import side_by_side
+from ralf.kernels.manifest import Manifest
+from ralf.kernels.networks import build
+from ralf.kernels.networks.ralf import Explanation
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -202,7 +202,7 @@ def best_precision(manifest: Manifest, device: torch.device) -> Precision:
 
 
 def offers(manifest: Manifest, device: torch.device) -> list[str]:
-    """The engines of this file that a device can run, as kernels.engine.make names them."""
+    """The engines of this file that a device can run, as ralf.kernels.engine.make names them."""
     if device.type == "cuda":
         return ["torch-fp16", "torch-eager-fp16"]
     bf16 = cpu_has_bf16() and "logit_bf16" in manifest.error_budget

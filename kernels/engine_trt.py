@@ -4,8 +4,8 @@ Both have the same Python interface under two names, and a plan is read by the v
 wrote it, on an architecture that its key names, once a machine of that architecture has verified
 it; all else is refused with the command that helps.
 
-Any number of crops is cut into the plan's buckets and padded (kernels.batching); the device's
-side, streams and buffers and graphs, is kernels.trt_session.  One caller at a time.
+Any number of crops is cut into the plan's buckets and padded (ralf.kernels.batching); the device's
+side, streams and buffers and graphs, is ralf.kernels.trt_session.  One caller at a time.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kernels import plans
-from kernels.artifact import Artifact
-from kernels.batching import Batching
-from kernels.disk import ArtifactError, Damaged
-from kernels.engine import EngineError, Precision, check_crops
-from kernels.engine_torch import TorchEngine, placed, restore
-from kernels.plans import Device, Flavour, Key, Plan
-from kernels.trt_session import Queue, Session
+from ralf.kernels import plans
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.batching import Batching
+from ralf.kernels.disk import ArtifactError, Damaged
+from ralf.kernels.engine import EngineError, Precision, check_crops
+from ralf.kernels.engine_torch import TorchEngine, placed, restore
+from ralf.kernels.plans import Device, Flavour, Key, Plan
+from ralf.kernels.trt_session import Queue, Session
 
 DISTRIBUTIONS: dict[Flavour, tuple[str, ...]] = {
     "trt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),

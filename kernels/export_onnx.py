@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kernels.engine import EngineError, Precision
-from kernels.trace import trace
+from ralf.kernels.engine import EngineError, Precision
+from ralf.kernels.trace import trace
 
 INPUT, OUTPUT = "crops", "logits"
 _SCOPES = "pkg.torch.onnx.name_scopes"

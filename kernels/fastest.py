@@ -15,14 +15,14 @@ from functools import partial
 
 import torch
 
-from kernels import plan_store, plans
-from kernels.artifact import Artifact
-from kernels.bench import interleave, processor
-from kernels.disk import ArtifactError
-from kernels.engine import Engine, EngineError, check_golden, make
-from kernels.engine_torch import offers
-from kernels.plans import Device, Measured
-from kernels.verify import now
+from ralf.kernels import plan_store, plans
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.bench import interleave, processor
+from ralf.kernels.disk import ArtifactError
+from ralf.kernels.engine import Engine, EngineError, check_golden, make
+from ralf.kernels.engine_torch import offers
+from ralf.kernels.plans import Device, Measured
+from ralf.kernels.verify import now
 
 REPEATS = 7
 Say = Callable[[str], None]
@@ -33,13 +33,13 @@ def device_of(device: torch.device) -> Device:
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0))
         return Device(f"{processor()} ({cores} cores)", "cpu")
-    from kernels.engine_trt import facts
+    from ralf.kernels.engine_trt import facts
 
     return facts(device)
 
 
 def candidates(artifact: Artifact, device: torch.device) -> list[str]:
-    """Names of the engines that this device can run, as `kernels.engine.make` takes them."""
+    """Names of the engines that this device can run, as `ralf.kernels.engine.make` takes them."""
     here = device_of(device)
     return offers(artifact.manifest, device) + [
         str(plan.key)

@@ -15,9 +15,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.artifact import Artifact, golden
-from kernels.engine import EngineError, Precision, budget_of
-from kernels.manifest import Manifest
+from ralf.kernels.artifact import Artifact, golden
+from ralf.kernels.engine import EngineError, Precision, budget_of
+from ralf.kernels.manifest import Manifest
 
 Score = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 SEED = 20261120

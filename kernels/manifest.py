@@ -53,7 +53,7 @@ class InputContract(Strict):
 
 
 class Network(BaseModel):
-    """`build` names a network of kernels.networks; all else are its dimensions."""
+    """`build` names a network of ralf.kernels.networks; all else are its dimensions."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     build: str

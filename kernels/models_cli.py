@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kernels.artifact import Artifact
+    from ralf.kernels.artifact import Artifact
 
 Run = Callable[[argparse.Namespace], int]
 FAILED, USAGE, INFRASTRUCTURE = 1, 2, 5
@@ -71,7 +71,7 @@ def guarded(run: Run) -> Run:
     """The border: an error of ours becomes one line on stderr and an exit code."""
 
     def guard(args: argparse.Namespace) -> int:
-        from kernels.artifact import ArtifactError, NotFound
+        from ralf.kernels.artifact import ArtifactError, NotFound
 
         try:
             return run(args)
@@ -87,7 +87,7 @@ def guarded(run: Run) -> Run:
 
 def folder(args: argparse.Namespace) -> Path:
     """Where models lie: the option, the environment, or those that come with the code."""
-    from kernels.artifact import models_folder
+    from ralf.kernels.artifact import models_folder
 
     return models_folder(args.models)
 
@@ -109,7 +109,7 @@ def label_of(artifact: "Artifact") -> dict[str, Any]:
 
 def list_models(args: argparse.Namespace) -> int:
     """Every version, with its state; a damaged one is listed as damaged, and makes the exit 1."""
-    from kernels.artifact import ArtifactError, names, open_artifact, promoted, versions
+    from ralf.kernels.artifact import ArtifactError, names, open_artifact, promoted, versions
 
     root, rows = folder(args), []
     for name in names(root):
@@ -136,9 +136,9 @@ def list_models(args: argparse.Namespace) -> int:
 
 def show_model(args: argparse.Namespace) -> int:
     """Manifest, engines and history, and the card unless JSON was asked for."""
-    from kernels import history
-    from kernels.artifact import resolve
-    from kernels.plans import plans
+    from ralf.kernels import history
+    from ralf.kernels.artifact import resolve
+    from ralf.kernels.plans import plans
 
     artifact = resolve(folder(args), args.model)
     document = artifact.manifest.model_dump(mode="json", by_alias=True)
@@ -161,15 +161,15 @@ def show_model(args: argparse.Namespace) -> int:
 
 def verify_model(args: argparse.Namespace) -> int:
     """Hashes; on a GPU every plan that it can load; then every golden crop through the engine."""
-    from kernels.artifact import resolve
-    from kernels.engine import EngineError, budget_of, check_golden, load, pick_device
+    from ralf.kernels.artifact import resolve
+    from ralf.kernels.engine import EngineError, budget_of, check_golden, load, pick_device
 
     artifact = resolve(folder(args), args.model)
     checked: list[str] = []
     try:
         place = pick_device(args.device)
         if place.type == "cuda":
-            from kernels.verify import verify
+            from ralf.kernels.verify import verify
 
             plans = verify(
                 artifact, place, say=lambda line: print(f"ralf: {line}", file=sys.stderr)
@@ -194,7 +194,7 @@ def verify_model(args: argparse.Namespace) -> int:
 
 def promote_model(args: argparse.Namespace) -> int:
     """Make NAME mean this version, if the gates agree or --force overrides them."""
-    from kernels.registry import promote
+    from ralf.kernels.registry import promote
 
     name, _, version = args.model.partition("@")
     if not version:
@@ -210,7 +210,7 @@ def promote_model(args: argparse.Namespace) -> int:
 
 def roll_back(args: argparse.Namespace) -> int:
     """Make NAME mean what it meant before."""
-    from kernels.artifact import rollback
+    from ralf.kernels.artifact import rollback
 
     artifact = rollback(folder(args), args.model)
     say(args, label_of(artifact), f"{artifact.name} is back at {artifact.version}")
@@ -219,7 +219,7 @@ def roll_back(args: argparse.Namespace) -> int:
 
 def collect_old(args: argparse.Namespace) -> int:
     """What stays and why, what goes; it goes only with --apply."""
-    from kernels.registry import collect
+    from ralf.kernels.registry import collect
 
     spared = dict.fromkeys(args.spare, "spared by --spare")
     if not args.no_queue:
@@ -247,7 +247,7 @@ def pinned_in_queue(args: argparse.Namespace) -> dict[str, str]:
     try:
         pins: dict[str, str] = ask(args.model)
     except OSError as error:
-        from kernels.artifact import NotFound
+        from ralf.kernels.artifact import NotFound
 
         raise NotFound(
             f"the queue does not say which versions its jobs pin: {error}; start it, or "
@@ -258,8 +258,8 @@ def pinned_in_queue(args: argparse.Namespace) -> dict[str, str]:
 
 def make_untrained(args: argparse.Namespace) -> int:
     """Publish and promote the model `untrained`."""
-    from kernels.artifact import promote
-    from kernels.untrained import publish_untrained
+    from ralf.kernels.artifact import promote
+    from ralf.kernels.untrained import publish_untrained
 
     root = folder(args)
     artifact = publish_untrained(root, base=args.base, blocks=args.blocks, size=args.size)

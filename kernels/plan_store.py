@@ -1,4 +1,4 @@
-"""Writing what kernels.plans reads: one builder at a time, and never half a plan.
+"""Writing what ralf.kernels.plans reads: one builder at a time, and never half a plan.
 
 The record is what publishes.  A plan is written under a name that nobody reads yet, then its
 record replaces the old one in one step, then what no record names is swept.  Killed anywhere, a
@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kernels.artifact import Artifact
-from kernels.disk import flush_folder, locked, replace_text, write
-from kernels.manifest import Strict
-from kernels.plans import (
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.disk import flush_folder, locked, replace_text, write
+from ralf.kernels.manifest import Strict
+from ralf.kernels.plans import (
     Device,
     Fastest,
     Key,

@@ -11,7 +11,7 @@ that builds it.
 
 A plan may run on an architecture once a machine with that architecture has run the model's golden
 crops through it; until then it is `unverified` there.  Writing is
-kernels.plan_store's.  No torch in here: a registry reads this.
+ralf.kernels.plan_store's.  No torch in here: a registry reads this.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from kernels.artifact import Artifact
-from kernels.disk import ArtifactError, Damaged, read_regular
-from kernels.manifest import Strict
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.disk import ArtifactError, Damaged, read_regular
+from ralf.kernels.manifest import Strict
 
 Flavour = Literal["trt", "rtx"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -26,8 +26,8 @@ from math import inf, isnan
 from pathlib import Path
 from typing import Any, Literal
 
-from kernels import history
-from kernels.artifact import (
+from ralf.kernels import history
+from ralf.kernels.artifact import (
     Artifact,
     ArtifactError,
     NotFound,
@@ -37,8 +37,8 @@ from kernels.artifact import (
     sweep,
     versions,
 )
-from kernels.disk import Damaged, flush_folder, locked, unused
-from kernels.plans import covers
+from ralf.kernels.disk import Damaged, flush_folder, locked, unused
+from ralf.kernels.plans import covers
 
 KEEP = 3
 """Newest versions that collecting leaves alone."""
@@ -175,7 +175,7 @@ def figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def golden_gate(artifact: Artifact) -> Gate:
     """Every golden crop through the torch engine on the CPU, in FP32: on any machine the same."""
-    from kernels.engine import EngineError, budget_of, check_golden, load
+    from ralf.kernels.engine import EngineError, budget_of, check_golden, load
 
     asked = "logits of golden.npz as the reference says them"
     try:

@@ -108,7 +108,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, block: nn.Module) -> "Weights":
-        """From a `kernels.networks.reconstructor.Residual`."""
+        """From a `ralf.kernels.networks.reconstructor.Residual`."""
         made: list[Tensor] = []
         for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
             weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import dct
+from ralf.kernels import dct
 
 OPS = ("destruct", "destruct_residual")
 

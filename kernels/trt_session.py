@@ -1,7 +1,7 @@
 """A deserialised TensorRT plan on a GPU: contexts, buffers, workspaces, CUDA graphs.
 
 Each bucket has an execution context, its buffers, and a workspace from torch's allocator, so that
-running out of memory is torch's own error, which kernels.batching answers with half the batch.
+running out of memory is torch's own error, which ralf.kernels.batching answers with half the batch.
 Small batches spend their time launching kernels: there a CUDA graph is captured, timed against
 plain launching, and kept where it is faster.  A captured graph is bound to its context's shapes
 and addresses, which is why no two buckets share a context.
@@ -24,7 +24,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from kernels.engine import EngineError
+from ralf.kernels.engine import EngineError
 
 log = structlog.get_logger()
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kernels.artifact import Artifact, publish
-from kernels.engine_torch import pack
-from kernels.manifest import InputContract, Manifest, Network
-from kernels.networks import build
+from ralf.kernels.artifact import Artifact, publish
+from ralf.kernels.engine_torch import pack
+from ralf.kernels.manifest import InputContract, Manifest, Network
+from ralf.kernels.networks import build
 
 SEED = 20251120
 CARD = """\

@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kernels import plan_store, plans
-from kernels.artifact import Artifact
-from kernels.disk import Damaged
-from kernels.engine import Engine, EngineError
-from kernels.engine_torch import batches, restore
-from kernels.engine_trt import TrtEngine, check_key, facts
-from kernels.gate import Agreement, Disagrees, Gate, Score
-from kernels.plans import Plan, Verification
+from ralf.kernels import plan_store, plans
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.disk import Damaged
+from ralf.kernels.engine import Engine, EngineError
+from ralf.kernels.engine_torch import batches, restore
+from ralf.kernels.engine_trt import TrtEngine, check_key, facts
+from ralf.kernels.gate import Agreement, Disagrees, Gate, Score
+from ralf.kernels.plans import Plan, Verification
 
 TURNS = 10
 DECISIONS = 512

@@ -13,12 +13,12 @@ import pytest
 import structlog
 import torch
 
-from kernels.artifact import promote, publish, resolve
-from kernels.untrained import publish_untrained
+from ralf.kernels.artifact import promote, publish, resolve
+from ralf.kernels.untrained import publish_untrained
+from ralf.worker.runtime import Parts, load
+from ralf.worker.settings import Settings
 from tests.clips import face_clip, make_clip
 from tests.redis_server import redis, redis_server, redis_url
-from worker.runtime import Parts, load
-from worker.settings import Settings
 
 __all__ = ["redis", "redis_server", "redis_url"]
 

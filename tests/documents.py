@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from worker.contract import (
+from ralf.worker.contract import (
     Box,
     Evidence,
     Failure,

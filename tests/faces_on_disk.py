@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from train.index import Index
-from train.layouts import read
-from train.layouts_faces import BOX_COLUMNS, FIVE_COLUMNS
-from train.samples import PORTRAITS, forged, portraits
+from ralf.train.index import Index
+from ralf.train.layouts import read
+from ralf.train.layouts_faces import BOX_COLUMNS, FIVE_COLUMNS
+from ralf.train.samples import PORTRAITS, forged, portraits
 
 COLUMNS = ["file", "source", "identity", "split", "label", "method", "video"]
 COLUMNS += [*BOX_COLUMNS, *FIVE_COLUMNS]

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.clips import make_clip, no_frames, packet_places, picture, sound_only
-from worker.errors import (
+from ralf.worker.errors import (
     CodecUnsupported,
     ContainerUnsupported,
     CorruptMedia,
@@ -26,6 +25,7 @@ from worker.errors import (
     TooManyStreams,
     UnreadableFile,
 )
+from tests.clips import make_clip, no_frames, packet_places, picture, sound_only
 
 FAST_START = {"movflags": "faststart"}
 Maker = Callable[[Path], Path]

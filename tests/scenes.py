@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
-from kernels.manifest import Sampling as ModelSampling
-from worker.contract import Sampling
-from worker.media.types import Clip, Frames, Probe
+from ralf.kernels.manifest import Sampling as ModelSampling
+from ralf.worker.contract import Sampling
+from ralf.worker.media.types import Clip, Frames, Probe
 
 Picture = NDArray[np.uint8]  # [h, w, 3] RGB
 

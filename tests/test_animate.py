@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from skimage.data import astronaut
 
-from train.animate import animate, encode, recompress
-from worker.contract import Sampling
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.probe import probe
-from worker.media.types import Clip
-from worker.settings import Settings
+from ralf.train.animate import animate, encode, recompress
+from ralf.worker.contract import Sampling
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.probe import probe
+from ralf.worker.media.types import Clip
+from ralf.worker.settings import Settings
 
 SMALL = {"seconds": 0.4, "fps": 10, "size": (96, 64)}
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from ralf.train.another import as_another, beamed, bent, painted, shaded
+from ralf.train.hulls import FaceGeometry
+from ralf.train.sources import smoothed
 from tests.faces_on_disk import portraits
-from train.another import as_another, beamed, bent, painted, shaded
-from train.hulls import FaceGeometry
-from train.sources import smoothed
 
 Change = Callable[[np.ndarray, FaceGeometry, np.random.Generator], np.ndarray]
 LIGHTS = (shaded, beamed, painted)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernels import artifact as models
-from kernels.artifact import Artifact, ArtifactError, Damaged, Golden, NotFound
-from kernels.manifest import Manifest, Network
+from ralf.kernels import artifact as models
+from ralf.kernels.artifact import Artifact, ArtifactError, Damaged, Golden, NotFound
+from ralf.kernels.manifest import Manifest, Network
 
 GOLDEN = Golden(
     np.arange(2 * 3 * 32 * 32, dtype=np.uint32).astype(np.uint8).reshape(2, 3, 32, 32),

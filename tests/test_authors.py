@@ -5,10 +5,10 @@ import pytest
 import scipy.fft
 import torch
 
-from kernels.authors import AuthorsWay, Concatenated, dct2, idct2
-from kernels.networks.ralf import Ralf
-from kernels.networks.reconstructor import Fuse
-from kernels.untrained import patterns, settle
+from ralf.kernels.authors import AuthorsWay, Concatenated, dct2, idct2
+from ralf.kernels.networks.ralf import Ralf
+from ralf.kernels.networks.reconstructor import Fuse
+from ralf.kernels.untrained import patterns, settle
 
 DIMENSIONS = {"base": 8, "blocks": 1, "backbone": "tf_efficientnet_lite0", "size": 64}
 

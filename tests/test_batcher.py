@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.artifact import Artifact
-from kernels.engine import EngineError, Precision
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.engine import EngineError, Precision
+from ralf.worker.batcher import SHARE, Batcher, behind
+from ralf.worker.contract import Sampling
+from ralf.worker.errors import Cancelled
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.pipeline import Ask, Partial, analyze
+from ralf.worker.runtime import Parts, together, with_decoder
+from ralf.worker.service.jobs import as_job_error
 from tests.clips import face_clip
-from worker.batcher import SHARE, Batcher, behind
-from worker.contract import Sampling
-from worker.errors import Cancelled
-from worker.media.decode_pyav import PyavDecoder
-from worker.pipeline import Ask, Partial, analyze
-from worker.runtime import Parts, together, with_decoder
-from worker.service.jobs import as_job_error
 
 SIDE = 64
 

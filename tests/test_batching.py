@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from kernels.batching import BUCKETS, CALL_COST, Batching, cover
+from ralf.kernels.batching import BUCKETS, CALL_COST, Batching, cover
 
 SIZES = st.lists(st.integers(1, 64), min_size=1, max_size=4).map(lambda s: tuple(sorted(set(s))))
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ralf.worker.cli import main
 from tests.clips import make_clip, picture
-from worker.cli import main
 
 THREADS = "1"
 

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import bench_device, bench_engine, bench_residual
-from kernels.bench import interleave
-from kernels.bench_dct import CHAIN, COPY, ratios
-from kernels.bench_engine import AUTHORS
-from kernels.engine import EngineError
-from worker.cli import main
+from ralf.kernels import bench_device, bench_engine, bench_residual
+from ralf.kernels.bench import interleave
+from ralf.kernels.bench_dct import CHAIN, COPY, ratios
+from ralf.kernels.bench_engine import AUTHORS
+from ralf.kernels.engine import EngineError
+from ralf.worker.cli import main
 
 
 def measured(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
@@ -95,7 +95,7 @@ def test_a_builder_that_fails_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """And is told."""
-    from kernels import build
+    from ralf.kernels import build
 
     tried: list[str] = []
 

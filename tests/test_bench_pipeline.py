@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from ralf.worker import gauges
+from ralf.worker.cli import main
+from ralf.worker.contract import Sampling
+from ralf.worker.gauges import Gauges, held
+from ralf.worker.media.stride import Strided, looks
+from ralf.worker.media.types import Faces, Frames
+from ralf.worker.pipeline import Ask, analyze
+from ralf.worker.runtime import Parts, load
+from ralf.worker.settings import Settings
+from ralf.worker.soak import Slope, slope, soak
 from tests.clips import face_clip
 from tests.scenes import frames_of
-from worker import gauges
-from worker.cli import main
-from worker.contract import Sampling
-from worker.gauges import Gauges, held
-from worker.media.stride import Strided, looks
-from worker.media.types import Faces, Frames
-from worker.pipeline import Ask, analyze
-from worker.runtime import Parts, load
-from worker.settings import Settings
-from worker.soak import Slope, slope, soak
 
 
 @pytest.fixture(autouse=True)

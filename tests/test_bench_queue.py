@@ -2,7 +2,7 @@
 
 import json
 
-from worker.service.bench import record
+from ralf.worker.service.bench import record
 
 
 def test_the_record_compares_the_three_ways():

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from worker.service import bench_scale
-from worker.service.bench_scale import Turn, record
-from worker.service.fleet import FleetFailed
+from ralf.worker.service import bench_scale
+from ralf.worker.service.bench_scale import Turn, record
+from ralf.worker.service.fleet import FleetFailed
 
 
 def test_the_record_tells_what_more_workers_add():

@@ -7,12 +7,12 @@ import pytest
 from scipy.interpolate import RBFInterpolator
 from skimage.data import astronaut
 
-from train import samples, sources
-from train.blend import Portrait, forge
-from train.hulls import FaceGeometry, fill
-from train.recipe import FAMILIES, HELD_OUT
-from train.samples import PORTRAITS, make_samples, portraits
-from train.warp import blur, grid, remap, resize
+from ralf.train import samples, sources
+from ralf.train.blend import Portrait, forge
+from ralf.train.hulls import FaceGeometry, fill
+from ralf.train.recipe import FAMILIES, HELD_OUT
+from ralf.train.samples import PORTRAITS, make_samples, portraits
+from ralf.train.warp import blur, grid, remap, resize
 
 FIVE = np.array([[92, 104], [128, 98], [112, 122], [100, 142], [128, 138]], np.float32)
 FACE = FaceGeometry(np.array([76, 62, 146, 164], np.float32), FIVE)

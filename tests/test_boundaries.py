@@ -118,15 +118,18 @@ def faults() -> Iterator[str]:
         name = path.relative_to(ROOT).as_posix()
         room = name.split("/")[0]
         for line, module in imports(path):
-            top = module.split(".")[0]
+            ours = module.startswith("ralf.")
+            top = module.removeprefix("ralf.").split(".")[0]
             if room in ROOMS and top in ROOMS and top not in ROOMS[room]:
                 yield f"{name}:{line} {room} must not import {module}"
             if name.startswith("worker/media/") and module.startswith(
-                ("worker.service", "worker.pipeline", "worker.runtime")
+                ("ralf.worker.service", "ralf.worker.pipeline", "ralf.worker.runtime")
             ):
                 yield f"{name}:{line} media must not import {module}"
-            if name == "worker/pipeline.py" and module.startswith("worker.service"):
+            if name == "worker/pipeline.py" and module.startswith("ralf.worker.service"):
                 yield f"{name}:{line} pipeline must not import {module}"
+            if not ours and top in ROOMS:
+                yield f"{name}:{line} import it as ralf.{module}"
             if top in OWNERS and name not in OWNERS[top] and room != "tests":
                 yield f"{name}:{line} only {sorted(OWNERS[top])} may import {top}"
             if top == "av" and room == "tests" and name not in OWNERS["av"]:
@@ -145,11 +148,11 @@ def test_the_walk_over_imports_sees_something():
     assert len(sources()) > 10
 
 
-def test_kernels_is_ours():
-    """Hugging Face publishes a package of that name; it must not shadow ours."""
-    import kernels
+def test_each_room_is_installed_under_the_one_name():
+    """`kernels`, `worker` and `train` alone are names that others use too."""
+    import ralf.kernels
 
-    assert Path(kernels.__file__) == ROOT / "kernels" / "__init__.py"
+    assert Path(ralf.kernels.__file__).resolve() == ROOT / "kernels" / "__init__.py"
 
 
 def modules_after(statement: str) -> set[str]:
@@ -168,7 +171,9 @@ HEAVY = {"torch", "av", "numpy", "timm", "scipy", "fsspec", "torchvision", "rich
 @pytest.mark.parametrize(
     "module",
     sorted(
-        name.removesuffix(".py").replace("/", ".") for name in TORCH_FREE if (ROOT / name).exists()
+        "ralf." + name.removesuffix(".py").replace("/", ".")
+        for name in TORCH_FREE
+        if (ROOT / name).exists()
     ),
 )
 def test_a_light_module_loads_no_torch(module: str):
@@ -181,9 +186,9 @@ def test_a_light_module_loads_no_torch(module: str):
 @pytest.mark.skipif(not (ROOT / "worker/client.py").exists(), reason="not built yet")
 def test_the_client_needs_only_redis_rq_and_pydantic():
     """A backend imports it without any other library, light or heavy."""
-    loaded = modules_after("import worker.client") - modules_after("pass")
+    loaded = modules_after("import ralf.client") - modules_after("pass")
     of_pydantic = {"pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
-    allowed = {"worker", "kernels", "redis", "rq", "pydantic"} | of_pydantic
+    allowed = {"ralf", "redis", "rq", "pydantic"} | of_pydantic
     foreign = {name for name in loaded if name.lstrip("_") not in PYTHONS | allowed}
 
     assert "pydantic" in loaded
@@ -194,7 +199,7 @@ def test_the_client_needs_only_redis_rq_and_pydantic():
 def test_help_imports_no_torch():
     """`ralf --help` is instant."""
     run = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "worker.cli", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "ralf.worker.cli", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,

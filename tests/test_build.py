@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import build as building
-from kernels import (
+from ralf.kernels import build as building
+from ralf.kernels import (
     build_cli,
     build_rtx,
     build_trt,
@@ -26,20 +25,20 @@ from kernels import (
     plans,
     verify,
 )
-from kernels.artifact import Artifact, open_artifact, promote
-from kernels.build import Order, build
-from kernels.diverge import ModuleLayers
-from kernels.engine import EngineError, load
-from kernels.engine_torch import restore
-from kernels.gate import Gate
-from kernels.networks import build as network_of
-from kernels.plans import Device, Key, PlanMissing, Unverified
-from kernels.trace import Built
-from kernels.untrained import patterns, publish_untrained, settle
-from kernels.verify import Refused
+from ralf.kernels.artifact import Artifact, open_artifact, promote
+from ralf.kernels.build import Order, build
+from ralf.kernels.diverge import ModuleLayers
+from ralf.kernels.engine import EngineError, load
+from ralf.kernels.engine_torch import restore
+from ralf.kernels.gate import Gate
+from ralf.kernels.networks import build as network_of
+from ralf.kernels.plans import Device, Key, PlanMissing, Unverified
+from ralf.kernels.trace import Built
+from ralf.kernels.untrained import patterns, publish_untrained, settle
+from ralf.kernels.verify import Refused
 
 pytest.importorskip("onnxruntime", reason="the extra build brings it")
-from kernels import export_onnx
+from ralf.kernels import export_onnx
 
 SIZE = 64
 CPU = torch.device("cpu")
@@ -327,10 +326,10 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
 
 def test_without_onnx_the_message_says_what_to_install(artifact: Artifact, monkeypatch):
     """Not a bare ImportError."""
-    monkeypatch.delitem(sys.modules, "kernels.export_onnx")
-    monkeypatch.delattr(kernels, "export_onnx")
+    monkeypatch.delitem(sys.modules, "ralf.kernels.export_onnx")
+    monkeypatch.delattr("ralf.kernels.export_onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(EngineError, match=r"needs onnx and onnxruntime.*ralf\[build\]"):
+    with pytest.raises(EngineError, match=r"needs onnx and onnxruntime.*\.\[build\]"):
         build(order(artifact))
 
 

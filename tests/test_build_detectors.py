@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from kernels import plans
-from kernels.artifact import Artifact
-from kernels.build import Order, build
+from ralf.kernels import plans
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.build import Order, build
+from ralf.train.ensemble import publish_ensemble
 from tests.test_ensemble import member
-from train.ensemble import publish_ensemble
 
 if os.environ.get("REQUIRE_RTX") != "1":
     pytest.importorskip("tensorrt_rtx", reason="the extra build is not installed")

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 pytest.importorskip("onnxruntime", reason="the extra build brings it")
 
-from kernels import build_rtx, export_onnx, plans
-from kernels.artifact import SHIPPED, resolve
-from kernels.build import Order, build
-from kernels.engine import EngineError
-from kernels.plans import Device
-from kernels.untrained import publish_untrained
-from worker.settings import Settings
+from ralf.kernels import build_rtx, export_onnx, plans
+from ralf.kernels.artifact import SHIPPED, resolve
+from ralf.kernels.build import Order, build
+from ralf.kernels.engine import EngineError
+from ralf.kernels.plans import Device
+from ralf.kernels.untrained import publish_untrained
+from ralf.worker.settings import Settings
 
 SIZE = 32
 REAL = pytest.mark.skipif(os.environ.get("REQUIRE_RTX") != "1", reason="make plans runs it")
@@ -115,7 +115,7 @@ def test_a_graph_that_is_no_detector_is_refused(graph: Path, tmp_path: Path, dam
 def test_without_the_builder_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     """The extra build."""
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(EngineError, match=r"needs tensorrt_rtx.*ralf\[build\]"):
+    with pytest.raises(EngineError, match=r"needs tensorrt_rtx.*\.\[build\]"):
         build_rtx.version()
 
 

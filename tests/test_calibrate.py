@@ -8,8 +8,8 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
-from kernels.manifest import Calibration
-from train.calibrate import (
+from ralf.kernels.manifest import Calibration
+from ralf.train.calibrate import (
     CalibrationError,
     at_false_alarms,
     at_misses,

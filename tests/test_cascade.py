@@ -10,22 +10,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torchvision.ops import box_iou, nms
 
-import worker.media.cascade as cascade_module
-from kernels.manifest import Finder
-from kernels.replay import Replay
-from tests.scenes import frames_of, portrait, scene
-from tests.test_mtcnn import composites, stock
-from worker.media.boxes import (
+import ralf.worker.media.cascade as cascade_module
+from ralf.kernels.manifest import Finder
+from ralf.kernels.replay import Replay
+from ralf.worker.media.boxes import (
     first_rows,
     overlap_of_smaller,
     overlap_of_union,
     rows_of,
     survivors,
 )
-from worker.media.cascade import Cascade, Room
-from worker.media.mtcnn import Candidates, Mtcnn, smallest_wins
-from worker.media.tracks import overlap
-from worker.media.types import Faces, Frames
+from ralf.worker.media.cascade import Cascade, Room
+from ralf.worker.media.mtcnn import Candidates, Mtcnn, smallest_wins
+from ralf.worker.media.tracks import overlap
+from ralf.worker.media.types import Faces, Frames
+from tests.scenes import frames_of, portrait, scene
+from tests.test_mtcnn import composites, stock
 
 CPU = torch.device("cpu")
 

@@ -17,16 +17,16 @@ import pytest
 from redis import Redis
 from standardwebhooks import Webhook
 
+from ralf.worker.contract import Callback, State, Verdict
+from ralf.worker.service.deliver import Deliverer
+from ralf.worker.service.proof import Asked, Sighting, delivery_id, doubled, pid_of, prove
+from ralf.worker.service.receiver import Receipt, Receiver
+from ralf.worker.service.store import Store, connect
+from ralf.worker.service.uploader import KINDS, mix
+from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
 from tests.test_store import claim
 from tests.waiting import LONG_S, PATIENCE_S, until
-from worker.contract import Callback, State, Verdict
-from worker.service.deliver import Deliverer
-from worker.service.proof import Asked, Sighting, delivery_id, doubled, pid_of, prove
-from worker.service.receiver import Receipt, Receiver
-from worker.service.store import Store, connect
-from worker.service.uploader import KINDS, mix
-from worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "whsec_" + base64.b64encode(b"s" * 32).decode()
@@ -36,7 +36,7 @@ ENDS = frozenset({"succeeded", "failed"})
 def chaos(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     """The command as an operator runs it; all that it writes goes into the folder."""
     return subprocess.Popen(
-        [sys.executable, "-m", "worker.cli", "chaos", *arguments],
+        [sys.executable, "-m", "ralf.worker.cli", "chaos", *arguments],
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
@@ -334,7 +334,7 @@ def test_the_receiver_writes_down_signs_and_moods():
 
 def push(settings: Settings, url: str, message_id: str) -> None:
     """As the deliverer would, until it is taken."""
-    from worker.service.records import Delivery
+    from ralf.worker.service.records import Delivery
 
     deliverer = Deliverer(
         Store(connect("redis://127.0.0.1:1"), settings), settings, clock=time.time

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.training import StubRalf, tiny
-from train.checkpoint import (
+from ralf.train.checkpoint import (
     Checkpoint,
     CheckpointError,
     State,
@@ -25,7 +24,8 @@ from train.checkpoint import (
     set_random_state,
     unpack_optimiser,
 )
-from train.recipe_text import override
+from ralf.train.recipe_text import override
+from tests.training import StubRalf, tiny
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("train.checkpoint.write", full)
+        patched.setattr("ralf.train.checkpoint.write", full)
         with pytest.raises(OSError, match="no space"):
             save(path, checkpoint(state=State(step=99)))
 

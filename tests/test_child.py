@@ -21,11 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import waiting
-from tests.documents import a_verdict
-from tests.waiting import LONG_S, PATIENCE_S
-from worker.contract import Evidence, Job, Media, Progress, Verdict, dump
-from worker.errors import (
+from ralf.worker.contract import Evidence, Job, Media, Progress, Verdict, dump
+from ralf.worker.errors import (
     BadRequest,
     Cancelled,
     DecoderCrashed,
@@ -34,11 +31,14 @@ from worker.errors import (
     ModelUnavailable,
     TooLong,
 )
-from worker.service import jobs, limits, sandbox, shelf, slot, turnstile, wire
-from worker.service.link import Link
-from worker.service.procfs import rss
-from worker.service.turnstile import Peer, Visit
-from worker.settings import Settings
+from ralf.worker.service import jobs, limits, sandbox, shelf, slot, turnstile, wire
+from ralf.worker.service.link import Link
+from ralf.worker.service.procfs import rss
+from ralf.worker.service.turnstile import Peer, Visit
+from ralf.worker.settings import Settings
+from tests import waiting
+from tests.documents import a_verdict
+from tests.waiting import LONG_S, PATIENCE_S
 
 SETTINGS = Settings(child_max_jobs=3)
 FOR_EVER = f"sleep:{LONG_S:g}"

@@ -8,9 +8,7 @@ import jsonschema
 import pytest
 from redis import Redis
 
-from tests.documents import a_failure, a_verdict, an_evidence
-from tests.test_store import claim
-from worker.client import (
+from ralf.worker.client import (
     AsyncClient,
     Client,
     IdempotencyConflict,
@@ -23,9 +21,19 @@ from worker.client import (
     connect,
     request,
 )
-from worker.contract import Callback, EvidencePolicy, Job, Media, Progress, Sampling, SessionPart
-from worker.service.store import Store
-from worker.settings import Settings
+from ralf.worker.contract import (
+    Callback,
+    EvidencePolicy,
+    Job,
+    Media,
+    Progress,
+    Sampling,
+    SessionPart,
+)
+from ralf.worker.service.store import Store
+from ralf.worker.settings import Settings
+from tests.documents import a_failure, a_verdict, an_evidence
+from tests.test_store import claim
 
 URI = "https://media.example/1.mp4"
 
@@ -151,7 +159,7 @@ class TestResult:
 
     def test_it_waits_as_long_as_it_is_told(self, client, store, monkeypatch):
         """And wakes with the end, not with a clock."""
-        monkeypatch.setattr("worker.client.LOOK_AGAIN_S", 600.0)
+        monkeypatch.setattr("ralf.worker.client.LOOK_AGAIN_S", 600.0)
         job_id = client.submit(URI, token="u").job_id
         running = claim(store)
         ending = threading.Timer(0.3, store.end, (running, a_verdict()))

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from kernels.manifest import InputContract
+from ralf.kernels.manifest import InputContract
+from ralf.train.clips import Wanted, make_clips
+from ralf.train.index import Index, IndexFault, load
+from ralf.train.prepare import prepare
 from tests.clips import decode_all
 from tests.faces_on_disk import faces
-from train.clips import Wanted, make_clips
-from train.index import Index, IndexFault, load
-from train.prepare import prepare
 
 QUICK = Wanted(families=("boundary", "smooth"), crfs=(23, 40), seconds=0.4)
 

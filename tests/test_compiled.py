@@ -8,11 +8,11 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor, nn
 
-from kernels.artifact import resolve
-from kernels.compiled import OnCuda, buckets_of
-from kernels.engine import check_golden, load, make
-from kernels.engine_torch import TorchEngine, offers
-from kernels.untrained import patterns
+from ralf.kernels.artifact import resolve
+from ralf.kernels.compiled import OnCuda, buckets_of
+from ralf.kernels.engine import check_golden, load, make
+from ralf.kernels.engine_torch import TorchEngine, offers
+from ralf.kernels.untrained import patterns
 
 CPU = torch.device("cpu")
 SIDE = 8

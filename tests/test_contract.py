@@ -10,8 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 from pydantic import ValidationError as Refused
 
-from tests import verdicts
-from worker.contract import (
+from ralf.worker.contract import (
     DOCUMENTS,
     FailedSegment,
     Gap,
@@ -26,6 +25,7 @@ from worker.contract import (
     schemas,
     write_schemas,
 )
+from tests import verdicts
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SUBMITTED = "2025-11-20T07:30:00Z"
@@ -131,7 +131,7 @@ def schema(name: str) -> Any:
 
 @pytest.mark.parametrize("name", sorted(schemas()))
 def test_the_exported_schema_is_up_to_date(name: str):
-    """`python -m worker.contract` writes them again."""
+    """`python -m ralf.worker.contract` writes them again."""
     assert (DOCS / name).read_text() == schemas()[name]
 
 
@@ -178,7 +178,7 @@ def test_a_verdict_refuses_a_score_that_is_no_probability():
 def test_the_command_writes_every_schema(tmp_path: Path):
     """To a folder of choice."""
     run = subprocess.run(
-        [sys.executable, "-m", "worker.contract", str(tmp_path)],
+        [sys.executable, "-m", "ralf.worker.contract", str(tmp_path)],
         cwd=DOCS.parent,
         capture_output=True,
         text=True,

@@ -12,20 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from ralf.worker.service import crew as crew_module
+from ralf.worker.service import jobs
+from ralf.worker.service.crew import healthy
+from ralf.worker.service.serve import BROKEN, as_environment
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
 from tests.documents import a_job
 from tests.test_horse import QUICK, ended
 from tests.test_serve import get
 from tests.waiting import LONG_S, until
-from worker.service import crew as crew_module
-from worker.service import jobs
-from worker.service.crew import healthy
-from worker.service.serve import BROKEN, as_environment
-from worker.service.store import Store, connect
-from worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (
-    "import sys; from worker.service.crew import run_crew; from worker.settings import Settings; "
+    "import sys; from ralf.worker.service.crew import run_crew; "
+    "from ralf.worker.settings import Settings; "
     "sys.exit(run_crew(Settings.from_environment(), ['high', 'default'], bodies='test'))"
 )
 
@@ -62,7 +63,7 @@ def members(crew: "subprocess.Popen[bytes]") -> list[int]:
     return [
         int(pid)
         for pid in Path(f"/proc/{crew.pid}/task/{crew.pid}/children").read_text().split()
-        if b"worker.service.serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"ralf.worker.service.serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
 
 

@@ -11,19 +11,19 @@ from scipy import ndimage
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import roc_auc_score
 
-from kernels.manifest import InputContract
+from ralf.kernels.manifest import InputContract
+from ralf.train.crops import Cut, region
+from ralf.train.data import REAL, Batches
+from ralf.train.degrade import Wear, draw, put_on
+from ralf.train.examples import Examples
+from ralf.train.hulls import FaceGeometry
+from ralf.train.index import Index, IndexFault
+from ralf.train.pictures import Pictures, frames_of
+from ralf.train.recipe import FAMILIES, Augment, Data
+from ralf.train.recipe_text import RecipeError
+from ralf.train.samples import portraits
+from ralf.worker.media.faces import cut_one
 from tests.faces_on_disk import faces
-from train.crops import Cut, region
-from train.data import REAL, Batches
-from train.degrade import Wear, draw, put_on
-from train.examples import Examples
-from train.hulls import FaceGeometry
-from train.index import Index, IndexFault
-from train.pictures import Pictures, frames_of
-from train.recipe import FAMILIES, Augment, Data
-from train.recipe_text import RecipeError
-from train.samples import portraits
-from worker.media.faces import cut_one
 
 PLAIN = Augment(flip=0.0)
 HARD = Augment(

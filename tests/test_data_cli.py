@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 
-from kernels.networks import build
+from ralf.kernels.networks import build
+from ralf.train.animate import animate, encode
+from ralf.train.checkpoint import Checkpoint, State, save
+from ralf.train.cli import commands
+from ralf.train.index import load
+from ralf.train.recipe_text import override
+from ralf.train.recipes import named
+from ralf.train.samples import portraits
 from tests.faces_on_disk import faces
-from train.animate import animate, encode
-from train.checkpoint import Checkpoint, State, save
-from train.cli import commands
-from train.index import load
-from train.recipe_text import override
-from train.recipes import named
-from train.samples import portraits
 
 
 def ralf(*words: object) -> int:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from kernels import dct
-from kernels.dct import basis, destruct, destruct_reference, destruct_residual, fusible
+from ralf.kernels import dct
+from ralf.kernels.dct import basis, destruct, destruct_reference, destruct_residual, fusible
 from tests.interpreted import Interpreter
 
 Run = Callable[..., Any]
@@ -51,7 +51,7 @@ class Made(NamedTuple):
 
 def make(device: str, image: NDArray[Any], mask: NDArray[Any], layout: str = "plain") -> Made:
     """Both ways, on the device."""
-    from kernels.dct_triton import destruct as fused
+    from ralf.kernels.dct_triton import destruct as fused
 
     pixels, weights = torch.from_numpy(image).to(device), torch.from_numpy(mask).to(device)
     matrix = basis(pixels.shape[-1], torch.float16, pixels.device)
@@ -263,7 +263,7 @@ def test_without_triton_the_reference_runs_and_the_log_says_so_once(
 ):
     """A CPU-only install."""
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "kernels.dct_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "ralf.kernels.dct_triton", raising=False)
     image, mask = torch.from_numpy(noise(1, 128, 128)), torch.rand(128, 128)
     with capture_logs() as events:
         found = [both(image, mask) for _ in range(2)]
@@ -320,7 +320,7 @@ def test_the_chosen_tilings_compile_for_hopper_without_spilling(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels import dct_triton
+    from ralf.kernels import dct_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pad = dct_triton.padded_half(size)

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from ralf.worker.contract import Sampling, Span
+from ralf.worker.errors import BadRequest, CorruptMedia
+from ralf.worker.media import decode_dali
+from ralf.worker.media.decode_dali import DaliDecoder, reason, upright
+from ralf.worker.media.decode_pyav import PyavDecoder, range_in_stream
+from ralf.worker.media.orders import Order
+from ralf.worker.media.probe import probe
+from ralf.worker.media.sampling import plan
+from ralf.worker.media.types import Clip, Decoder, Frames
+from ralf.worker.settings import Settings
 from tests.clips import decode_all, make_clip, number_of, packet_places
 from tests.test_decode_pyav import reference
 from tests.test_probe import UNEVEN
-from worker.contract import Sampling, Span
-from worker.errors import BadRequest, CorruptMedia
-from worker.media import decode_dali
-from worker.media.decode_dali import DaliDecoder, reason, upright
-from worker.media.decode_pyav import PyavDecoder, range_in_stream
-from worker.media.orders import Order
-from worker.media.probe import probe
-from worker.media.sampling import plan
-from worker.media.types import Clip, Decoder, Frames
-from worker.settings import Settings
 
 pytestmark = pytest.mark.dali
 EVERY = Sampling(max_frames=300)

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ralf.worker.contract import Sampling, Span
+from ralf.worker.errors import BadRequest
+from ralf.worker.media import decode_pyav
+from ralf.worker.media.decode_pyav import PyavDecoder, plan
+from ralf.worker.media.probe import probe
+from ralf.worker.media.types import Clip, Frames
+from ralf.worker.settings import Settings
 from tests.clips import Shown, decode_all, make_clip, number_of, picture
 from tests.hostile import with_hidden_frames
 from tests.test_probe import UNEVEN, open_files
-from worker.contract import Sampling, Span
-from worker.errors import BadRequest
-from worker.media import decode_pyav
-from worker.media.decode_pyav import PyavDecoder, plan
-from worker.media.probe import probe
-from worker.media.types import Clip, Frames
-from worker.settings import Settings
 
 EVERY = Sampling(max_frames=300)
 OPEN_GOP = "keyint=12:min-keyint=12:open-gop=1:bframes=3:b-adapt=0:scenecut=0"

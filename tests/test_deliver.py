@@ -23,20 +23,20 @@ from redis.exceptions import ConnectionError as NoConnection
 from standardwebhooks import Webhook, WebhookVerificationError
 from structlog.testing import capture_logs
 
+from ralf.worker import telemetry
+from ralf.worker.contract import Callback
+from ralf.worker.service import deliver
+from ralf.worker.service.deliver import Deliverer
+from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.records import Delivery
+from ralf.worker.service.signing import Secrets, body_of
+from ralf.worker.service.store import Store
+from ralf.worker.settings import Settings, SettingsError
 from tests.documents import a_failure, a_job, a_verdict
 from tests.test_egress import TRICKS, guarded
 from tests.test_store import claim
 from tests.waiting import LONG_S, until
 from tests.web import Request, Web, for_ever, reply, serving
-from worker import telemetry
-from worker.contract import Callback
-from worker.service import deliver
-from worker.service.deliver import Deliverer
-from worker.service.outbox import Outbox
-from worker.service.records import Delivery
-from worker.service.signing import Secrets, body_of
-from worker.service.store import Store
-from worker.settings import Settings, SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
 DELAYS_S = Settings().webhook_delays_s

@@ -15,12 +15,12 @@ import pytest
 from redis import Redis
 from standardwebhooks import Webhook
 
+from ralf.worker.service.entry import checked
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
 from tests.deploy_tools import ROOT, tool
 from tests.documents import a_track, a_verdict
 from tests.test_redis_access import popped
-from worker.service.entry import checked
-from worker.service.store import Store, connect
-from worker.settings import Settings
 
 TEXT = (ROOT / "docs" / "integration.md").read_text()
 SUBMIT = ROOT / "docs" / "examples" / "submit.mjs"
@@ -37,7 +37,7 @@ def node(program: Path, *arguments: str, **environment: str) -> list[str]:
 def script(tmp_path: Path) -> Path:
     """ralf.lua, made as the page says."""
     path = tmp_path / "ralf.lua"
-    command = [sys.executable, "-m", "worker.service.script"]
+    command = [sys.executable, "-m", "ralf.worker.service.script"]
     path.write_bytes(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
     return path
 
@@ -98,7 +98,7 @@ def test_the_documented_envelope_is_what_a_worker_believes():
     """The page's JSON passes the worker's own check; another function does not."""
     (block,) = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
 
-    moderate = "worker.service.jobs.moderate"
+    moderate = "ralf.worker.service.jobs.moderate"
     assert checked(block.encode(), "ID", [moderate]) == (moderate, "")
     assert checked(block.replace(moderate, "os.system").encode(), "ID", [moderate])[1]
     assert checked(block.encode(), "another", [moderate])[1]

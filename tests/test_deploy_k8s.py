@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 import yaml
 
+from ralf.worker.settings import Settings
 from tests.deploy_tools import DEPLOY, run
-from worker.settings import Settings
 
 OVERLAYS = ("cpu", "gpu", "mig", "engines", "redis")
 SERVICE = ("cpu", "gpu", "mig")

@@ -13,22 +13,22 @@ import pytest
 from redis import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
+from ralf.worker.client import connect as connect_client
+from ralf.worker.contract import Callback
+from ralf.worker.service import jobs
+from ralf.worker.service.deliver import Deliverer
+from ralf.worker.service.http import queue_counts
+from ralf.worker.service.janitor import Janitor
+from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.serve import as_environment
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
 from tests.deploy_tools import DEPLOY, ROOT
 from tests.documents import a_job, a_track, a_verdict
 from tests.test_deliver import OLD
 from tests.test_horse import QUICK, TESTS, until
 from tests.test_redis_access import popped
 from tests.web import reply, serving
-from worker.client import connect as connect_client
-from worker.contract import Callback
-from worker.service import jobs
-from worker.service.deliver import Deliverer
-from worker.service.http import queue_counts
-from worker.service.janitor import Janitor
-from worker.service.outbox import Outbox
-from worker.service.serve import as_environment
-from worker.service.store import Store, connect
-from worker.settings import Settings
 
 ROLES = ("producer", "worker", "janitor", "deliverer", "reader")
 
@@ -115,7 +115,7 @@ def test_each_role_does_its_part(users: dict[str, str]):
 def a_worker(settings: Settings) -> "subprocess.Popen[bytes]":
     """With test bodies."""
     return subprocess.Popen(
-        [sys.executable, "-m", "worker.service.serve", "worker", *TESTS],
+        [sys.executable, "-m", "ralf.worker.service.serve", "worker", *TESTS],
         env=as_environment(settings, {"PATH": "/usr/bin:/bin"}),
         cwd=ROOT,
     )

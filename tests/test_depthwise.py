@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.depthwise import QuickDepthwise, _Depthwise
+from ralf.train.depthwise import QuickDepthwise, _Depthwise
 
 
 def gradients(x: Tensor, weight: Tensor, stride: int, padding: int, quick: bool) -> list[Tensor]:

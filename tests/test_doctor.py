@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from kernels.networks.mtcnn import WeightsMissing
+from ralf.kernels.networks.mtcnn import WeightsMissing
+from ralf.worker.cli import main
+from ralf.worker.doctor import Finding, _redis, _redis_cure, examine, settings_shown
+from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
-from worker.cli import main
-from worker.doctor import Finding, _redis, _redis_cure, examine, settings_shown
-from worker.settings import Settings
 
 
 def test_a_healthy_machine_exits_0(
@@ -61,8 +61,8 @@ def test_what_cannot_be_examined_comes_with_a_fix_and_an_exit_code(
     monkeypatch.setenv("RALF_MODELS_DIR", str(tiny_models))
     monkeypatch.setenv("RALF_MODEL", "tiny")
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr("kernels.networks.mtcnn.weights_path", missing)
-    monkeypatch.setitem(sys.modules, "worker.media.probe", None)
+    monkeypatch.setattr("ralf.kernels.networks.mtcnn.weights_path", missing)
+    monkeypatch.setitem(sys.modules, "ralf.worker.media.probe", None)
 
     assert 5 == main(["doctor", "--json"])
     found = {item["name"]: item for item in json.loads(capsys.readouterr().out)["findings"]}

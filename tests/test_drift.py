@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
+from ralf.worker import telemetry
+from ralf.worker.drift import EDGES, KINDS, LEAST, WINDOW, Drift, Window, histogram, psi
+from ralf.worker.service import wire
+from ralf.worker.service.orders import Orders
+from ralf.worker.service.stable import Stable
+from ralf.worker.telemetry import Metrics
 from tests.documents import a_track, a_verdict
-from worker import telemetry
-from worker.drift import EDGES, KINDS, LEAST, WINDOW, Drift, Window, histogram, psi
-from worker.service import wire
-from worker.service.orders import Orders
-from worker.service.stable import Stable
-from worker.telemetry import Metrics
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=2, max_size=20)
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ralf.worker.service.egress import Egress, EgressDenied, EgressFailed, system_resolve
+from ralf.worker.service.targets import Target, read_url, refusal
+from ralf.worker.settings import Settings
 from tests.web import PUBLIC, Request, Web, for_ever, reply, serving
-from worker.service.egress import Egress, EgressDenied, EgressFailed, system_resolve
-from worker.service.targets import Target, read_url, refusal
-from worker.settings import Settings
 
 NAMES = {
     "public.example": [PUBLIC],
@@ -318,8 +318,8 @@ class TestPatience:
 
     def test_a_silence_is_cut_off_before_the_deadline(self, monkeypatch):
         """After IDLE_S."""
-        monkeypatch.setattr("worker.service.egress.IDLE_S", 0.3)
-        monkeypatch.setattr("worker.service.egress.TURN_S", 0.1)
+        monkeypatch.setattr("ralf.worker.service.egress.IDLE_S", 0.3)
+        monkeypatch.setattr("ralf.worker.service.egress.TURN_S", 0.1)
         with serving(lambda request: [600.0]) as web:
             with pytest.raises(EgressFailed, match="said nothing"):
                 get(guarded(web), "http://public.example/")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import artifact as models
-from kernels import cli, engine_torch
-from kernels.artifact import Artifact, golden, open_artifact
-from kernels.engine import EngineError, check_golden, load, pick_device
-from kernels.engine_torch import (
+from ralf.kernels import artifact as models
+from ralf.kernels import cli, engine_torch
+from ralf.kernels.artifact import Artifact, golden, open_artifact
+from ralf.kernels.engine import EngineError, check_golden, load, pick_device
+from ralf.kernels.engine_torch import (
     TorchEngine,
     best_precision,
     pack,
@@ -22,9 +22,9 @@ from kernels.engine_torch import (
     restore,
     weights_bytes,
 )
-from kernels.manifest import InputContract, Manifest, Network
-from kernels.networks import build
-from kernels.untrained import patterns, publish_untrained
+from ralf.kernels.manifest import InputContract, Manifest, Network
+from ralf.kernels.networks import build
+from ralf.kernels.untrained import patterns, publish_untrained
 
 SIZE = 64
 CPU = torch.device("cpu")

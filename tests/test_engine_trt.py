@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import engine_trt, plan_store, plans, trt_session
-from kernels.artifact import Artifact, golden, open_artifact
-from kernels.engine import EngineError, load
-from kernels.engine_torch import explainer, logits_of, restore
-from kernels.engine_trt import TrtEngine, facts, load_plan
-from kernels.plans import Device, Key, Measured, Unverified
-from kernels.trt_session import GRAPH_MOST, Session
-from kernels.untrained import patterns, publish_untrained
+from ralf.kernels import engine_trt, plan_store, plans, trt_session
+from ralf.kernels.artifact import Artifact, golden, open_artifact
+from ralf.kernels.engine import EngineError, load
+from ralf.kernels.engine_torch import explainer, logits_of, restore
+from ralf.kernels.engine_trt import TrtEngine, facts, load_plan
+from ralf.kernels.plans import Device, Key, Measured, Unverified
+from ralf.kernels.trt_session import GRAPH_MOST, Session
+from ralf.kernels.untrained import patterns, publish_untrained
 
 CPU = torch.device("cpu")
 SIZE = 64
@@ -435,7 +435,7 @@ def test_a_verified_plan_loads_by_key_and_by_device(own: Artifact, plan: FakeEng
         golden(own).logits, named(torch.from_numpy(golden(own).crops)), atol=1e-4
     )
     measured = Measured(engine=str(KEY), faces_per_s={str(KEY): 1000.0}, batch=8, at="now")
-    from kernels.fastest import device_of
+    from ralf.kernels.fastest import device_of
 
     with plan_store.building(own):
         plan_store.record_fastest(own, device_of(CPU), measured)
@@ -505,7 +505,7 @@ def test_the_session_knows_nothing_of_cuda_but_its_queue():
 @pytest.mark.parametrize("builder", ["torch-tensorrt", "rtx-aot"])
 def test_a_plan_built_and_run_on_this_gpu_agrees_with_torch(own: Artifact, builder: str):
     """Any batch, from either side of the bus, from two threads; found again by key and device."""
-    from kernels.build import Order, available, build
+    from ralf.kernels.build import Order, available, build
 
     if builder not in available():
         pytest.skip(f"{builder} is not installed here")

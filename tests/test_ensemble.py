@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.artifact import Artifact, promote, publish, resolve
-from kernels.engine import EngineError, check_golden
-from kernels.engine import load as load_engine
-from kernels.engine_torch import pack, restore
-from kernels.manifest import Aggregation, Calibration, InputContract, Manifest, Network
-from kernels.networks import build
-from kernels.untrained import patterns, settle
+from ralf.kernels.artifact import Artifact, promote, publish, resolve
+from ralf.kernels.engine import EngineError, check_golden
+from ralf.kernels.engine import load as load_engine
+from ralf.kernels.engine_torch import pack, restore
+from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Manifest, Network
+from ralf.kernels.networks import build
+from ralf.kernels.untrained import patterns, settle
+from ralf.train.ensemble import EnsembleError, publish_ensemble
+from ralf.worker.cli import main
+from ralf.worker.panel import Panel
+from ralf.worker.scores import Scores, strongest
+from ralf.worker.verdict import judge
 from tests.faces_on_disk import faces
-from train.ensemble import EnsembleError, publish_ensemble
-from worker.cli import main
-from worker.panel import Panel
-from worker.scores import Scores, strongest
-from worker.verdict import judge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 64

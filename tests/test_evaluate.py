@@ -10,18 +10,26 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from kernels.artifact import ArtifactError
-from kernels.manifest import Aggregation, Calibration, InputContract, Sampling
+from ralf.kernels.artifact import ArtifactError
+from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Sampling
+from ralf.train import published
+from ralf.train.clips import Wanted, make_clips
+from ralf.train.evaluate import (
+    Judge,
+    evaluate,
+    examples_for,
+    judge_of,
+    of_network,
+    score,
+    write_videos,
+)
+from ralf.train.index import Index, IndexFault
+from ralf.train.metrics import Scored, measure, together
+from ralf.train.perturb import DEEPERFORENSICS
+from ralf.train.prepare import prepare
+from ralf.train.table_aggregation import spread
+from ralf.train.tables import KINDS, Ask, Table, table
 from tests.faces_on_disk import faces
-from train import published
-from train.clips import Wanted, make_clips
-from train.evaluate import Judge, evaluate, examples_for, judge_of, of_network, score, write_videos
-from train.index import Index, IndexFault
-from train.metrics import Scored, measure, together
-from train.perturb import DEEPERFORENSICS
-from train.prepare import prepare
-from train.table_aggregation import spread
-from train.tables import KINDS, Ask, Table, table
 
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=4))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.dct import destruct
-from kernels.diverge import (
+from ralf.kernels.dct import destruct
+from ralf.kernels.diverge import (
     AT_ONCE,
     TOLERANCE,
     ModuleLayers,
@@ -18,14 +18,14 @@ from kernels.diverge import (
     first_divergence,
     relative,
 )
-from kernels.engine import EngineError
-from kernels.networks import build
-from kernels.networks.backbones import dtype_of, unit
-from kernels.trace import trace
-from kernels.untrained import patterns, settle
+from ralf.kernels.engine import EngineError
+from ralf.kernels.networks import build
+from ralf.kernels.networks.backbones import dtype_of, unit
+from ralf.kernels.trace import trace
+from ralf.kernels.untrained import patterns, settle
 
 ort = pytest.importorskip("onnxruntime", reason="the extra build brings it")
-from kernels import export_onnx  # noqa: E402 - it imports what may not be there
+from ralf.kernels import export_onnx  # noqa: E402 - it imports what may not be there
 
 SIZE = 32
 

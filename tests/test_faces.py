@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from kernels.manifest import InputContract
+from ralf.kernels.manifest import InputContract
+from ralf.worker.media.faces import cut, cut_one, regions
+from ralf.worker.media.tracks import Tracker
+from ralf.worker.media.types import Faces, Frames
 from tests.scenes import frames_of, scene
-from worker.media.faces import cut, cut_one, regions
-from worker.media.tracks import Tracker
-from worker.media.types import Faces, Frames
 
 Seen = Sequence[Sequence[float]]  # boxes x0 y0 x1 y1, and confidence where there is a fifth
 

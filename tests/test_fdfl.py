@@ -10,9 +10,9 @@ from PIL import Image
 from scipy.fft import dctn
 from torch import nn
 
-from kernels.networks import build
-from kernels.networks.backbones import FAMILIES, Backbone, NetworkError, Seen
-from kernels.networks.fdfl import FUSIONS, SCALE, YCBCR, Fdfl, Fuse, MiningBlock, Spectrum
+from ralf.kernels.networks import build
+from ralf.kernels.networks.backbones import FAMILIES, Backbone, NetworkError, Seen
+from ralf.kernels.networks.fdfl import FUSIONS, SCALE, YCBCR, Fdfl, Fuse, MiningBlock, Spectrum
 from tests.test_networks import cost, crops
 
 SMALL = {"backbone": "tf_efficientnet_lite0", "size": 64, "fusion": "concat"}
@@ -245,7 +245,7 @@ def test_autocast_leaves_the_spectrum_alone(astronaut: np.ndarray):
 def test_its_onnx_graph_gives_its_logits(tmp_path: Path):
     """As the builder exports it, for a batch that it was not traced with; ONNX Runtime runs it."""
     pytest.importorskip("onnxruntime")
-    from kernels import export_onnx
+    from ralf.kernels import export_onnx
 
     network, faces = small(size=32), crops(3, 32)
     export_onnx.export(network, tmp_path / "n.onnx", most=4, precision="fp32")

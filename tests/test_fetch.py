@@ -12,10 +12,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.test_egress import TRICKS, guarded
-from tests.web import PUBLIC, Request, Web, for_ever, reply, serving
-from worker.contract import Media
-from worker.errors import (
+from ralf.worker.contract import Media
+from ralf.worker.errors import (
     Cancelled,
     FetchDenied,
     FetchFailed,
@@ -24,11 +22,13 @@ from worker.errors import (
     TooLarge,
     UnreadableFile,
 )
-from worker.service import download
-from worker.service import fetch as fetching
-from worker.service.egress import Egress
-from worker.service.fetch import Fetched, fetch, open_store
-from worker.settings import Settings
+from ralf.worker.service import download
+from ralf.worker.service import fetch as fetching
+from ralf.worker.service.egress import Egress
+from ralf.worker.service.fetch import Fetched, fetch, open_store
+from ralf.worker.settings import Settings
+from tests.test_egress import TRICKS, guarded
+from tests.web import PUBLIC, Request, Web, for_ever, reply, serving
 
 DATA = bytes(range(256)) * 1024
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -213,7 +213,7 @@ class TestCaps:
         def full(self, part: bytes) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("worker.service.intake.Intake.write", full)
+        monkeypatch.setattr("ralf.worker.service.intake.Intake.write", full)
         with pytest.raises(FetchFailed, match="No space left"):
             get(f"{web.url}/", folder, **near(web))
 
@@ -623,7 +623,7 @@ class TestStores:
             raise ImportError("Install s3fs to access S3")
 
         monkeypatch.setattr(fsspec, "filesystem", absent)
-        with pytest.raises(FetchFailed, match=r"pip install 'ralf\[stores\]'"):
+        with pytest.raises(FetchFailed, match=r"pip install '\.\[stores\]'"):
             open_store("s3", Settings(s3_endpoint="https://absent.example"))
 
     def test_the_endpoint_comes_from_the_settings_only(self, monkeypatch):

@@ -9,11 +9,10 @@ from PIL import Image
 from scipy.fft import dctn
 from torch import Tensor, nn
 
-from kernels.manifest import InputContract, Sampling
-from kernels.networks import build
-from tests.faces_on_disk import faces
-from train.evaluate import Judge, examples_for, of_network, result, score
-from train.figures import (
+from ralf.kernels.manifest import InputContract, Sampling
+from ralf.kernels.networks import build
+from ralf.train.evaluate import Judge, examples_for, of_network, result, score
+from ralf.train.figures import (
     embedding_figure,
     features_of,
     grad_cam,
@@ -25,8 +24,9 @@ from train.figures import (
     spectrum_ratio,
     strips_figure,
 )
-from train.metrics import Scored
-from train.run_report import report
+from ralf.train.metrics import Scored
+from ralf.train.run_report import report
+from tests.faces_on_disk import faces
 
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=2))
 

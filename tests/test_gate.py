@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kernels import artifact as models
-from kernels.artifact import Artifact, Golden
-from kernels.gate import Disagrees, Gate, decided_otherwise, thresholds, variations
-from kernels.manifest import Calibration
+from ralf.kernels import artifact as models
+from ralf.kernels.artifact import Artifact, Golden
+from ralf.kernels.gate import Disagrees, Gate, decided_otherwise, thresholds, variations
+from ralf.kernels.manifest import Calibration
 from tests.test_artifact import DRAFT, GOLDEN, contents
 
 LIMIT = math.log(0.7 / 0.3)

@@ -25,17 +25,17 @@ from rq.job import Job as RqJob
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.suspension import resume, suspend
 
+from ralf.worker.contract import Job, Media
+from ralf.worker.service import jobs
+from ralf.worker.service.horse import Horse
+from ralf.worker.service.link import Link
+from ralf.worker.service.proof import pid_of
+from ralf.worker.service.records import Status
+from ralf.worker.service.serve import as_environment
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
 from tests.waiting import LONG_S, PATIENCE_S, until
-from worker.contract import Job, Media
-from worker.service import jobs
-from worker.service.horse import Horse
-from worker.service.link import Link
-from worker.service.proof import pid_of
-from worker.service.records import Status
-from worker.service.serve import as_environment
-from worker.service.store import Store, connect
-from worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("--bodies", "test")
@@ -163,7 +163,7 @@ class Service:
 def child_of(pid: int) -> int:
     """The warm child among a worker's children."""
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if b"worker.service.child" in Path(f"/proc/{child}/cmdline").read_bytes():
+        if b"ralf.worker.service.child" in Path(f"/proc/{child}/cmdline").read_bytes():
             return int(child)
     return 0
 
@@ -173,7 +173,7 @@ def a_worker(
 ) -> "subprocess.Popen[bytes]":
     """A worker with test bodies, as a supervisor starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "worker.service.serve", "worker", *TESTS, *arguments],
+        [sys.executable, "-m", "ralf.worker.service.serve", "worker", *TESTS, *arguments],
         env=as_environment(settings, os.environ),
         cwd=ROOT,
         stderr=stderr,

@@ -10,15 +10,15 @@ from zlib import crc32
 import numpy as np
 import pytest
 
+from ralf.worker.contract import Sampling, Span
+from ralf.worker.errors import CorruptMedia, Rejected, UnreadableFile
+from ralf.worker.media.decode_pyav import PyavDecoder, plan
+from ralf.worker.media.probe import probe
+from ralf.worker.media.types import Clip
+from ralf.worker.settings import Settings
 from tests.clips import decode_all, make_clip, number_of
 from tests.hostile import BROKEN, REFUSED, SMEARED, flipped
 from tests.test_probe import open_files
-from worker.contract import Sampling, Span
-from worker.errors import CorruptMedia, Rejected, UnreadableFile
-from worker.media.decode_pyav import PyavDecoder, plan
-from worker.media.probe import probe
-from worker.media.types import Clip
-from worker.settings import Settings
 
 SETTINGS = Settings()
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from ralf.worker.contract import Callback, SessionPart
+from ralf.worker.service.janitor import Janitor, Report
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
 from tests.redis_server import RedisServer
 from tests.test_store import QUEUE, claim, pop
 from tests.waiting import until
-from worker.contract import Callback, SessionPart
-from worker.service.janitor import Janitor, Report
-from worker.service.store import Store, connect
-from worker.settings import Settings
 
 SETTINGS = Settings()
 
@@ -183,7 +183,7 @@ def test_rqs_view_is_rebuilt(store, janitor, redis):
     janitor.run_once(now=30.0)
 
     assert redis.hget("rq:job:j1", "status") == b"queued"
-    assert b"worker.service.jobs.moderate" in redis.hget("rq:job:j1", "data")
+    assert b"ralf.worker.service.jobs.moderate" in redis.hget("rq:job:j1", "data")
 
 
 def test_a_queued_job_expires_at_its_deadline(store, janitor, redis):

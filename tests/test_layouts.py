@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kernels.manifest import InputContract
-from train.data import Batches
-from train.datacheck import check, refuse_leaks
-from train.index import REAL, Index, IndexFault, Row, leaks, load, split_by_identity
-from train.layouts import KNOWN, read, read_all
-from train.layouts_packed import Store, five_points
-from train.recipe import Data
-from train.samples import portraits
+from ralf.kernels.manifest import InputContract
+from ralf.train.data import Batches
+from ralf.train.datacheck import check, refuse_leaks
+from ralf.train.index import REAL, Index, IndexFault, Row, leaks, load, split_by_identity
+from ralf.train.layouts import KNOWN, read, read_all
+from ralf.train.layouts_packed import Store, five_points
+from ralf.train.recipe import Data
+from ralf.train.samples import portraits
 
 
 def touch(root: Path, *names: str) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.networks import build
+from ralf.kernels.networks import build
+from ralf.train.losses.fdfl import FdflObjective, centre_loss, single_centre_loss, triplet_loss
+from ralf.train.losses.objective import Moment, OneClass, objective
+from ralf.train.recipe import FdflLoss, RecipeError
 from tests.training import MadeBatches, tiny
-from train.losses.fdfl import FdflObjective, centre_loss, single_centre_loss, triplet_loss
-from train.losses.objective import Moment, OneClass, objective
-from train.recipe import FdflLoss, RecipeError
 
 MOMENT = Moment(step=0, epoch=0, epochs=1, progress=0.0)
 FORGED = torch.tensor([False, False, True, True])

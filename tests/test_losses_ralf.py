@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kernels.dct import dct2
-from kernels.networks import build
-from tests.training import MadeBatches, StubRalf, tiny
-from train.losses.discriminator import Discriminator, adversarial_loss, discriminator_loss
-from train.losses.objective import Moment, cross_entropy, objective
-from train.losses.perceptual import CONVS, ENDS, perceptual
-from train.losses.ralf import (
+from ralf.kernels.dct import dct2
+from ralf.kernels.networks import build
+from ralf.train.losses.discriminator import Discriminator, adversarial_loss, discriminator_loss
+from ralf.train.losses.objective import Moment, cross_entropy, objective
+from ralf.train.losses.perceptual import CONVS, ENDS, perceptual
+from ralf.train.losses.ralf import (
     PERCEPTUAL_WEIGHTS,
     Centre,
     RalfObjective,
@@ -29,7 +28,8 @@ from train.losses.ralf import (
     pixel_loss,
     unnormalised,
 )
-from train.recipe import RalfLoss, RecipeError
+from ralf.train.recipe import RalfLoss, RecipeError
+from tests.training import MadeBatches, StubRalf, tiny
 
 MOMENT = Moment(step=5, epoch=1, epochs=4, progress=0.25)
 FORGED = torch.tensor([False, False, True, True])
@@ -456,7 +456,7 @@ def test_a_terms_gradient_reaches_its_parts_and_no_others(ralf: RalfObjective, t
 
 
 def test_the_real_networks_embedding_loss_stops_at_its_encoder():
-    """The same on kernels.networks.ralf: neither decoder nor classifier learns from L_emb."""
+    """The same on ralf.kernels.networks.ralf: neither decoder nor classifier learns from L_emb."""
     recipe = tiny("ralf_small")
     made = objective(recipe, build(recipe.network.build, **recipe.network.dimensions))
     batch = MadeBatches()[0]

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.networks import build
-from tests.training import MadeBatches, environment, tiny
-from train.losses.objective import Moment, OneClass, objective
-from train.losses.rcl import (
+from ralf.kernels.networks import build
+from ralf.train.losses.objective import Moment, OneClass, objective
+from ralf.train.losses.rcl import (
     Centre,
     Draws,
     RclObjective,
@@ -24,7 +23,8 @@ from train.losses.rcl import (
     margin_loss,
     mine,
 )
-from train.recipe import RclLoss, RecipeError
+from ralf.train.recipe import RclLoss, RecipeError
+from tests.training import MadeBatches, environment, tiny
 
 MOMENT = Moment(step=3, epoch=0, epochs=1, progress=0.0)
 NORTH = torch.tensor([0.0, 1.0])
@@ -163,8 +163,8 @@ def test_the_centre_follows_natural_faces_on_the_sphere():
 RANKED = """
 import sys
 import torch
-from train.losses.rcl import Centre
-from train.ranks import joined
+from ralf.train.losses.rcl import Centre
+from ralf.train.ranks import joined
 with joined(torch.device("cpu")) as ranks:
     torch.manual_seed(5)
     faces = torch.nn.functional.normalize(torch.randn(3, 7, 4), dim=2)

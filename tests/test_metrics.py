@@ -13,8 +13,8 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-from kernels.manifest import Aggregation, Calibration
-from train.metrics import (
+from ralf.kernels.manifest import Aggregation, Calibration
+from ralf.train.metrics import (
     RATES,
     Scored,
     accuracy,

@@ -21,22 +21,22 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image
 
-import kernels.networks.mtcnn as networks
-import worker.media.mtcnn as finder_module
-from kernels.lanes import side_by_side
-from kernels.manifest import Finder
-from kernels.networks.mtcnn import WeightsMissing, pretrained, weights_path
+import ralf.kernels.networks.mtcnn as networks
+import ralf.worker.media.mtcnn as finder_module
+from ralf.kernels.lanes import side_by_side
+from ralf.kernels.manifest import Finder
+from ralf.kernels.networks.mtcnn import WeightsMissing, pretrained, weights_path
+from ralf.train.samples import portraits as known_people
+from ralf.worker.contract import Sampling
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.mtcnn import Candidates, Mtcnn, reduced_size, smallest_wins
+from ralf.worker.media.probe import probe
+from ralf.worker.media.pyramid import Level, bands, crops, integral, pyramid, shrink
+from ralf.worker.media.tracks import overlap
+from ralf.worker.media.types import Clip, Faces, Frames
+from ralf.worker.settings import Settings
 from tests.clips import face_clip
 from tests.scenes import backdrop, frames_of, portrait, scene
-from train.samples import portraits as known_people
-from worker.contract import Sampling
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.mtcnn import Candidates, Mtcnn, reduced_size, smallest_wins
-from worker.media.probe import probe
-from worker.media.pyramid import Level, bands, crops, integral, pyramid, shrink
-from worker.media.tracks import overlap
-from worker.media.types import Clip, Faces, Frames
-from worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,7 +158,7 @@ def test_missing_weights_say_what_to_install(monkeypatch):
 
 def test_loading_the_weights_does_not_import_their_package():
     """facenet-pytorch's own code never runs in the worker."""
-    code = "import sys, worker.media.mtcnn as m; from kernels.manifest import Finder\n"
+    code = "import sys, ralf.worker.media.mtcnn as m; from ralf.kernels.manifest import Finder\n"
     code += "m.Mtcnn(Finder()); print('facenet_pytorch' in sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.dct import destruct_reference
-from kernels.networks import build
-from kernels.networks.backbones import FAMILIES, Backbone, NetworkError, load_backbone
-from kernels.networks.ralf import Ralf
-from kernels.networks.reconstructor import Fuse, Reconstructor, double, half
+from ralf.kernels.dct import destruct_reference
+from ralf.kernels.networks import build
+from ralf.kernels.networks.backbones import FAMILIES, Backbone, NetworkError, load_backbone
+from ralf.kernels.networks.ralf import Ralf
+from ralf.kernels.networks.reconstructor import Fuse, Reconstructor, double, half
 
 TINY = {"base": 4, "blocks": 1, "backbone": "tf_efficientnet_lite0", "size": 64}
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from train.norms import SteadyNorms
+from ralf.train.norms import SteadyNorms
 
 
 def small() -> nn.Sequential:

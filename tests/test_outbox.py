@@ -2,12 +2,12 @@
 
 import pytest
 
+from ralf.worker.contract import Callback
+from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.store import Store
+from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
 from tests.test_store import claim
-from worker.contract import Callback
-from worker.service.outbox import Outbox
-from worker.service.store import Store
-from worker.settings import Settings
 
 CALLBACK = Callback(url="https://hooks.example/ralf", secret_id="main")
 

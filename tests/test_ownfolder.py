@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.errors import Infrastructure
-from worker.service.ownfolder import OwnFolder
+from ralf.worker.errors import Infrastructure
+from ralf.worker.service.ownfolder import OwnFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,7 @@ def test_a_closed_folder_is_gone(tmp_path: Path):
 def test_a_killed_owners_folder_goes_with_the_next_and_a_living_ones_stays(tmp_path: Path):
     """The lock tells them apart; a folder that is not ours is not touched."""
     code = (
-        "import sys, time; from worker.service.ownfolder import OwnFolder\n"
+        "import sys, time; from ralf.worker.service.ownfolder import OwnFolder\n"
         "own = OwnFolder(sys.argv[1]); (own.path / 'upload').write_bytes(b'x')\n"
         "print(own.path, flush=True); time.sleep(600)"
     )

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.engine import budget_of
+from ralf.kernels.engine import budget_of
+from ralf.worker.contract import EvidencePolicy, Sampling, Track, Verdict
+from ralf.worker.media.decode_dali import DaliDecoder
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.probe import probe
+from ralf.worker.media.types import Clip, Decoder
+from ralf.worker.pipeline import Ask, analyze
+from ralf.worker.runtime import Parts, load, with_decoder
+from ralf.worker.settings import Settings
 from tests.clips import face_clip, make_clip
-from worker.contract import EvidencePolicy, Sampling, Track, Verdict
-from worker.media.decode_dali import DaliDecoder
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.probe import probe
-from worker.media.types import Clip, Decoder
-from worker.pipeline import Ask, analyze
-from worker.runtime import Parts, load, with_decoder
-from worker.settings import Settings
 
 LEVELS = 2.0
 """How far two decoders' pixels may lie apart on average; NVDEC's chroma is upsampled otherwise."""
@@ -155,7 +155,7 @@ def test_the_comparison_sees_colours_left_uncorrected(
     pyav = PyavDecoder(threads=1)
     dali = DaliDecoder(pyav, device="cpu")
     right = levels_apart(path, pyav, dali)
-    monkeypatch.setattr("worker.media.decode_dali.from_bt601", lambda space: None)
+    monkeypatch.setattr("ralf.worker.media.decode_dali.from_bt601", lambda space: None)
 
     assert right < LEVELS < levels_apart(path, pyav, dali)
 

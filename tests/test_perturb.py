@@ -9,7 +9,15 @@ from PIL import Image
 from scipy import ndimage
 from skimage.data import astronaut
 
-from train.perturb import CLEAN, DEEPERFORENSICS, LEVELS, TABLE_3, all_conditions, parse, perturb
+from ralf.train.perturb import (
+    CLEAN,
+    DEEPERFORENSICS,
+    LEVELS,
+    TABLE_3,
+    all_conditions,
+    parse,
+    perturb,
+)
 
 PICTURE = np.ascontiguousarray(astronaut()[:96, 180:276])
 

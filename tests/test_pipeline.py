@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worker.contract import EarlyStop, EvidencePolicy, Job, Media, Sampling, Verdict, dump
-from worker.errors import BadRequest, Cancelled, CorruptMedia
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.types import Frames
-from worker.pipeline import Ask, Partial, analyze, file_sha256, walk
-from worker.runtime import Parts, with_decoder
+from ralf.worker.contract import EarlyStop, EvidencePolicy, Job, Media, Sampling, Verdict, dump
+from ralf.worker.errors import BadRequest, Cancelled, CorruptMedia
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.types import Frames
+from ralf.worker.pipeline import Ask, Partial, analyze, file_sha256, walk
+from ralf.worker.runtime import Parts, with_decoder
 
 FEW = Sampling(mode="uniform", max_frames=6)
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import plan_store, plans
-from kernels.artifact import Artifact
-from kernels.disk import Damaged
-from kernels.plans import Device, Key, Measured, Plan, PlanMissing, Unverified
+from ralf.kernels import plan_store, plans
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.disk import Damaged
+from ralf.kernels.plans import Device, Key, Measured, Plan, PlanMissing, Unverified
 from tests.test_artifact import everything, publish
 
 KEY = Key("rtx", "1.4.0.76", ("sm80", "sm90"), "fp16", 64)

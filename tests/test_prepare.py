@@ -12,23 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
-from kernels.manifest import Finder, InputContract, Sampling
-from train import prepare as module
-from train.animate import animate, encode
-from train.data import Batches
-from train.extract import Extractor, Task, Way
-from train.index import Index, IndexFault, Row, load
-from train.layouts import read
-from train.prepare import prepare
-from train.recipe import HELD_OUT, Augment, Data
-from train.samples import forged, portraits
-from worker.contract import Sampling as Asked
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.faces import cut_one
-from worker.media.mtcnn import Mtcnn
-from worker.media.probe import probe
-from worker.media.types import Clip
-from worker.settings import Settings
+from ralf.kernels.manifest import Finder, InputContract, Sampling
+from ralf.train import prepare as module
+from ralf.train.animate import animate, encode
+from ralf.train.data import Batches
+from ralf.train.extract import Extractor, Task, Way
+from ralf.train.index import Index, IndexFault, Row, load
+from ralf.train.layouts import read
+from ralf.train.prepare import prepare
+from ralf.train.recipe import HELD_OUT, Augment, Data
+from ralf.train.samples import forged, portraits
+from ralf.worker.contract import Sampling as Asked
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.faces import cut_one
+from ralf.worker.media.mtcnn import Mtcnn
+from ralf.worker.media.probe import probe
+from ralf.worker.media.types import Clip
+from ralf.worker.settings import Settings
 
 CONTRACT = InputContract(
     size=96, finder=Finder(long_side=320, min_face=40), sampling=Sampling(max_frames=3)

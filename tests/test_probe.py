@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.clips import decode_all, make_clip, picture, sound_only
-from tests.hostile import patch, with_hidden_frames
-from worker.errors import (
+from ralf.worker.errors import (
     ContainerUnsupported,
     CorruptMedia,
     EncryptedMedia,
@@ -20,10 +18,12 @@ from worker.errors import (
     TooManyPixels,
     TooManyStreams,
 )
-from worker.media.containers import demuxer_of
-from worker.media.probe import CODECS, codec_available, ffmpeg_version, probe
-from worker.media.timeline import Seen, timeline
-from worker.settings import Settings
+from ralf.worker.media.containers import demuxer_of
+from ralf.worker.media.probe import CODECS, codec_available, ffmpeg_version, probe
+from ralf.worker.media.timeline import Seen, timeline
+from ralf.worker.settings import Settings
+from tests.clips import decode_all, make_clip, picture, sound_only
+from tests.hostile import patch, with_hidden_frames
 
 SETTINGS = Settings()
 UNEVEN = np.cumsum([0, *[20, 60, 33, 100, 5, 47] * 4])[:24].tolist()

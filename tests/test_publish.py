@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.artifact import Artifact, golden, open_artifact, versions
-from kernels.engine import load as load_engine
-from kernels.networks import build
+from ralf.kernels.artifact import Artifact, golden, open_artifact, versions
+from ralf.kernels.engine import load as load_engine
+from ralf.kernels.networks import build
+from ralf.train.calibrate import calibrate, restored
+from ralf.train.card import Portion, portions, without_places
+from ralf.train.checkpoint import CheckpointError, load
+from ralf.train.loop import BEST, LAST, Options, train
+from ralf.train.publish import Told, judged, made_crops, publish, recalibrate, weights
+from ralf.train.recipes import named
+from ralf.worker.cli import main
 from tests.training import MadeBatches, tiny
-from train.calibrate import calibrate, restored
-from train.card import Portion, portions, without_places
-from train.checkpoint import CheckpointError, load
-from train.loop import BEST, LAST, Options, train
-from train.publish import Told, judged, made_crops, publish, recalibrate, weights
-from train.recipes import named
-from worker.cli import main
 
 
 @pytest.fixture(scope="module", params=["ralf_small", "small_classifier"])

@@ -2,11 +2,11 @@
 
 import pytest
 
+from ralf.worker.service.quarantine import Quarantine
+from ralf.worker.service.store import Store
+from ralf.worker.settings import Settings
 from tests.documents import a_job, a_verdict
 from tests.test_store import claim
-from worker.service.quarantine import Quarantine
-from worker.service.store import Store
-from worker.settings import Settings
 
 FILE = "f" * 64
 

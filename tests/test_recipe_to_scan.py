@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.artifact import promote
-from kernels.networks import build
+from ralf.kernels.artifact import promote
+from ralf.kernels.networks import build
+from ralf.train.checkpoint import load
+from ralf.train.loop import LAST, Options, train
+from ralf.train.publish import judged, publish, weights
+from ralf.train.recipe import Recipe
+from ralf.train.recipes import RECIPES
+from ralf.worker.cli import main
+from ralf.worker.contract import Sampling
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.faces import cut
+from ralf.worker.media.mtcnn import Mtcnn
+from ralf.worker.media.probe import probe
+from ralf.worker.media.types import Clip
+from ralf.worker.settings import Settings
 from tests.test_loop import lines, same_tensors
 from tests.training import MadeBatch, MadeBatches, tiny
-from train.checkpoint import load
-from train.loop import LAST, Options, train
-from train.publish import judged, publish, weights
-from train.recipe import Recipe
-from train.recipes import RECIPES
-from worker.cli import main
-from worker.contract import Sampling
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.faces import cut
-from worker.media.mtcnn import Mtcnn
-from worker.media.probe import probe
-from worker.media.types import Clip
-from worker.settings import Settings
 
 # At this size these are fdfl and rcl.
 NAMES = sorted(RECIPES.keys() - {"fdfl_small", "rcl_small"})

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.manifest import InputContract, Network
-from train.recipe import FAMILIES, Augment, Data, RalfLoss, Recipe, RecipeError
-from train.recipe_text import differences, from_json, names, override, to_json
-from train.recipes import RECIPES, named
+from ralf.kernels.manifest import InputContract, Network
+from ralf.train.recipe import FAMILIES, Augment, Data, RalfLoss, Recipe, RecipeError
+from ralf.train.recipe_text import differences, from_json, names, override, to_json
+from ralf.train.recipes import RECIPES, named
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,19 +11,19 @@ import pytest
 from redis import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
+from ralf.worker.client import connect
+from ralf.worker.contract import Callback, SessionPart
+from ralf.worker.service import jobs
+from ralf.worker.service.deliver import Deliverer
+from ralf.worker.service.janitor import Janitor
+from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.quarantine import Quarantine
+from ralf.worker.service.store import Store
 from tests.documents import a_job
 from tests.test_deliver import OLD
 from tests.test_horse import QUICK, a_worker, ended
 from tests.waiting import until
 from tests.web import reply, serving
-from worker.client import connect
-from worker.contract import Callback, SessionPart
-from worker.service import jobs
-from worker.service.deliver import Deliverer
-from worker.service.janitor import Janitor
-from worker.service.outbox import Outbox
-from worker.service.quarantine import Quarantine
-from worker.service.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = [

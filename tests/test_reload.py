@@ -18,16 +18,16 @@ from typing import Any
 
 import pytest
 
-from kernels import artifact as models
-from kernels import registry
-from kernels.artifact import Artifact
-from kernels.manifest import Calibration
+from ralf.kernels import artifact as models
+from ralf.kernels import registry
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.manifest import Calibration
+from ralf.worker.contract import Job, Media, Sampling, Verdict
+from ralf.worker.service.serve import as_environment
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
 from tests.test_serve import free_port, get
-from worker.contract import Job, Media, Sampling, Verdict
-from worker.service.serve import as_environment
-from worker.service.store import Store, connect
-from worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 240.0
@@ -143,7 +143,7 @@ def site(
     )
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "worker.service.serve", "worker"],
+            [sys.executable, "-m", "ralf.worker.service.serve", "worker"],
             env=as_environment(settings, os.environ | {"OMP_NUM_THREADS": "1"}),
             cwd=ROOT,
             stderr=log,

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ralf.worker.contract import Evidence, Picture, Review, SessionPart, Verdict
+from ralf.worker.page.charts import clock, heat
+from ralf.worker.page.markup import UNSHOWABLE, WORDS, data, tag
+from ralf.worker.report import NOTICE, page
+from ralf.worker.scores import shown
 from tests import verdicts
-from worker.contract import Evidence, Picture, Review, SessionPart, Verdict
-from worker.page.charts import clock, heat
-from worker.page.markup import UNSHOWABLE, WORDS, data, tag
-from worker.report import NOTICE, page
-from worker.scores import shown
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = {

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.manifest import InputContract
+from ralf.kernels.manifest import InputContract
+from ralf.worker.media import resample
+from ralf.worker.media.faces import cut, cut_one, regions
+from ralf.worker.media.resample import cut_all, shrunk
+from ralf.worker.media.types import Faces, Frames
 from tests.scenes import frames_of, scene
-from worker.media import resample
-from worker.media.faces import cut, cut_one, regions
-from worker.media.resample import cut_all, shrunk
-from worker.media.types import Faces, Frames
 
 CONTRACTS = [
     InputContract(size=64),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kernels.networks.reconstructor import Residual
+from ralf.kernels.networks.reconstructor import Residual
 from tests.interpreted import Interpreter
 
 BAND = 2.0**-11
@@ -34,7 +34,7 @@ def run(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 def blocks(device: str, shape: tuple[int, ...], seed: int) -> dict[str, NDArray[Any]]:
     """One block of random weights and biases: fused, in plain FP16, and in FP64."""
-    from kernels.residual_triton import Weights, residual
+    from ralf.kernels.residual_triton import Weights, residual
 
     torch.manual_seed(seed)
     block = Residual(shape[1])
@@ -65,7 +65,7 @@ def test_it_is_the_block_within_twice_its_rounding(run: Callable[..., Any], shap
 
 def test_every_column_is_covered_once():
     """Full strips, and one that is just wide enough for what they leave."""
-    from kernels.residual_triton import cut
+    from ralf.kernels.residual_triton import cut
 
     assert [(0, 4, 64), (248, 1, 16)] == cut(256)
     assert [(0, 1, 64)] == cut(62)
@@ -81,7 +81,7 @@ def test_every_column_is_covered_once():
 
 def refusals(device: str) -> list[str]:
     """What it says of inputs that it does not take."""
-    from kernels.residual_triton import Weights, residual
+    from ralf.kernels.residual_triton import Weights, residual
 
     weights = Weights.of(Residual(16))
     said = []

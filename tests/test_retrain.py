@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kernels import artifact as models
-from kernels import history
-from kernels.disk import hold
+from ralf.kernels import artifact as models
+from ralf.kernels import history
+from ralf.kernels.disk import hold
+from ralf.train import loop, retrain, retrain_steps
+from ralf.train.retrain import Journal, Step, Stopped, plan, walk
+from ralf.train.retrain_order import targets_of
+from ralf.worker.cli import main
 from tests.test_train_cli import TINY
 from tests.training import MadeBatches
-from train import loop, retrain, retrain_steps
-from train.retrain import Journal, Step, Stopped, plan, walk
-from train.retrain_order import targets_of
-from worker.cli import main
 
 # A few steps from random weights are too few for running statistics to settle.
 CHANGES = [*TINY, "epochs=4", "norms=batch"]
@@ -340,7 +340,7 @@ def test_a_journal_that_is_none_is_refused(tmp_path: Path):
 
 def test_targets_are_known_by_name_and_in_order(monkeypatch: pytest.MonkeyPatch):
     """`all` is what this machine can build."""
-    monkeypatch.setattr("kernels.build.available", lambda: ["torch-tensorrt", "rtx-aot"])
+    monkeypatch.setattr("ralf.kernels.build.available", lambda: ["torch-tensorrt", "rtx-aot"])
 
     assert ("cpu", "rtx-aot") == targets_of("rtx-aot, cpu", "cpu") == targets_of("all", "cpu")
     for wrong in ("", "cpu,toaster", "ALL"):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from worker.service.rollout import Canary, Rollout, drawn
-from worker.settings import Settings, SettingsError
+from ralf.worker.service.rollout import Canary, Rollout, drawn
+from ralf.worker.settings import Settings, SettingsError
 
 VERSION = "3f9c2a1b"
 

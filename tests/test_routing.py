@@ -12,19 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ralf.worker import runtime
+from ralf.worker.contract import Sampling, Span
+from ralf.worker.errors import BadRequest, CorruptMedia, Infrastructure
+from ralf.worker.media.decode_dali import DaliDecoder
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.probe import probe
+from ralf.worker.media.routed import RoutedDecoder
+from ralf.worker.media.routing import RATES, UnderWay, frames_read, pixels_read, refusal, route
+from ralf.worker.media.sampling import plan
+from ralf.worker.media.types import Clip, Frames, Probe
+from ralf.worker.runtime import choose_decoder, lacks_dali
+from ralf.worker.settings import Settings, SettingsError
 from tests.clips import make_clip
-from worker import runtime
-from worker.contract import Sampling, Span
-from worker.errors import BadRequest, CorruptMedia, Infrastructure
-from worker.media.decode_dali import DaliDecoder
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.probe import probe
-from worker.media.routed import RoutedDecoder
-from worker.media.routing import RATES, UnderWay, frames_read, pixels_read, refusal, route
-from worker.media.sampling import plan
-from worker.media.types import Clip, Frames, Probe
-from worker.runtime import choose_decoder, lacks_dali
-from worker.settings import Settings, SettingsError
 
 MIXED = "mixed"
 

@@ -17,17 +17,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
+from ralf.worker.contract import Media
+from ralf.worker.service import jobs
+from ralf.worker.service.http import Health, queue_counts, serving_at
+from ralf.worker.service.serve import DidNotStart, as_environment, embedded
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
+from ralf.worker.telemetry import Metrics
 from tests.documents import a_job
 from tests.test_horse import QUICK, a_worker, ended
 from tests.waiting import LONG_S, until
 from tests.web import Piece, Request, reply, serving
-from worker.contract import Media
-from worker.service import jobs
-from worker.service.http import Health, queue_counts, serving_at
-from worker.service.serve import DidNotStart, as_environment, embedded
-from worker.service.store import Store, connect
-from worker.settings import Settings
-from worker.telemetry import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -159,7 +159,7 @@ def test_a_janitor_alone_sweeps_and_stops_on_sigterm(redis_url: str):
     """`ralf janitor`: a put-off job comes back without any worker."""
     settings = replace(QUICK, redis_url=redis_url)
     process = subprocess.Popen(
-        [sys.executable, "-m", "worker.service.serve", "janitor"],
+        [sys.executable, "-m", "ralf.worker.service.serve", "janitor"],
         env=as_environment(settings, os.environ),
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
@@ -245,8 +245,8 @@ def test_a_draining_worker_is_live_and_not_ready(redis_url: str):
 def test_a_second_sigterm_while_the_process_ends_does_not_make_it_a_death(redis_url: str):
     """Python puts the signals' defaults back before it is gone; supervisors ask twice."""
     code = (
-        "import signal, sys; from worker.service.serve import run_janitor\n"
-        "from worker.settings import Settings\n"
+        "import signal, sys; from ralf.worker.service.serve import run_janitor\n"
+        "from ralf.worker.settings import Settings\n"
         "run_janitor(Settings.from_environment())\n"
         "sys.exit(99 * (signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN))"
     )

@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook
 
+from ralf.worker.cli import main
+from ralf.worker.client import Client, connect
+from ralf.worker.contract import Callback, Progress, SessionPart, Verdict
+from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.records import Status
+from ralf.worker.service.store import Store
+from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
 from tests.test_deliver import OLD
 from tests.test_horse import ended
 from tests.test_store import claim
 from tests.web import Request, Web, reply, serving
-from worker.cli import main
-from worker.client import Client, connect
-from worker.contract import Callback, Progress, SessionPart, Verdict
-from worker.service.outbox import Outbox
-from worker.service.records import Status
-from worker.service.store import Store
-from worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 URI = "https://media.example/1.mp4"
@@ -266,7 +266,7 @@ def served(
         with log.open("w") as stderr:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "worker.cli", "serve", "--embedded"),
+                    *(sys.executable, "-m", "ralf.worker.cli", "serve", "--embedded"),
                     *("--models", str(eager_models), "--model", "eager"),
                 ],
                 env={**os.environ, **settings},

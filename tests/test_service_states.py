@@ -21,12 +21,12 @@ from hypothesis.stateful import (
 )
 from redis import Redis
 
+from ralf.worker.contract import ENDED, Callback
+from ralf.worker.service.janitor import Janitor
+from ralf.worker.service.records import Claim
+from ralf.worker.service.store import PRIORITIES, Store
+from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
-from worker.contract import ENDED, Callback
-from worker.service.janitor import Janitor
-from worker.service.records import Claim
-from worker.service.store import PRIORITIES, Store
-from worker.settings import Settings
 
 SETTINGS = Settings(retries=1)
 TENANTS = ("a", "b")

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels.manifest import Aggregation, Calibration
+from ralf.kernels.manifest import Aggregation, Calibration
+from ralf.worker.contract import Callback, FailedSegment, Gap, SessionPart, SessionVerdict, Track
+from ralf.worker.scores import calibrated, level
+from ralf.worker.service import sessions
+from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.store import Store
+from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_track, a_verdict
 from tests.test_store import pop
-from worker.contract import Callback, FailedSegment, Gap, SessionPart, SessionVerdict, Track
-from worker.scores import calibrated, level
-from worker.service import sessions
-from worker.service.outbox import Outbox
-from worker.service.store import Store
-from worker.settings import Settings
 
 LENGTH_MS = 2000
 LEFT, RIGHT = (0.1, 0.2, 0.3, 0.6), (0.6, 0.2, 0.8, 0.6)

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from worker.settings import Settings, SettingsError
+from ralf.worker.settings import Settings, SettingsError
 
 
 def test_nothing_set_is_the_defaults():

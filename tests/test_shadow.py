@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
+from ralf.worker import telemetry
+from ralf.worker.contract import Evidence, Job, Progress, Verdict
+from ralf.worker.errors import CorruptMedia, GpuFatal
+from ralf.worker.service import jobs, shadow, wire
+from ralf.worker.service.jobs import Body, Task
+from ralf.worker.service.link import Link
+from ralf.worker.service.shadow import Comparison, Second
+from ralf.worker.settings import Settings
+from ralf.worker.telemetry import Metrics
 from tests.test_child import ask, document, until
-from worker import telemetry
-from worker.contract import Evidence, Job, Progress, Verdict
-from worker.errors import CorruptMedia, GpuFatal
-from worker.service import jobs, shadow, wire
-from worker.service.jobs import Body, Task
-from worker.service.link import Link
-from worker.service.shadow import Comparison, Second
-from worker.settings import Settings
-from worker.telemetry import Metrics
 
 SHADOW: Any = "the shadow's parts"
 
@@ -165,8 +165,8 @@ def test_what_differs_is_counted(capsys: pytest.CaptureFixture[str]):
 
 CHILD = """
 import os, socket, sys
-from worker.service import child, jobs, shelf
-from worker.settings import Settings
+from ralf.worker.service import child, jobs, shelf
+from ralf.worker.settings import Settings
 
 class Parts:
     pass

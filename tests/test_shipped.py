@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernels.artifact import SHIPPED, Artifact, golden, resolve
-from kernels.engine import load
-from train.samples import Truth, make_samples
-from worker.contract import Verdict
-from worker.pipeline import analyze
-from worker.runtime import load as load_parts
-from worker.settings import Settings
+from ralf.kernels.artifact import SHIPPED, Artifact, golden, resolve
+from ralf.kernels.engine import load
+from ralf.train.samples import Truth, make_samples
+from ralf.worker.contract import Verdict
+from ralf.worker.pipeline import analyze
+from ralf.worker.runtime import load as load_parts
+from ralf.worker.settings import Settings
 
 NAME = Settings().model
 

@@ -11,13 +11,13 @@ from rq import Queue
 from rq.job import Job as RqJob
 from rq.serializers import JSONSerializer
 
+from ralf.worker.contract import Callback, EvidencePolicy, Media, Progress
+from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.records import Claim
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
 from tests.redis_server import RedisServer
-from worker.contract import Callback, EvidencePolicy, Media, Progress
-from worker.service.outbox import Outbox
-from worker.service.records import Claim
-from worker.service.store import Store, connect
-from worker.settings import Settings
 
 SETTINGS = Settings()
 QUEUE = "rq:queue:ralf-default"
@@ -62,12 +62,12 @@ class TestSubmit:
             found.func_name,
             found.args,
             found.kwargs,
-        ) == ("worker.service.jobs.moderate", ["j1"], {})
+        ) == ("ralf.worker.service.jobs.moderate", ["j1"], {})
         assert "ralf-default" == found.origin == queue.name
         assert redis.lrange(f"{QUEUE}:intermediate", 0, -1) == [b"j1"]
         assert Queue("ralf-default", connection=redis) in Queue.all(connection=redis)
         assert json.loads(redis.hget("rq:job:j1", "data")) == [
-            "worker.service.jobs.moderate",
+            "ralf.worker.service.jobs.moderate",
             None,
             ["j1"],
             {},

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cost import cost
-from kernels.manifest import InputContract, Sampling
-from kernels.networks import build
+from ralf.kernels.cost import cost
+from ralf.kernels.manifest import InputContract, Sampling
+from ralf.kernels.networks import build
+from ralf.train.evaluate import Judge, evaluate, of_network
+from ralf.train.index import Index
+from ralf.train.metrics import Scored, auc, interval, paired_interval
+from ralf.train.recipe import HELD_OUT, Recipe
+from ralf.train.recipe_text import override, to_json
+from ralf.train.recipes import named
+from ralf.train.table_detectors import CANNOT, everyone
+from ralf.train.tables import Ask, table
 from tests.faces_on_disk import faces
-from train.evaluate import Judge, evaluate, of_network
-from train.index import Index
-from train.metrics import Scored, auc, interval, paired_interval
-from train.recipe import HELD_OUT, Recipe
-from train.recipe_text import override, to_json
-from train.recipes import named
-from train.table_detectors import CANNOT, everyone
-from train.tables import Ask, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=1))
@@ -84,7 +84,7 @@ def test_crops_that_are_cut_alike_are_made_once(index: Index, monkeypatch: pytes
     """Two models of one contract see the same tensors; another contract has its own."""
     wide = replace(KNOWS, name="wide", input=CONTRACT.model_copy(update={"margin": 1.6}))
     made: Counter[str] = Counter()
-    from train.examples import Examples
+    from ralf.train.examples import Examples
 
     whole = Examples.crop
 

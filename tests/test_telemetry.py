@@ -8,11 +8,11 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
+from ralf.worker import telemetry
+from ralf.worker.settings import Settings
+from ralf.worker.telemetry import Count, Finish, Metrics
 from tests.documents import a_job, a_track, a_verdict
 from tests.test_boundaries import modules_after
-from worker import telemetry
-from worker.settings import Settings
-from worker.telemetry import Count, Finish, Metrics
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -188,4 +188,4 @@ def test_a_traceparent_that_is_none_gives_no_trace(text: str | None):
 
 def test_telemetry_imports_no_torch():
     """Parents and the deliverer import it."""
-    assert modules_after("import worker.telemetry") & {"torch", "numpy", "av"} == set()
+    assert modules_after("import ralf.worker.telemetry") & {"torch", "numpy", "av"} == set()

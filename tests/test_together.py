@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ralf.worker.contract import Media, Sampling, Verdict
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.pipeline import Ask, analyze
+from ralf.worker.runtime import Parts, with_decoder
+from ralf.worker.service.shelf import Shelf, load
+from ralf.worker.settings import Settings
 from tests.clips import face_clip
 from tests.redis_server import RedisServer
 from tests.test_horse import QUICK, Service
-from worker.contract import Media, Sampling, Verdict
-from worker.media.decode_pyav import PyavDecoder
-from worker.pipeline import Ask, analyze
-from worker.runtime import Parts, with_decoder
-from worker.service.shelf import Shelf, load
-from worker.settings import Settings
 
 JOBS = 2
 FRAMES = 120

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kernels.artifact import golden, resolve
-from kernels.engine import load as load_engine
+from ralf.kernels.artifact import golden, resolve
+from ralf.kernels.engine import load as load_engine
+from ralf.worker.cli import main
 from tests.training import MadeBatches
-from worker.cli import main
 
 TINY = [
     "network.size=32", "data.input.size=32", "init.backbone=none", "batch=8", "epochs=2",
@@ -160,7 +160,7 @@ def test_people_on_both_sides_are_refused_unless_told(
 
 def dataset_of(pictures: Path) -> str:
     """What the layout calls the collection."""
-    from train.layouts import read
+    from ralf.train.layouts import read
 
     return read(pictures).rows[0].dataset
 

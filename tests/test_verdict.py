@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import trim_mean
 
-from kernels.manifest import Aggregation, Calibration, Manifest, Network
-from worker.contract import Threshold
-from worker.scores import level, shown
-from worker.verdict import (
+from ralf.kernels.manifest import Aggregation, Calibration, Manifest, Network
+from ralf.worker.contract import Threshold
+from ralf.worker.scores import level, shown
+from ralf.worker.verdict import (
     MAX_SAMPLES,
     MAX_TRACKS,
     Judgement,

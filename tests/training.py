@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.recipe import Recipe
-from train.recipe_text import override
-from train.recipes import named
+from ralf.train.recipe import Recipe
+from ralf.train.recipe_text import override
+from ralf.train.recipes import named
 
 SIZE = 32
 TINY = {
@@ -25,7 +25,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class MadeBatch:
-    """A batch as train.data makes them."""
+    """A batch as ralf.train.data makes them."""
 
     crops: Tensor
     forged: Tensor
@@ -112,7 +112,7 @@ class StubRalf(nn.Module):
         )  # fmt: skip
 
     def trace(self, crops: Tensor) -> StubTrace:
-        """As kernels.networks.ralf.Ralf.trace."""
+        """As ralf.kernels.networks.ralf.Ralf.trace."""
         image = crops.float() / 255
         destroyed = image * self.mask.sigmoid()
         encoded = self.encoder(destroyed).relu()

@@ -1,6 +1,6 @@
 """Verdicts and evidence as the walk would make them, for tests that need no walk.
 
-Scores are chosen by hand and judged by worker.verdict; pictures are crops of scikit-image's
+Scores are chosen by hand and judged by ralf.worker.verdict; pictures are crops of scikit-image's
 astronaut, a public-domain portrait.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from skimage.data import astronaut
 
-from kernels.manifest import Aggregation, Calibration
-from worker.contract import (
+from ralf.kernels.manifest import Aggregation, Calibration
+from ralf.worker.contract import (
     Evidence,
     Made,
     MediaFacts,
@@ -24,7 +24,7 @@ from worker.contract import (
     Threshold,
     Verdict,
 )
-from worker.verdict import Judgement, Scores, judge_by
+from ralf.worker.verdict import Judgement, Scores, judge_by
 
 CALIBRATION = Calibration(temperature=1.4, fitted_on="val, crf 23–40")
 AGGREGATION = Aggregation()

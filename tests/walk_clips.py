@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from kernels.artifact import promote
-from kernels.untrained import publish_untrained
+from ralf.kernels.artifact import promote
+from ralf.kernels.untrained import publish_untrained
+from ralf.train.samples import portraits
 from tests.clips import Image, face_clip
-from train.samples import portraits
 
 SMALL: dict[str, dict[str, Any]] = {
     "h264_360.mp4": {"size": (640, 360)},

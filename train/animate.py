@@ -18,7 +18,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from train.warp import Pixels, blur, grid, remap, resize, spread, to_u8
+from ralf.train.warp import Pixels, blur, grid, remap, resize, spread, to_u8
 
 Image = NDArray[np.uint8]
 Colour = Literal["untagged", "bt709"]

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from train.hulls import FaceGeometry, fill, grown
-from train.sources import expression, smoothed
-from train.warp import Pixels, blur, grid, remap, smooth_field, to_u8
+from ralf.train.hulls import FaceGeometry, fill, grown
+from ralf.train.sources import expression, smoothed
+from ralf.train.warp import Pixels, blur, grid, remap, smooth_field, to_u8
 
 Image = NDArray[np.uint8]
 

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from train import sources
-from train.hulls import FaceGeometry, Region, fill, grown
-from train.recipe import FAMILIES, Family
-from train.warp import Pixels, blur, grid, remap, resize, smooth_field, to_u8
+from ralf.train import sources
+from ralf.train.hulls import FaceGeometry, Region, fill, grown
+from ralf.train.recipe import FAMILIES, Family
+from ralf.train.warp import Pixels, blur, grid, remap, resize, smooth_field, to_u8
 
 Image = NDArray[np.uint8]
 

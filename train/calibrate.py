@@ -23,8 +23,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import beta
 
-from kernels.manifest import Calibration
-from train.metrics import at_even_odds
+from ralf.kernels.manifest import Calibration
+from ralf.train.metrics import at_even_odds
 
 Floats = NDArray[np.float64]
 FPRS = (0.01, 0.05)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kernels.manifest import Manifest
-from train.recipe import Recipe
-from train.recipe_text import differences
-from train.recipes import RECIPES
+from ralf.kernels.manifest import Manifest
+from ralf.train.recipe import Recipe
+from ralf.train.recipe_text import differences
+from ralf.train.recipes import RECIPES
 
 LICENCES = {
     "civilservice": "official portraits of US office holders, public domain; collection MIT",

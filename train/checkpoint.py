@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kernels.disk import flush_folder, write
-from train.recipe import Recipe
-from train.recipe_text import differences, from_json, to_json
+from ralf.kernels.disk import flush_folder, write
+from ralf.train.recipe import Recipe
+from ralf.train.recipe_text import differences, from_json, to_json
 
 SCHEMA = "ralf.checkpoint/1"
 HEADER = "ralf"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from train.index import Row
-from train.warp import resize, to_u8
-from worker.media.types import Faces
+from ralf.train.index import Row
+from ralf.train.warp import resize, to_u8
+from ralf.worker.media.types import Faces
 
 Image = NDArray[np.uint8]
 WIDE = 1.7

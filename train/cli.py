@@ -11,16 +11,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.command import INTERRUPTED, OK, Commands, parser_of, refusing
-from train.data_cli import data_commands, evaluate_commands
-from train.ensemble_cli import ensemble_command
-from train.publish_cli import calibrate_command, publish_command
-from train.retrain_cli import retrain_command
+from ralf.train.command import INTERRUPTED, OK, Commands, parser_of, refusing
+from ralf.train.data_cli import data_commands, evaluate_commands
+from ralf.train.ensemble_cli import ensemble_command
+from ralf.train.publish_cli import calibrate_command, publish_command
+from ralf.train.retrain_cli import retrain_command
 
 if TYPE_CHECKING:
-    from train.index import Index
-    from train.loop import Outcome
-    from train.recipe import Data
+    from ralf.train.index import Index
+    from ralf.train.loop import Outcome
+    from ralf.train.recipe import Data
 
 KEPT_BYTES = 2 * 1024**3
 """Validation crops up to so many are made once and kept."""
@@ -62,8 +62,8 @@ def _train(subparsers: Commands) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """Train, or go on training."""
     started_s = time.monotonic()
-    from train.recipe_text import RecipeError, override, to_json
-    from train.recipes import named
+    from ralf.train.recipe_text import RecipeError, override, to_json
+    from ralf.train.recipes import named
 
     pairs = [change.partition("=") for change in args.set]
     if bad := [name for name, equals, _ in pairs if not equals]:
@@ -75,10 +75,10 @@ def run_train(args: argparse.Namespace) -> int:
     if not args.data or args.out is None:
         raise RecipeError("train needs --data PATH and --out RUN")
 
-    from train.data import Batches
-    from train.layouts import read_all
-    from train.loop import Options, train
-    from train.ranks import joined
+    from ralf.train.data import Batches
+    from ralf.train.layouts import read_all
+    from ralf.train.loop import Options, train
+    from ralf.train.ranks import joined
 
     device = _device(args.device)
     index = read_all(args.data)
@@ -118,7 +118,7 @@ def _device(asked: str) -> Any:
 
     import torch
 
-    from kernels.engine import pick_device
+    from ralf.kernels.engine import pick_device
 
     device = pick_device(asked)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -129,7 +129,7 @@ def _device(asked: str) -> Any:
 
 def validation_of(index: "Index", data: "Data") -> Any:
     """The validation split, made once and kept where it fits; None where there is none."""
-    from train.examples import Examples
+    from ralf.train.examples import Examples
 
     if not len(index.where(split="val")):
         print("ralf: no rows with split val: the last weights will be kept", file=sys.stderr)

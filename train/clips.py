@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from train.animate import animate, encode
-from train.index import Index, IndexFault, Row
-from train.pictures import Frame
-from train.pool import Pool
-from train.recipe import FAMILIES, Data, Family
+from ralf.train.animate import animate, encode
+from ralf.train.index import Index, IndexFault, Row
+from ralf.train.pictures import Frame
+from ralf.train.pool import Pool
+from ralf.train.recipe import FAMILIES, Data, Family
 
 INDEX = "index.csv"
 FPS = 12.5

@@ -17,11 +17,11 @@ def refusing(run: Run) -> Run:
     """The command, its refusals as one line on stderr and an exit code."""
 
     def told(args: argparse.Namespace) -> int:
-        from kernels.artifact import ArtifactError
-        from kernels.engine import EngineError
-        from train.checkpoint import CheckpointError
-        from train.diverged import Diverged
-        from train.memory import keep_freed
+        from ralf.kernels.artifact import ArtifactError
+        from ralf.kernels.engine import EngineError
+        from ralf.train.checkpoint import CheckpointError
+        from ralf.train.diverged import Diverged
+        from ralf.train.memory import keep_freed
 
         keep_freed()
         try:

@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.manifest import InputContract
-from train.hulls import FaceGeometry
-from train.index import IndexFault
-from train.pictures import Image
-from train.warp import resize, to_u8
-from worker.media.faces import cut_one
+from ralf.kernels.manifest import InputContract
+from ralf.train.hulls import FaceGeometry
+from ralf.train.index import IndexFault
+from ralf.train.pictures import Image
+from ralf.train.warp import resize, to_u8
+from ralf.worker.media.faces import cut_one
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 any order, so a resumed run sees what the first would have seen.  A real face and its forgery share
 margin, jitter, flip and wear; only the forgery tells them apart.  Crops are cut by the worker's
 own function.  Frames of one video come round evenly: an endless series of shuffles, each a
-function of the seed and its number.  Without chance, for judging: train.examples.
+function of the seed and its number.  Without chance, for judging: ralf.train.examples.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.another import as_another
-from train.crops import Cut, region
-from train.datacheck import refuse_leaks
-from train.degrade import Wear, draw, put_on
-from train.hulls import FaceGeometry
-from train.index import Index, IndexFault
-from train.pictures import Frame, Image
-from train.pool import Pool
-from train.recipe import FAMILIES, Data, Family
+from ralf.train.another import as_another
+from ralf.train.crops import Cut, region
+from ralf.train.datacheck import refuse_leaks
+from ralf.train.degrade import Wear, draw, put_on
+from ralf.train.hulls import FaceGeometry
+from ralf.train.index import Index, IndexFault
+from ralf.train.pictures import Frame, Image
+from ralf.train.pool import Pool
+from ralf.train.recipe import FAMILIES, Data, Family
 
 REAL = -1
 """The family of a real face."""
@@ -42,7 +42,7 @@ class Batch:
     crops: Tensor  # u8 [m, 3, s, s]
     forged: Tensor  # bool [m]
     pair: Tensor  # int64 [m]: for a forgery the row of its real face, else -1
-    family: Tensor  # int64 [m]: -1 real; blends as in train.blend; then methods on disk
+    family: Tensor  # int64 [m]: -1 real; blends as in ralf.train.blend; then methods on disk
     ids: list[str]
 
     def __len__(self) -> int:

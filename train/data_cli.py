@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from train.evaluate import Judge
-    from train.index import Index
-    from train.tables import Ask
+    from ralf.train.evaluate import Judge
+    from ralf.train.index import Index
+    from ralf.train.tables import Ask
 
 Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run = Callable[[argparse.Namespace], int]
@@ -96,8 +96,8 @@ def _add(verbs: Commands, name: str, summary: str, run: Run) -> argparse.Argumen
 
 
 def _check(args: argparse.Namespace) -> int:
-    from train.datacheck import check
-    from train.layouts import read_all
+    from ralf.train.datacheck import check
+    from ralf.train.layouts import read_all
 
     found = check(read_all(args.data), files=not args.no_files)
     print(found)
@@ -105,9 +105,9 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from train.datacheck import refuse_leaks
-    from train.index import split_by_identity
-    from train.layouts import read_all
+    from ralf.train.datacheck import refuse_leaks
+    from ralf.train.index import split_by_identity
+    from ralf.train.layouts import read_all
 
     index = read_all(args.data).where(**_only(args.only))
     if args.split:
@@ -127,7 +127,7 @@ def _only(pairs: list[str]) -> dict[str, object]:
     """FIELD=VALUE, the value typed as the field."""
     from dataclasses import fields
 
-    from train.index import Row
+    from ralf.train.index import Row
 
     whole = {field.name for field in fields(Row) if field.type in (int, "int")}
     known = {field.name for field in fields(Row)}
@@ -141,9 +141,9 @@ def _only(pairs: list[str]) -> dict[str, object]:
 
 
 def _clips(args: argparse.Namespace) -> int:
-    from train.clips import INDEX, Wanted, make_clips
-    from train.layouts import read_all
-    from train.recipe import FAMILIES, HELD_OUT
+    from ralf.train.clips import INDEX, Wanted, make_clips
+    from ralf.train.layouts import read_all
+    from ralf.train.recipe import FAMILIES, HELD_OUT
 
     seen = tuple(family for family in FAMILIES if family != HELD_OUT)
     bar = _Bar()
@@ -165,9 +165,9 @@ def _clips(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from train.layouts import read_all
-    from train.prepare import INDEX, VIDEOS, prepare
-    from train.recipes import named
+    from ralf.train.layouts import read_all
+    from ralf.train.prepare import INDEX, VIDEOS, prepare
+    from ralf.train.recipes import named
 
     bar = _Bar()
     made = prepare(
@@ -186,11 +186,11 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
 
-    from kernels.artifact import models_folder
-    from train.evaluate import judge_of, write_videos
-    from train.layouts import read_all
-    from train.recipe import FAMILIES
-    from train.tables import Ask, table
+    from ralf.kernels.artifact import models_folder
+    from ralf.train.evaluate import judge_of, write_videos
+    from ralf.train.layouts import read_all
+    from ralf.train.recipe import FAMILIES
+    from ralf.train.tables import Ask, table
 
     models = models_folder(args.judged_in)
     judges = [judge_of(spec, models, device=args.device) for spec in args.models]
@@ -221,8 +221,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _pages(args: argparse.Namespace, judges: "list[Judge]", index: "Index", ask: "Ask") -> None:
     """A page of figures for each model on the whole split."""
-    from train.evaluate import examples_for, result, score
-    from train.run_report import report
+    from ralf.train.evaluate import examples_for, result, score
+    from ralf.train.run_report import report
 
     for judge in judges:
         examples = examples_for(

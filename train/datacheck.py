@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.index import REAL, Index, IndexFault, Leak, Row, leaks
+from ralf.train.index import REAL, Index, IndexFault, Leak, Row, leaks
 
 FF_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures", "FaceShifter")
 FF_SPLITS = {"train": 720, "val": 140, "test": 140}

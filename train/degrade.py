@@ -14,10 +14,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from train.animate import recompress
-from train.recipe import Augment
-from train.sources import LUMA, jpeg
-from train.warp import Kernel, Pixels, blur, resize, to_u8
+from ralf.train.animate import recompress
+from ralf.train.recipe import Augment
+from ralf.train.sources import LUMA, jpeg
+from ralf.train.warp import Kernel, Pixels, blur, resize, to_u8
 
 Image = NDArray[np.uint8]
 Codec = Literal["none", "jpeg", "libx264", "libx265"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from train.losses.objective import Batch
+from ralf.train.losses.objective import Batch
 
 
 class Diverged(Exception):

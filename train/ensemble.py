@@ -12,14 +12,14 @@ from pathlib import Path
 
 from torch import nn
 
-from kernels.artifact import Artifact, golden
-from kernels.artifact import publish as write_artifact
-from kernels.engine_torch import pack, restore
-from kernels.manifest import Manifest, Network
-from kernels.networks import build
-from train.calibrate import Calibrated
-from train.publish import with_calibration
-from train.recipe_text import differences
+from ralf.kernels.artifact import Artifact, golden
+from ralf.kernels.artifact import publish as write_artifact
+from ralf.kernels.engine_torch import pack, restore
+from ralf.kernels.manifest import Manifest, Network
+from ralf.kernels.networks import build
+from ralf.train.calibrate import Calibrated
+from ralf.train.publish import with_calibration
+from ralf.train.recipe_text import differences
 
 
 class EnsembleError(ValueError):

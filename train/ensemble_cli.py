@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from train.command import OK, Commands, parser_of
+from ralf.train.command import OK, Commands, parser_of
 
 
 def ensemble_command(subparsers: Commands) -> None:
@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     """Publish the ensemble; its folder on stdout."""
     import torch
 
-    from kernels.artifact import models_folder, promote, resolve
-    from train.ensemble import drafted, publish_ensemble
-    from train.publish_cli import calibrated_by
+    from ralf.kernels.artifact import models_folder, promote, resolve
+    from ralf.train.ensemble import drafted, publish_ensemble
+    from ralf.train.publish_cli import calibrated_by
 
     models = models_folder(args.models)
     members = [resolve(models, spec) for spec in args.members]

@@ -1,7 +1,7 @@
 """Judge a model on a split: every example's score, figures by frame and video, a CSV of videos.
 
     model ─▶ Judge ─┐
-    index ─▶ Examples ─┴─▶ Scored ─▶ Metrics ─▶ tables (train.tables)
+    index ─▶ Examples ─┴─▶ Scored ─▶ Metrics ─▶ tables (ralf.train.tables)
                                 └─▶ videos.csv
 
 Crops are cut by the model's own InputContract and scored in FP32, so every figure on a card comes
@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.artifact import ArtifactError, resolve
-from kernels.engine import load as load_engine
-from kernels.engine import pick_device
-from kernels.manifest import Aggregation, Calibration, InputContract
-from kernels.networks import build
-from train.checkpoint import load as load_checkpoint
-from train.examples import Examples
-from train.index import Index
-from train.metrics import Metrics, Scored, measure
-from train.perturb import CLEAN
-from train.publish import judged, weights
-from train.recipe import Data
-from worker.scores import calibrated
+from ralf.kernels.artifact import ArtifactError, resolve
+from ralf.kernels.engine import load as load_engine
+from ralf.kernels.engine import pick_device
+from ralf.kernels.manifest import Aggregation, Calibration, InputContract
+from ralf.kernels.networks import build
+from ralf.train.checkpoint import load as load_checkpoint
+from ralf.train.examples import Examples
+from ralf.train.index import Index
+from ralf.train.metrics import Metrics, Scored, measure
+from ralf.train.perturb import CLEAN
+from ralf.train.publish import judged, weights
+from ralf.train.recipe import Data
+from ralf.worker.scores import calibrated
 
 Score = Callable[[Tensor], Tensor]
 Watch = Callable[[int, int], None]

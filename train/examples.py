@@ -3,7 +3,7 @@
 Each real video gives its frames evenly spread; each forged one on disk the same; and where the
 recipe blends, forgeries are made from the reals by families that are asked for, the held-out one
 too.  Their randomness is seeded by the name of the frame, so that one more video changes no other.
-A condition (train.perturb) is put on real and forged alike, before the crop is cut.
+A condition (ralf.train.perturb) is put on real and forged alike, before the crop is cut.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.crops import Cut, region
-from train.data import REAL, Batch
-from train.index import Index, IndexFault
-from train.perturb import CLEAN, parse, perturb
-from train.pictures import Frame
-from train.pool import Pool
-from train.recipe import FAMILIES, Data, Family
+from ralf.train.crops import Cut, region
+from ralf.train.data import REAL, Batch
+from ralf.train.index import Index, IndexFault
+from ralf.train.perturb import CLEAN, parse, perturb
+from ralf.train.pictures import Frame
+from ralf.train.pool import Pool
+from ralf.train.recipe import FAMILIES, Data, Family
 
 
 @dataclass(frozen=True)

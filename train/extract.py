@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from PIL import UnidentifiedImageError
 
-from kernels.manifest import InputContract
-from train.chosen import Kept, keep, main_track, masked_track, reviewed
-from train.index import Row
-from worker.contract import Sampling
-from worker.errors import JobError
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.mtcnn import Mtcnn
-from worker.media.probe import probe
-from worker.media.tracks import Tracker
-from worker.media.types import Clip, Faces, Frames, Probe
-from worker.settings import Settings
+from ralf.kernels.manifest import InputContract
+from ralf.train.chosen import Kept, keep, main_track, masked_track, reviewed
+from ralf.train.index import Row
+from ralf.worker.contract import Sampling
+from ralf.worker.errors import JobError
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.mtcnn import Mtcnn
+from ralf.worker.media.probe import probe
+from ralf.worker.media.tracks import Tracker
+from ralf.worker.media.types import Clip, Faces, Frames, Probe
+from ralf.worker.settings import Settings
 
 Image = NDArray[np.uint8]
 

@@ -1,4 +1,4 @@
-"""What a detector learnt, in pictures; train.run_report puts them on one page.
+"""What a detector learnt, in pictures; ralf.train.run_report puts them on one page.
 
     mask         how much of each frequency the destructor takes away
     spectrum     forged over real power in each frequency (the paper's Figure 1)
@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kernels.dct import dct2
-from train.metrics import Scored, auc, curve, reliability
+from ralf.kernels.dct import dct2
+from ralf.train.metrics import Scored, auc, curve, reliability
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX"

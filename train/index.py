@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from train.hulls import FaceGeometry
+from ralf.train.hulls import FaceGeometry
 
 Kind = Literal["video", "frames", "image", "lmdb"]
 Split = Literal["train", "val", "test", "check", ""]

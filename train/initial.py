@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kernels.artifact import MANIFEST, open_artifact
-from kernels.engine_torch import restore
-from kernels.manifest import Network
-from kernels.networks import build
-from kernels.networks.backbones import FAMILIES, Backbone, load_backbone
-from train.checkpoint import CheckpointError, load
-from train.recipe import Recipe
-from train.recipe_text import differences
+from ralf.kernels.artifact import MANIFEST, open_artifact
+from ralf.kernels.engine_torch import restore
+from ralf.kernels.manifest import Network
+from ralf.kernels.networks import build
+from ralf.kernels.networks.backbones import FAMILIES, Backbone, load_backbone
+from ralf.train.checkpoint import CheckpointError, load
+from ralf.train.recipe import Recipe
+from ralf.train.recipe_text import differences
 
 OWNERS = ("backbone.", "classifier.")
 """What networks of ours call their backbone."""
@@ -80,7 +80,10 @@ def _trained(folder: Path) -> tuple[Network, dict[str, Tensor]]:
         artifact = open_artifact(folder)
         network = restore(artifact.manifest, artifact.read("weights.safetensors"))
         return artifact.manifest.network, network.state_dict()
-    from train.publish import judged, weights  # which knows of training's loop, as the loop of this
+    from ralf.train.publish import (  # which knows of training's loop, as the loop of this
+        judged,
+        weights,
+    )
 
     checkpoint = load(judged(folder))
     return checkpoint.recipe.network, weights(checkpoint)

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
-from kernels.disk import replace_lines
+from ralf.kernels.disk import replace_lines
 
 LOG = "log.jsonl"
 PRINT_S = 10.0

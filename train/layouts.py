@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import layouts_dfdc, layouts_faces, layouts_packed, layouts_video
-from train.index import Index, IndexFault, load
+from ralf.train import layouts_dfdc, layouts_faces, layouts_packed, layouts_video
+from ralf.train.index import Index, IndexFault, load
 
 Looks = Callable[[Path], bool]
 Reads = Callable[[Path], Index]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.index import REAL, Index, Row, Split
+from ralf.train.index import REAL, Index, Row, Split
 
 
 def dfdc(root: Path) -> Index:

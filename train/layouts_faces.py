@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.index import MESHES, REAL, Index, IndexFault, Row, Split
-from train.layouts_video import SPLIT_NAMES, VIDEOS
+from ralf.train.index import MESHES, REAL, Index, IndexFault, Row, Split
+from ralf.train.layouts_video import SPLIT_NAMES, VIDEOS
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FIVE_COLUMNS = [
@@ -168,7 +168,7 @@ def reviews(root: Path) -> Index:
     A row is one face: `frame` and `box`, as fractions of the picture.  Unsure tracks, wrong faces
     and poor pictures are left out and counted; of several reviews of a file the last one counts.
     """
-    from worker.contract import Review
+    from ralf.worker.contract import Review
 
     held = {path: Review.model_validate_json(path.read_text()) for path in _review_files(root)}
     media = _by_hash(root)

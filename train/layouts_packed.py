@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from train.index import REAL, Index, IndexFault, Row, Split
+from ralf.train.index import REAL, Index, IndexFault, Row, Split
 
 POINTS = 81
 SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from train.index import REAL, Index, IndexFault, Row, Split
+from ralf.train.index import REAL, Index, IndexFault, Row, Split
 
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
 NO_REALS = (

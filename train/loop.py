@@ -8,7 +8,7 @@ it anywhere, run the same command, and on a CPU the weights at the end are the s
 with --deterministic).  A time budget, SIGTERM and Ctrl-C end a run between two steps with a whole
 checkpoint; the next command goes on from it.
 
-The loop knows no detector: networks come from kernels.networks, losses through
+The loop knows no detector: networks come from ralf.kernels.networks, losses through
 train.losses.objective.  Validation alone chooses weights and stops a run early; the test split is
 never seen here.  Under torchrun each process takes every n-th batch, and judges its share of
 the validation split.
@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from train.checkpoint import (
+from ralf.train.checkpoint import (
     Checkpoint,
     CheckpointError,
     State,
@@ -36,15 +36,15 @@ from train.checkpoint import (
     save,
     set_random_state,
 )
-from train.initial import make_network
-from train.interrupt import Interrupt, caught
-from train.journal import Journal
-from train.losses.objective import Batch, Moment
-from train.ranks import ALONE, Ranks
-from train.recipe import Recipe
-from train.recipe_text import to_json
-from train.steps import Stepper
-from train.validate import Look, look
+from ralf.train.initial import make_network
+from ralf.train.interrupt import Interrupt, caught
+from ralf.train.journal import Journal
+from ralf.train.losses.objective import Batch, Moment
+from ralf.train.ranks import ALONE, Ranks
+from ralf.train.recipe import Recipe
+from ralf.train.recipe_text import to_json
+from ralf.train.steps import Stepper
+from ralf.train.validate import Look, look
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 LOG_EVERY = 20

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from kernels.manifest import Aggregation, Calibration
-from worker.scores import calibrated, level
+from ralf.kernels.manifest import Aggregation, Calibration
+from ralf.worker.scores import calibrated, level
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

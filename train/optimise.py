@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from kernels.engine_torch import cpu_has_bf16
-from train.recipe import Optimiser, Recipe, Schedule
+from ralf.kernels.engine_torch import cpu_has_bf16
+from ralf.train.recipe import Optimiser, Recipe, Schedule
 
 NO_DECAY = ("mask",)
 """Parameters named so keep their size whatever the weight decay: decay would pull the frequency

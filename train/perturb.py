@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from train.animate import recompress
-from train.another import uneven
-from train.degrade import stepped
-from train.sources import LUMA, jpeg
-from train.warp import Pixels, resize, to_u8
+from ralf.train.animate import recompress
+from ralf.train.another import uneven
+from ralf.train.degrade import stepped
+from ralf.train.sources import LUMA, jpeg
+from ralf.train.warp import Pixels, resize, to_u8
 
 Image = NDArray[np.uint8]
 Apply = Callable[[Image, float, np.random.Generator], Image]

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from PIL import UnidentifiedImageError
 
-from train.hulls import FaceGeometry
-from train.index import MESHES, Index, IndexFault, Row
-from train.layouts_faces import PICTURES
-from train.layouts_packed import Store, opened
+from ralf.train.hulls import FaceGeometry
+from ralf.train.index import MESHES, Index, IndexFault, Row
+from ralf.train.layouts_faces import PICTURES
+from ralf.train.layouts_packed import Store, opened
 
 Image = NDArray[np.uint8]
 

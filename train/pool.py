@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kernels.manifest import InputContract
-from train.blend import Portrait, forge
-from train.crops import Cut, region
-from train.hulls import FaceGeometry
-from train.index import Index, IndexFault
-from train.pictures import Frame, Image, Pictures, frames_of
-from train.recipe import FAMILIES, Data, Family
+from ralf.kernels.manifest import InputContract
+from ralf.train.blend import Portrait, forge
+from ralf.train.crops import Cut, region
+from ralf.train.hulls import FaceGeometry
+from ralf.train.index import Index, IndexFault
+from ralf.train.pictures import Frame, Image, Pictures, frames_of
+from ralf.train.recipe import FAMILIES, Data, Family
 
 PREPARED = "prepare.json"
 """Beside an index that `ralf data prepare` made: how."""

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from kernels.manifest import InputContract
-from train.extract import Extractor, Outcome, Task, Way
-from train.index import Index, IndexFault, Row
-from train.pictures import frames_of
-from train.pool import PREPARED
+from ralf.kernels.manifest import InputContract
+from ralf.train.extract import Extractor, Outcome, Task, Way
+from ralf.train.index import Index, IndexFault, Row
+from ralf.train.pictures import frames_of
+from ralf.train.pool import PREPARED
 
 Watch = Callable[[int, int, Outcome], None]
 VIDEOS, INDEX = "videos.csv", "index.csv"

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.artifact import Artifact
-from kernels.artifact import publish as write_artifact
-from kernels.engine_torch import pack
-from kernels.manifest import Aggregation, Manifest, Reference
-from kernels.networks import build
-from train.calibrate import Calibrated
-from train.card import Portion, card
-from train.checkpoint import Checkpoint, CheckpointError, load
-from train.loop import BEST, LAST
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.artifact import publish as write_artifact
+from ralf.kernels.engine_torch import pack
+from ralf.kernels.manifest import Aggregation, Manifest, Reference
+from ralf.kernels.networks import build
+from ralf.train.calibrate import Calibrated
+from ralf.train.card import Portion, card
+from ralf.train.checkpoint import Checkpoint, CheckpointError, load
+from ralf.train.loop import BEST, LAST
 
 GOLDEN = 32
 """Crops in golden.npz."""

@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.command import OK, Commands, parser_of
+from ralf.train.command import OK, Commands, parser_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kernels.manifest import Manifest
-    from train.calibrate import Calibrated
-    from train.evaluate import Score
-    from train.index import Index
+    from ralf.kernels.manifest import Manifest
+    from ralf.train.calibrate import Calibrated
+    from ralf.train.evaluate import Score
+    from ralf.train.index import Index
 
 
 def publish_command(subparsers: Commands) -> None:
@@ -49,18 +49,18 @@ def publish_command(subparsers: Commands) -> None:
 def _models(args: argparse.Namespace) -> Path:
     """The option, the environment, or the models that come with the code."""
 
-    from kernels.artifact import models_folder
+    from ralf.kernels.artifact import models_folder
 
     return models_folder(args.models)
 
 
 def run_publish(args: argparse.Namespace) -> int:
     """A run as a new version of a model; its folder on stdout."""
-    from kernels.manifest import Aggregation
-    from kernels.registry import promote
-    from train.card import portions
-    from train.layouts import read_all
-    from train.publish import Told, publish
+    from ralf.kernels.manifest import Aggregation
+    from ralf.kernels.registry import promote
+    from ralf.train.card import portions
+    from ralf.train.layouts import read_all
+    from ralf.train.publish import Told, publish
 
     index = read_all(args.data) if args.data else None
     golden, source = None, Told.golden_source
@@ -109,10 +109,10 @@ def golden_faces(run: Path, index: "Index", datasets: list[str]) -> tuple["NDArr
     import numpy as np
     import torch
 
-    from train.checkpoint import load
-    from train.examples import Examples
-    from train.index import Index, IndexFault
-    from train.publish import GOLDEN, judged
+    from ralf.train.checkpoint import load
+    from ralf.train.examples import Examples
+    from ralf.train.index import Index, IndexFault
+    from ralf.train.publish import GOLDEN, judged
 
     kept = Index(index.root, tuple(row for row in index if row.dataset in datasets))
     if not len(kept):
@@ -132,8 +132,8 @@ def golden_faces(run: Path, index: "Index", datasets: list[str]) -> tuple["NDArr
 
 def _calibration_of(version: Path) -> "Calibrated":
     """What calibrating a version found, with its intervals."""
-    from kernels.artifact import open_artifact
-    from train.calibrate import CalibrationError, restored
+    from ralf.kernels.artifact import open_artifact
+    from ralf.train.calibrate import CalibrationError, restored
 
     artifact = open_artifact(version)
     if "calibration" not in artifact.manifest.metrics:
@@ -161,9 +161,9 @@ def calibrate_command(subparsers: Commands) -> None:
 
 def run_calibrate(args: argparse.Namespace) -> int:
     """Publish the same weights with new calibration; the new version's folder on stdout."""
-    from kernels.artifact import resolve
-    from kernels.engine import load
-    from train.publish import recalibrate
+    from ralf.kernels.artifact import resolve
+    from ralf.kernels.engine import load
+    from ralf.train.publish import recalibrate
 
     if (args.scores is None) == (args.data is None):
         raise ValueError("calibrate needs either --scores CSV or --data PATH")
@@ -190,7 +190,7 @@ def _calibrated_on(path: Path, fitted_on: str, *, shift: bool = True) -> "Calibr
 
     import numpy as np
 
-    from train.calibrate import CalibrationError, calibrate
+    from ralf.train.calibrate import CalibrationError, calibrate
 
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -205,11 +205,11 @@ def calibrated_by(score: "Score", manifest: "Manifest", args: argparse.Namespace
     """By the model itself on a split, a row a video and condition, pooled as a verdict pools."""
     import numpy as np
 
-    from train.calibrate import calibrate
-    from train.evaluate import scored
-    from train.examples import Examples
-    from train.layouts import read_all
-    from train.recipe import FAMILIES, HELD_OUT, Data
+    from ralf.train.calibrate import calibrate
+    from ralf.train.evaluate import scored
+    from ralf.train.examples import Examples
+    from ralf.train.layouts import read_all
+    from ralf.train.recipe import FAMILIES, HELD_OUT, Data
 
     index = read_all(args.data)
     families = tuple(filter(None, args.families.split(",")))

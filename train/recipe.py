@@ -3,17 +3,17 @@
 Nothing about a run lives elsewhere: network and dimensions, how crops are cut, which pictures are
 shown, losses and their weights, optimiser, schedule, precision, seed.  A recipe prints itself, is
 stored as JSON in every checkpoint, and is changed only by name with its types checked
-(train.recipe_text).  There is no configuration file to be merged over another.  Nonsense is
+(ralf.train.recipe_text).  There is no configuration file to be merged over another.  Nonsense is
 refused when a part is made.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from kernels.manifest import InputContract, Network
-from train.recipe_checks import above_zero, at_least, between
-from train.recipe_losses import BceLoss, FdflLoss, RalfLoss, RclLoss
-from train.recipe_text import RecipeError
+from ralf.kernels.manifest import InputContract, Network
+from ralf.train.recipe_checks import above_zero, at_least, between
+from ralf.train.recipe_losses import BceLoss, FdflLoss, RalfLoss, RclLoss
+from ralf.train.recipe_text import RecipeError
 
 Family = Literal[
     "self_blend",
@@ -27,7 +27,7 @@ Family = Literal[
     "spectrum",
     "boundary",
 ]
-"""A way of making pseudo-forgeries; train.blend says what each is and makes it."""
+"""A way of making pseudo-forgeries; ralf.train.blend says what each is and makes it."""
 FAMILIES: tuple[Family, ...] = get_args(Family)
 HELD_OUT: Family = "boundary"
 """What ours never train on: made otherwise than the rest."""

@@ -1,6 +1,6 @@
 """What a recipe's parts refuse when they are made: figures out of range, in one wording."""
 
-from train.recipe_text import RecipeError
+from ralf.train.recipe_text import RecipeError
 
 
 def between(name: str, value: float, low: float, high: float) -> None:

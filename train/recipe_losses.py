@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from train.recipe_checks import above_zero, at_least, between
-from train.recipe_text import RecipeError
+from ralf.train.recipe_checks import above_zero, at_least, between
+from ralf.train.recipe_text import RecipeError
 
 
 @dataclass(frozen=True)

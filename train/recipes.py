@@ -10,8 +10,8 @@ notes of a recipe go onto the card of the model it makes.
 import dataclasses
 from collections.abc import Callable
 
-from kernels.manifest import InputContract, Network, Sampling
-from train.recipe import (
+from ralf.kernels.manifest import InputContract, Network, Sampling
+from ralf.train.recipe import (
     FAMILIES,
     HELD_OUT,
     Augment,
@@ -24,7 +24,7 @@ from train.recipe import (
     Recipe,
     Schedule,
 )
-from train.recipe_text import RecipeError, override
+from ralf.train.recipe_text import RecipeError, override
 
 BLENDED = tuple(family for family in FAMILIES if family != HELD_OUT)
 """The families that ours train on; the held-out one judges what generalises."""

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.command import INTERRUPTED, OK, Commands, parser_of
+from ralf.train.command import INTERRUPTED, OK, Commands, parser_of
 
 if TYPE_CHECKING:
-    from train.retrain_order import Order
+    from ralf.train.retrain_order import Order
 
 STOPPED = 1
 
@@ -46,9 +46,9 @@ def retrain_command(subparsers: Commands) -> None:
 
 def run_retrain(args: argparse.Namespace) -> int:
     """Walk what is to be walked; one JSON line on stdout at the end."""
-    from train.retrain import Stopped, plan, walk
-    from train.retrain_order import Interrupted
-    from train.retrain_steps import steps
+    from ralf.train.retrain import Stopped, plan, walk
+    from ralf.train.retrain_order import Interrupted
+    from ralf.train.retrain_steps import steps
 
     order = order_of(args)
     stations = steps(order)
@@ -75,12 +75,12 @@ def run_retrain(args: argparse.Namespace) -> int:
 def order_of(args: argparse.Namespace) -> "Order":
     """What was typed."""
     started_s = time.monotonic()
-    from kernels.artifact import models_folder
-    from train.layouts import read_all
-    from train.loop import Options
-    from train.recipe_text import RecipeError, override
-    from train.recipes import named
-    from train.retrain_order import Order, default_run, targets_of
+    from ralf.kernels.artifact import models_folder
+    from ralf.train.layouts import read_all
+    from ralf.train.loop import Options
+    from ralf.train.recipe_text import RecipeError, override
+    from ralf.train.recipes import named
+    from ralf.train.retrain_order import Order, default_run, targets_of
 
     pairs = [change.partition("=") for change in args.set]
     if bad := [name for name, equals, _ in pairs if not equals]:

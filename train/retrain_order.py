@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kernels.engine import pick_device
-from train.index import Index
-from train.loop import Options
-from train.recipe import Recipe
-from train.recipe_text import to_json
-from train.retrain import Say
+from ralf.kernels.engine import pick_device
+from ralf.train.index import Index
+from ralf.train.loop import Options
+from ralf.train.recipe import Recipe
+from ralf.train.recipe_text import to_json
+from ralf.train.retrain import Say
 
 Target = Literal["cpu", "rtx-aot", "torch-tensorrt"]
 TARGETS: tuple[Target, ...] = ("cpu", "rtx-aot", "torch-tensorrt")
@@ -50,7 +50,7 @@ class Interrupted(Exception):
 
 def targets_of(names: str, device: str) -> tuple[Target, ...]:
     """From `all` (what this machine can build for) or a list as `cpu,rtx-aot`."""
-    from kernels.build import available
+    from ralf.kernels.build import available
 
     if names == "all":
         here = available()
@@ -71,11 +71,11 @@ def declared(order: Order) -> tuple[str, ...]:
     found: list[str] = []
     for target in order.targets:
         if target == "rtx-aot":
-            from kernels.build_rtx import architectures
+            from ralf.kernels.build_rtx import architectures
 
             found += architectures()
         elif target == "torch-tensorrt":
-            from kernels.engine_trt import facts
+            from ralf.kernels.engine_trt import facts
 
             found.append(f"{facts(pick_device(order.device)).architecture}-verified")
         else:

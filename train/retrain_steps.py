@@ -1,4 +1,4 @@
-"""What each station of `ralf retrain` does, and the gate at its end; train.retrain walks them.
+"""What each station of `ralf retrain` does, and the gate at its end; ralf.train.retrain walks them.
 
 train       the recipe's end, or the end of --minutes with weights that validation has judged
 calibrate   scores rank forgeries above reals on the calibration split
@@ -6,7 +6,7 @@ evaluate    video AUC above a coin's on the test split
 publish     weights, golden crops, calibration, figures and targets as one version
 build       a plan for each target that wants one, within the manifest's error budget
 verify      golden.npz through the torch engine, and through every plan that this machine runs
-promote     kernels.registry's gates against the promoted version
+promote     ralf.kernels.registry's gates against the promoted version
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels import plans, registry
-from kernels.artifact import Artifact, open_artifact
-from kernels.disk import ArtifactError
-from kernels.engine import EngineError, pick_device
-from kernels.manifest import Calibration, Reference
-from train.calibrate import Calibrated, CalibrationError, calibrate, probability, restored
-from train.card import portions
-from train.data import Batches
-from train.evaluate import Judge, evaluate, examples_for, from_run, score
-from train.index import Index
-from train.loop import BEST, train
-from train.publish import Told, judged, publish
-from train.recipe import FAMILIES, HELD_OUT
-from train.recipe_text import to_json
-from train.retrain import Facts, Step, Stopped
-from train.retrain_order import Interrupted, Order, declared
-from worker.drift import EDGES, histogram
+from ralf.kernels import plans, registry
+from ralf.kernels.artifact import Artifact, open_artifact
+from ralf.kernels.disk import ArtifactError
+from ralf.kernels.engine import EngineError, pick_device
+from ralf.kernels.manifest import Calibration, Reference
+from ralf.train.calibrate import Calibrated, CalibrationError, calibrate, probability, restored
+from ralf.train.card import portions
+from ralf.train.data import Batches
+from ralf.train.evaluate import Judge, evaluate, examples_for, from_run, score
+from ralf.train.index import Index
+from ralf.train.loop import BEST, train
+from ralf.train.publish import Told, judged, publish
+from ralf.train.recipe import FAMILIES, HELD_OUT
+from ralf.train.recipe_text import to_json
+from ralf.train.retrain import Facts, Step, Stopped
+from ralf.train.retrain_order import Interrupted, Order, declared
+from ralf.worker.drift import EDGES, histogram
 
 if TYPE_CHECKING:
-    from kernels.build import Builder
+    from ralf.kernels.build import Builder
 
 
 def steps(order: Order) -> list[Step]:
@@ -85,7 +85,7 @@ def steps(order: Order) -> list[Step]:
 
 
 def _train(order: Order) -> Facts:
-    from train.cli import validation_of
+    from ralf.train.cli import validation_of
 
     recipe, index = order.recipe, order.index
     batches = Batches(index, recipe.data, "train", recipe.seed, allow_leaks=order.allow_leaks)
@@ -210,7 +210,7 @@ def _finite(value: Any) -> Any:
 
 
 def _publish(order: Order, done: Mapping[str, Facts]) -> Facts:
-    from train.publish_cli import golden_faces
+    from ralf.train.publish_cli import golden_faces
 
     told = Told(
         calibrated=calibrated_of(done["calibrate"]),
@@ -254,8 +254,8 @@ def _build(order: Order, artifact: Artifact) -> Facts:
 
 
 def _built(order: Order, artifact: Artifact, builder: "Builder") -> str:
-    from kernels.build import Order as BuildOrder
-    from kernels.build import build
+    from ralf.kernels.build import Order as BuildOrder
+    from ralf.kernels.build import build
 
     try:
         on = pick_device(order.device if builder == "torch-tensorrt" else "cpu")
@@ -275,7 +275,7 @@ def _verify(order: Order, artifact: Artifact) -> Facts:
     try:
         device = pick_device(order.device)
         if device.type == "cuda":
-            from kernels.verify import verify
+            from ralf.kernels.verify import verify
 
             verified = [str(plan.key) for plan in verify(artifact, device, order.say)]
     except (ArtifactError, EngineError) as error:

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.evaluate import Judge, Result
-from train.examples import Examples
-from train.figures import (
+from ralf.train.evaluate import Judge, Result
+from ralf.train.examples import Examples
+from ralf.train.figures import (
     embedding_figure,
     features_of,
     mask_figure,
@@ -26,7 +26,7 @@ from train.figures import (
     spectrum_figure,
     strips_figure,
 )
-from worker.scores import calibrated
+from ralf.worker.scores import calibrated
 
 
 def report(judge: Judge, examples: Examples, result: Result, path: Path, *, faces: int = 6) -> Path:

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from train.hulls import LOWER_LIP, MOUTH_CORNERS, UPPER_LIP, FaceGeometry, Points
-from train.warp import Kernel, Pixels, blur, grid, remap, resize, smooth_field, spread, to_u8
+from ralf.train.hulls import LOWER_LIP, MOUTH_CORNERS, UPPER_LIP, FaceGeometry, Points
+from ralf.train.warp import Kernel, Pixels, blur, grid, remap, resize, smooth_field, spread, to_u8
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 KERNELS: tuple[Kernel, ...] = ("nearest", "bilinear", "bicubic")

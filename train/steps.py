@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.checkpoint import pack_optimiser, unpack_optimiser
-from train.depthwise import QuickDepthwise
-from train.diverged import keep
-from train.losses.objective import Batch, Moment, objective
-from train.norms import SteadyNorms
-from train.optimise import MovingAverage, computed_in, optimiser, rate
-from train.ranks import Ranks
-from train.recipe import Recipe
+from ralf.train.checkpoint import pack_optimiser, unpack_optimiser
+from ralf.train.depthwise import QuickDepthwise
+from ralf.train.diverged import keep
+from ralf.train.losses.objective import Batch, Moment, objective
+from ralf.train.norms import SteadyNorms
+from ralf.train.optimise import MovingAverage, computed_in, optimiser, rate
+from ralf.train.ranks import Ranks
+from ralf.train.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kernels.manifest import Aggregation
-from train.evaluate import Judge, evaluate
-from train.index import Index
-from train.metrics import Scored, measure
-from train.tables import Ask, Table, _auc, _percent, _take
+from ralf.kernels.manifest import Aggregation
+from ralf.train.evaluate import Judge, evaluate
+from ralf.train.index import Index
+from ralf.train.metrics import Scored, measure
+from ralf.train.tables import Ask, Table, _auc, _percent, _take
 
 RULES = (
     Aggregation(track="mean"),

@@ -17,14 +17,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from train.calibrate import interval as share_interval
-from train.evaluate import Judge, Result, evaluate
-from train.index import Index
-from train.metrics import Scored, at_even_odds, ece, ece_by_chance, measure, together
-from train.perturb import CLEAN
-from train.recipe import FAMILIES, HELD_OUT
-from train.tables import Ask, Table, _percent, _take, called_forged
-from worker.scores import calibrated
+from ralf.train.calibrate import interval as share_interval
+from ralf.train.evaluate import Judge, Result, evaluate
+from ralf.train.index import Index
+from ralf.train.metrics import Scored, at_even_odds, ece, ece_by_chance, measure, together
+from ralf.train.perturb import CLEAN
+from ralf.train.recipe import FAMILIES, HELD_OUT
+from ralf.train.tables import Ask, Table, _percent, _take, called_forged
+from ralf.worker.scores import calibrated
 
 Figures = dict[str, list[float] | float]
 CONDITIONS = ("clean", "h264=23", "h264=40")

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.bench import interleave, machine
-from kernels.cost import cost
-from train.evaluate import Judge, examples_for, result, scored
-from train.index import Index
-from train.metrics import Metrics, Scored, auc, measure, paired_interval
-from train.perturb import CLEAN
-from train.recipe import FAMILIES, HELD_OUT
-from train.tables import Ask, Table, _auc
+from ralf.kernels.bench import interleave, machine
+from ralf.kernels.cost import cost
+from ralf.train.evaluate import Judge, examples_for, result, scored
+from ralf.train.index import Index
+from ralf.train.metrics import Metrics, Scored, auc, measure, paired_interval
+from ralf.train.perturb import CLEAN
+from ralf.train.recipe import FAMILIES, HELD_OUT
+from ralf.train.tables import Ask, Table, _auc
 
 CONDITIONS = ("h264=40", "jpeg=50", "blur:2")
 TIMED = 8

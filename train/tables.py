@@ -22,13 +22,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from train import published
-from train.calibrate import interval as share_interval
-from train.evaluate import Judge, Result, Watch, evaluate, examples_for, result, score
-from train.index import Index, IndexFault
-from train.metrics import RATES, Metrics
-from train.perturb import CLEAN, DEEPERFORENSICS, TABLE_3, all_conditions
-from worker.scores import calibrated
+from ralf.train import published
+from ralf.train.calibrate import interval as share_interval
+from ralf.train.evaluate import Judge, Result, Watch, evaluate, examples_for, result, score
+from ralf.train.index import Index, IndexFault
+from ralf.train.metrics import RATES, Metrics
+from ralf.train.perturb import CLEAN, DEEPERFORENSICS, TABLE_3, all_conditions
+from ralf.worker.scores import calibrated
 
 Kind = Literal[
     "intra", "cross", "robustness", "ablation", "backbone", "pooling", "false_positives",
@@ -82,9 +82,9 @@ class Table:
 
 def table(kind: Kind, judges: Sequence[Judge], index: Index, ask: Ask = Ask()) -> Table:
     """The table of that name."""
-    from train.table_aggregation import aggregation  # they build on this module
-    from train.table_card import card
-    from train.table_detectors import detectors
+    from ralf.train.table_aggregation import aggregation  # they build on this module
+    from ralf.train.table_card import card
+    from ralf.train.table_detectors import detectors
 
     makers: dict[str, Callable[[Sequence[Judge], Index, Ask], Table]] = {
         "intra": intra,

@@ -1,7 +1,7 @@
 """Look at the validation split in the middle of training: one figure chooses the weights.
 
 Deterministic batches, every process its share, all logits gathered; only the validation split is
-ever given here, never test.  The full tables are train.evaluate's.
+ever given here, never test.  The full tables are ralf.train.evaluate's.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from train.losses.objective import Batch
-from train.metrics import auc
-from train.ranks import Ranks
+from ralf.train.losses.objective import Batch
+from ralf.train.metrics import auc
+from ralf.train.ranks import Ranks
 
 
 @dataclass(frozen=True)

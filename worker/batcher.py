@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.artifact import Artifact
-from kernels.engine import Engine, Precision, check_crops
+from ralf.kernels.artifact import Artifact
+from ralf.kernels.engine import Engine, Precision, check_crops
 
 SHARE = 8
 """Crops a turn."""

@@ -21,21 +21,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kernels.bench import Record, interleave, machine
-from kernels.engine import pick_device
-from kernels.engine_torch import restore
-from kernels.manifest import Finder, InputContract
-from worker import telemetry
-from worker.contract import EvidencePolicy, Sampling
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.mtcnn import Mtcnn
-from worker.media.probe import probe
-from worker.media.sampling import plan
-from worker.media.tracks import overlap
-from worker.media.types import Clip, Faces
-from worker.pipeline import Ask, analyze
-from worker.runtime import Parts, cores, load
-from worker.settings import Settings
+from ralf.kernels.bench import Record, interleave, machine
+from ralf.kernels.engine import pick_device
+from ralf.kernels.engine_torch import restore
+from ralf.kernels.manifest import Finder, InputContract
+from ralf.worker import telemetry
+from ralf.worker.contract import EvidencePolicy, Sampling
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.mtcnn import Mtcnn
+from ralf.worker.media.probe import probe
+from ralf.worker.media.sampling import plan
+from ralf.worker.media.tracks import overlap
+from ralf.worker.media.types import Clip, Faces
+from ralf.worker.pipeline import Ask, analyze
+from ralf.worker.runtime import Parts, cores, load
+from ralf.worker.settings import Settings
 
 SAMPLE = Path("demo/out/clips/six_faces.mp4")
 SAME_FACE = 0.7
@@ -50,7 +50,7 @@ def _clip(args: argparse.Namespace) -> Path:
     if not clip.is_file():
         print(
             f"ralf bench: no clip at {clip}; name one, "
-            "or make the samples with: python -m train.samples",
+            "or make the samples with: python -m ralf.train.samples",
             file=sys.stderr,
         )
         raise SystemExit(2)

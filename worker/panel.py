@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.engine import Engine
-from kernels.engine_torch import TorchEngine
-from kernels.manifest import Aggregation, Calibration
-from worker.batcher import behind
-from worker.scores import Scores, strongest
+from ralf.kernels.engine import Engine
+from ralf.kernels.engine_torch import TorchEngine
+from ralf.kernels.manifest import Aggregation, Calibration
+from ralf.worker.batcher import behind
+from ralf.worker.scores import Scores, strongest
 
 SAME = Calibration()
 """Members' logits come calibrated."""

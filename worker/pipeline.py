@@ -14,16 +14,16 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels.engine_torch import explainer
-from worker.batcher import behind
-from worker.contract import (
+from ralf import __version__
+from ralf.kernels.engine_torch import explainer
+from ralf.worker.batcher import behind
+from ralf.worker.contract import (
     EarlyStop,
     Evidence,
     EvidencePolicy,
@@ -34,16 +34,16 @@ from worker.contract import (
     Sampling,
     Verdict,
 )
-from worker.errors import BadRequest
-from worker.evidence import Gallery, pictures
-from worker.media.faces import cut
-from worker.media.probe import probe
-from worker.media.sampling import plan, thinning
-from worker.media.tracks import Tracker
-from worker.media.types import Clip, Faces, Frames, Probe
-from worker.panel import Panel
-from worker.runtime import Parts
-from worker.verdict import Judgement, Scores, calibrated, judge
+from ralf.worker.errors import BadRequest
+from ralf.worker.evidence import Gallery, pictures
+from ralf.worker.media.faces import cut
+from ralf.worker.media.probe import probe
+from ralf.worker.media.sampling import plan, thinning
+from ralf.worker.media.tracks import Tracker
+from ralf.worker.media.types import Clip, Faces, Frames, Probe
+from ralf.worker.panel import Panel
+from ralf.worker.runtime import Parts
+from ralf.worker.verdict import Judgement, Scores, calibrated, judge
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ class _Walk:
     def _made(self) -> Made:
         artifact, engine, settings = self.parts.artifact, self.parts.engine, self.manifest
         return Made(
-            ralf=version("ralf"),
+            ralf=__version__,
             model=settings.name,
             version=artifact.version,
             manifest_sha256=artifact.manifest_sha256,

@@ -4,7 +4,7 @@ The page reads these two documents and nothing else.  It fetches nothing: style,
 pictures are inside, and its own Content-Security-Policy forbids the rest.  It reads whole without
 scripting; the one script (page/page.js) only saves a reviewer's labels as a file.
 
-That file is a `ralf.review/1` document (worker.contract.Review, docs/review.schema.json): the
+That file is a `ralf.review/1` document (ralf.worker.contract.Review, docs/review.schema.json): the
 decision (confirm, overturn, second_review), a note, and for each track real, forged or unsure,
 wrong_face, poor_quality, and where its faces lie in the file named by media_sha256, so that
 training can cut them again.  A track that the reviewer did not touch is `unsure`.
@@ -16,13 +16,13 @@ import re
 from functools import cache
 from importlib.resources import files
 
-from worker.contract import Evidence, Verdict
-from worker.page.charts import axis, clock, legend, scale, strip
-from worker.page.markup import WORDS, Html, data, foreign, join, section, tag
-from worker.page.provenance import groups
-from worker.page.review import draft, form
-from worker.page.tracks import strongest, tracks
-from worker.scores import shown
+from ralf.worker.contract import Evidence, Verdict
+from ralf.worker.page.charts import axis, clock, legend, scale, strip
+from ralf.worker.page.markup import WORDS, Html, data, foreign, join, section, tag
+from ralf.worker.page.provenance import groups
+from ralf.worker.page.review import draft, form
+from ralf.worker.page.tracks import strongest, tracks
+from ralf.worker.scores import shown
 
 NOTICE = (
     "This is an automated assessment, not proof. It says how much the faces look like forgeries "
@@ -76,7 +76,7 @@ def _sections(verdict: Verdict, evidence: Evidence) -> list[Html]:
 
 @cache
 def _asset(name: str) -> Html:
-    return Html(files("worker.page").joinpath(name).read_text(encoding="utf-8"))
+    return Html(files("ralf.worker.page").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _hash(source: str) -> str:

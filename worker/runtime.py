@@ -13,20 +13,21 @@ import numpy as np
 import structlog
 import torch
 
-from kernels.artifact import SHIPPED, Artifact, ArtifactError, resolve
-from kernels.engine import Engine, EngineError
-from kernels.engine import load as load_engine
-from kernels.manifest import Finder
-from worker.batcher import Batcher
-from worker.contract import Sampling
-from worker.errors import Infrastructure, ModelUnavailable
-from worker.media.decode_dali import DaliDecoder, dali_version, nvdec_present
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.mtcnn import Mtcnn
-from worker.media.routed import RoutedDecoder
-from worker.media.stride import Strided
-from worker.media.types import Decoder, FaceFinder
-from worker.settings import Settings, SettingsError
+from ralf import install_hint
+from ralf.kernels.artifact import SHIPPED, Artifact, ArtifactError, resolve
+from ralf.kernels.engine import Engine, EngineError
+from ralf.kernels.engine import load as load_engine
+from ralf.kernels.manifest import Finder
+from ralf.worker.batcher import Batcher
+from ralf.worker.contract import Sampling
+from ralf.worker.errors import Infrastructure, ModelUnavailable
+from ralf.worker.media.decode_dali import DaliDecoder, dali_version, nvdec_present
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.mtcnn import Mtcnn
+from ralf.worker.media.routed import RoutedDecoder
+from ralf.worker.media.stride import Strided
+from ralf.worker.media.types import Decoder, FaceFinder
+from ralf.worker.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
@@ -138,7 +139,7 @@ def lacks_dali(device: str) -> str:
     if torch.device(device).type != "cuda":
         return f"the device is {device}, no GPU"
     if dali_version() is None:
-        return "DALI is not installed: pip install 'ralf[gpu]'"
+        return "DALI is not installed; " + install_hint("gpu")
     if not nvdec_present():
         return (
             "there is no libnvcuvid.so.1: in a container set "

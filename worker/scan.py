@@ -16,15 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from kernels.disk import replace_text
-from kernels.manifest import Finder
-from worker import telemetry
-from worker.contract import Evidence, EvidencePolicy, Sampling, Verdict, dump
-from worker.errors import JobError
-from worker.pipeline import Ask, Partial, analyze
-from worker.report import page
-from worker.runtime import Parts, load
-from worker.settings import Settings
+from ralf.kernels.disk import replace_text
+from ralf.kernels.manifest import Finder
+from ralf.worker import telemetry
+from ralf.worker.contract import Evidence, EvidencePolicy, Sampling, Verdict, dump
+from ralf.worker.errors import JobError
+from ralf.worker.pipeline import Ask, Partial, analyze
+from ralf.worker.report import page
+from ralf.worker.runtime import Parts, load
+from ralf.worker.settings import Settings
 
 WORDS = {
     "likely_forged": ("likely forged", "bold red"),

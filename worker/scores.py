@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.manifest import Aggregation, Calibration
+from ralf.kernels.manifest import Aggregation, Calibration
 
 DIGITS = 6
 """Scores are rounded before they are compared, so that what is shown is what decided."""

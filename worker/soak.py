@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from worker.gauges import held
-from worker.pipeline import Ask, analyze
-from worker.runtime import Parts
+from ralf.worker.gauges import held
+from ralf.worker.pipeline import Ask, analyze
+from ralf.worker.runtime import Parts
 
 WARM_UP = 0.1
 BLOCKS = 20

@@ -23,12 +23,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from worker.contract import Job, Verdict
-from worker.drift import Drift
-from worker.settings import Settings
+from ralf.worker.contract import Job, Verdict
+from ralf.worker.drift import Drift
+from ralf.worker.settings import Settings
 
 if TYPE_CHECKING:
-    from worker.service.shadow import Comparison
+    from ralf.worker.service.shadow import Comparison
 
 _URL = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#@\"']*@)?([^\s?#\"']*)(\?[^\s#\"']*)?(#\S*)?"

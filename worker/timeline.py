@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.manifest import Calibration
-from worker.contract import Segment, Timeline
-from worker.scores import Floats, Ints, Reals, Scores, calibrated
+from ralf.kernels.manifest import Calibration
+from ralf.worker.contract import Segment, Timeline
+from ralf.worker.scores import Floats, Ints, Reals, Scores, calibrated
 
 REACH_S = 1.0
 BRIDGE = 3.5

@@ -19,10 +19,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from kernels.manifest import Aggregation, Calibration, Manifest
-from worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
-from worker.scores import Ints, Reals, Scores, calibrated, level, shown
-from worker.timeline import Record, segments_of, timeline_of
+from ralf.kernels.manifest import Aggregation, Calibration, Manifest
+from ralf.worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
+from ralf.worker.scores import Ints, Reals, Scores, calibrated, level, shown
+from ralf.worker.timeline import Record, segments_of, timeline_of
 
 __all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "threshold_for"]
 

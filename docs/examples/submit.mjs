@@ -1,6 +1,6 @@
 // Submit an upload and wait for its verdict, with nothing but Node and Redis' own protocol.
 //
-//     python -m worker.service.script > ralf.lua
+//     python -m ralf.worker.service.script > ralf.lua
 //     node docs/examples/submit.mjs redis://USER:PASSWORD@HOST:6379/0 ralf.lua TOKEN URI [SECONDS]
 //
 // Also unix:///path?username=…&password=… . Prints one JSON line: how the submission went, then the
@@ -10,7 +10,7 @@ import { readFileSync } from "node:fs";
 import net from "node:net";
 
 const PREFIX = process.env.RALF_REDIS_PREFIX ?? "ralf:";
-const FUNCTION = "worker.service.jobs.moderate";
+const FUNCTION = "ralf.worker.service.jobs.moderate";
 
 // One connection, one question at a time.
 class Redis {

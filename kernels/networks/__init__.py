@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 NETWORKS = {
-    "ralf": ("kernels.networks.ralf", "Ralf"),
-    "classifier": ("kernels.networks.backbones", "Classifier"),
-    "fdfl": ("kernels.networks.fdfl", "Fdfl"),
-    "ensemble": ("kernels.networks.ensemble", "Ensemble"),
+    "ralf": ("ralf.kernels.networks.ralf", "Ralf"),
+    "classifier": ("ralf.kernels.networks.backbones", "Classifier"),
+    "fdfl": ("ralf.kernels.networks.fdfl", "Fdfl"),
+    "ensemble": ("ralf.kernels.networks.ensemble", "Ensemble"),
 }
 
 

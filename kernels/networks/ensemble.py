@@ -18,9 +18,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from kernels.manifest import Network, Strict
-from kernels.networks import build
-from kernels.networks.backbones import NetworkError
+from ralf.kernels.manifest import Network, Strict
+from ralf.kernels.networks import build
+from ralf.kernels.networks.backbones import NetworkError
 
 
 class Member(Strict):

@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dct import basis
-from kernels.networks.backbones import (
+from ralf.kernels.dct import basis
+from ralf.kernels.networks.backbones import (
     Backbone,
     NetworkError,
     Pool,

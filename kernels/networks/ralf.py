@@ -33,8 +33,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.dct import destruct, destruct_residual
-from kernels.networks.backbones import (
+from ralf.kernels.dct import destruct, destruct_residual
+from ralf.kernels.networks.backbones import (
     Backbone,
     NetworkError,
     Pool,
@@ -43,7 +43,7 @@ from kernels.networks.backbones import (
     lower_backbone,
     unit,
 )
-from kernels.networks.reconstructor import Reconstructor
+from ralf.kernels.networks.reconstructor import Reconstructor
 
 Sees = Literal["residual", "both"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from kernels.networks.backbones import dtype_of
+from ralf.kernels.networks.backbones import dtype_of
 
 
 class Rebuilt(NamedTuple):

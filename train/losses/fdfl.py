@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.losses.objective import (
+from ralf.train.losses.objective import (
     Batch,
     Moment,
     Objective,
@@ -37,8 +37,8 @@ from train.losses.objective import (
     exact,
     refuse_one_class,
 )
-from train.ranks import here
-from train.recipe import FdflLoss, Recipe
+from ralf.train.ranks import here
+from ralf.train.recipe import FdflLoss, Recipe
 
 
 def single_centre_loss(features: Tensor, forged: Tensor, centre: Tensor, margin: float) -> Tensor:

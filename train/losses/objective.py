@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.recipe import BceLoss, Recipe
+from ralf.train.recipe import BceLoss, Recipe
 
 
 class Batch(Protocol):
-    """What the loop reads of a batch; train.data makes them."""
+    """What the loop reads of a batch; ralf.train.data makes them."""
 
     @property
     def crops(self) -> Tensor:
@@ -136,7 +136,7 @@ def refuse_one_class(forged: Tensor, least: int = 1) -> None:
     if min(count, len(forged) - count) < least:
         raise OneClass(
             f"this loss needs at least {least} real and {least} forged faces in every batch, got "
-            f"{len(forged) - count} and {count}: use batches as train.data makes them"
+            f"{len(forged) - count} and {count}: use batches as ralf.train.data makes them"
         )
 
 
@@ -146,10 +146,10 @@ def exact(features: Tensor) -> Tensor:
 
 
 OBJECTIVES = {
-    "bce": ("train.losses.objective", "BceObjective"),
-    "ralf": ("train.losses.ralf", "RalfObjective"),
-    "fdfl": ("train.losses.fdfl", "FdflObjective"),
-    "rcl": ("train.losses.rcl", "RclObjective"),
+    "bce": ("ralf.train.losses.objective", "BceObjective"),
+    "ralf": ("ralf.train.losses.ralf", "RalfObjective"),
+    "fdfl": ("ralf.train.losses.fdfl", "FdflObjective"),
+    "rcl": ("ralf.train.losses.rcl", "RclObjective"),
 }
 """By the kind of the recipe's loss."""
 

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dct import dct2
-from train.losses.discriminator import Discriminator, adversarial_loss, discriminator_loss
-from train.losses.objective import Batch, Moment, Objective, Terms, cross_entropy
-from train.losses.perceptual import perceptual
-from train.ranks import here
-from train.recipe import RalfLoss, Recipe
+from ralf.kernels.dct import dct2
+from ralf.train.losses.discriminator import Discriminator, adversarial_loss, discriminator_loss
+from ralf.train.losses.objective import Batch, Moment, Objective, Terms, cross_entropy
+from ralf.train.losses.perceptual import perceptual
+from ralf.train.ranks import here
+from ralf.train.recipe import RalfLoss, Recipe
 
 PERCEPTUAL_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 BANDS = ((1, 1e-4), (8, 1e-2), (128, 1.0), (320, 10.0))

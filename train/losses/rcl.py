@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.losses.objective import (
+from ralf.train.losses.objective import (
     Batch,
     Moment,
     Objective,
@@ -45,8 +45,8 @@ from train.losses.objective import (
     exact,
     refuse_one_class,
 )
-from train.ranks import here
-from train.recipe import RclLoss, Recipe
+from ralf.train.ranks import here
+from ralf.train.recipe import RclLoss, Recipe
 
 
 class Centre(nn.Module):

@@ -28,9 +28,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.networks.mtcnn import pretrained
-from kernels.replay import Replay
-from worker.media.boxes import (
+from ralf.kernels.networks.mtcnn import pretrained
+from ralf.kernels.replay import Replay
+from ralf.worker.media.boxes import (
     corners,
     first_rows,
     moved,
@@ -42,7 +42,7 @@ from worker.media.boxes import (
     squared,
     survivors,
 )
-from worker.media.pyramid import Windows, all_windows, crops, integral, shrink
+from ralf.worker.media.pyramid import Windows, all_windows, crops, integral, shrink
 
 ACCEPT = (0.6, 0.7, 0.7)  # least P(face) after P-, R- and O-Net
 ROUNDS = 16  # of NMS; the longest chain seen in pictures is below ten

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.errors import CorruptMedia
-from worker.media.types import Clip, Frames, Probe
+from ralf.worker.errors import CorruptMedia
+from ralf.worker.media.types import Clip, Frames, Probe
 
 
 @dataclass(frozen=True)

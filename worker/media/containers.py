@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from worker.errors import (
+from ralf.worker.errors import (
     ContainerUnsupported,
     CorruptMedia,
     EncryptedMedia,

@@ -34,14 +34,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.errors import Infrastructure, JobError
-from worker.media.chunks import frames_in
-from worker.media.colour import from_bt601
-from worker.media.decode_pyav import PyavDecoder, range_in_stream
-from worker.media.orders import Batches, Order
-from worker.media.routing import Backend, refusal
-from worker.media.sampling import plan
-from worker.media.types import Clip, Frames, Probe
+from ralf.worker.errors import Infrastructure, JobError
+from ralf.worker.media.chunks import frames_in
+from ralf.worker.media.colour import from_bt601
+from ralf.worker.media.decode_pyav import PyavDecoder, range_in_stream
+from ralf.worker.media.orders import Batches, Order
+from ralf.worker.media.routing import Backend, refusal
+from ralf.worker.media.sampling import plan
+from ralf.worker.media.types import Clip, Frames, Probe
 
 CLIPS_AT_ONCE = 8
 """H200's NVDEC has seven decoders; 588, 1,926 and 2,924 frames/s were measured with 1, 4 and 8."""

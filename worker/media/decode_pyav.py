@@ -24,12 +24,12 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.errors import JobError
-from worker.media.chunks import Picture, chunks
-from worker.media.colour import FULL, colour_of
-from worker.media.probe import hidden, open_media, packets
-from worker.media.sampling import plan
-from worker.media.types import Clip, Frames, Probe
+from ralf.worker.errors import JobError
+from ralf.worker.media.chunks import Picture, chunks
+from ralf.worker.media.colour import FULL, colour_of
+from ralf.worker.media.probe import hidden, open_media, packets
+from ralf.worker.media.sampling import plan
+from ralf.worker.media.types import Clip, Frames, Probe
 
 __all__ = ["PyavDecoder", "plan", "range_in_stream"]
 

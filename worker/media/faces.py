@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from kernels.manifest import InputContract
-from worker.media.resample import cut_all
-from worker.media.tracks import Tracker
-from worker.media.types import Faces, Frames
+from ralf.kernels.manifest import InputContract
+from ralf.worker.media.resample import cut_all
+from ralf.worker.media.tracks import Tracker
+from ralf.worker.media.types import Faces, Frames
 
 __all__ = ["Tracker", "cut", "cut_one", "regions"]
 

@@ -34,14 +34,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 
-from kernels.lanes import side_by_side
-from kernels.manifest import Finder
-from kernels.networks.mtcnn import pretrained
-from worker.media.boxes import corners, moved, placed, regressed, squared
-from worker.media.cascade import ACCEPT, MOST_FRAMES, Cascade, Found
-from worker.media.pyramid import WINDOW, all_windows, bands, crops, integral, shrink
-from worker.media.resample import shrunk
-from worker.media.types import Faces, Frames
+from ralf.kernels.lanes import side_by_side
+from ralf.kernels.manifest import Finder
+from ralf.kernels.networks.mtcnn import pretrained
+from ralf.worker.media.boxes import corners, moved, placed, regressed, squared
+from ralf.worker.media.cascade import ACCEPT, MOST_FRAMES, Cascade, Found
+from ralf.worker.media.pyramid import WINDOW, all_windows, bands, crops, integral, shrink
+from ralf.worker.media.resample import shrunk
+from ralf.worker.media.types import Faces, Frames
 
 # How much goes through at once: what stays in a CPU's caches (four times as much takes 1.3 × as
 # long a frame), or what fills a GPU.

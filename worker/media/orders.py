@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.media.types import Probe
+from ralf.worker.media.types import Probe
 
 
 @dataclass(eq=False)

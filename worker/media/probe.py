@@ -18,7 +18,7 @@ from typing import Any
 
 import av
 
-from worker.errors import (
+from ralf.worker.errors import (
     CodecUnsupported,
     CorruptMedia,
     EncryptedMedia,
@@ -29,11 +29,11 @@ from worker.errors import (
     TooManyStreams,
     UnreadableFile,
 )
-from worker.media.colour import describe_colour, turn
-from worker.media.containers import Demuxer, first_look
-from worker.media.timeline import Seen, Timeline, timeline
-from worker.media.types import Probe
-from worker.settings import Settings
+from ralf.worker.media.colour import describe_colour, turn
+from ralf.worker.media.containers import Demuxer, first_look
+from ralf.worker.media.timeline import Seen, Timeline, timeline
+from ralf.worker.media.types import Probe
+from ralf.worker.settings import Settings
 
 CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
 DECODERS = ",".join(sorted(CODECS | {"libdav1d", "libaom-av1", "libvpx", "libvpx-vp9"}))

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import structlog
 
-from worker.errors import JobError
-from worker.media.decode_dali import DaliDecoder
-from worker.media.decode_pyav import PyavDecoder
-from worker.media.routing import RATES, Rates, UnderWay, pixels_read, route
-from worker.media.sampling import plan
-from worker.media.types import Clip, Decoder, Frames
+from ralf.worker.errors import JobError
+from ralf.worker.media.decode_dali import DaliDecoder
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.routing import RATES, Rates, UnderWay, pixels_read, route
+from ralf.worker.media.sampling import plan
+from ralf.worker.media.types import Clip, Decoder, Frames
 
 log = structlog.get_logger()
 

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.media.types import Probe
+from ralf.worker.media.types import Probe
 
 Backend = Literal["cpu", "mixed"]
 """DALI's own words: `mixed` reads on the host and decodes on the GPU's NVDEC."""

@@ -7,8 +7,8 @@ decoder.
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.errors import BadRequest
-from worker.media.types import Clip
+from ralf.worker.errors import BadRequest
+from ralf.worker.media.types import Clip
 
 
 def plan(clip: Clip) -> NDArray[np.int64]:

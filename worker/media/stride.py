@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from worker.media.tracks import overlap
-from worker.media.types import FaceFinder, Faces, Frames
+from ralf.worker.media.tracks import overlap
+from ralf.worker.media.types import FaceFinder, Faces, Frames
 
 GAP_S = 0.25
 """Two looks are at most so far apart."""

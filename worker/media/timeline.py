@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.errors import CorruptMedia, TooManyFrames
-from worker.settings import Settings
+from ralf.worker.errors import CorruptMedia, TooManyFrames
+from ralf.worker.settings import Settings
 
 
 @dataclass

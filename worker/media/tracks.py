@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 if TYPE_CHECKING:  # both need torch; only their numpy fields are read
-    from worker.media.types import Faces, Frames
+    from ralf.worker.media.types import Faces, Frames
 
 Boxes = NDArray[np.float64]
 

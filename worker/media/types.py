@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.contract import Sampling
+from ralf.worker.contract import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

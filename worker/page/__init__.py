@@ -1,1 +1,1 @@
-"""The parts of the HTML page that worker.report puts together; text in, HTML out."""
+"""The parts of the HTML page that ralf.worker.report puts together; text in, HTML out."""

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from itertools import groupby, pairwise
 from statistics import median
 
-from worker.contract import Segment, Threshold, Timeline, Track, Verdict
-from worker.page.markup import Html, join, tag
-from worker.scores import shown
+from ralf.worker.contract import Segment, Threshold, Timeline, Track, Verdict
+from ralf.worker.page.markup import Html, join, tag
+from ralf.worker.scores import shown
 
 STRIP_PX = 96
 LINE_PX = 64

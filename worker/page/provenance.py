@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from worker.contract import Verdict
-from worker.page.markup import Html, foreign, join, tag
-from worker.scores import shown
+from ralf.worker.contract import Verdict
+from ralf.worker.page.markup import Html, foreign, join, tag
+from ralf.worker.scores import shown
 
 
 def groups(verdict: Verdict) -> list[Html]:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from worker.contract import FaceAt, TrackReview, Verdict
-from worker.page.markup import Html, foreign, tag
+from ralf.worker.contract import FaceAt, TrackReview, Verdict
+from ralf.worker.page.markup import Html, foreign, tag
 
 FACES = 32
 """Places kept per track: as many as training samples."""

@@ -2,10 +2,10 @@
 
 import re
 
-from worker.contract import Evidence, Picture, Track, Verdict
-from worker.page.charts import axis, clock, line
-from worker.page.markup import WORDS, Html, foreign, join, section, tag
-from worker.scores import shown
+from ralf.worker.contract import Evidence, Picture, Track, Verdict
+from ralf.worker.page.charts import axis, clock, line
+from ralf.worker.page.markup import WORDS, Html, foreign, join, section, tag
+from ralf.worker.scores import shown
 
 STRONGEST = 6
 JPEG_BASE64 = re.compile(r"/9j/[A-Za-z0-9+/]+={0,2}")

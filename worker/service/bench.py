@@ -27,16 +27,16 @@ from typing import Any
 from rq import Queue, SimpleWorker, Worker
 from rq.worker import BaseWorker
 
-from kernels.bench import Record, Timing, machine, timing
-from worker import telemetry
-from worker.client import Client, request
-from worker.contract import Failure, Job
-from worker.service import jobs
-from worker.service.fleet import Fleet, redis_alone
-from worker.service.horse import Horse
-from worker.service.link import Link
-from worker.service.store import Store, connect
-from worker.settings import Settings
+from ralf.kernels.bench import Record, Timing, machine, timing
+from ralf.worker import telemetry
+from ralf.worker.client import Client, request
+from ralf.worker.contract import Failure, Job
+from ralf.worker.service import jobs
+from ralf.worker.service.fleet import Fleet, redis_alone
+from ralf.worker.service.horse import Horse
+from ralf.worker.service.link import Link
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
 
 TURNS = 7
 LATENCY_JOBS = 200

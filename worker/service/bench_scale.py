@@ -24,13 +24,13 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
-from kernels.bench import Record, machine, timing
-from worker.client import request
-from worker.service import jobs
-from worker.service.bench import own_redis
-from worker.service.fleet import Fleet, FleetFailed
-from worker.service.procfs import cpu
-from worker.service.store import Store, connect
+from ralf.kernels.bench import Record, machine, timing
+from ralf.worker.client import request
+from ralf.worker.service import jobs
+from ralf.worker.service.bench import own_redis
+from ralf.worker.service.fleet import Fleet, FleetFailed
+from ralf.worker.service.procfs import cpu
+from ralf.worker.service.store import Store, connect
 
 Load = Literal["wait", "empty"]
 WORKERS = (1, 2, 4)

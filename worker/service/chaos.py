@@ -31,14 +31,14 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from worker.client import Client
-from worker.service.fleet import NO_REDIS, Fleet, running
-from worker.service.proof import doubled, ended_jobs, prove
-from worker.service.receiver import Receiver
-from worker.service.store import PRIORITIES, Store, connect
-from worker.service.storm import Storm, Tempo, Watch, Wound
-from worker.service.uploader import Uploader, priorities
-from worker.settings import Settings
+from ralf.worker.client import Client
+from ralf.worker.service.fleet import NO_REDIS, Fleet, running
+from ralf.worker.service.proof import doubled, ended_jobs, prove
+from ralf.worker.service.receiver import Receiver
+from ralf.worker.service.store import PRIORITIES, Store, connect
+from ralf.worker.service.storm import Storm, Tempo, Watch, Wound
+from ralf.worker.service.uploader import Uploader, priorities
+from ralf.worker.settings import Settings
 
 SHORT: dict[str, Any] = {
     "heartbeat_s": 0.5,

@@ -1,6 +1,6 @@
 """The warm child: loads the model once, then serves jobs over a Unix socket.
 
-    python -m worker.service.child --socket-fd N [--parent PID] [--bodies test] [--capacity N]
+    python -m ralf.worker.service.child --socket-fd N [--parent PID] [--bodies test] [--capacity N]
 
 It is spawned, never forked, so that CUDA starts in a clean process; it holds no credentials (see
 sandbox.py) and speaks only wire.py's messages.  The listening socket is inherited, so a parent
@@ -28,15 +28,15 @@ from functools import partial
 
 import structlog
 
-from worker import telemetry
-from worker.contract import Job, dump
-from worker.errors import BadRequest, Cancelled, GpuFatal, JobError, RalfError
-from worker.service import jobs, sandbox, wire
-from worker.service.procfs import rss
-from worker.service.shadow import Second
-from worker.service.shelf import EmptyShelf, Facts, Shelf, label, load
-from worker.service.turnstile import Peer, Turnstile, Visit
-from worker.settings import Settings
+from ralf.worker import telemetry
+from ralf.worker.contract import Job, dump
+from ralf.worker.errors import BadRequest, Cancelled, GpuFatal, JobError, RalfError
+from ralf.worker.service import jobs, sandbox, wire
+from ralf.worker.service.procfs import rss
+from ralf.worker.service.shadow import Second
+from ralf.worker.service.shelf import EmptyShelf, Facts, Shelf, label, load
+from ralf.worker.service.turnstile import Peer, Turnstile, Visit
+from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 
@@ -253,7 +253,9 @@ def _ready(facts: Facts) -> wire.Ready:
 
 def main(arguments: list[str] | None = None) -> int:
     """The child's whole life."""
-    parser = argparse.ArgumentParser(prog="worker.service.child", description="The warm child.")
+    parser = argparse.ArgumentParser(
+        prog="ralf.worker.service.child", description="The warm child."
+    )
     parser.add_argument("--socket-fd", type=int, required=True)
     parser.add_argument("--parent", type=int, help="die when this process does")
     parser.add_argument("--bodies", choices=("moderate", "test"), default="moderate")

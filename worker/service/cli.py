@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worker.client import Client
-    from worker.service.store import Store
+    from ralf.worker.client import Client
+    from ralf.worker.service.store import Store
 
 
 def commands(subparsers: Any) -> None:
@@ -32,7 +32,7 @@ def _reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     def reach(args: argparse.Namespace) -> int:
         from redis.exceptions import RedisError
 
-        from worker.errors import Infrastructure
+        from ralf.worker.errors import Infrastructure
 
         try:
             return run(args)
@@ -51,8 +51,8 @@ def _answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
     def answer(args: argparse.Namespace) -> int:
         from pydantic import ValidationError
 
-        from worker import client
-        from worker.errors import Interrupted, by_code
+        from ralf.worker import client
+        from ralf.worker.errors import Interrupted, by_code
 
         try:
             return run(args)
@@ -83,7 +83,7 @@ def _answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
 @contextmanager
 def _client(args: argparse.Namespace) -> Iterator["Client"]:
     """The client at --redis or RALF_REDIS_URL; given back at the end."""
-    from worker.client import connect
+    from ralf.worker.client import connect
 
     client = connect(args.redis)
     try:
@@ -121,8 +121,8 @@ def _submit(subparsers: Any) -> None:
 
 
 def _run_submit(args: argparse.Namespace) -> int:
-    from worker.client import request
-    from worker.contract import Callback, EarlyStop, Sampling, dump
+    from ralf.worker.client import request
+    from ralf.worker.contract import Callback, EarlyStop, Sampling, dump
 
     uris = [_uri(name) for name in args.uris]
     tokens = _tokens(args.token, uris)
@@ -207,14 +207,14 @@ def _shown(status: Any) -> dict[str, Any]:
 
 
 def _run_result(args: argparse.Namespace) -> int:
-    from worker.contract import Evidence, dump
+    from ralf.worker.contract import Evidence, dump
 
     with _client(args) as client:
         verdict = client.result(args.job, timeout=args.wait)
         print(dump(verdict), flush=True)
         if args.report:
-            from kernels.disk import replace_text
-            from worker.report import page  # draws with NumPy, which a backend may not have
+            from ralf.kernels.disk import replace_text
+            from ralf.worker.report import page  # draws with NumPy, which a backend may not have
 
             kept = client.store.evidence(args.job)
             replace_text(Path(args.report), page(verdict, kept or Evidence()))
@@ -237,7 +237,7 @@ def _run_watch(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> Any:
     from dataclasses import replace
 
-    from worker.settings import Settings
+    from ralf.worker.settings import Settings
 
     settings = Settings.from_environment()
     changes = {"redis_url": args.redis, "models_dir": getattr(args, "models", None)}
@@ -280,7 +280,7 @@ def _worker(subparsers: Any) -> None:
 def _run_worker(args: argparse.Namespace) -> int:
     if args.parents is not None:
         return _run_parents(args)
-    from worker.service.serve import run_worker
+    from ralf.worker.service.serve import run_worker
 
     return run_worker(
         _settings(args),
@@ -293,7 +293,7 @@ def _run_worker(args: argparse.Namespace) -> int:
 
 
 def _run_parents(args: argparse.Namespace) -> int:
-    from worker.service.crew import run_crew
+    from ralf.worker.service.crew import run_crew
 
     alone = args.burst or args.max_jobs or args.shared
     if not 0 <= args.high <= args.parents or args.parents < 1 or alone:
@@ -325,8 +325,8 @@ def _run_serve(args: argparse.Namespace) -> int:
     import signal
     import threading
 
-    from worker.errors import Infrastructure
-    from worker.service.serve import embedded
+    from ralf.worker.errors import Infrastructure
+    from ralf.worker.service.serve import embedded
 
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -352,8 +352,8 @@ def _deliver(subparsers: Any) -> None:
 
 
 def _run_deliver(args: argparse.Namespace) -> int:
-    from worker.service.outbox import Outbox
-    from worker.service.serve import run_deliverer
+    from ralf.worker.service.outbox import Outbox
+    from ralf.worker.service.serve import run_deliverer
 
     with _store(args) as store:
         outbox = Outbox(store)
@@ -391,7 +391,7 @@ def _each(names: list[str], do: Callable[[str], Any], missing: str) -> int:
 @contextmanager
 def _store(args: argparse.Namespace) -> Iterator["Store"]:
     """The store itself, for those who run the service."""
-    from worker.service.store import Store, connect
+    from ralf.worker.service.store import Store, connect
 
     settings = _settings(args)
     redis = connect(settings.redis_url, attempts=3)
@@ -409,8 +409,8 @@ def _janitor(subparsers: Any) -> None:
 
 
 def _run_janitor(args: argparse.Namespace) -> int:
-    from worker.service.janitor import Janitor
-    from worker.service.serve import run_janitor
+    from ralf.worker.service.janitor import Janitor
+    from ralf.worker.service.serve import run_janitor
 
     if not args.once:
         return run_janitor(_settings(args))
@@ -436,7 +436,7 @@ def _quarantine(subparsers: Any) -> None:
 
 
 def _run_quarantine(args: argparse.Namespace) -> int:
-    from worker.service.quarantine import Quarantine
+    from ralf.worker.service.quarantine import Quarantine
 
     missing = "no job {} in quarantine; see ralf quarantine list"
     with _store(args) as store:
@@ -477,6 +477,6 @@ def _chaos(subparsers: Any) -> None:
 
 
 def _run_chaos(args: argparse.Namespace) -> int:
-    from worker.service.chaos import run
+    from ralf.worker.service.chaos import run
 
     return run(args)

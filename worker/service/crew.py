@@ -26,11 +26,11 @@ from types import FrameType
 
 import structlog
 
-from worker import telemetry
-from worker.contract import Priority
-from worker.service.jobs import Bodies
-from worker.service.serve import BROKEN, as_environment
-from worker.settings import Settings
+from ralf.worker import telemetry
+from ralf.worker.contract import Priority
+from ralf.worker.service.jobs import Bodies
+from ralf.worker.service.serve import BROKEN, as_environment
+from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 
@@ -59,7 +59,7 @@ class Crew:
         many = range(len(priorities))
         self.ports = [settings.http_port and settings.http_port + n for n in many]
         self.stopping = 0.0
-        command = [sys.executable, "-m", "worker.service.serve", "--parent", str(os.getpid())]
+        command = [sys.executable, "-m", "ralf.worker.service.serve", "--parent", str(os.getpid())]
         command += ["worker", "--bodies", bodies, "--shared", str(folder)]
         command += ["--capacity", str(capacity), "--priority"]
         self.members = [

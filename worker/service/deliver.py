@@ -29,13 +29,13 @@ from typing import Literal
 import structlog
 from redis.exceptions import RedisError
 
-from worker import telemetry
-from worker.service.egress import Egress, EgressDenied, EgressFailed
-from worker.service.outbox import Outbox
-from worker.service.records import Delivery
-from worker.service.signing import Secrets, body_of
-from worker.service.store import Store
-from worker.settings import Settings
+from ralf.worker import telemetry
+from ralf.worker.service.egress import Egress, EgressDenied, EgressFailed
+from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.records import Delivery
+from ralf.worker.service.signing import Secrets, body_of
+from ralf.worker.service.store import Store
+from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 

@@ -12,10 +12,10 @@ import time
 from contextlib import suppress
 from urllib.parse import urljoin
 
-from worker.errors import FetchDenied, FetchFailed
-from worker.service.egress import Answer, Egress, EgressDenied, EgressFailed, Target
-from worker.service.intake import Intake
-from worker.settings import Settings
+from ralf.worker.errors import FetchDenied, FetchFailed
+from ralf.worker.service.egress import Answer, Egress, EgressDenied, EgressFailed, Target
+from ralf.worker.service.intake import Intake
+from ralf.worker.settings import Settings
 
 CHUNK = 1 << 20
 RESUMES = 5

@@ -24,9 +24,9 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from types import TracebackType
 from typing import Any, Self, cast
 
-from worker.errors import RalfError
-from worker.service.targets import EgressDenied, Target, read_url, refusal
-from worker.settings import Settings
+from ralf.worker.errors import RalfError
+from ralf.worker.service.targets import EgressDenied, Target, read_url, refusal
+from ralf.worker.settings import Settings
 
 __all__ = ["Answer", "Egress", "EgressDenied", "EgressFailed", "Target"]
 

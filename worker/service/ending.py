@@ -13,10 +13,10 @@ settle() is one script of the store; sent twice, it changes nothing the second t
 from dataclasses import dataclass, field
 from typing import Literal, assert_never
 
-from worker.contract import Evidence, Failure, Verdict
-from worker.errors import Crashed, Interrupted, JobError
-from worker.service.records import Claim
-from worker.service.store import END_BY_CODE, Store
+from ralf.worker.contract import Evidence, Failure, Verdict
+from ralf.worker.errors import Crashed, Interrupted, JobError
+from ralf.worker.service.records import Claim
+from ralf.worker.service.store import END_BY_CODE, Store
 
 
 @dataclass(frozen=True)

@@ -27,19 +27,19 @@ import structlog
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from worker import telemetry
-from worker.contract import Evidence, Progress, Verdict
-from worker.errors import DecoderCrashed, by_code
-from worker.service import wire
-from worker.service.ending import Ending, settle
-from worker.service.fetching import Fetching
-from worker.service.jobs import Body
-from worker.service.limits import Pace, memory_allowed, overrun
-from worker.service.link import Link
-from worker.service.orders import Orders
-from worker.service.records import Claim
-from worker.service.store import Store
-from worker.settings import Settings
+from ralf.worker import telemetry
+from ralf.worker.contract import Evidence, Progress, Verdict
+from ralf.worker.errors import DecoderCrashed, by_code
+from ralf.worker.service import wire
+from ralf.worker.service.ending import Ending, settle
+from ralf.worker.service.fetching import Fetching
+from ralf.worker.service.jobs import Body
+from ralf.worker.service.limits import Pace, memory_allowed, overrun
+from ralf.worker.service.link import Link
+from ralf.worker.service.orders import Orders
+from ralf.worker.service.records import Claim
+from ralf.worker.service.store import Store
+from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 

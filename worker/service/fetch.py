@@ -26,12 +26,13 @@ from urllib.parse import unquote
 
 import fsspec
 
-from worker.contract import Media
-from worker.errors import Cancelled, FetchDenied, FetchFailed, UnreadableFile
-from worker.service.download import CHUNK, RESUMES, Download
-from worker.service.egress import Egress
-from worker.service.intake import Fetched, Intake, receiving
-from worker.settings import Settings
+from ralf import install_hint
+from ralf.worker.contract import Media
+from ralf.worker.errors import Cancelled, FetchDenied, FetchFailed, UnreadableFile
+from ralf.worker.service.download import CHUNK, RESUMES, Download
+from ralf.worker.service.egress import Egress
+from ralf.worker.service.intake import Fetched, Intake, receiving
+from ralf.worker.settings import Settings
 
 __all__ = ["Fetched", "fetch", "open_store"]
 
@@ -188,7 +189,7 @@ def _opened_store(scheme: str, endpoint: str) -> Any:
         )
     except ImportError as error:
         raise FetchFailed(
-            f"{scheme}:// needs the extra `stores`; on the worker: pip install 'ralf[stores]'"
+            f"{scheme}:// needs the extra `stores` on the worker; " + install_hint("stores")
         ) from error
 
 

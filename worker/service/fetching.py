@@ -5,12 +5,12 @@ from pathlib import Path
 
 import structlog
 
-from worker.contract import Media
-from worker.errors import Cancelled, FetchFailed, JobError
-from worker.service.ending import Ending
-from worker.service.fetch import Fetched, fetch
-from worker.service.orders import Orders
-from worker.settings import Settings
+from ralf.worker.contract import Media
+from ralf.worker.errors import Cancelled, FetchFailed, JobError
+from ralf.worker.service.ending import Ending
+from ralf.worker.service.fetch import Fetched, fetch
+from ralf.worker.service.orders import Orders
+from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 

@@ -23,11 +23,11 @@ from typing import Literal
 
 from redis.exceptions import RedisError
 
-from worker.contract import Priority
-from worker.errors import Infrastructure
-from worker.service.serve import as_environment, redis_server
-from worker.service.store import connect
-from worker.settings import Settings
+from ralf.worker.contract import Priority
+from ralf.worker.errors import Infrastructure
+from ralf.worker.service.serve import as_environment, redis_server
+from ralf.worker.service.store import connect
+from ralf.worker.settings import Settings
 
 Role = Literal["redis", "worker", "janitor", "deliverer"]
 START_S = 30.0
@@ -117,7 +117,7 @@ class Fleet:
             raise FleetFailed(f"{post.name} ends with {status} each time: {_tail(post.log)}")
 
     def _fill(self, post: Post) -> None:
-        head = [sys.executable, "-m", "worker.service.serve", "--parent", str(os.getpid())]
+        head = [sys.executable, "-m", "ralf.worker.service.serve", "--parent", str(os.getpid())]
         with post.log.open("ab") as log:
             post.process = subprocess.Popen(
                 [*head, *post.command],
@@ -215,7 +215,7 @@ class Fleet:
 
 def _is_child(pid: int) -> bool:
     with suppress(OSError):
-        return b"worker.service.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"ralf.worker.service.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 

@@ -40,17 +40,17 @@ from rq.utils import now as utc_now
 from rq.utils import utcformat
 from rq.worker import WorkerStatus
 
-from worker.contract import Failure, Priority
-from worker.errors import ModelUnavailable
-from worker.service.ending import Ending
-from worker.service.entry import checked, write_refused
-from worker.service.errand import Errand
-from worker.service.jobs import Body
-from worker.service.link import Link
-from worker.service.orders import Orders
-from worker.service.stable import Stable
-from worker.service.store import Store
-from worker.telemetry import METRICS, Metrics
+from ralf.worker.contract import Failure, Priority
+from ralf.worker.errors import ModelUnavailable
+from ralf.worker.service.ending import Ending
+from ralf.worker.service.entry import checked, write_refused
+from ralf.worker.service.errand import Errand
+from ralf.worker.service.jobs import Body
+from ralf.worker.service.link import Link
+from ralf.worker.service.orders import Orders
+from ralf.worker.service.stable import Stable
+from ralf.worker.service.store import Store
+from ralf.worker.telemetry import METRICS, Metrics
 
 log = structlog.get_logger()
 

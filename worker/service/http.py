@@ -18,9 +18,9 @@ import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from redis.exceptions import RedisError
 
-from worker.service.store import Store
-from worker.settings import Settings
-from worker.telemetry import Count, Metrics
+from ralf.worker.service.store import Store
+from ralf.worker.settings import Settings
+from ralf.worker.telemetry import Count, Metrics
 
 log = structlog.get_logger()
 

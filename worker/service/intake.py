@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from worker.contract import Media
-from worker.errors import FetchFailed, HashMismatch, TooLarge
-from worker.settings import Settings
+from ralf.worker.contract import Media
+from ralf.worker.errors import FetchFailed, HashMismatch, TooLarge
+from ralf.worker.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from typing import cast
 import structlog
 from redis.exceptions import RedisError
 
-from worker.contract import Priority
-from worker.service import sessions
-from worker.service.records import Outcome
-from worker.service.store import PRIORITIES, Store, decoded
-from worker.settings import Settings
+from ralf.worker.contract import Priority
+from ralf.worker.service import sessions
+from ralf.worker.service.records import Outcome
+from ralf.worker.service.store import PRIORITIES, Store, decoded
+from ralf.worker.settings import Settings
 
 FOLD_AFTER_S = 2.0
 """A session's own end folds it at once; only what stayed behind for so long is the janitor's."""

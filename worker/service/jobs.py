@@ -1,6 +1,6 @@
 """What a job is, as run in the child: a function on a list, never a name out of Redis.
 
-`worker.service.jobs.moderate` is the job.  The others have torch-free bodies that misbehave on
+`ralf.worker.service.jobs.moderate` is the job.  The others have torch-free bodies that misbehave on
 purpose; a child knows them only when it was started with `--bodies test`, which the commands for
 chaos and benches do.  A body gets a Task, tells its progress as it goes (telling is also where a
 cancelled job stops), and returns the verdict and its pictures or raises a named error.
@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from itertools import repeat
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from worker.contract import (
+from ralf.worker.contract import (
     Evidence,
     Job,
     Made,
@@ -28,13 +28,13 @@ from worker.contract import (
     Timeline,
     Verdict,
 )
-from worker.errors import Cancelled, DecoderCrashed, GpuFatal, GpuOom, JobError, RalfError
-from worker.service.wire import Run
+from ralf.worker.errors import Cancelled, DecoderCrashed, GpuFatal, GpuOom, JobError, RalfError
+from ralf.worker.service.wire import Run
 
 if TYPE_CHECKING:
-    from worker.runtime import Parts
+    from ralf.worker.runtime import Parts
 
-PREFIX = "worker.service.jobs."
+PREFIX = "ralf.worker.service.jobs."
 MODERATE = PREFIX + "moderate"
 Bodies = Literal["moderate", "test"]
 _ZEROS = "0" * 64
@@ -85,8 +85,8 @@ def moderate(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
 def _analyze(task: Task, parts: "Parts") -> tuple[Verdict, Evidence]:
     from pathlib import Path
 
-    from worker.media.probe import probe
-    from worker.pipeline import Ask, Partial, analyze
+    from ralf.worker.media.probe import probe
+    from ralf.worker.pipeline import Ask, Partial, analyze
 
     run = task.run
     # The parent times the job by the clip's length, and the first chunk may take long.
@@ -112,7 +112,7 @@ def halved(parts: "Parts") -> "Parts":
     """The same parts with chunks of half the size, the device's cache given back."""
     import torch
 
-    from worker.runtime import with_decoder
+    from ralf.worker.runtime import with_decoder
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from worker.errors import DeadlinePassed, DecoderCrashed, Hung, JobError
-from worker.settings import Settings
+from ralf.worker.errors import DeadlinePassed, DecoderCrashed, Hung, JobError
+from ralf.worker.settings import Settings
 
 BUSY_FACTOR = 5
 BUSY_SHARE = 0.05

@@ -25,13 +25,13 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from worker import telemetry
-from worker.service import sandbox, wire
-from worker.service.jobs import Bodies
-from worker.service.ownfolder import OwnFolder
-from worker.service.procfs import cpu, rss
-from worker.service.shadow import Comparison
-from worker.settings import Settings
+from ralf.worker import telemetry
+from ralf.worker.service import sandbox, wire
+from ralf.worker.service.jobs import Bodies
+from ralf.worker.service.ownfolder import OwnFolder
+from ralf.worker.service.procfs import cpu, rss
+from ralf.worker.service.shadow import Comparison
+from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 
@@ -157,7 +157,7 @@ class Link:
         return connection
 
     def _command(self, descriptor: int) -> list[str]:
-        command = [sys.executable, "-m", "worker.service.child"]
+        command = [sys.executable, "-m", "ralf.worker.service.child"]
         command += ["--socket-fd", str(descriptor), "--bodies", self.bodies]
         command += ["--capacity", str(self.capacity)]
         if self.shared:
@@ -265,7 +265,7 @@ class Link:
         if self._process is not None and self._process.pid == self.pid:
             return self._process.poll() is None
         try:
-            return b"worker.service.child" in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+            return b"ralf.worker.service.child" in Path(f"/proc/{self.pid}/cmdline").read_bytes()
         except OSError:
             return False
 

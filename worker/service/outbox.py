@@ -8,8 +8,8 @@ it is pushed twice, under the same id.
 from collections.abc import Sequence
 from typing import Any
 
-from worker.service.records import Delivery
-from worker.service.store import Store, decoded
+from ralf.worker.service.records import Delivery
+from ralf.worker.service.store import Store, decoded
 
 
 class Outbox:

@@ -12,7 +12,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from worker.errors import Infrastructure
+from ralf.worker.errors import Infrastructure
 
 PREFIX = "ralf-"
 _OWNER = "owner"

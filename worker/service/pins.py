@@ -7,7 +7,7 @@ queued and the running jobs, so that a long queue costs time and not memory.
 import json
 from collections.abc import Iterator
 
-from worker.service.store import PRIORITIES, Store, decoded
+from ralf.worker.service.store import PRIORITIES, Store, decoded
 
 PAGE = 500
 

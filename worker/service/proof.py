@@ -22,10 +22,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from worker.contract import State, Verdict
-from worker.service.receiver import Receipt
-from worker.service.records import Status
-from worker.service.store import PRIORITIES, Store, decoded
+from ralf.worker.contract import State, Verdict
+from ralf.worker.service.receiver import Receipt
+from ralf.worker.service.records import Status
+from ralf.worker.service.store import PRIORITIES, Store, decoded
 
 _SHOWN = 5
 

@@ -3,8 +3,8 @@
 import uuid
 from typing import Any
 
-from worker.service.records import Quarantined, Submitted
-from worker.service.store import Store
+from ralf.worker.service.records import Quarantined, Submitted
+from ralf.worker.service.store import Store
 
 
 class Quarantine:

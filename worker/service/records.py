@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from worker.contract import ENDED, Failure, Job, Label, Priority, Progress, State, dump
+from ralf.worker.contract import ENDED, Failure, Job, Label, Priority, Progress, State, dump
 
 Order = Literal["go_on", "cancel", "lost"]
 """What a running job should do next; lost: its lease ran out and another may have it."""

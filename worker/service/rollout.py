@@ -14,7 +14,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from worker.settings import Settings, SettingsError
+from ralf.worker.settings import Settings, SettingsError
 
 _VERSION = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_.-]{0,127}@)?[0-9a-f]{8}")
 _SHARE = re.compile(r"(\d{1,3}(?:\.\d+)?)%")

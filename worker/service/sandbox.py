@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from worker.settings import Settings
+from ralf.worker.settings import Settings
 
 KEPT = (
     "PATH",

@@ -13,8 +13,8 @@ from redis import Redis, exceptions
 from redis.backoff import EqualJitterBackoff
 from redis.retry import Retry
 
-from worker.contract import Priority
-from worker.settings import Settings
+from ralf.worker.contract import Priority
+from ralf.worker.settings import Settings
 
 PRIORITIES: tuple[Priority, ...] = ("high", "default")
 RQ_TTL_S = 3600
@@ -97,7 +97,7 @@ def source(settings: Settings) -> str:
     }
     lines = [f"  {name} = {json.dumps(value)}," for name, value in constants.items()]
     lines.append("  priorities = {" + ", ".join(json.dumps(name) for name in PRIORITIES) + "},")
-    folder = files("worker.service")
+    folder = files("ralf.worker.service")
     parts = [folder.joinpath(f"{name}.lua").read_text() for name in ("states", "moves", "repairs")]
     return "\n".join(["local C = {", *lines, "}", *parts])
 

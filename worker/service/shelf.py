@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from worker.contract import Job, Verdict
-from worker.errors import BadRequest, ModelUnavailable
-from worker.service.rollout import Rollout
-from worker.service.slot import Aside, Slot, in_thread
-from worker.settings import Settings
+from ralf.worker.contract import Job, Verdict
+from ralf.worker.errors import BadRequest, ModelUnavailable
+from ralf.worker.service.rollout import Rollout
+from ralf.worker.service.slot import Aside, Slot, in_thread
+from ralf.worker.settings import Settings
 
 if TYPE_CHECKING:
-    from worker.runtime import Parts
+    from ralf.worker.runtime import Parts
 
 log = structlog.get_logger()
 
@@ -44,8 +44,8 @@ def load(settings: Settings, model: str | None, *, together: bool = False) -> "P
 
     together: for a child that runs several jobs at once, whose crops then share batches.
     """
-    from kernels.disk import ArtifactError, hold
-    from worker import runtime
+    from ralf.kernels.disk import ArtifactError, hold
+    from ralf.worker import runtime
 
     parts = runtime.load(settings, model=model)
     if together:
@@ -59,8 +59,8 @@ def load(settings: Settings, model: str | None, *, together: bool = False) -> "P
 
 def promoted(settings: Settings) -> str | None:
     """The version that models/NAME/current names now."""
-    from kernels.artifact import promoted as read
-    from worker.runtime import models_dir
+    from ralf.kernels.artifact import promoted as read
+    from ralf.worker.runtime import models_dir
 
     return read(models_dir(settings), settings.model)
 

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 
 from standardwebhooks import Webhook
 
-from worker.service.records import Delivery
-from worker.settings import SettingsError
+from ralf.worker.service.records import Delivery
+from ralf.worker.settings import SettingsError
 
 
 class Secrets:

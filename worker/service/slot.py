@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import structlog
 
 if TYPE_CHECKING:
-    from worker.runtime import Parts
+    from ralf.worker.runtime import Parts
 
 log = structlog.get_logger()
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 import structlog
 
-from kernels.manifest import Reference
-from worker.errors import ModelUnavailable
-from worker.service import wire
-from worker.service.link import Link
-from worker.service.orders import Orders
-from worker.telemetry import Metrics
+from ralf.kernels.manifest import Reference
+from ralf.worker.errors import ModelUnavailable
+from ralf.worker.service import wire
+from ralf.worker.service.link import Link
+from ralf.worker.service.orders import Orders
+from ralf.worker.telemetry import Metrics
 
 log = structlog.get_logger()
 

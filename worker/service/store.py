@@ -40,15 +40,15 @@ from typing import Any, Literal, cast
 from pydantic import ValidationError
 from redis import exceptions
 
-from worker.contract import Evidence, Failure, Job, Priority, Progress, State, Verdict, dump
-from worker.service import sessions
-from worker.service.records import NOT_BODY, Claim, Counts, Order, Outcome, Status, Submitted
-from worker.service.script import PRIORITIES, Script, connect, decoded, queue_prefix
-from worker.settings import Settings
+from ralf.worker.contract import Evidence, Failure, Job, Priority, Progress, State, Verdict, dump
+from ralf.worker.service import sessions
+from ralf.worker.service.records import NOT_BODY, Claim, Counts, Order, Outcome, Status, Submitted
+from ralf.worker.service.script import PRIORITIES, Script, connect, decoded, queue_prefix
+from ralf.worker.settings import Settings
 
 __all__ = ["END_BY_CODE", "MODERATE", "PRIORITIES", "Store", "body_of", "connect", "decoded"]
 
-MODERATE = "worker.service.jobs.moderate"
+MODERATE = "ralf.worker.service.jobs.moderate"
 DETAIL_BYTES = 4096
 END_BY_CODE: Mapping[str, State] = {"cancelled": "cancelled", "deadline_passed": "expired"}
 
@@ -159,7 +159,7 @@ class Store:
             failure = Failure(
                 code="bad_request",
                 message=f"the stored job does not fit ralf.job/1: {fault.errors()[0]['msg']}; "
-                "submit it with worker.client of the worker's own release",
+                "submit it with ralf.worker.client of the worker's own release",
                 attempts=int(attempts),
             )
             text = failure.model_dump_json()

@@ -24,10 +24,10 @@ from typing import Any, Literal
 
 from redis.exceptions import RedisError
 
-from worker.contract import ENDED
-from worker.service.fleet import Fleet, Post
-from worker.service.proof import Sighting, pid_of
-from worker.service.store import PRIORITIES, Store, decoded
+from ralf.worker.contract import ENDED
+from ralf.worker.service.fleet import Fleet, Post
+from ralf.worker.service.proof import Sighting, pid_of
+from ralf.worker.service.store import PRIORITIES, Store, decoded
 
 Blow = Literal["child", "parent", "pause", "drain", "deliverer", "janitor", "redis"]
 WEIGHTS: Mapping[Blow, float] = {

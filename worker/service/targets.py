@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import idna
 
-from worker.errors import RalfError
+from ralf.worker.errors import RalfError
 
 PORTS: Mapping[str, int] = {"http": 80, "https": 443}
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from worker.contract import Progress, Verdict, dump
-from worker.errors import Cancelled
-from worker.service import wire
+from ralf.worker.contract import Progress, Verdict, dump
+from ralf.worker.errors import Cancelled
+from ralf.worker.service import wire
 
 SEND_TIMEOUT_S = 30.0
 TELL_EVERY_S = 0.1

@@ -1,7 +1,7 @@
 """A platform's backend as chaos needs it: it submits, submits again, cancels, and never gives up.
 
 Jobs are test bodies of many kinds (jobs.py), some that must end badly.  Each is sent through
-worker.client under its own token.  A submission that raised QueueUnavailable is sent again with the
+ralf.client under its own token.  A submission that raised QueueUnavailable is sent again with the
 same token and body, as the client's docs tell backends; some tokens are sent once more later for no
 reason, and some with another body, which must be refused.  What was asked and answered is kept for
 the proof.
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
-from worker.client import Client, IdempotencyConflict, QueueUnavailable, request
-from worker.contract import ENDED, Callback, Job, Priority
-from worker.service import jobs
-from worker.service.proof import Asked, Sighting
-from worker.service.receiver import Receiver
+from ralf.worker.client import Client, IdempotencyConflict, QueueUnavailable, request
+from ralf.worker.contract import ENDED, Callback, Job, Priority
+from ralf.worker.service import jobs
+from ralf.worker.service.proof import Asked, Sighting
+from ralf.worker.service.receiver import Receiver
 
 T = TypeVar("T")
 TENANTS = ("acme", "birch", "cedar", "dune")

@@ -1,0 +1,7 @@
+"""`python -m ralf` is the command `ralf`."""
+
+import sys
+
+from ralf.worker.cli import main
+
+sys.exit(main())
