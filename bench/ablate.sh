@@ -10,7 +10,7 @@ set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2") faces=${3:-6000} size=${4:-128}
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 data out size steps=$((faces / 16))
-ralf() { "${PYTHON:-.venv/bin/python}" -m ralf.worker.cli "$@"; }
+ralf() { "${PYTHON:-.venv/bin/python}" -m ralf "$@"; }
 learn() { # RUN [NAME=VALUE …]
   local run=$1 changes=()
   shift

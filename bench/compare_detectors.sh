@@ -12,7 +12,7 @@
 set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2") faces=${3:-24000} size=${4:-128}
 cd "$(dirname "$0")/.."
-ralf() { "${PYTHON:-.venv/bin/python}" -m ralf.worker.cli "$@"; }
+ralf() { "${PYTHON:-.venv/bin/python}" -m ralf "$@"; }
 export RALF_MODELS_DIR=$out/models
 batch=16
 steps=$((faces / batch))

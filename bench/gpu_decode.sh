@@ -11,7 +11,7 @@ outcome=0
 REQUIRE_GPU=1 REQUIRE_DALI=1 "$python" -m pytest -m 'gpu or dali' \
   tests/test_parity.py tests/test_decode_dali.py tests/test_routing.py || outcome=$?
 "$python" -m tests.decode_clips "$clips"
-"$python" -m ralf.worker.cli bench decode --device cuda "$clips"/* >"$record.part"
+"$python" -m ralf bench decode --device cuda "$clips"/* >"$record.part"
 mv "$record.part" "$record"
 cat "$record"
 exit "$outcome"

@@ -12,11 +12,11 @@ made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 outcome=0
 REQUIRE_GPU=1 "$python" -m pytest -q -m gpu \
-  tests/test_cascade.py tests/test_resample.py tests/test_bench_pipeline.py || outcome=$?
+  tests/test_mtcnn_cuda.py tests/test_resample.py tests/test_bench_pipeline.py || outcome=$?
 "$python" -m tests.walk_clips "$made"
 export RALF_MODELS_DIR=${RALF_MODELS_DIR:-$made/models} RALF_MODEL=${RALF_MODEL:-untrained}
 measure() { # NAME, and what to measure
-  "$python" -m ralf.worker.cli bench "${@:2}" >"$made/$1.json"
+  "$python" -m ralf bench "${@:2}" >"$made/$1.json"
   mv "$made/$1.json" "$folder/$1_$when.json"
   cat "$folder/$1_$when.json"
 }

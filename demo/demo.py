@@ -22,7 +22,7 @@ from typing import Any
 from standardwebhooks import Webhook
 
 from ralf.kernels.artifact import ArtifactError, resolve
-from ralf.kernels.disk import replace_text
+from ralf.kernels.atomic_files import replace_text
 from ralf.train.samples import make_samples
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Verdict

@@ -32,7 +32,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ralf.kernels import history
-from ralf.kernels.disk import (
+from ralf.kernels.atomic_files import (
     ArtifactError,
     Damaged,
     compare,

@@ -29,7 +29,7 @@ from torch import nn
 from ralf import install_hint
 from ralf.kernels import plan_store, plans
 from ralf.kernels.artifact import Artifact, golden
-from ralf.kernels.disk import ArtifactError
+from ralf.kernels.atomic_files import ArtifactError
 from ralf.kernels.diverge import TOLERANCE, Layers, ModuleLayers, first_divergence
 from ralf.kernels.engine import EngineError, Precision, budget_of, check_precision
 from ralf.kernels.engine_torch import DTYPES, Detector, restore
@@ -122,7 +122,7 @@ def build(order: Order, builder: Builder | None = None) -> Plan:
 
 def _ahead_of_time(order: Order) -> Plan:
     try:
-        from ralf.kernels import build_rtx, export_onnx
+        from ralf.kernels import build_rtx, export
     except ImportError as error:
         raise EngineError(
             f"building ahead of time needs onnx and onnxruntime: {error}; " + install_hint("build")
@@ -140,23 +140,23 @@ def _ahead_of_time(order: Order) -> Plan:
     gate, started = order.gate(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ralf-build-") as scratch:
         graph = Path(scratch) / "network.onnx"
-        export_onnx.export(
+        export.export(
             order.lowered().cpu(), graph, most=order.buckets[-1], precision=order.precision
         )
         exported = time.perf_counter()
         order.say(f"{key}: exported in {exported - started:.0f} s; running it on the CPU")
-        run = export_onnx.session(graph)
+        run = export.session(graph)
         agreement = _agree(
             order,
             gate,
             "the ONNX graph",
-            lambda crops: export_onnx.logits(run, crops),
-            lambda: export_onnx.OnnxLayers(graph),
+            lambda crops: export.logits(run, crops),
+            lambda: export.OnnxLayers(graph),
         )
         checked = time.perf_counter()
         order.say(f"{key}: {told(agreement)}; building")
         built = build_rtx.build(graph, order.artifact.manifest.input.size, order.buckets)
-        build_rtx.check_structure(built.content, *export_onnx.convolutions(graph))
+        build_rtx.check_structure(built.content, *export.convolutions(graph))
     draft = _draft(order, key, "rtx-aot", built.options) | {
         "error": _errors(agreement),
         "timing": {

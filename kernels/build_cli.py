@@ -47,8 +47,8 @@ def run_build(args: argparse.Namespace) -> int:
     """Build, and with --all time."""
     from ralf.kernels.artifact import resolve
     from ralf.kernels.build import Order, available, build
+    from ralf.kernels.choose_engine import measure
     from ralf.kernels.engine import EngineError, pick_device
-    from ralf.kernels.fastest import measure
     from ralf.kernels.models_cli import folder
 
     try:

@@ -90,7 +90,7 @@ def make(artifact: Artifact, device: torch.device, name: str) -> Engine:
 def _measured_fastest(artifact: Artifact, device: torch.device) -> str | None:
     if not (artifact.path / "engines" / "fastest.json").exists():
         return None
-    from ralf.kernels.fastest import device_of
+    from ralf.kernels.choose_engine import device_of
     from ralf.kernels.plans import fastest
 
     measured = fastest(artifact, device_of(device))

@@ -32,9 +32,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from ralf.kernels.artifact import Artifact, Golden
-from ralf.kernels.compiled import OnCuda, buckets_of
+from ralf.kernels.cpu_threads import side_by_side
 from ralf.kernels.engine import Engine, EngineError, Precision, check_crops, check_precision
-from ralf.kernels.lanes import side_by_side
+from ralf.kernels.engine_cuda import OnCuda, buckets_of
 from ralf.kernels.manifest import Manifest
 from ralf.kernels.networks import build
 from ralf.kernels.networks.ralf import Explanation

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ralf.kernels.disk import Damaged
+from ralf.kernels.atomic_files import Damaged
 
 GOLDEN = "golden.npz"
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from ralf.kernels.disk import Damaged, replace_lines
+from ralf.kernels.atomic_files import Damaged, replace_lines
 
 VERSION = re.compile(r"[0-9a-f]{8}")
 CURRENT, HISTORY = "current", "history"

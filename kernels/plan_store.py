@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ralf.kernels.artifact import Artifact
-from ralf.kernels.disk import flush_folder, locked, replace_text, write
+from ralf.kernels.atomic_files import flush_folder, locked, replace_text, write
 from ralf.kernels.manifest import Strict
 from ralf.kernels.plans import (
     Device,

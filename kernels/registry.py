@@ -37,7 +37,7 @@ from ralf.kernels.artifact import (
     sweep,
     versions,
 )
-from ralf.kernels.disk import Damaged, flush_folder, locked, unused
+from ralf.kernels.atomic_files import Damaged, flush_folder, locked, unused
 from ralf.kernels.plans import covers
 
 KEEP = 3

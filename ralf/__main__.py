@@ -2,6 +2,6 @@
 
 import sys
 
-from ralf.worker.cli import main
+from ralf.worker.cli.main import main
 
 sys.exit(main())

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ralf.train.index import Index
-from ralf.train.layouts import read
-from ralf.train.layouts_faces import BOX_COLUMNS, FIVE_COLUMNS
+from ralf.train.data.index import Index
+from ralf.train.data.layouts import read
+from ralf.train.data.layouts_faces import BOX_COLUMNS, FIVE_COLUMNS
 from ralf.train.samples import PORTRAITS, forged, portraits
 
 COLUMNS = ["file", "source", "identity", "split", "label", "method", "video"]

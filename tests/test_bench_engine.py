@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ralf.kernels import bench_device, bench_engine, bench_residual
-from ralf.kernels.bench import interleave
-from ralf.kernels.bench_dct import CHAIN, COPY, ratios
-from ralf.kernels.bench_engine import AUTHORS
+from ralf.kernels.bench import engine, residual
+from ralf.kernels.bench.dct import CHAIN, COPY, ratios
+from ralf.kernels.bench.engine import AUTHORS
+from ralf.kernels.bench.record import interleave
 from ralf.kernels.engine import EngineError
-from ralf.worker.cli import main
+from ralf.worker.cli.main import main
 
 
 def measured(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
@@ -68,7 +68,7 @@ def test_a_level_of_the_reconstructor_is_timed(capsys: pytest.CaptureFixture[str
     [(name, timing)] = record["timings"].items()
     flop = 2 * 2 * 9 * 16 * 16 * 16 * 16
 
-    assert bench_residual.EAGER == name
+    assert residual.EAGER == name
     assert record["facts"]["TFLOP/s"][name] == round(flop / timing["median_s"] / 1e12, 2)
     assert {name: 0} == record["facts"][f"largest difference to {name}"]
 
@@ -79,11 +79,9 @@ def test_a_network_with_fresh_weights_can_be_measured(
     """On a machine that has no model yet; plans are built first where that is asked."""
     built: list[str] = []
     monkeypatch.setitem(
-        bench_engine.FRESH, "ralf", {"base": 4, "blocks": 1, "backbone": "tf_efficientnet_lite0"}
+        engine.FRESH, "ralf", {"base": 4, "blocks": 1, "backbone": "tf_efficientnet_lite0"}
     )
-    monkeypatch.setattr(
-        bench_engine, "build_plans", lambda artifact, device: built.append(artifact.name)
-    )
+    monkeypatch.setattr(engine, "build_plans", lambda artifact, device: built.append(artifact.name))
     options = ("--fresh", "ralf", "--size", 64, "--build", "--device", "cpu")
     record = measured(capsys, "engine", *options, "--batch", 1, "--repeats", 1)
 
@@ -107,7 +105,7 @@ def test_a_builder_that_fails_leaves_the_others(
     monkeypatch.setattr(build, "available", lambda: ["torch-tensorrt", "rtx-aot"])
     monkeypatch.setattr(build, "build", fails_first)
     monkeypatch.setattr(build, "Order", lambda artifact, **_: artifact)
-    bench_engine.build_plans(SimpleNamespace(), torch.device("cpu"))
+    engine.build_plans(SimpleNamespace(), torch.device("cpu"))
 
     assert ["torch-tensorrt", "rtx-aot"] == tried
     assert "torch-tensorrt: too old a driver" in capsys.readouterr().err
@@ -147,12 +145,12 @@ def test_what_nvidia_smi_says_is_told_and_its_absence_is_not_an_error(
     """A machine without the tool has a record all the same."""
     device = torch.device("cuda", 0)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert {} == bench_device._asked(device, "driver_version")
+    assert {} == device._asked(device, "driver_version")
     tool = tmp_path / "nvidia-smi"
     tool.write_text('#!/bin/sh\necho "580.1, 700.00 W"\n')
     tool.chmod(0o755)
 
-    assert {"driver_version": "580.1", "power.limit": "700.00 W"} == bench_device._asked(
+    assert {"driver_version": "580.1", "power.limit": "700.00 W"} == device._asked(
         device, "driver_version", "power.limit"
     )
 

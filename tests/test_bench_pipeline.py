@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from ralf.worker import gauges
-from ralf.worker.cli import main
+from ralf.worker.bench import gauges
+from ralf.worker.bench.gauges import Gauges, held
+from ralf.worker.bench.soak import Slope, slope, soak
+from ralf.worker.cli.main import main
 from ralf.worker.contract import Sampling
-from ralf.worker.gauges import Gauges, held
 from ralf.worker.media.stride import Strided, looks
 from ralf.worker.media.types import Faces, Frames
 from ralf.worker.pipeline import Ask, analyze
 from ralf.worker.runtime import Parts, load
 from ralf.worker.settings import Settings
-from ralf.worker.soak import Slope, slope, soak
 from tests.clips import face_clip
 from tests.scenes import frames_of
 

@@ -2,7 +2,7 @@
 
 import json
 
-from ralf.worker.service.bench import record
+from ralf.worker.bench.queue import record
 
 
 def test_the_record_compares_the_three_ways():

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ralf.worker.service import bench_scale
-from ralf.worker.service.bench_scale import Turn, record
-from ralf.worker.service.fleet import FleetFailed
+from ralf.worker.bench import scale
+from ralf.worker.bench.scale import Turn, record
+from ralf.worker.service.processes import FleetFailed
 
 
 def test_the_record_tells_what_more_workers_add():
@@ -19,8 +19,8 @@ def test_the_record_tells_what_more_workers_add():
     assert set(made["timings"]) == {
         *("wait, 1 worker", "wait, 2 workers", "empty, 1 worker", "empty, 2 workers"),
     }
-    assert made["timings"]["wait, 1 worker"]["median_s"] >= bench_scale.WAIT_S
-    assert made["timings"]["wait, 2 workers"]["median_s"] >= bench_scale.WAIT_S / 2
+    assert made["timings"]["wait, 1 worker"]["median_s"] >= scale.WAIT_S
+    assert made["timings"]["wait, 2 workers"]["median_s"] >= scale.WAIT_S / 2
     assert set(made["ratios"]) == {"wait: 2 / 1", "empty: 2 / 1"}
     for load in ("wait", "empty"):
         facts = made["facts"][load]
@@ -31,7 +31,7 @@ def test_the_record_tells_what_more_workers_add():
 
 def test_linearity_and_the_bound_of_the_cores_are_arithmetic():
     """Two workers that end a job in 6 ms where one takes 10 ms, at 4 ms of processor a job."""
-    facts = bench_scale._facts({1: [Turn(0.010, 0.004)], 2: [Turn(0.006, 0.004)]}, cores=2)
+    facts = scale._facts({1: [Turn(0.010, 0.004)], 2: [Turn(0.006, 0.004)]}, cores=2)
 
     assert facts["jobs_per_s"] == {"1": 100.0, "2": 166.7}
     assert facts["linearity"] == {"1": 1.0, "2": 0.833}
@@ -50,8 +50,8 @@ def started_all_but_workers(add: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_a_group_that_does_not_come_up_is_an_error(monkeypatch: pytest.MonkeyPatch):
     """Not a wait without an end.  None is started: a quick one might be up at the first look."""
-    monkeypatch.setattr(bench_scale, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(bench_scale.Fleet, "add", started_all_but_workers(bench_scale.Fleet.add))
+    monkeypatch.setattr(scale, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(scale.Fleet, "add", started_all_but_workers(scale.Fleet.add))
 
     with pytest.raises(FleetFailed, match="1 workers did not come up"):
         record((1,), {"empty": 1}, turns=1)

@@ -17,8 +17,8 @@ ROOMS = {
 OWNERS = {
     "triton": {"kernels/dct_triton.py", "kernels/residual_triton.py"},
     "torch_tensorrt": {"kernels/build_trt.py"},
-    "onnx": {"kernels/export_onnx.py"},
-    "onnxruntime": {"kernels/export_onnx.py"},
+    "onnx": {"kernels/export.py"},
+    "onnxruntime": {"kernels/export.py"},
     "tensorrt": {"kernels/engine_trt.py"},
     "tensorrt_rtx": {"kernels/build_rtx.py", "kernels/engine_trt.py"},
     "nvidia": {"worker/media/decode_dali.py"},
@@ -27,7 +27,7 @@ OWNERS = {
     "av": {
         "worker/media/decode_pyav.py",
         "worker/media/probe.py",
-        "train/animate.py",
+        "train/forge/video.py",
         "tests/clips.py",
     },
 }
@@ -44,52 +44,12 @@ TORCH_FREE = {
     "kernels/history.py",
     "kernels/registry.py",
     "kernels/models_cli.py",
-    "kernels/disk.py",
+    "kernels/atomic_files.py",
     "kernels/plans.py",
     "kernels/plan_store.py",
     "worker/telemetry.py",
     "worker/drift.py",
-    *(
-        f"worker/service/{name}.py"
-        for name in (
-            "store",
-            "pins",
-            "rollout",
-            "shadow",
-            "slot",
-            "script",
-            "records",
-            "outbox",
-            "quarantine",
-            "targets",
-            "intake",
-            "download",
-            "signing",
-            "errand",
-            "ending",
-            "entry",
-            "fetching",
-            "limits",
-            "link",
-            "orders",
-            "procfs",
-            "stable",
-            "wire",
-            "sandbox",
-            "turnstile",
-            "shelf",
-            "jobs",
-            "child",
-            "egress",
-            "fetch",
-            "horse",
-            "deliver",
-            "janitor",
-            "sessions",
-            "serve",
-            "http",
-        )
-    ),
+    *(path.relative_to(ROOT).as_posix() for path in (ROOT / "worker/service").glob("*.py")),
 }
 
 
@@ -170,11 +130,7 @@ HEAVY = {"torch", "av", "numpy", "timm", "scipy", "fsspec", "torchvision", "rich
 
 @pytest.mark.parametrize(
     "module",
-    sorted(
-        "ralf." + name.removesuffix(".py").replace("/", ".")
-        for name in TORCH_FREE
-        if (ROOT / name).exists()
-    ),
+    sorted("ralf." + name.removesuffix(".py").replace("/", ".") for name in TORCH_FREE),
 )
 def test_a_light_module_loads_no_torch(module: str):
     """Parents, clients and helpers start fast and hold no CUDA context."""
@@ -183,7 +139,6 @@ def test_a_light_module_loads_no_torch(module: str):
     assert set() == loaded & {"torch", "av", "timm", "torchvision"}
 
 
-@pytest.mark.skipif(not (ROOT / "worker/client.py").exists(), reason="not built yet")
 def test_the_client_needs_only_redis_rq_and_pydantic():
     """A backend imports it without any other library, light or heavy."""
     loaded = modules_after("import ralf.client") - modules_after("pass")
@@ -195,11 +150,10 @@ def test_the_client_needs_only_redis_rq_and_pydantic():
     assert set() == {name for name in foreign if not name.startswith("_sysconfigdata")}
 
 
-@pytest.mark.skipif(not (ROOT / "worker/cli.py").exists(), reason="not built yet")
 def test_help_imports_no_torch():
     """`ralf --help` is instant."""
     run = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "ralf.worker.cli", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "ralf", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -19,8 +19,8 @@ from ralf.kernels import (
     build_cli,
     build_rtx,
     build_trt,
+    choose_engine,
     engine_trt,
-    fastest,
     plan_store,
     plans,
     verify,
@@ -38,7 +38,8 @@ from ralf.kernels.untrained import patterns, publish_untrained, settle
 from ralf.kernels.verify import Refused
 
 pytest.importorskip("onnxruntime", reason="the extra build brings it")
-from ralf.kernels import export_onnx
+
+from ralf.kernels import export
 
 SIZE = 64
 CPU = torch.device("cpu")
@@ -79,10 +80,10 @@ def builder(monkeypatch: pytest.MonkeyPatch, reference: torch.nn.Module) -> Simp
         state.built += 1
         return Built(b"plan %d" % state.built, 0.5, {"tf32": False})
 
-    monkeypatch.setattr(export_onnx, "export", lambda network, path, **_: path.write_bytes(b"x"))
-    monkeypatch.setattr(export_onnx, "session", lambda path: run)
-    monkeypatch.setattr(export_onnx, "OnnxLayers", lambda path: state.layers(path))  # noqa: PLW0108 - it is changed later
-    monkeypatch.setattr(export_onnx, "convolutions", lambda path: (["conv"], 1))
+    monkeypatch.setattr(export, "export", lambda network, path, **_: path.write_bytes(b"x"))
+    monkeypatch.setattr(export, "session", lambda path: run)
+    monkeypatch.setattr(export, "OnnxLayers", lambda path: state.layers(path))  # noqa: PLW0108 - it is changed later
+    monkeypatch.setattr(export, "convolutions", lambda path: (["conv"], 1))
     monkeypatch.setattr(build_rtx, "version", lambda: "1.4.0.76")
     monkeypatch.setattr(build_rtx, "architectures", lambda: ("sm80", "sm90"))
     monkeypatch.setattr(build_rtx, "build", compile_graph)
@@ -326,8 +327,8 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
 
 def test_without_onnx_the_message_says_what_to_install(artifact: Artifact, monkeypatch):
     """Not a bare ImportError."""
-    monkeypatch.delitem(sys.modules, "ralf.kernels.export_onnx")
-    monkeypatch.delattr("ralf.kernels.export_onnx")
+    monkeypatch.delitem(sys.modules, "ralf.kernels.export")
+    monkeypatch.delattr("ralf.kernels.export")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match=r"needs onnx and onnxruntime.*\.\[build\]"):
         build(order(artifact))
@@ -388,10 +389,10 @@ def command(*words: str) -> Callable[[], int]:
 def test_all_on_a_cpu_times_torch_and_the_fastest_is_loaded(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """One line a device in engines/fastest.json; `load` takes what it says."""
+    """One line a device in engines/choose_engine.json; `load` takes what it says."""
     promote(artifact.path.parent.parent, "tiny", artifact.version)
     monkeypatch.setattr(building, "available", list)
-    monkeypatch.setattr(fastest, "REPEATS", 2)
+    monkeypatch.setattr(choose_engine, "REPEATS", 2)
     for winner in ("torch-fp32", "torch-bf16"):
         told = {"torch-fp32": 0.2, "torch-bf16": 0.4, winner: 0.1}
 
@@ -403,25 +404,29 @@ def test_all_on_a_cpu_times_torch_and_the_fastest_is_loaded(
             }
 
         monkeypatch.setattr(
-            fastest, "offers", lambda manifest, device: ["torch-fp32", "torch-bf16"]
+            choose_engine, "offers", lambda manifest, device: ["torch-fp32", "torch-bf16"]
         )
-        monkeypatch.setattr(fastest, "interleave", interleave)
+        monkeypatch.setattr(choose_engine, "interleave", interleave)
         with quiet(capsys) as said:
             models = str(artifact.path.parent.parent)
             assert 0 == command("tiny", "--models", models, "--all", "--json", "--device", "cpu")()
         found = json.loads(said.out)["fastest"]
 
-        assert winner == found["engine"] == plans.fastest(artifact, fastest.device_of(CPU)).engine
+        assert (
+            winner
+            == found["engine"]
+            == plans.fastest(artifact, choose_engine.device_of(CPU)).engine
+        )
         assert {"torch-fp32", "torch-bf16"} == set(found["faces_per_s"])
         assert winner.removeprefix("torch-") == load(artifact, "cpu").precision
 
 
 def test_an_engine_that_fails_is_left_out_of_the_race(artifact: Artifact, monkeypatch):
     """And said."""
-    monkeypatch.setattr(fastest, "REPEATS", 1)
-    monkeypatch.setattr(fastest, "offers", lambda manifest, device: ["torch-fp32", str(KEY)])
+    monkeypatch.setattr(choose_engine, "REPEATS", 1)
+    monkeypatch.setattr(choose_engine, "offers", lambda manifest, device: ["torch-fp32", str(KEY)])
     told: list[str] = []
-    measured = fastest.measure(artifact, CPU, batch=2, say=told.append)
+    measured = choose_engine.measure(artifact, CPU, batch=2, say=told.append)
 
     assert ["torch-fp32"] == list(measured.faces_per_s)
     assert f"{KEY}: left out: a plan runs on a GPU, not on cpu" in told

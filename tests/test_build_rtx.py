@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("onnxruntime", reason="the extra build brings it")
 
-from ralf.kernels import build_rtx, export_onnx, plans
+from ralf.kernels import build_rtx, export, plans
 from ralf.kernels.artifact import SHIPPED, resolve
 from ralf.kernels.build import Order, build
 from ralf.kernels.engine import EngineError
@@ -50,7 +50,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network = Small().eval().requires_grad_(False)
     network.body.half()
-    export_onnx.export(network, path, most=8, precision="fp16")
+    export.export(network, path, most=8, precision="fp16")
     return path
 
 
@@ -58,7 +58,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_graph_becomes_a_plan_of_the_whole_graph_without_a_gpu(graph: Path):
     """Each convolution by name, the weights' bytes, and nothing less than all of it."""
     made = build_rtx.build(graph, SIZE, (1, 8))
-    names, weights = export_onnx.convolutions(graph)
+    names, weights = export.convolutions(graph)
     build_rtx.check_structure(made.content, names, weights)
 
     assert 2 == len(names)
@@ -88,7 +88,7 @@ def test_a_batch_of_one_alone_needs_no_profile(tmp_path: Path):
     """A plan for batch 1."""
     network = Small().eval().requires_grad_(False)
     network.body.half()
-    export_onnx.export(network, tmp_path / "one.onnx", most=1, precision="fp16")
+    export.export(network, tmp_path / "one.onnx", most=1, precision="fp16")
 
     assert build_rtx.build(tmp_path / "one.onnx", SIZE, (1,)).content
 

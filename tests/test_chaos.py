@@ -17,12 +17,12 @@ import pytest
 from redis import Redis
 from standardwebhooks import Webhook
 
+from ralf.worker.chaos.proof import Asked, Sighting, delivery_id, doubled, pid_of, prove
+from ralf.worker.chaos.receiver import Receipt, Receiver
+from ralf.worker.chaos.uploader import KINDS, mix
 from ralf.worker.contract import Callback, State, Verdict
 from ralf.worker.service.deliver import Deliverer
-from ralf.worker.service.proof import Asked, Sighting, delivery_id, doubled, pid_of, prove
-from ralf.worker.service.receiver import Receipt, Receiver
 from ralf.worker.service.store import Store, connect
-from ralf.worker.service.uploader import KINDS, mix
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
 from tests.test_store import claim
@@ -36,7 +36,7 @@ ENDS = frozenset({"succeeded", "failed"})
 def chaos(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     """The command as an operator runs it; all that it writes goes into the folder."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ralf.worker.cli", "chaos", *arguments],
+        [sys.executable, "-m", "ralf", "chaos", *arguments],
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(folder)},
         stdout=subprocess.PIPE,

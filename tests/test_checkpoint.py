@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ralf.train.checkpoint import (
+from ralf.train.loop.checkpoint import (
     Checkpoint,
     CheckpointError,
     State,
@@ -83,7 +83,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("ralf.train.checkpoint.write", full)
+        patched.setattr("ralf.train.loop.checkpoint.write", full)
         with pytest.raises(OSError, match="no space"):
             save(path, checkpoint(state=State(step=99)))
 

@@ -31,8 +31,8 @@ from ralf.worker.errors import (
     ModelUnavailable,
     TooLong,
 )
-from ralf.worker.service import jobs, limits, sandbox, shelf, slot, turnstile, wire
-from ralf.worker.service.link import Link
+from ralf.worker.service import jobs, limits, messages, models, sandbox, slot, turnstile
+from ralf.worker.service.child_process import Link
 from ralf.worker.service.procfs import rss
 from ralf.worker.service.turnstile import Peer, Visit
 from ralf.worker.settings import Settings
@@ -51,9 +51,9 @@ def document(job_id: str, tag: str | None = None) -> str:
     return dump(Job(job_id=job_id, token="t", media=media, tag=tag, submitted_at=datetime.now(UTC)))
 
 
-def ask(job_id: str, body: str, *, tag: str | None = None, **more: Any) -> wire.Run:
+def ask(job_id: str, body: str, *, tag: str | None = None, **more: Any) -> messages.Run:
     """A Run of a test body."""
-    return wire.Run(
+    return messages.Run(
         job_id=job_id, function=jobs.PREFIX + body, path="", job=document(job_id, tag), **more
     )
 
@@ -70,9 +70,9 @@ def child(settings: Settings = SETTINGS, **more: Any) -> Iterator[Link]:
         link.close()
 
 
-def until(link: Link, enough: Callable[[list[wire.Message]], bool]) -> list[wire.Message]:
+def until(link: Link, enough: Callable[[list[messages.Message]], bool]) -> list[messages.Message]:
     """Everything the child says until it is enough, or until it has gone."""
-    said: list[wire.Message] = []
+    said: list[messages.Message] = []
     end = time.monotonic() + PATIENCE_S
     while not enough(said):
         heard = link.wait(end - time.monotonic())
@@ -83,26 +83,26 @@ def until(link: Link, enough: Callable[[list[wire.Message]], bool]) -> list[wire
     return said
 
 
-def answer(link: Link, run: wire.Run) -> wire.Done | wire.Failed:
+def answer(link: Link, run: messages.Run) -> messages.Done | messages.Failed:
     """Run one job to its answer."""
     link.say(run)
     last = until(link, answered)[-1]
-    assert isinstance(last, wire.Done | wire.Failed)
+    assert isinstance(last, messages.Done | messages.Failed)
     return last
 
 
-def joined(link: Link) -> list[wire.Message]:
+def joined(link: Link) -> list[messages.Message]:
     """Wait until the child has obeyed all that this link said so far; what it said meanwhile."""
-    link.say(wire.Ping(99))
-    return until(link, lambda said: wire.Pong(99) in said)
+    link.say(messages.Ping(99))
+    return until(link, lambda said: messages.Pong(99) in said)
 
 
-def answered(said: list[wire.Message]) -> bool:
+def answered(said: list[messages.Message]) -> bool:
     """Whether the job has its answer."""
-    return bool(said) and isinstance(said[-1], wire.Done | wire.Failed)
+    return bool(said) and isinstance(said[-1], messages.Done | messages.Failed)
 
 
-def kinds(said: list[wire.Message]) -> list[str]:
+def kinds(said: list[messages.Message]) -> list[str]:
     """The names of what was said."""
     return [type(message).__name__ for message in said]
 
@@ -119,7 +119,7 @@ def test_one_child_runs_a_thousand_jobs(shared_link: Link):
     pid = shared_link.pid
     for number in range(1000):
         done = answer(shared_link, ask(f"j{number}", "trivial"))
-        assert isinstance(done, wire.Done)
+        assert isinstance(done, messages.Done)
 
     assert (pid, f"j{number}") == (shared_link.pid, done.job_id)
     assert Verdict.model_validate_json(done.verdict).job_id == "j999"
@@ -130,9 +130,9 @@ def test_progress_is_told_while_the_job_runs(shared_link: Link):
     """The parent hears the percentage and the clip's length before the end."""
     shared_link.say(ask("slow", "sleep", tag=FOR_EVER))
     said = until(shared_link, lambda said: kinds(said).count("Advanced") >= 3)
-    shared_link.say(wire.Cancel("slow"))
+    shared_link.say(messages.Cancel("slow"))
     until(shared_link, answered)
-    advanced = [message for message in said if isinstance(message, wire.Advanced)]
+    advanced = [message for message in said if isinstance(message, messages.Advanced)]
     percents = [Progress.model_validate_json(message.progress).percent for message in advanced]
 
     assert kinds(said)[:2] == ["Started", "Advanced"]
@@ -146,17 +146,17 @@ def test_a_partial_verdict_comes_with_the_first_chunk_and_then_now_and_then(
     """Not with the last chunk: the verdict itself is next."""
     monkeypatch.setattr(turnstile, "PARTIAL_EVERY_S", LONG_S)
     ours, theirs = socket.socketpair()
-    visit = Visit(Peer(theirs), wire.Run("j1", "f", "", ""))
+    visit = Visit(Peer(theirs), messages.Run("j1", "f", "", ""))
     asked = []
 
     def partial() -> Verdict:
         asked.append(1)
         return a_verdict(partial=True)
 
-    def told(percent: float) -> wire.Message:
+    def told(percent: float) -> messages.Message:
         visit.told = 0.0
         visit.report(Progress(stage="analyze", percent=percent), 9.0, partial)
-        (message,) = wire.receive(ours, wire.Inbox()) or ()
+        (message,) = messages.receive(ours, messages.Inbox()) or ()
         return message
 
     with ours, theirs:
@@ -180,12 +180,12 @@ def test_a_cancelled_job_stops_at_its_next_progress(shared_link: Link):
     """Long before its own end, with the child alive."""
     shared_link.say(ask("long", "sleep", tag=FOR_EVER))
     until(shared_link, lambda said: "Started" in kinds(said))
-    shared_link.say(wire.Cancel("long"))
+    shared_link.say(messages.Cancel("long"))
     said = until(shared_link, answered)
 
-    assert isinstance(said[-1], wire.Failed)
+    assert isinstance(said[-1], messages.Failed)
     assert said[-1].code == "cancelled"
-    assert isinstance(answer(shared_link, ask("next", "trivial")), wire.Done)
+    assert isinstance(answer(shared_link, ask("next", "trivial")), messages.Done)
 
 
 def test_a_ping_is_answered_during_a_job(shared_link: Link):
@@ -193,16 +193,16 @@ def test_a_ping_is_answered_during_a_job(shared_link: Link):
     shared_link.say(ask("busy", "sleep", tag=FOR_EVER))
     until(shared_link, lambda said: "Started" in kinds(said))
     joined(shared_link)
-    shared_link.say(wire.Cancel("busy"))
+    shared_link.say(messages.Cancel("busy"))
 
-    assert isinstance(until(shared_link, answered)[-1], wire.Failed)
+    assert isinstance(until(shared_link, answered)[-1], messages.Failed)
 
 
 def test_an_unknown_function_is_refused_by_the_child_too(shared_link: Link):
     """The list is checked on both sides of the socket."""
     failed = answer(shared_link, replace(ask("j", "trivial"), function="os.system"))
 
-    assert isinstance(failed, wire.Failed)
+    assert isinstance(failed, messages.Failed)
     assert failed.code == "bad_request" and "os.system" in failed.message
 
 
@@ -218,7 +218,7 @@ def test_a_crash_is_the_end_of_the_child_and_not_of_the_parent():
 
         link.open()
         until(link, lambda said: link.ready is not None)
-        assert isinstance(answer(link, ask("j2", "trivial")), wire.Done)
+        assert isinstance(answer(link, ask("j2", "trivial")), messages.Done)
 
 
 def test_a_hung_child_dies_by_kill():
@@ -226,7 +226,7 @@ def test_a_hung_child_dies_by_kill():
     with child() as link:
         link.say(ask("j", "hang"))
         until(link, lambda said: "Started" in kinds(said))
-        link.say(wire.Cancel("j"))
+        link.say(messages.Cancel("j"))
         assert link.wait(0.3) == []
         link.kill()
 
@@ -239,7 +239,7 @@ def test_a_lost_device_ends_the_child_after_it_said_so():
     with child() as link:
         failed = answer(link, ask("j", "poison"))
 
-        assert isinstance(failed, wire.Failed)
+        assert isinstance(failed, messages.Failed)
         assert (failed.code, failed.fatal) == ("gpu_fatal", True)
         assert until(link, lambda said: False) == []
         assert link.closed() == "exited with 70"
@@ -313,7 +313,7 @@ def test_the_child_ignores_sigterm():
         os.kill(link.pid, signal.SIGTERM)
         os.kill(link.pid, signal.SIGINT)
 
-        assert isinstance(until(link, answered)[-1], wire.Done)
+        assert isinstance(until(link, answered)[-1], messages.Done)
 
 
 def test_the_child_dies_with_its_parent():
@@ -354,17 +354,17 @@ def test_parents_share_a_child_fairly_one_job_at_a_time(tmp_path: Path):
                 link.open()
                 until(link, lambda said, link=link: link.ready is not None)
             assert {first.pid} == {link.pid for link in links}
-            heard: list[list[wire.Message]] = []
+            heard: list[list[messages.Message]] = []
             for number, link in enumerate(links):
                 link.say(ask(f"j{number}", "sleep", tag=FOR_EVER))
                 heard.append(joined(link))
             until(first, lambda said: "Started" in kinds(heard[0] + said))
             for number, (link, following) in enumerate(pairwise(links)):
                 assert following.wait(0) == []  # its turn has not come
-                link.say(wire.Cancel(f"j{number}"))
+                link.say(messages.Cancel(f"j{number}"))
                 assert until(link, answered)[-1].job_id == f"j{number}"  # type: ignore[union-attr]
                 assert until(following, lambda said: kinds(said).count("Advanced") == 1)[0] == (
-                    wire.Started(f"j{number + 1}")
+                    messages.Started(f"j{number + 1}")
                 )
             assert [kinds(messages) for messages in heard[1:]] == [["Pong"], ["Pong"]]
         finally:
@@ -384,14 +384,14 @@ def test_a_job_is_told_of_its_company_and_a_blamed_one_runs_alone(tmp_path: Path
             until(first, lambda said: "Started" in kinds(said))
             second.say(ask("b", "trivial"))
             said = until(second, answered)
-            assert wire.Company(1) in said
+            assert messages.Company(1) in said
             second.say(ask("c", "trivial", alone=True))
             assert kinds(joined(second)) == ["Pong"]  # it waits until nobody else runs
-            first.say(wire.Cancel("a"))
-            assert isinstance(until(second, answered)[-1], wire.Done)
+            first.say(messages.Cancel("a"))
+            assert isinstance(until(second, answered)[-1], messages.Done)
 
             said = until(first, answered)
-            assert [m.others for m in said if isinstance(m, wire.Company)] == [1, 0]
+            assert [m.others for m in said if isinstance(m, messages.Company)] == [1, 0]
             assert kinds(said)[-1] == "Failed"
         finally:
             os.kill(first.pid, signal.SIGKILL)
@@ -414,7 +414,7 @@ def test_a_model_that_is_not_there_is_said_once_and_ends_the_child(tmp_path: Pat
 
 @given(
     st.builds(
-        wire.Run,
+        messages.Run,
         job_id=st.text(),
         function=st.text(),
         path=st.text(),
@@ -424,13 +424,13 @@ def test_a_model_that_is_not_there_is_said_once_and_ends_the_child(tmp_path: Pat
     ),
     st.integers(1, 40),
 )
-def test_messages_come_out_as_they_went_in_however_the_bytes_are_cut(run: wire.Run, size: int):
+def test_messages_come_out_as_they_went_in_however_the_bytes_are_cut(run: messages.Run, size: int):
     """A stream socket keeps no borders."""
-    frames = wire.encode(run) + wire.encode(wire.Ping(3))
-    inbox = wire.Inbox()
+    frames = messages.encode(run) + messages.encode(messages.Ping(3))
+    inbox = messages.Inbox()
     parts = [frames[at : at + size] for at in range(0, len(frames), size)]
 
-    assert [run, wire.Ping(3)] == [message for part in parts for message in inbox.feed(part)]
+    assert [run, messages.Ping(3)] == [message for part in parts for message in inbox.feed(part)]
 
 
 @pytest.mark.parametrize(
@@ -448,14 +448,14 @@ def test_messages_come_out_as_they_went_in_however_the_bytes_are_cut(run: wire.R
 )
 def test_what_is_not_in_the_protocol_is_refused(body: bytes):
     """A child that hostile media has taken over can say only these words."""
-    with pytest.raises(wire.WireError):
-        wire.decode(body)
+    with pytest.raises(messages.WireError):
+        messages.decode(body)
 
 
 def test_a_frame_that_would_fill_the_memory_is_refused_by_its_length():
     """Before a byte of it is kept."""
-    with pytest.raises(wire.WireError, match="at most"):
-        list(wire.Inbox().feed(b"\xff\xff\xff\xff"))
+    with pytest.raises(messages.WireError, match="at most"):
+        list(messages.Inbox().feed(b"\xff\xff\xff\xff"))
 
 
 class AcceleratorError(RuntimeError):
@@ -519,13 +519,13 @@ class Published:
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> Published:
     """Version aaaaaaaa, looked for at each job."""
-    monkeypatch.setattr(shelf, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(models, "LOOK_EVERY_S", 0.0)
     return Published("aaaaaaaa")
 
 
-def shelved(published: Published, **settings: Any) -> shelf.Shelf:
+def shelved(published: Published, **settings: Any) -> models.Shelf:
     """An open shelf over it."""
-    made = shelf.Shelf(
+    made = models.Shelf(
         replace(SETTINGS, **settings),
         load=published.load,
         promoted=published.promoted,
@@ -535,7 +535,7 @@ def shelved(published: Published, **settings: Any) -> shelf.Shelf:
     return made
 
 
-def version_of(made: shelf.Shelf, model: str | None = None, tenant: str = "default") -> str:
+def version_of(made: models.Shelf, model: str | None = None, tenant: str = "default") -> str:
     """The version that a job is walked with."""
     asked = {"model": model, "tenant": tenant}
     parts: Any = made.of(Job.model_validate_json(document("j")).model_copy(update=asked))
@@ -593,7 +593,7 @@ def test_a_refused_version_is_forgotten_once_the_old_one_is_promoted_again(publi
 def test_jobs_go_on_with_the_old_version_while_the_new_one_loads(published: Published):
     """And one that was promoted away meanwhile is not put in place."""
     late: list[Callable[[], None]] = []
-    made = shelf.Shelf(
+    made = models.Shelf(
         SETTINGS, load=published.load, promoted=published.promoted, aside=late.append
     )
     made.open()
@@ -636,7 +636,7 @@ def test_a_canary_serves_its_tenants_until_it_is_promoted(published: Published):
 def test_a_canary_that_does_not_load_leaves_its_tenants_to_the_promoted_one(published: Published):
     """Loudly; the worker serves."""
     published.broken = {"bbbbbbbb"}
-    made = shelf.Shelf(
+    made = models.Shelf(
         replace(SETTINGS, canary="bbbbbbbb:acme"), load=published.load, promoted=published.promoted
     )
 
@@ -659,7 +659,7 @@ def test_a_shadow_sees_its_share_of_the_promoted_ones_jobs(published: Published)
     assert made.shadow_of(job, made.of(job)) is None
 
 
-def warnings_of(made: shelf.Shelf, version: str) -> tuple[str, ...]:
+def warnings_of(made: models.Shelf, version: str) -> tuple[str, ...]:
     """What the shelf adds to a verdict by that version."""
     verdict = a_verdict()
     by = verdict.made.model_copy(update={"model": "ralf-small", "version": version})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ralf.worker.cli import main
+from ralf.worker.cli.main import main
 from ralf.worker.contract import Verdict
 from tests.hostile import REFUSED
 
@@ -220,7 +220,7 @@ def test_no_accident_looks_like_a_forged_verdict(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("ralf.worker.scan.analyze", fail)
+    monkeypatch.setattr("ralf.worker.cli.scan.analyze", fail)
 
     code, said = ending
     assert code == scan(clip_of_none)
@@ -263,7 +263,7 @@ def test_asking_for_a_gpu_that_is_not_there_is_infrastructure(
 def test_a_closed_pipe_is_no_traceback(clip_of_none: Path):
     """`ralf scan … | head -0` ends quietly."""
     run = subprocess.run(
-        f"{sys.executable} -m ralf.worker.cli scan {clip_of_none} --json | head -c 0",
+        f"{sys.executable} -m ralf scan {clip_of_none} --json | head -c 0",
         shell=True,
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from ralf.worker.service.serve import BROKEN, as_environment
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.documents import a_job
-from tests.test_horse import QUICK, ended
+from tests.test_rq_worker import QUICK, ended
 from tests.test_serve import get
 from tests.waiting import LONG_S, until
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ralf.kernels.networks import build
-from ralf.train.animate import animate, encode
-from ralf.train.checkpoint import Checkpoint, State, save
 from ralf.train.cli import commands
-from ralf.train.index import load
+from ralf.train.data.index import load
+from ralf.train.forge.video import animate, encode
+from ralf.train.loop.checkpoint import Checkpoint, State, save
 from ralf.train.recipe_text import override
 from ralf.train.recipes import named
 from ralf.train.samples import portraits

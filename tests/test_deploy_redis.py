@@ -17,7 +17,7 @@ from ralf.worker.client import connect as connect_client
 from ralf.worker.contract import Callback
 from ralf.worker.service import jobs
 from ralf.worker.service.deliver import Deliverer
-from ralf.worker.service.http import queue_counts
+from ralf.worker.service.health import queue_counts
 from ralf.worker.service.janitor import Janitor
 from ralf.worker.service.outbox import Outbox
 from ralf.worker.service.serve import as_environment
@@ -26,8 +26,8 @@ from ralf.worker.settings import Settings
 from tests.deploy_tools import DEPLOY, ROOT
 from tests.documents import a_job, a_track, a_verdict
 from tests.test_deliver import OLD
-from tests.test_horse import QUICK, TESTS, until
 from tests.test_redis_access import popped
+from tests.test_rq_worker import QUICK, TESTS, until
 from tests.web import reply, serving
 
 ROLES = ("producer", "worker", "janitor", "deliverer", "reader")

@@ -22,7 +22,7 @@ from tests.deploy_tools import DEPLOY, ROOT, run
 from tests.documents import a_job
 from tests.redis_server import RedisServer
 from tests.test_crew import two_ports
-from tests.test_horse import QUICK, TESTS, until
+from tests.test_rq_worker import QUICK, TESTS, until
 from tests.test_serve import get
 
 RULES = yaml.safe_load((DEPLOY / "prometheus" / "rules.yaml").read_text())["groups"]

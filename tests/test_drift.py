@@ -11,9 +11,9 @@ from scipy.stats import entropy
 
 from ralf.worker import telemetry
 from ralf.worker.drift import EDGES, KINDS, LEAST, WINDOW, Drift, Window, histogram, psi
-from ralf.worker.service import wire
-from ralf.worker.service.orders import Orders
+from ralf.worker.service import messages
 from ralf.worker.service.stable import Stable
+from ralf.worker.service.wakeup import Orders
 from ralf.worker.telemetry import Metrics
 from tests.documents import a_track, a_verdict
 
@@ -133,7 +133,7 @@ class FACTS:
 
     pid = 0
     made = a_verdict().made
-    ready = wire.Ready(
+    ready = messages.Ready(
         0, 0,
         json.dumps({
             "references": {f"{made.model}@{made.version}": {"edges": [0.5], "counts": [900, 100]}},

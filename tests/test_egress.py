@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ralf.worker.service.egress import Egress, EgressDenied, EgressFailed, system_resolve
-from ralf.worker.service.targets import Target, read_url, refusal
+from ralf.worker.service.url_policy import Target, read_url, refusal
 from ralf.worker.settings import Settings
 from tests.web import PUBLIC, Request, Web, for_ever, reply, serving
 

@@ -282,7 +282,7 @@ def test_the_untrained_model_says_so_and_is_the_same_each_time(shelf, tiny, tmp_
 
 
 def run(*words: str) -> int:
-    """A command as worker/cli.py would run it."""
+    """A command as worker/cli/main.py would run it."""
     parser = argparse.ArgumentParser()
     cli.commands(parser.add_subparsers())
     args = parser.parse_args(words)

@@ -435,7 +435,7 @@ def test_a_verified_plan_loads_by_key_and_by_device(own: Artifact, plan: FakeEng
         golden(own).logits, named(torch.from_numpy(golden(own).crops)), atol=1e-4
     )
     measured = Measured(engine=str(KEY), faces_per_s={str(KEY): 1000.0}, batch=8, at="now")
-    from ralf.kernels.fastest import device_of
+    from ralf.kernels.choose_engine import device_of
 
     with plan_store.building(own):
         plan_store.record_fastest(own, device_of(CPU), measured)

@@ -20,8 +20,8 @@ from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Manif
 from ralf.kernels.networks import build
 from ralf.kernels.untrained import patterns, settle
 from ralf.train.ensemble import EnsembleError, publish_ensemble
-from ralf.worker.cli import main
-from ralf.worker.panel import Panel
+from ralf.worker.cli.main import main
+from ralf.worker.ensemble import Panel
 from ralf.worker.scores import Scores, strongest
 from ralf.worker.verdict import judge
 from tests.faces_on_disk import faces

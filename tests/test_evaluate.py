@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ralf.kernels.artifact import ArtifactError
 from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Sampling
-from ralf.train import published
-from ralf.train.clips import Wanted, make_clips
-from ralf.train.evaluate import (
+from ralf.train.data.index import Index, IndexFault
+from ralf.train.data.prepare import prepare
+from ralf.train.evaluate import papers
+from ralf.train.evaluate.conditions import DEEPERFORENSICS
+from ralf.train.evaluate.judge import (
     Judge,
     evaluate,
     examples_for,
@@ -23,12 +25,10 @@ from ralf.train.evaluate import (
     score,
     write_videos,
 )
-from ralf.train.index import Index, IndexFault
-from ralf.train.metrics import Scored, measure, together
-from ralf.train.perturb import DEEPERFORENSICS
-from ralf.train.prepare import prepare
-from ralf.train.table_aggregation import spread
-from ralf.train.tables import KINDS, Ask, Table, table
+from ralf.train.evaluate.metrics import Scored, measure, together
+from ralf.train.evaluate.table_aggregation import spread
+from ralf.train.evaluate.tables import KINDS, Ask, Table, table
+from ralf.train.forge.clips import Wanted, make_clips
 from tests.faces_on_disk import faces
 
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=4))
@@ -191,14 +191,14 @@ def test_published_rows_stand_only_beside_the_same_data(index):
 
 def test_published_figures_are_the_papers():
     """One cell of each of RALF's tables, as printed there."""
-    assert published.INTRA["ffpp", "c23"]["RALF"] == (94.71, 98.92)
-    assert published.INTRA["ffpp", "c40"]["RALF"] == (83.94, 89.06)
-    assert published.CROSS["celeb_df_v2"]["RALF"] == (71.00, 34.70)
-    assert published.CROSS["dfdc"]["RALF"] == (63.94, 39.21)
-    assert published.ROBUSTNESS["RALF"] == (-0.40, -8.61, -2.85, -8.37)
-    assert published.ABLATION["RALF, L_freq unweighted"] == 88.59
-    assert published.BACKBONE["RALF ResNet-50"] == 85.60
-    assert published.POOLING["dfdc"] == {
+    assert papers.INTRA["ffpp", "c23"]["RALF"] == (94.71, 98.92)
+    assert papers.INTRA["ffpp", "c40"]["RALF"] == (83.94, 89.06)
+    assert papers.CROSS["celeb_df_v2"]["RALF"] == (71.00, 34.70)
+    assert papers.CROSS["dfdc"]["RALF"] == (63.94, 39.21)
+    assert papers.ROBUSTNESS["RALF"] == (-0.40, -8.61, -2.85, -8.37)
+    assert papers.ABLATION["RALF, L_freq unweighted"] == 88.59
+    assert papers.BACKBONE["RALF ResNet-50"] == 85.60
+    assert papers.POOLING["dfdc"] == {
         "RALF average pooling": 58.24,
         "RALF max pooling": 63.94,
     }

@@ -245,11 +245,11 @@ def test_autocast_leaves_the_spectrum_alone(astronaut: np.ndarray):
 def test_its_onnx_graph_gives_its_logits(tmp_path: Path):
     """As the builder exports it, for a batch that it was not traced with; ONNX Runtime runs it."""
     pytest.importorskip("onnxruntime")
-    from ralf.kernels import export_onnx
+    from ralf.kernels import export
 
     network, faces = small(size=32), crops(3, 32)
-    export_onnx.export(network, tmp_path / "n.onnx", most=4, precision="fp32")
-    got = export_onnx.logits(export_onnx.session(tmp_path / "n.onnx"), faces.numpy())
+    export.export(network, tmp_path / "n.onnx", most=4, precision="fp32")
+    got = export.logits(export.session(tmp_path / "n.onnx"), faces.numpy())
 
     np.testing.assert_allclose(network(faces).detach().numpy(), got, atol=1e-3)
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ralf.kernels.manifest import InputContract, Sampling
 from ralf.kernels.networks import build
-from ralf.train.evaluate import Judge, examples_for, of_network, result, score
-from ralf.train.figures import (
+from ralf.train.evaluate.figures import (
     embedding_figure,
     features_of,
     grad_cam,
@@ -24,8 +23,9 @@ from ralf.train.figures import (
     spectrum_ratio,
     strips_figure,
 )
-from ralf.train.metrics import Scored
-from ralf.train.run_report import report
+from ralf.train.evaluate.judge import Judge, examples_for, of_network, result, score
+from ralf.train.evaluate.metrics import Scored
+from ralf.train.evaluate.page import report
 from tests.faces_on_disk import faces
 
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=2))

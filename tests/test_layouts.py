@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ralf.kernels.manifest import InputContract
-from ralf.train.data import Batches
-from ralf.train.datacheck import check, refuse_leaks
-from ralf.train.index import REAL, Index, IndexFault, Row, leaks, load, split_by_identity
-from ralf.train.layouts import KNOWN, read, read_all
-from ralf.train.layouts_packed import Store, five_points
+from ralf.train.data.batches import Batches
+from ralf.train.data.check import check, refuse_leaks
+from ralf.train.data.index import REAL, Index, IndexFault, Row, leaks, load, split_by_identity
+from ralf.train.data.layouts import KNOWN, read, read_all
+from ralf.train.data.layouts_packed import Store, five_points
 from ralf.train.recipe import Data
 from ralf.train.samples import portraits
 

@@ -20,20 +20,20 @@ from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 
-from ralf.kernels.disk import ArtifactError
+from ralf.kernels.atomic_files import ArtifactError
 from ralf.kernels.networks.backbones import NetworkError
-from ralf.train.checkpoint import CheckpointError, load
-from ralf.train.diverged import Diverged
-from ralf.train.initial import make_network
-from ralf.train.journal import Journal
-from ralf.train.loop import BEST, LAST, Options, Outcome, train
+from ralf.train.loop.checkpoint import CheckpointError, load
+from ralf.train.loop.distributed import ALONE
+from ralf.train.loop.diverged import Diverged
+from ralf.train.loop.initial_weights import make_network
+from ralf.train.loop.loop import BEST, LAST, Options, Outcome, train
+from ralf.train.loop.optimise import MovingAverage, computed_in, optimiser, rate
+from ralf.train.loop.run_log import Journal
+from ralf.train.loop.step import Stepper
+from ralf.train.loop.validate import look
 from ralf.train.losses.objective import Moment, Objective
-from ralf.train.optimise import MovingAverage, computed_in, optimiser, rate
 from ralf.train.publish import publish
-from ralf.train.ranks import ALONE
 from ralf.train.recipe import Optimiser, Recipe, Schedule
-from ralf.train.steps import Stepper
-from ralf.train.validate import look
 from tests.training import Halves, MadeBatch, MadeBatches, StubRalf, environment, tiny
 
 DATA = "d" * 64
@@ -101,7 +101,7 @@ import time
 from pathlib import Path
 import torch
 from tests.training import MadeBatches, tiny
-from ralf.train.loop import Options, train
+from ralf.train.loop.loop import Options, train
 torch.set_num_threads(1)
 
 class NoLast(MadeBatches):  # whoever is to kill it may be slow: it does not finish before that
@@ -274,8 +274,8 @@ from pathlib import Path
 import torch
 from ralf.kernels.networks.backbones import NetworkError
 from tests.training import Halves, MadeBatches, StubRalf, tiny
-from ralf.train.loop import Options, train
-from ralf.train.ranks import joined
+from ralf.train.loop.loop import Options, train
+from ralf.train.loop.distributed import joined
 torch.set_num_threads(1)
 with joined(torch.device("cpu")) as ranks:
     assert ranks.world == 2
@@ -527,7 +527,7 @@ def test_bf16_is_used_only_where_the_processor_has_it(monkeypatch: pytest.Monkey
     """Emulated it would be slower than FP32; FP16 is a CUDA matter."""
     cpu, half = torch.device("cpu"), tiny("ralf", precision="bf16")
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("ralf.train.optimise.cpu_has_bf16", lambda n=native: n)
+        monkeypatch.setattr("ralf.train.loop.optimise.cpu_has_bf16", lambda n=native: n)
         assert computed_in(half, cpu) == expected
     assert computed_in(tiny("ralf", precision="fp16"), cpu) == torch.float32
     assert computed_in(tiny("ralf", precision="fp16"), torch.device("cuda")) == torch.float16
@@ -535,7 +535,7 @@ def test_bf16_is_used_only_where_the_processor_has_it(monkeypatch: pytest.Monkey
 
 def test_bf16_trains_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Weights and their moments stay FP32, and one step's terms agree."""
-    monkeypatch.setattr("ralf.train.optimise.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("ralf.train.loop.optimise.cpu_has_bf16", lambda: True)
     stub_run(tmp_path / "half", **{"schedule.steps": "1", "precision": "bf16"})
     stub_run(tmp_path / "full", **{"schedule.steps": "1"})
 

@@ -164,7 +164,7 @@ RANKED = """
 import sys
 import torch
 from ralf.train.losses.rcl import Centre
-from ralf.train.ranks import joined
+from ralf.train.loop.distributed import joined
 with joined(torch.device("cpu")) as ranks:
     torch.manual_seed(5)
     faces = torch.nn.functional.normalize(torch.randn(3, 7, 4), dim=2)

@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from ralf.train.memory import keep_freed
+from ralf.train.loop.memory import keep_freed
 if sys.argv[1] == "kept":
     assert keep_freed()
 for turn in range(40):

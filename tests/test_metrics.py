@@ -14,7 +14,7 @@ from sklearn.metrics import (
 )
 
 from ralf.kernels.manifest import Aggregation, Calibration
-from ralf.train.metrics import (
+from ralf.train.evaluate.metrics import (
     RATES,
     Scored,
     accuracy,

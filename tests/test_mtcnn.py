@@ -23,7 +23,7 @@ from PIL import Image
 
 import ralf.kernels.networks.mtcnn as networks
 import ralf.worker.media.mtcnn as finder_module
-from ralf.kernels.lanes import side_by_side
+from ralf.kernels.cpu_threads import side_by_side
 from ralf.kernels.manifest import Finder
 from ralf.kernels.networks.mtcnn import WeightsMissing, pretrained, weights_path
 from ralf.train.samples import portraits as known_people

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ralf.train.norms import SteadyNorms
+from ralf.train.loop.norms import SteadyNorms
 
 
 def small() -> nn.Sequential:

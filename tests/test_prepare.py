@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 
 from ralf.kernels.manifest import Finder, InputContract, Sampling
-from ralf.train import prepare as module
-from ralf.train.animate import animate, encode
-from ralf.train.data import Batches
-from ralf.train.extract import Extractor, Task, Way
-from ralf.train.index import Index, IndexFault, Row, load
-from ralf.train.layouts import read
-from ralf.train.prepare import prepare
+from ralf.train.data import prepare as module
+from ralf.train.data.batches import Batches
+from ralf.train.data.extract import Extractor, Task, Way
+from ralf.train.data.index import Index, IndexFault, Row, load
+from ralf.train.data.layouts import read
+from ralf.train.data.prepare import prepare
+from ralf.train.forge.video import animate, encode
 from ralf.train.recipe import HELD_OUT, Augment, Data
 from ralf.train.samples import forged, portraits
 from ralf.worker.contract import Sampling as Asked
+from ralf.worker.media.crops import cut_one
 from ralf.worker.media.decode_pyav import PyavDecoder
-from ralf.worker.media.faces import cut_one
 from ralf.worker.media.mtcnn import Mtcnn
 from ralf.worker.media.probe import probe
 from ralf.worker.media.types import Clip

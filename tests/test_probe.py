@@ -19,8 +19,8 @@ from ralf.worker.errors import (
     TooManyStreams,
 )
 from ralf.worker.media.containers import demuxer_of
+from ralf.worker.media.packet_times import Seen, timeline
 from ralf.worker.media.probe import CODECS, codec_available, ffmpeg_version, probe
-from ralf.worker.media.timeline import Seen, timeline
 from ralf.worker.settings import Settings
 from tests.clips import decode_all, make_clip, picture, sound_only
 from tests.hostile import patch, with_hidden_frames

@@ -13,15 +13,15 @@ import torch
 
 from ralf.kernels.artifact import promote
 from ralf.kernels.networks import build
-from ralf.train.checkpoint import load
-from ralf.train.loop import LAST, Options, train
+from ralf.train.loop.checkpoint import load
+from ralf.train.loop.loop import LAST, Options, train
 from ralf.train.publish import judged, publish, weights
 from ralf.train.recipe import Recipe
 from ralf.train.recipes import RECIPES
-from ralf.worker.cli import main
+from ralf.worker.cli.main import main
 from ralf.worker.contract import Sampling
+from ralf.worker.media.crops import cut
 from ralf.worker.media.decode_pyav import PyavDecoder
-from ralf.worker.media.faces import cut
 from ralf.worker.media.mtcnn import Mtcnn
 from ralf.worker.media.probe import probe
 from ralf.worker.media.types import Clip

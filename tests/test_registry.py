@@ -14,10 +14,10 @@ from redis import Redis
 from ralf.kernels import artifact as models
 from ralf.kernels import history, registry
 from ralf.kernels.artifact import Artifact, ArtifactError, NotFound
-from ralf.kernels.disk import hold, unused
+from ralf.kernels.atomic_files import hold, unused
 from ralf.kernels.manifest import Manifest, Reference
 from ralf.kernels.registry import Gate, Refused
-from ralf.worker.cli import main
+from ralf.worker.cli.main import main
 from ralf.worker.contract import Job, Media
 from ralf.worker.service.pins import pinned
 from ralf.worker.service.store import Store
@@ -263,7 +263,7 @@ def test_the_promoted_stays_whatever_is_asked(tmp_path: Path, seven: list[str]):
 
 def test_what_a_running_process_holds_stays_until_it_ends(tmp_path: Path, seven: list[str]):
     """Even when it is killed: the lock is the kernel's."""
-    code = "import sys; from pathlib import Path; from ralf.kernels.disk import hold; "
+    code = "import sys; from pathlib import Path; from ralf.kernels.atomic_files import hold; "
     code += "hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "tiny" / seven[0])],

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -151,27 +150,6 @@ def test_headings_and_pictures_can_be_heard(sample: Verdict):
     assert all(a["aria-label"] for a in seen.of("svg") if a.get("role") == "img")
     assert seen.of("html") == [{"lang": "en"}]
     assert any("width=device-width" in str(meta.get("content")) for meta in seen.of("meta"))
-
-
-def test_the_wheel_carries_what_is_not_python():
-    """Style, script and Redis's scripts are named in the package data, and every package found."""
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    rooms = ("kernels", "worker", "train")
-    carried = {
-        path
-        for room in rooms
-        for pattern in named["package-data"].get(room, [])
-        for path in (ROOT / room).glob(pattern)
-    }
-    there = [path for room in rooms for path in (ROOT / room).rglob("*.*") if path.is_file()]
-    # What is read or run in a checkout only needs no place in a wheel.
-    kept = (".py", ".pyc", ".typed", ".md", ".sh")
-    foreign = {path for path in there if path.suffix not in kept}
-    folders = {path.parent for path in there if path.suffix == ".py"}
-
-    assert {ROOT / "worker/page/page.css", ROOT / "worker/service/moves.lua"} <= carried
-    assert foreign == carried
-    assert [] == [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
 # True to the verdict

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ralf.kernels.manifest import InputContract
 from ralf.worker.media import resample
-from ralf.worker.media.faces import cut, cut_one, regions
+from ralf.worker.media.crops import cut, cut_one, regions
 from ralf.worker.media.resample import cut_all, shrunk
 from ralf.worker.media.types import Faces, Frames
 from tests.scenes import frames_of, scene

@@ -13,11 +13,12 @@ from PIL import Image
 
 from ralf.kernels import artifact as models
 from ralf.kernels import history
-from ralf.kernels.disk import hold
-from ralf.train import loop, retrain, retrain_steps
+from ralf.kernels.atomic_files import hold
+from ralf.train import retrain, retrain_steps
+from ralf.train.loop import loop
 from ralf.train.retrain import Journal, Step, Stopped, plan, walk
 from ralf.train.retrain_order import targets_of
-from ralf.worker.cli import main
+from ralf.worker.cli.main import main
 from tests.test_train_cli import TINY
 from tests.training import MadeBatches
 

@@ -19,13 +19,13 @@ from redis import Redis
 
 from ralf.worker.contract import Media
 from ralf.worker.service import jobs
-from ralf.worker.service.http import Health, queue_counts, serving_at
+from ralf.worker.service.health import Health, queue_counts, serving_at
 from ralf.worker.service.serve import DidNotStart, as_environment, embedded
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from ralf.worker.telemetry import Metrics
 from tests.documents import a_job
-from tests.test_horse import QUICK, a_worker, ended
+from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.waiting import LONG_S, until
 from tests.web import Piece, Request, reply, serving
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook
 
-from ralf.worker.cli import main
+from ralf.worker.cli.main import main
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Progress, SessionPart, Verdict
 from ralf.worker.service.outbox import Outbox
@@ -25,7 +25,7 @@ from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
 from tests.test_deliver import OLD
-from tests.test_horse import ended
+from tests.test_rq_worker import ended
 from tests.test_store import claim
 from tests.web import Request, Web, reply, serving
 
@@ -266,7 +266,7 @@ def served(
         with log.open("w") as stderr:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "ralf.worker.cli", "serve", "--embedded"),
+                    *(sys.executable, "-m", "ralf", "serve", "--embedded"),
                     *("--models", str(eager_models), "--model", "eager"),
                 ],
                 env={**os.environ, **settings},

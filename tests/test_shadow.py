@@ -14,9 +14,9 @@ import pytest
 from ralf.worker import telemetry
 from ralf.worker.contract import Evidence, Job, Progress, Verdict
 from ralf.worker.errors import CorruptMedia, GpuFatal
-from ralf.worker.service import jobs, shadow, wire
+from ralf.worker.service import jobs, messages, shadow
+from ralf.worker.service.child_process import Link
 from ralf.worker.service.jobs import Body, Task
-from ralf.worker.service.link import Link
 from ralf.worker.service.shadow import Comparison, Second
 from ralf.worker.settings import Settings
 from ralf.worker.telemetry import Metrics
@@ -165,13 +165,14 @@ def test_what_differs_is_counted(capsys: pytest.CaptureFixture[str]):
 
 CHILD = """
 import os, socket, sys
-from ralf.worker.service import child, jobs, shelf
+from ralf.worker.service import child, jobs
+from ralf.worker.service import models
 from ralf.worker.settings import Settings
 
 class Parts:
     pass
 
-class Shelf(shelf.EmptyShelf):
+class Shelf(models.EmptyShelf):
     def of(self, job):
         return "own"
     def shadow_of(self, job, parts):
@@ -216,7 +217,7 @@ def shadowed() -> Iterator[Link]:
         link.close()
 
 
-def run(clip: Path, job_id: str, tag: str | None = None) -> wire.Run:
+def run(clip: Path, job_id: str, tag: str | None = None) -> messages.Run:
     """Weigh that file."""
     return replace(ask(job_id, "weigh", tag=tag), path=str(clip))
 
@@ -224,18 +225,18 @@ def run(clip: Path, job_id: str, tag: str | None = None) -> wire.Run:
 def test_the_verdict_comes_first_and_the_comparison_after_it(clip: Path):
     """Also when the next job has come meanwhile."""
     with shadowed() as link:
-        said: list[wire.Message] = []
+        said: list[messages.Message] = []
         for job_id in ("a", "b"):
             link.say(run(clip, job_id))
-            said += until(link, lambda heard: any(isinstance(m, wire.Done) for m in heard))
-        so_far = sum(isinstance(m, wire.Compared) for m in said)
+            said += until(link, lambda heard: any(isinstance(m, messages.Done) for m in heard))
+        so_far = sum(isinstance(m, messages.Compared) for m in said)
         said += until(
-            link, lambda heard: sum(isinstance(m, wire.Compared) for m in heard) + so_far == 2
+            link, lambda heard: sum(isinstance(m, messages.Compared) for m in heard) + so_far == 2
         )
 
-    names = [type(m).__name__ for m in said if not isinstance(m, wire.Company)]
+    names = [type(m).__name__ for m in said if not isinstance(m, messages.Company)]
     assert ["Started", "Done", "Compared", "Started", "Done", "Compared"] == names
-    found = [json.loads(m.document) for m in said if isinstance(m, wire.Compared)]
+    found = [json.loads(m.document) for m in said if isinstance(m, messages.Compared)]
     assert ["a", "b"] == [each["job_id"] for each in found]
     assert ["m@12345678"] * 2 == [each["shadow"] for each in found]
 
@@ -244,7 +245,7 @@ def test_a_shadow_that_takes_the_child_down_costs_no_job(clip: Path):
     """The job has its verdict; the next one, not begun, finds another child."""
     with shadowed() as link:
         link.say(run(clip, "a", tag="abort"))
-        said = until(link, lambda heard: any(isinstance(m, wire.Done) for m in heard))
+        said = until(link, lambda heard: any(isinstance(m, messages.Done) for m in heard))
         link.say(run(clip, "b"))
         said += until(link, lambda heard: False)  # until it has gone
         how = link.closed()
@@ -253,4 +254,4 @@ def test_a_shadow_that_takes_the_child_down_costs_no_job(clip: Path):
         link.open()
         until(link, lambda heard: link.ready is not None)
         link.say(run(clip, "b"))
-        until(link, lambda heard: any(isinstance(m, wire.Done) for m in heard))
+        until(link, lambda heard: any(isinstance(m, messages.Done) for m in heard))

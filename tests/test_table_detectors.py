@@ -15,14 +15,14 @@ from torch import Tensor
 from ralf.kernels.cost import cost
 from ralf.kernels.manifest import InputContract, Sampling
 from ralf.kernels.networks import build
-from ralf.train.evaluate import Judge, evaluate, of_network
-from ralf.train.index import Index
-from ralf.train.metrics import Scored, auc, interval, paired_interval
+from ralf.train.data.index import Index
+from ralf.train.evaluate.judge import Judge, evaluate, of_network
+from ralf.train.evaluate.metrics import Scored, auc, interval, paired_interval
+from ralf.train.evaluate.table_detectors import CANNOT, everyone
+from ralf.train.evaluate.tables import Ask, table
 from ralf.train.recipe import HELD_OUT, Recipe
 from ralf.train.recipe_text import override, to_json
 from ralf.train.recipes import named
-from ralf.train.table_detectors import CANNOT, everyone
-from ralf.train.tables import Ask, table
 from tests.faces_on_disk import faces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,7 +84,7 @@ def test_crops_that_are_cut_alike_are_made_once(index: Index, monkeypatch: pytes
     """Two models of one contract see the same tensors; another contract has its own."""
     wide = replace(KNOWS, name="wide", input=CONTRACT.model_copy(update={"margin": 1.6}))
     made: Counter[str] = Counter()
-    from ralf.train.examples import Examples
+    from ralf.train.data.evaluation_set import Examples
 
     whole = Examples.crop
 

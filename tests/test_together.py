@@ -14,11 +14,11 @@ from ralf.worker.contract import Media, Sampling, Verdict
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.pipeline import Ask, analyze
 from ralf.worker.runtime import Parts, with_decoder
-from ralf.worker.service.shelf import Shelf, load
+from ralf.worker.service.models import Shelf, load
 from ralf.worker.settings import Settings
 from tests.clips import face_clip
 from tests.redis_server import RedisServer
-from tests.test_horse import QUICK, Service
+from tests.test_rq_worker import QUICK, Service
 
 JOBS = 2
 FRAMES = 120

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ralf.kernels.artifact import golden, resolve
 from ralf.kernels.engine import load as load_engine
-from ralf.worker.cli import main
+from ralf.worker.cli.main import main
 from tests.training import MadeBatches
 
 TINY = [
@@ -160,7 +160,7 @@ def test_people_on_both_sides_are_refused_unless_told(
 
 def dataset_of(pictures: Path) -> str:
     """What the layout calls the collection."""
-    from ralf.train.layouts import read
+    from ralf.train.data.layouts import read
 
     return read(pictures).rows[0].dataset
 

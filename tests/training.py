@@ -25,7 +25,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class MadeBatch:
-    """A batch as ralf.train.data makes them."""
+    """A batch as ralf.train.data.batches makes them."""
 
     crops: Tensor
     forged: Tensor

@@ -24,7 +24,7 @@ from scipy.special import expit
 from scipy.stats import beta
 
 from ralf.kernels.manifest import Calibration
-from ralf.train.metrics import at_even_odds
+from ralf.train.evaluate.metrics import at_even_odds
 
 Floats = NDArray[np.float64]
 FPRS = (0.01, 0.05)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ralf.train.command import INTERRUPTED, OK, Commands, parser_of, refusing
-from ralf.train.data_cli import data_commands, evaluate_commands
+from ralf.train.data.cli import data_commands, evaluate_commands
 from ralf.train.ensemble_cli import ensemble_command
 from ralf.train.publish_cli import calibrate_command, publish_command
 from ralf.train.retrain_cli import retrain_command
 
 if TYPE_CHECKING:
-    from ralf.train.index import Index
-    from ralf.train.loop import Outcome
+    from ralf.train.data.index import Index
+    from ralf.train.loop.loop import Outcome
     from ralf.train.recipe import Data
 
 KEPT_BYTES = 2 * 1024**3
@@ -75,10 +75,10 @@ def run_train(args: argparse.Namespace) -> int:
     if not args.data or args.out is None:
         raise RecipeError("train needs --data PATH and --out RUN")
 
-    from ralf.train.data import Batches
-    from ralf.train.layouts import read_all
-    from ralf.train.loop import Options, train
-    from ralf.train.ranks import joined
+    from ralf.train.data.batches import Batches
+    from ralf.train.data.layouts import read_all
+    from ralf.train.loop.distributed import joined
+    from ralf.train.loop.loop import Options, train
 
     device = _device(args.device)
     index = read_all(args.data)
@@ -129,7 +129,7 @@ def _device(asked: str) -> Any:
 
 def validation_of(index: "Index", data: "Data") -> Any:
     """The validation split, made once and kept where it fits; None where there is none."""
-    from ralf.train.examples import Examples
+    from ralf.train.data.evaluation_set import Examples
 
     if not len(index.where(split="val")):
         print("ralf: no rows with split val: the last weights will be kept", file=sys.stderr)

@@ -19,9 +19,9 @@ def refusing(run: Run) -> Run:
     def told(args: argparse.Namespace) -> int:
         from ralf.kernels.artifact import ArtifactError
         from ralf.kernels.engine import EngineError
-        from ralf.train.checkpoint import CheckpointError
-        from ralf.train.diverged import Diverged
-        from ralf.train.memory import keep_freed
+        from ralf.train.loop.checkpoint import CheckpointError
+        from ralf.train.loop.diverged import Diverged
+        from ralf.train.loop.memory import keep_freed
 
         keep_freed()
         try:

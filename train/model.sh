@@ -36,7 +36,7 @@ ended() { # what a training says on stdout: what follows it wants it finished
   [[ $said != *out_of_time* ]] || { echo "model.sh: out of time; the same command goes on" >&2; exit 3; }
 }
 train() { # RECIPE RUN options: one process a device, or a core
-  "$BIN/torchrun" --standalone --nproc-per-node="$processes" -m ralf.worker.cli train "$1" --data "$DATA" \
+  "$BIN/torchrun" --standalone --nproc-per-node="$processes" -m ralf train "$1" --data "$DATA" \
     --out "$2" ${MINUTES:+--minutes "$MINUTES"} "${@:3}" | ended
 }
 branch() { # SEED: goes on from the classifier, a process on its own

@@ -24,8 +24,8 @@ from ralf.kernels.manifest import Aggregation, Manifest, Reference
 from ralf.kernels.networks import build
 from ralf.train.calibrate import Calibrated
 from ralf.train.card import Portion, card
-from ralf.train.checkpoint import Checkpoint, CheckpointError, load
-from ralf.train.loop import BEST, LAST
+from ralf.train.loop.checkpoint import Checkpoint, CheckpointError, load
+from ralf.train.loop.loop import BEST, LAST
 
 GOLDEN = 32
 """Crops in golden.npz."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from ralf.kernels.manifest import Manifest
     from ralf.train.calibrate import Calibrated
-    from ralf.train.evaluate import Score
-    from ralf.train.index import Index
+    from ralf.train.data.index import Index
+    from ralf.train.evaluate.judge import Score
 
 
 def publish_command(subparsers: Commands) -> None:
@@ -59,7 +59,7 @@ def run_publish(args: argparse.Namespace) -> int:
     from ralf.kernels.manifest import Aggregation
     from ralf.kernels.registry import promote
     from ralf.train.card import portions
-    from ralf.train.layouts import read_all
+    from ralf.train.data.layouts import read_all
     from ralf.train.publish import Told, publish
 
     index = read_all(args.data) if args.data else None
@@ -109,9 +109,9 @@ def golden_faces(run: Path, index: "Index", datasets: list[str]) -> tuple["NDArr
     import numpy as np
     import torch
 
-    from ralf.train.checkpoint import load
-    from ralf.train.examples import Examples
-    from ralf.train.index import Index, IndexFault
+    from ralf.train.data.evaluation_set import Examples
+    from ralf.train.data.index import Index, IndexFault
+    from ralf.train.loop.checkpoint import load
     from ralf.train.publish import GOLDEN, judged
 
     kept = Index(index.root, tuple(row for row in index if row.dataset in datasets))
@@ -206,9 +206,9 @@ def calibrated_by(score: "Score", manifest: "Manifest", args: argparse.Namespace
     import numpy as np
 
     from ralf.train.calibrate import calibrate
-    from ralf.train.evaluate import scored
-    from ralf.train.examples import Examples
-    from ralf.train.layouts import read_all
+    from ralf.train.data.evaluation_set import Examples
+    from ralf.train.data.layouts import read_all
+    from ralf.train.evaluate.judge import scored
     from ralf.train.recipe import FAMILIES, HELD_OUT, Data
 
     index = read_all(args.data)

@@ -27,7 +27,7 @@ Family = Literal[
     "spectrum",
     "boundary",
 ]
-"""A way of making pseudo-forgeries; ralf.train.blend says what each is and makes it."""
+"""A way of making pseudo-forgeries; ralf.train.forge.families says what each is and makes it."""
 FAMILIES: tuple[Family, ...] = get_args(Family)
 HELD_OUT: Family = "boundary"
 """What ours never train on: made otherwise than the rest."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ralf.kernels.disk import replace_text, unused
+from ralf.kernels.atomic_files import replace_text, unused
 
 JOURNAL = "retrain.json"
 SCHEMA = "ralf.retrain/1"

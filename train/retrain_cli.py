@@ -76,8 +76,8 @@ def order_of(args: argparse.Namespace) -> "Order":
     """What was typed."""
     started_s = time.monotonic()
     from ralf.kernels.artifact import models_folder
-    from ralf.train.layouts import read_all
-    from ralf.train.loop import Options
+    from ralf.train.data.layouts import read_all
+    from ralf.train.loop.loop import Options
     from ralf.train.recipe_text import RecipeError, override
     from ralf.train.recipes import named
     from ralf.train.retrain_order import Order, default_run, targets_of

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from ralf.kernels.engine import pick_device
-from ralf.train.index import Index
-from ralf.train.loop import Options
+from ralf.train.data.index import Index
+from ralf.train.loop.loop import Options
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import to_json
 from ralf.train.retrain import Say

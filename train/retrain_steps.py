@@ -20,15 +20,15 @@ import numpy as np
 
 from ralf.kernels import plans, registry
 from ralf.kernels.artifact import Artifact, open_artifact
-from ralf.kernels.disk import ArtifactError
+from ralf.kernels.atomic_files import ArtifactError
 from ralf.kernels.engine import EngineError, pick_device
 from ralf.kernels.manifest import Calibration, Reference
 from ralf.train.calibrate import Calibrated, CalibrationError, calibrate, probability, restored
 from ralf.train.card import portions
-from ralf.train.data import Batches
-from ralf.train.evaluate import Judge, evaluate, examples_for, from_run, score
-from ralf.train.index import Index
-from ralf.train.loop import BEST, train
+from ralf.train.data.batches import Batches
+from ralf.train.data.index import Index
+from ralf.train.evaluate.judge import Judge, evaluate, examples_for, from_run, score
+from ralf.train.loop.loop import BEST, train
 from ralf.train.publish import Told, judged, publish
 from ralf.train.recipe import FAMILIES, HELD_OUT
 from ralf.train.recipe_text import to_json

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Picture
 
-from ralf.train.animate import animate, encode
-from ralf.train.blend import Portrait, forge
-from ralf.train.hulls import FaceGeometry
+from ralf.train.forge.families import Portrait, forge
+from ralf.train.forge.landmarks import FaceGeometry
+from ralf.train.forge.pixels import blur, resize, to_u8
+from ralf.train.forge.video import animate, encode
 from ralf.train.recipe import HELD_OUT, Family
-from ralf.train.warp import blur, resize, to_u8
 
 Image = NDArray[np.uint8]
 PORTRAITS = Path(__file__).resolve().parent.parent / "demo" / "portraits"

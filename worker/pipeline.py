@@ -34,14 +34,14 @@ from ralf.worker.contract import (
     Sampling,
     Verdict,
 )
+from ralf.worker.ensemble import Panel
 from ralf.worker.errors import BadRequest
 from ralf.worker.evidence import Gallery, pictures
-from ralf.worker.media.faces import cut
+from ralf.worker.media.crops import cut
 from ralf.worker.media.probe import probe
 from ralf.worker.media.sampling import plan, thinning
 from ralf.worker.media.tracks import Tracker
 from ralf.worker.media.types import Clip, Faces, Frames, Probe
-from ralf.worker.panel import Panel
 from ralf.worker.runtime import Parts
 from ralf.worker.verdict import Judgement, Scores, calibrated, judge
 

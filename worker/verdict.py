@@ -22,7 +22,7 @@ import numpy as np
 from ralf.kernels.manifest import Aggregation, Calibration, Manifest
 from ralf.worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
 from ralf.worker.scores import Ints, Reals, Scores, calibrated, level, shown
-from ralf.worker.timeline import Record, segments_of, timeline_of
+from ralf.worker.segments import Record, segments_of, timeline_of
 
 __all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "threshold_for"]
 

@@ -24,7 +24,7 @@ from ralf.train.recipe import BceLoss, Recipe
 
 
 class Batch(Protocol):
-    """What the loop reads of a batch; ralf.train.data makes them."""
+    """What the loop reads of a batch; ralf.train.data.batches makes them."""
 
     @property
     def crops(self) -> Tensor:
@@ -136,7 +136,7 @@ def refuse_one_class(forged: Tensor, least: int = 1) -> None:
     if min(count, len(forged) - count) < least:
         raise OneClass(
             f"this loss needs at least {least} real and {least} forged faces in every batch, got "
-            f"{len(forged) - count} and {count}: use batches as ralf.train.data makes them"
+            f"{len(forged) - count} and {count}: use batches as ralf.train.data.batches makes them"
         )
 
 

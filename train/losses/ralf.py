@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ralf.kernels.dct import dct2
+from ralf.train.loop.distributed import here
 from ralf.train.losses.discriminator import Discriminator, adversarial_loss, discriminator_loss
 from ralf.train.losses.objective import Batch, Moment, Objective, Terms, cross_entropy
 from ralf.train.losses.perceptual import perceptual
-from ralf.train.ranks import here
 from ralf.train.recipe import RalfLoss, Recipe
 
 PERCEPTUAL_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ralf.train.loop.distributed import here
 from ralf.train.losses.objective import (
     Batch,
     Moment,
@@ -45,7 +46,6 @@ from ralf.train.losses.objective import (
     exact,
     refuse_one_class,
 )
-from ralf.train.ranks import here
 from ralf.train.recipe import RclLoss, Recipe
 
 

@@ -38,7 +38,7 @@ from ralf.worker.errors import Infrastructure, JobError
 from ralf.worker.media.chunks import frames_in
 from ralf.worker.media.colour import from_bt601
 from ralf.worker.media.decode_pyav import PyavDecoder, range_in_stream
-from ralf.worker.media.orders import Batches, Order
+from ralf.worker.media.decode_queue import Batches, Order
 from ralf.worker.media.routing import Backend, refusal
 from ralf.worker.media.sampling import plan
 from ralf.worker.media.types import Clip, Frames, Probe

@@ -34,11 +34,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 
-from ralf.kernels.lanes import side_by_side
+from ralf.kernels.cpu_threads import side_by_side
 from ralf.kernels.manifest import Finder
 from ralf.kernels.networks.mtcnn import pretrained
-from ralf.worker.media.boxes import corners, moved, placed, regressed, squared
-from ralf.worker.media.cascade import ACCEPT, MOST_FRAMES, Cascade, Found
+from ralf.worker.media.mtcnn_boxes import corners, moved, placed, regressed, squared
+from ralf.worker.media.mtcnn_cuda import ACCEPT, MOST_FRAMES, Cascade, Found
 from ralf.worker.media.pyramid import WINDOW, all_windows, bands, crops, integral, shrink
 from ralf.worker.media.resample import shrunk
 from ralf.worker.media.types import Faces, Frames

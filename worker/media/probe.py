@@ -31,7 +31,7 @@ from ralf.worker.errors import (
 )
 from ralf.worker.media.colour import describe_colour, turn
 from ralf.worker.media.containers import Demuxer, first_look
-from ralf.worker.media.timeline import Seen, Timeline, timeline
+from ralf.worker.media.packet_times import Seen, Timeline, timeline
 from ralf.worker.media.types import Probe
 from ralf.worker.settings import Settings
 

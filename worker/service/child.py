@@ -3,7 +3,7 @@
     python -m ralf.worker.service.child --socket-fd N [--parent PID] [--bodies test] [--capacity N]
 
 It is spawned, never forked, so that CUDA starts in a clean process; it holds no credentials (see
-sandbox.py) and speaks only wire.py's messages.  The listening socket is inherited, so a parent
+sandbox.py) and speaks only messages.py's messages.  The listening socket is inherited, so a parent
 may connect before the child is up.  Several parents may connect; each has one job in flight.  At
 most `capacity` jobs run at a time, one on a CPU, in the order in which they came.  A job that
 must run alone waits until the others have ended, and none starts beside it.
@@ -31,10 +31,10 @@ import structlog
 from ralf.worker import telemetry
 from ralf.worker.contract import Job, dump
 from ralf.worker.errors import BadRequest, Cancelled, GpuFatal, JobError, RalfError
-from ralf.worker.service import jobs, sandbox, wire
+from ralf.worker.service import jobs, messages, sandbox
+from ralf.worker.service.models import EmptyShelf, Facts, Shelf, label, load
 from ralf.worker.service.procfs import rss
 from ralf.worker.service.shadow import Second
-from ralf.worker.service.shelf import EmptyShelf, Facts, Shelf, label, load
 from ralf.worker.service.turnstile import Peer, Turnstile, Visit
 from ralf.worker.settings import Settings
 
@@ -65,7 +65,7 @@ class Child:
         self._peers: set[Peer] = set()
         self._peers_lock = threading.Lock()
         self._leaving = False
-        self._ready: wire.Ready | wire.Unready | None = None
+        self._ready: messages.Ready | messages.Unready | None = None
 
     def serve(self) -> int:
         """Talk until there is a reason to leave; returns the exit status."""
@@ -111,30 +111,30 @@ class Child:
     def _hear(self, peer: Peer) -> bool:
         """Act on what a parent said; False when it has gone or talks nonsense."""
         try:
-            messages = wire.receive(peer.connection, peer.inbox)
-        except wire.WireError as error:
+            received = messages.receive(peer.connection, peer.inbox)
+        except messages.WireError as error:
             log.error("child.misunderstood", error=str(error))
             return False
-        if messages is None:
+        if received is None:
             return False
-        return all(self._obey(peer, message) for message in messages)
+        return all(self._obey(peer, message) for message in received)
 
-    def _obey(self, peer: Peer, message: wire.Message) -> bool:
+    def _obey(self, peer: Peer, message: messages.Message) -> bool:
         match message:
-            case wire.Hello(version=wire.VERSION):
+            case messages.Hello(version=messages.VERSION):
                 with self._peers_lock:
                     peer.greeted = True
                     ready = self._ready
                 if ready is not None:
                     peer.say(ready)
-            case wire.Ping(number=number):
-                peer.say(wire.Pong(number))
-            case wire.Run() if peer.greeted and peer.visit is None:
+            case messages.Ping(number=number):
+                peer.say(messages.Pong(number))
+            case messages.Run() if peer.greeted and peer.visit is None:
                 peer.visit = Visit(peer, message)
                 self._turnstile.join(peer.visit)
-            case wire.Cancel(job_id=job_id):
+            case messages.Cancel(job_id=job_id):
                 self._cancel(peer, job_id)
-            case wire.Shutdown():
+            case messages.Shutdown():
                 self._leaving = True
                 self._turnstile.close()
                 self._leave_if_idle()
@@ -155,19 +155,19 @@ class Child:
         visit.cancelled.set()
         if self._turnstile.leave(visit):
             peer.visit = None
-            peer.say(wire.Failed(job_id, "cancelled", "the job was cancelled before its turn"))
+            peer.say(messages.Failed(job_id, "cancelled", "the job was cancelled before its turn"))
 
     def _work_first(self) -> None:
         """Load, tell every parent, then work beside the other threads."""
-        ready: wire.Ready | wire.Unready
+        ready: messages.Ready | messages.Unready
         try:
             ready = _ready(self._shelf.open())
         except Exception as error:  # noqa: BLE001  the border: the parent logs it and decides
-            ready = wire.Unready(
+            ready = messages.Unready(
                 str(error) if isinstance(error, RalfError) else traceback.format_exc()
             )
         greeted = self._announce(ready)
-        if isinstance(ready, wire.Unready):
+        if isinstance(ready, messages.Unready):
             log.error("child.unready", error=ready.message)
             if not greeted:
                 time.sleep(1.0)  # a parent may still be about to connect
@@ -176,7 +176,7 @@ class Child:
             threading.Thread(target=self._work, name=f"work-{number}", daemon=True).start()
         self._work()
 
-    def _announce(self, ready: wire.Ready | wire.Unready) -> int:
+    def _announce(self, ready: messages.Ready | messages.Unready) -> int:
         """Tell every parent; those that greet later are told then."""
         with self._peers_lock:
             self._ready = ready
@@ -193,7 +193,7 @@ class Child:
                 self._announce(_ready(switched))
             if visit is None:
                 continue
-            visit.peer.say(wire.Started(visit.run.job_id))
+            visit.peer.say(messages.Started(visit.run.job_id))
             answer, second = self._answer(visit)
             if second is None:
                 self._turnstile.exit(visit)
@@ -202,7 +202,7 @@ class Child:
             if second is not None:
                 self._look_again(visit, second)
             self._leave_if_idle()
-            if isinstance(answer, wire.Failed) and answer.fatal:
+            if isinstance(answer, messages.Failed) and answer.fatal:
                 os._exit(70)
 
     def _look_again(self, visit: Visit, second: Second) -> None:
@@ -212,13 +212,13 @@ class Child:
                 second.close()
                 return
             found = second.look(leaving=lambda: self._leaving or visit.peer.gone)
-            visit.peer.say(wire.Compared(dump(found)))
+            visit.peer.say(messages.Compared(dump(found)))
         finally:
             self._turnstile.exit(visit)
         if second.fatal:
             os._exit(70)
 
-    def _answer(self, visit: Visit) -> tuple[wire.Done | wire.Failed, Second | None]:
+    def _answer(self, visit: Visit) -> tuple[messages.Done | messages.Failed, Second | None]:
         """Run the body; whatever it raises has a name in the answer."""
         run = visit.run
         try:
@@ -230,7 +230,7 @@ class Child:
             task, start = jobs.Task(run, job, visit.report), time.monotonic()
             verdict, evidence = body.work(task, parts)
             verdict = self._shelf.marked(verdict, job)
-            done = wire.Done(run.job_id, dump(verdict), dump(evidence))
+            done = messages.Done(run.job_id, dump(verdict), dump(evidence))
             shadow = self._shelf.shadow_of(job, parts)
             if shadow is None:
                 return done, None
@@ -239,16 +239,16 @@ class Child:
         except BaseException as error:  # noqa: BLE001  the border: every end has a name
             named = jobs.as_job_error(error)
             if isinstance(named, Cancelled):
-                return wire.Failed(run.job_id, "cancelled", "the job was cancelled"), None
+                return messages.Failed(run.job_id, "cancelled", "the job was cancelled"), None
             if named is not error:
                 log.error("child.job_failed", job_id=run.job_id, error=traceback.format_exc())
             assert isinstance(named, JobError)
             fatal = isinstance(named, GpuFatal) or isinstance(error, MemoryError)
-            return wire.Failed(run.job_id, named.code, str(named), fatal), None
+            return messages.Failed(run.job_id, named.code, str(named), fatal), None
 
 
-def _ready(facts: Facts) -> wire.Ready:
-    return wire.Ready(os.getpid(), rss(os.getpid()), json.dumps(facts))
+def _ready(facts: Facts) -> messages.Ready:
+    return messages.Ready(os.getpid(), rss(os.getpid()), json.dumps(facts))
 
 
 def main(arguments: list[str] | None = None) -> int:

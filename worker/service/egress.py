@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from ralf.worker.errors import RalfError
-from ralf.worker.service.targets import EgressDenied, Target, read_url, refusal
+from ralf.worker.service.url_policy import EgressDenied, Target, read_url, refusal
 from ralf.worker.settings import Settings
 
 __all__ = ["Answer", "Egress", "EgressDenied", "EgressFailed", "Target"]

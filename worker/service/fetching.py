@@ -9,7 +9,7 @@ from ralf.worker.contract import Media
 from ralf.worker.errors import Cancelled, FetchFailed, JobError
 from ralf.worker.service.ending import Ending
 from ralf.worker.service.fetch import Fetched, fetch
-from ralf.worker.service.orders import Orders
+from ralf.worker.service.wakeup import Orders
 from ralf.worker.settings import Settings
 
 log = structlog.get_logger()

@@ -29,7 +29,7 @@ from ralf.worker.contract import (
     Verdict,
 )
 from ralf.worker.errors import Cancelled, DecoderCrashed, GpuFatal, GpuOom, JobError, RalfError
-from ralf.worker.service.wire import Run
+from ralf.worker.service.messages import Run
 
 if TYPE_CHECKING:
     from ralf.worker.runtime import Parts

@@ -1,6 +1,6 @@
 """The Lua script in Redis, and the connection it runs over.
 
-states.lua, moves.lua and repairs.lua are one script, the settings written before them as constants;
+jobs.lua, claims.lua and repairs.lua are one script, the settings written before them as constants;
 each call names one operation, which is one atomic step.
 """
 
@@ -97,8 +97,8 @@ def source(settings: Settings) -> str:
     }
     lines = [f"  {name} = {json.dumps(value)}," for name, value in constants.items()]
     lines.append("  priorities = {" + ", ".join(json.dumps(name) for name in PRIORITIES) + "},")
-    folder = files("ralf.worker.service")
-    parts = [folder.joinpath(f"{name}.lua").read_text() for name in ("states", "moves", "repairs")]
+    folder = files("ralf.worker.service").joinpath("lua")
+    parts = [folder.joinpath(f"{name}.lua").read_text() for name in ("jobs", "claims", "repairs")]
     return "\n".join(["local C = {", *lines, "}", *parts])
 
 

@@ -37,13 +37,13 @@ from ralf.worker import telemetry
 from ralf.worker.contract import Priority
 from ralf.worker.errors import Infrastructure
 from ralf.worker.service import jobs
-from ralf.worker.service.horse import Horse
-from ralf.worker.service.http import Health, queue_counts, serving
+from ralf.worker.service.child_process import Link
+from ralf.worker.service.health import Health, queue_counts, serving
 from ralf.worker.service.janitor import Janitor
-from ralf.worker.service.link import Link
-from ralf.worker.service.orders import Orders
 from ralf.worker.service.rollout import Rollout
+from ralf.worker.service.rq_worker import Horse
 from ralf.worker.service.store import Store, connect
+from ralf.worker.service.wakeup import Orders
 from ralf.worker.settings import Settings
 
 log = structlog.get_logger()

@@ -13,9 +13,9 @@ import structlog
 
 from ralf.kernels.manifest import Reference
 from ralf.worker.errors import ModelUnavailable
-from ralf.worker.service import wire
-from ralf.worker.service.link import Link
-from ralf.worker.service.orders import Orders
+from ralf.worker.service import messages
+from ralf.worker.service.child_process import Link
+from ralf.worker.service.wakeup import Orders
 from ralf.worker.telemetry import Metrics
 
 log = structlog.get_logger()
@@ -31,7 +31,7 @@ class Stable:
         self, link: Link, orders: Orders, metrics: Metrics, *, turn: Callable[[], None]
     ) -> None:
         self._link, self._orders, self._metrics, self._turn = link, orders, metrics, turn
-        self._shown: wire.Ready | None = None
+        self._shown: messages.Ready | None = None
 
     def open(self) -> None:
         """The first child; a model that cannot be loaded is told at once, not tried again."""

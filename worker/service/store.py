@@ -1,6 +1,6 @@
 """Every key in Redis, and the scripts that change them.
 
-A job's walk is a handful of moves, each a Lua script (states.lua, moves.lua, repairs.lua), so that
+A job's walk is a handful of moves, each a Lua script (jobs.lua, claims.lua, repairs.lua), so that
 a process may die between any two of them and the job is still in exactly one place:
 
     submit    token, job, RQ's hash, pending list; known token → the stored job, or its conflict

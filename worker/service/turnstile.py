@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from ralf.worker.contract import Progress, Verdict, dump
 from ralf.worker.errors import Cancelled
-from ralf.worker.service import wire
+from ralf.worker.service import messages
 
 SEND_TIMEOUT_S = 30.0
 TELL_EVERY_S = 0.1
@@ -30,18 +30,18 @@ class Peer:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.inbox = wire.Inbox()
+        self.inbox = messages.Inbox()
         self.visit: Visit | None = None
         self.greeted = False
         self.gone = False
         self._sending = threading.Lock()
         connection.settimeout(SEND_TIMEOUT_S)
 
-    def say(self, message: wire.Message) -> None:
+    def say(self, message: messages.Message) -> None:
         """Send; a parent that has gone, or takes nothing for long, is not waited for."""
         try:
             with self._sending:
-                self.connection.sendall(wire.encode(message))
+                self.connection.sendall(messages.encode(message))
         except OSError:
             self.gone = True
 
@@ -51,7 +51,7 @@ class Visit:
     """One job between its parent's Run and our answer."""
 
     peer: Peer
-    run: wire.Run
+    run: messages.Run
     cancelled: threading.Event = field(default_factory=threading.Event)
     told: float = 0.0
     judged: float = -math.inf
@@ -69,7 +69,7 @@ class Visit:
         done = progress.percent >= 100  # the verdict itself is next
         if partial is not None and not done and now - self.judged >= PARTIAL_EVERY_S:
             self.judged, document = now, dump(partial())
-        self.peer.say(wire.Advanced(self.run.job_id, dump(progress), float(seconds), document))
+        self.peer.say(messages.Advanced(self.run.job_id, dump(progress), float(seconds), document))
 
 
 class Turnstile:
@@ -129,7 +129,7 @@ class Turnstile:
     def _announce(self) -> None:
         """Each running job's parent knows how many suspects there would be if we died now."""
         for visit in self._running:
-            visit.peer.say(wire.Company(len(self._running) - 1))
+            visit.peer.say(messages.Company(len(self._running) - 1))
 
     @property
     def idle(self) -> bool:

@@ -1,0 +1,497 @@
+"""Batches: pure, balanced, paired, and telling nothing by their quality."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.metrics import roc_auc_score
+
+from ralf.kernels.manifest import InputContract
+from ralf.train.data.batches import REAL, Batches
+from ralf.train.data.crop import Cut, region
+from ralf.train.data.evaluation_set import Examples
+from ralf.train.data.index import Index, IndexFault
+from ralf.train.data.pictures import Pictures, frames_of
+from ralf.train.forge.landmarks import FaceGeometry
+from ralf.train.forge.upload_damage import Wear, draw, put_on
+from ralf.train.recipe import FAMILIES, Augment, Data
+from ralf.train.recipe_text import RecipeError
+from ralf.train.samples import portraits
+from ralf.worker.media.crops import cut_one
+from tests.faces_on_disk import faces
+
+PLAIN = Augment(flip=0.0)
+HARD = Augment(
+    flip=0.5, jpeg=0.3, h264=0.5, resize=0.5, blur=0.3, noise=0.3, colour=0.3, other=0.5,
+    margins=(1.2, 1.5),
+)  # fmt: skip
+SMALL = InputContract(size=96)
+
+
+def data(**choices: object) -> Data:
+    return Data(**({"input": SMALL, "batch": 8, "augment": PLAIN, "frames": 2} | choices))
+
+
+@pytest.fixture(scope="module")
+def reals(tmp_path_factory) -> Index:
+    return faces(tmp_path_factory.mktemp("reals") / "d")
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory) -> Index:
+    """A dataset whose forgeries are the very pictures that are called real."""
+    return faces(tmp_path_factory.mktemp("copies") / "d", forgeries="copies")
+
+
+def same(one, other) -> bool:
+    tensors = ("crops", "forged", "pair", "family")
+    return one.ids == other.ids and all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in tensors
+    )
+
+
+def test_a_batch_is_a_function_of_seed_and_number_alone(reals):
+    """In any order, from any copy, in another process's pickle: the same bits."""
+    recipe = data(families=FAMILIES[:9], augment=HARD)
+    one, two = Batches(reals, recipe, seed=5), Batches(reals, recipe, seed=5)
+    two[9], two[0]
+    unpickled = pickle.loads(pickle.dumps(two))
+
+    assert same(one[3], two[3]) and same(one[3], unpickled[3])
+    assert not torch.equal(one[3].crops, one[4].crops)
+    assert not torch.equal(one[3].crops, Batches(reals, recipe, seed=6)[3].crops)
+
+
+def test_workers_make_the_same_batches_in_the_same_order(reals):
+    """Spawned processes read the shared pictures and change nothing."""
+    batches = Batches(reals, data(families=("inner",)), seed=1)
+    loader = torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(2, 5), num_workers=2,
+        multiprocessing_context="spawn",
+    )  # fmt: skip
+
+    assert all(same(batches[n + 2], made) for n, made in enumerate(loader))
+
+
+def test_half_is_forged_and_pairs_point_at_their_reals(reals):
+    """Row i + m/2 is made from row i."""
+    batch = Batches(reals, data(families=("self_blend", "mouth")))[0]
+
+    assert batch.forged.tolist() == [False] * 4 + [True] * 4
+    assert batch.pair.tolist() == [-1] * 4 + [0, 1, 2, 3]
+    assert batch.family.tolist()[:4] == [REAL] * 4
+    for row in range(4):
+        assert batch.ids[row + 4].startswith(batch.ids[row] + "+")
+        far = (batch.crops[row].int() - batch.crops[row + 4].int()).abs().float().mean()
+        assert 0 < far < 40
+
+
+def test_every_video_comes_round_before_any_comes_again(reals):
+    """An epoch shows each real video as often as the recipe says."""
+    batches = Batches(reals, data(families=("inner",), batch=4))
+    shown = [name for n in range(len(batches)) for name in batches[n].ids[:2]]
+
+    assert len(batches) == 3
+    assert 6 == len(set(shown)) == len(shown)
+
+
+def test_frames_of_a_film_are_drawn_anew_in_each_round(reals):
+    """Two of a hundred, never always the first two."""
+    row = reals.where(split="train").rows[0]
+    film = Index(reals.root, tuple(replace(row, frame=n) for n in range(100)))
+    batches = Batches(film, data(families=("inner",), frames=2))
+    rounds = [{batches._draw(0, 2 * n + k).number for k in (0, 1)} for n in range(3)]
+
+    assert all(len(drawn) == 2 for drawn in rounds)
+    assert len(set.union(*rounds)) > 3 and set.union(*rounds) - {0, 1}
+
+
+def test_nobody_is_swapped_with_themselves(reals):
+    """Where all are one person there is no donor."""
+    alone = Index(reals.root, tuple(replace(row, target="one") for row in reals))
+    pool = Batches(alone, data(families=("swap",)), allow_leaks=True).pool
+    frame = pool.real[0][0]
+    face = pool.pictures.face(frame)
+
+    assert face is not None
+    assert [None] * 5 == [pool.donor(frame, face, np.random.default_rng(n)) for n in range(5)]
+
+
+def test_the_order_of_faces_changes_with_seed_and_epoch(reals):
+    """Each round is its own shuffle."""
+    one, two = (Batches(reals, data(families=("inner",), batch=4), seed=seed) for seed in (1, 2))
+    epoch = len(one)
+    orders = [
+        [name for n in range(first, first + epoch) for name in batches[n].ids[:2]]
+        for batches, first in ((one, 0), (two, 0), (one, epoch))
+    ]
+
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+
+
+def test_balanced_batches_take_real_and_forged_apart(copies):
+    """No pair is claimed where there is none."""
+    batch = Batches(copies, data(pairing="balanced"))[0]
+
+    assert int(batch.forged.sum()) == 4 and (batch.pair == -1).all()
+    assert {"copies"} == {name.split("/")[1] for name in batch.ids[4:]}
+
+
+def test_a_forgery_on_disk_stands_beside_its_own_target(copies):
+    """Same person, same moment, same cut: here the same picture."""
+    batches = Batches(copies, data(augment=replace(PLAIN, flip=0.5, margins=(1.2, 1.4))))
+    batch = batches[0]
+
+    assert torch.allclose(batch.crops[:4].float(), batch.crops[4:].float(), atol=30)
+    assert batches.names[int(batch.family[4])] == "copies"
+
+
+def test_a_forgery_on_disk_is_of_the_same_moment(copies):
+    """Of a film's frames the one nearest to the real face's own, of the same compression."""
+    real = next(row for row in copies if row.split == "train" and not row.label)
+    fake = next(row for row in copies if row.label and row.target == real.target)
+    rows = [replace(real, frame=n, compression="c23") for n in (0, 31, 60)]
+    rows += [replace(fake, frame=n, compression="c23") for n in (2, 30, 59)]
+    rows += [replace(fake, frame=n, compression="c40") for n in (0, 31, 60)]
+    pool = Batches(Index(copies.root, tuple(rows)), data()).pool
+    partners = [pool.partner(frame, np.random.default_rng(0)) for frame in pool.real[0]]
+
+    assert [2, 30, 59] == [partner.number for partner in partners if partner]
+    assert {"c23"} == {partner.row.compression for partner in partners if partner}
+
+
+def test_kindred_neighbours_are_forged_alike(reals):
+    """Two faces, one way of forging, each forgery beside its own face; and not one way for all."""
+    kindred = Batches(reals, data(pairing="kindred", families=("smooth", "inner", "eyes")))
+    families = [kindred[number].family[4:] for number in range(6)]
+
+    assert all(torch.equal(family[::2], family[1::2]) for family in families)
+    assert len({int(family) for each in families for family in each}) == 3
+    assert any(family[0] != family[2] for family in families)
+
+
+def test_margins_are_drawn_and_crops_jitter_about_the_face(reals):
+    """Each margin of the recipe as often as the others; without any, the contract's own cut."""
+    batches = Batches(reals, data(families=("inner",), augment=HARD))
+    rng = np.random.default_rng(0)
+    cuts = [batches._cut(rng, flip=False) for _ in range(200)]
+    wide = np.mean([cut.contract.margin == 1.5 for cut in cuts])
+
+    assert {1.2, 1.5} == {cut.contract.margin for cut in cuts} and 0.4 < wide < 0.6
+    assert 0.02 < np.std([cut.shift for cut in cuts]) < 0.04
+    assert 0.03 < np.std([np.log(cut.grow) for cut in cuts]) < 0.05
+    plain = Batches(reals, data(families=("inner",)))._cut(rng, flip=True)
+    assert Cut(SMALL, flip=True) == plain
+
+
+def test_both_halves_of_a_pair_wear_the_same(copies):
+    """The same picture called real and forged comes out the same, whatever it went through."""
+    batches = Batches(copies, data(augment=replace(HARD, noise=0.0), batch=16))
+    for number in range(4):
+        batch = batches[number]
+
+        assert torch.equal(batch.crops[:8], batch.crops[8:])
+
+
+def test_the_share_of_blends_among_forgeries(copies):
+    """Half from disk, half made, where the recipe says so."""
+    recipe = data(families=("inner",), blended_share=0.5, batch=8)
+    batches = Batches(copies, recipe)
+    made = np.concatenate([batches[n].family[4:].numpy() for n in range(12)])
+
+    assert 0.25 < np.mean(made == FAMILIES.index("inner")) < 0.75
+
+
+def test_validation_is_never_trained_on(reals):
+    """Batches of a split hold only its people, swaps' donors too."""
+    batches = Batches(reals, data(families=("swap",)))
+    people = {frames[0].row.target for frames in batches.pool.real}
+    held = {row.target for row in reals.where(split="val")}
+    donors = batches.pool
+    face = donors.pictures.face(donors.real[0][0])
+    found = [donors.donor(donors.real[0][0], face, np.random.default_rng(n)) for n in range(20)]
+
+    assert people and held and not people & held
+    assert all(donor is not None for donor in found)
+
+
+def test_a_leak_is_refused_unless_told(reals):
+    """Training on people who are validated on is not begun by accident."""
+    rows = tuple(replace(row, target="one") for row in reals)
+    leaking = Index(reals.root, rows)
+
+    with pytest.raises(IndexFault, match="identity one is in train and val"):
+        Batches(leaking, data(families=("inner",)))
+    Batches(leaking, data(families=("inner",)), allow_leaks=True)
+
+
+def test_nothing_to_train_on_says_what_to_do(reals, tmp_path):
+    """No forgeries, no geometry, no pictures: three different errors."""
+    with pytest.raises(IndexFault, match=r"set data\.families"):
+        Batches(reals, data())
+    bare = Index(reals.root, tuple(replace(row, box=(), five=()) for row in reals))
+    with pytest.raises(IndexFault, match="data prepare"):
+        Batches(bare, data(families=("inner",)))[0]
+    video = Index(reals.root, tuple(replace(row, kind="video") for row in reals))
+    with pytest.raises(IndexFault, match="data prepare"):
+        Batches(video, data(families=("inner",)))
+
+
+def test_a_broken_picture_is_named_and_never_replaced(tmp_path):
+    """Silently showing another would give it a wrong label."""
+    index = faces(tmp_path / "d")
+    first = index.rows[0]
+    Path(index.whole_path(first)).write_bytes(b"not a picture")
+    frames = [frame for video in frames_of(index).values() for frame in video]
+    pictures = Pictures(index, frames)
+    broken = next(frame for frame in frames if frame.path == first.path)
+
+    with pytest.raises(IndexFault, match=first.path):
+        pictures.picture(broken)
+
+
+def test_pictures_beyond_the_budget_are_read_from_disk(reals):
+    """Less memory, the same batches."""
+    recipe = data(families=("inner",))
+
+    assert same(Batches(reals, recipe)[0], Batches(reals, recipe, ram_bytes=60_000)[0])
+
+
+def test_a_crop_of_a_portrait_is_the_workers_crop():
+    """Training cuts what serving cuts: same function, same contract, by way of the region."""
+    portrait = next(iter(portraits().values()))
+    contract = InputContract(size=256)
+    image, face = region(portrait.image, portrait.face, Cut(contract))
+    ours = Cut(contract).take(image, face)
+    whole = torch.from_numpy(portrait.image.transpose(2, 0, 1).copy())
+    served = cut_one(whole, portrait.face.box, contract)
+
+    assert torch.equal(served, ours)
+
+
+def test_a_face_at_the_edge_is_padded_alike():
+    """The region keeps to the picture, so padding is still the worker's."""
+    portrait = next(iter(portraits().values()))
+    left = int(portrait.face.box[0])
+    image = np.ascontiguousarray(portrait.image[:, left + 20 :])
+    face = portrait.face.scaled(1, 1, left=left + 20)
+    contract = InputContract(size=256, margin=1.5)
+    part, moved = region(image, face, Cut(contract))
+    ours = Cut(contract).take(part, moved)
+    served = cut_one(torch.from_numpy(image.transpose(2, 0, 1).copy()), face.box, contract)
+
+    assert torch.equal(served, ours)
+    assert (ours[:, :, 0] == ours[:, :, 3]).float().mean() > 0.9
+
+
+def test_flipping_mirrors_pixels_and_points():
+    """The crop is mirrored last, both halves of a pair alike."""
+    portrait = next(iter(portraits().values()))
+    plain = Cut(SMALL).take(portrait.image, portrait.face)
+
+    assert torch.equal(plain.flip(-1), Cut(SMALL, flip=True).take(portrait.image, portrait.face))
+
+
+def test_the_recipes_chances_are_what_is_drawn():
+    """Over many draws each wear comes as often as the recipe says."""
+    rng = np.random.default_rng(0)
+    wears = [draw(replace(HARD, jpeg=0.3), rng, face_px=200) for _ in range(3000)]
+    share = {
+        "flip": np.mean([wear.flip for wear in wears]),
+        "h264": np.mean([wear.codec.startswith("lib") for wear in wears]),
+        "jpeg": np.mean([wear.codec == "jpeg" for wear in wears]),
+        "resize": np.mean([wear.scale < 1 for wear in wears]),
+        "blur": np.mean([wear.blur > 0 for wear in wears]),
+        "noise": np.mean([wear.noise > 0 for wear in wears]),
+        "other": np.mean([wear.other is not None for wear in wears]),
+    }
+    wanted = {"flip": 0.5, "h264": 0.5, "jpeg": 0.3, "resize": 0.5, "blur": 0.3, "noise": 0.3,
+              "other": 0.5}  # fmt: skip
+
+    assert pytest.approx(wanted, abs=0.04) == share
+    assert Wear() == draw(PLAIN, rng, face_px=200)
+
+
+def test_each_wear_does_what_it_says():
+    """Size, blur, noise, encoders: measured on a portrait."""
+    image = next(iter(portraits().values())).image[80:280, 100:300]
+    rng = np.random.default_rng(0)
+
+    assert np.array_equal(image, put_on(Wear(), image, rng))
+    assert put_on(Wear(scale=0.5), image, rng).shape == (100, 100, 3)
+    assert sharp(put_on(Wear(blur=1.2), image, rng)) < sharp(image)
+    assert sharp(put_on(Wear(noise=8), image, rng)) > sharp(image)
+    assert sharp(put_on(Wear(codec="libx264", quality=40), image, rng)) < sharp(image)
+    grey = put_on(Wear(saturation=0), image, rng)
+    assert np.abs(np.diff(grey.astype(int), axis=-1)).max() <= 1
+
+
+def sharp(image: np.ndarray) -> float:
+    return float(ndimage.laplace(image.mean(axis=-1)).var())
+
+
+def quality(crop: torch.Tensor, ring: bool) -> list[float]:
+    """Sharpness, blockiness, noise, colour and border of a crop: nothing of what it shows."""
+    pixels = crop.permute(1, 2, 0).numpy().astype(np.float32)
+    grey = pixels.mean(axis=-1)
+    edge = np.ones_like(grey, bool)
+    if ring:
+        width = len(grey) // 12
+        edge[width:-width, width:-width] = False
+    fine = ndimage.laplace(grey)[edge]
+    steps = np.abs(np.diff(grey, axis=1))
+    onto = [np.abs(np.diff(grey[k::8].mean(axis=0))).mean() for k in range(8)]
+    return [
+        np.log(fine.var() + 1e-3),
+        float(np.median(np.abs(fine))),
+        float(steps[:, 7::8].mean() - steps.mean()) if not ring else 0.0,
+        float(np.std(onto)) if not ring else 0.0,
+        float(pixels[edge].mean()),
+        float(pixels[edge].std()),
+        float(np.ptp(pixels[edge].mean(axis=0))),
+        float((np.abs(np.diff(grey, axis=1)[edge[:, 1:]]) < 0.5).mean()),
+        float((pixels[:, 0] == pixels[:, 1]).mean()),
+        float((pixels[0] == pixels[1]).mean()),
+    ]
+
+
+def told_apart(batches: Batches, count: int, *, ring: bool) -> float:
+    """How well a forest on quality alone tells forged from real in batches it has not seen."""
+    seen = [batches[number] for number in range(count)]
+    half = count // 2
+    features = [[quality(crop, ring) for crop in batch.crops] for batch in seen]
+    forged = [batch.forged.numpy() for batch in seen]
+    forest = RandomForestClassifier(100, min_samples_leaf=4, random_state=0)
+    forest.fit(np.concatenate(features[:half]), np.concatenate(forged[:half]))
+    chance = forest.predict_proba(np.concatenate(features[half:]))[:, 1]
+    return float(roc_auc_score(np.concatenate(forged[half:]), chance))
+
+
+def test_quality_does_not_tell_the_label(copies):
+    """With the same pictures on both sides, whatever is learnt is the pipeline's own doing."""
+    batches = Batches(copies, data(augment=HARD, batch=16, pairing="paired"), seed=3)
+
+    assert 0.4 < told_apart(batches, 24, ring=False) < 0.6
+
+
+def test_the_border_of_a_blend_does_not_tell_the_label(reals):
+    """Padding, jitter and wear are a pair's own: around the face a forgery is the real picture."""
+    families = ("inner", "mouth", "smooth", "resample")
+    batches = Batches(reals, data(augment=HARD, batch=16, families=families), seed=4)
+
+    assert 0.4 < told_apart(batches, 24, ring=True) < 0.6
+
+
+def test_a_quality_that_does_tell_would_be_seen(copies):
+    """The check can fail: blur on one side only is told apart."""
+    batches = Batches(copies, data(augment=HARD, batch=16), seed=3)
+    whole = Batches.__getitem__
+
+    class Tells(Batches):
+        def __getitem__(self, number):
+            batch = whole(batches, number)
+            for row in range(8, 16):
+                blurred = ndimage.gaussian_filter(batch.crops[row].numpy(), (0, 1, 1))
+                batch.crops[row] = torch.from_numpy(blurred)
+            return batch
+
+    tells = Tells.__new__(Tells)
+
+    assert told_apart(tells, 12, ring=False) > 0.7
+
+
+def test_evaluation_is_the_same_every_time(reals):
+    """And a forgery is the same under every condition, but for the condition."""
+    recipe = data(families=("inner", "mouth"), evaluation_frames=4)
+    one, two = (list(Examples(reals, recipe, "val")) for _ in range(2))
+
+    assert all(same(a, b) for a, b in zip(one, two, strict=True))
+    clean, worn = (
+        Examples(reals, recipe, "val", condition=condition)[0].crops.float()
+        for condition in ("clean", "jpeg=60")
+    )
+    assert 0.2 < (clean - worn).abs().mean() < 12
+
+
+def test_evaluation_with_every_family_and_the_one_held_out(reals):
+    """Each real once, each family once for each real; the held-out family on request."""
+    recipe = data(families=("inner", "mouth"), held_out="boundary")
+    everything = Examples(reals, recipe, "val", families=("inner", "boundary"), each="all")
+    methods = [item.method for item in everything.items]
+
+    assert {m: methods.count(m) for m in set(methods)} == {"real": 2, "inner": 2, "boundary": 2}
+    assert ("portraits", "boundary", "", "tim-kaine") in {item.video for item in everything.items}
+
+
+def test_the_look_while_training_blends_each_real_once(reals):
+    """Families take turns, so that both classes are as many and every family is seen."""
+    row = reals.where(split="val").rows[0]
+    film = Index(reals.root, tuple(replace(row, frame=n) for n in range(6)))
+    recipe = data(families=("inner", "mouth", "smooth"), evaluation_frames=6)
+    methods = [item.method for item in Examples(film, recipe, "val").items]
+
+    assert {"real": 6, "inner": 2, "mouth": 2, "smooth": 2} == {
+        name: methods.count(name) for name in set(methods)
+    }
+
+
+def test_a_clean_real_face_is_judged_as_it_is_served(reals):
+    """Evaluation's crop is the worker's, whatever the size of the picture."""
+    examples = Examples(reals, data(families=()), "val")
+    item = examples.items[0]
+    image, face = (
+        getattr(examples.pool.pictures, what)(item.frame) for what in ("picture", "face")
+    )
+    served = cut_one(torch.from_numpy(image.transpose(2, 0, 1).copy()), face.box, SMALL)
+
+    assert torch.equal(served, examples.crop(item))
+
+
+def test_evaluation_frames_spread_over_the_whole_video(reals):
+    """DeepfakeBench takes the first frames; ours are even."""
+    row = reals.rows[0]
+    rows = tuple(replace(row, split="val", frame=n, video="long") for n in range(100))
+    examples = Examples(Index(reals.root, rows), data(evaluation_frames=4), "val", families=())
+
+    assert [item.frame.number for item in examples.items] == [12, 37, 62, 87]
+
+
+def test_a_picture_without_geometry_is_taken_as_a_crop(reals):
+    """Datasets that come as crops have no box: they are only resized."""
+    crop = Cut(SMALL).take(np.full((50, 40, 3), 7, np.uint8), None)
+
+    assert tuple(crop.shape) == (3, 96, 96) and (crop == 7).all()
+
+
+def test_a_box_outside_the_picture_is_refused():
+    """It would be cut from nothing."""
+    five = np.zeros((5, 2), np.float32)
+    outside = FaceGeometry(np.array([500, 500, 600, 600], np.float32), five)
+
+    with pytest.raises(IndexFault, match="lies outside 40×50"):
+        region(np.zeros((50, 40, 3), np.uint8), outside, Cut(SMALL))
+
+
+def test_families_are_drawn_by_the_recipes_shares(reals):
+    """Six to one, within what chance allows; without shares, alike."""
+    families = ("smooth", "inner")
+    drawn = Batches(reals, data(batch=16, families=families, shares=(6.0, 1.0)), seed=5)
+    kinds = [drawn._family(np.random.default_rng(seed)) for seed in range(700)]
+    even = Batches(reals, data(batch=16, families=families), seed=5)
+    alike = [even._family(np.random.default_rng(seed)) for seed in range(700)]
+
+    assert 560 < kinds.count("smooth") < 640
+    assert 290 < alike.count("smooth") < 410
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, 2.0, 3.0)])
+def test_shares_that_fit_no_families_are_refused(shares):
+    """One above 0 for each family."""
+    with pytest.raises(RecipeError, match=r"data\.shares should be 2 numbers above 0"):
+        data(families=("smooth", "inner"), shares=shares)

@@ -1,0 +1,119 @@
+"""Made clips: twins that differ in the forgery alone, as a dataset that can be prepared."""
+
+import numpy as np
+import pytest
+
+from ralf.kernels.manifest import InputContract
+from ralf.train.data.index import Index, IndexFault, load
+from ralf.train.data.prepare import prepare
+from ralf.train.forge.clips import Wanted, make_clips
+from tests.clips import decode_all
+from tests.faces_on_disk import faces
+
+QUICK = Wanted(families=("boundary", "smooth"), crfs=(23, 40), seconds=0.4)
+
+
+@pytest.fixture(scope="module")
+def stills(tmp_path_factory) -> Index:
+    return faces(tmp_path_factory.mktemp("stills") / "d", val=3)
+
+
+@pytest.fixture(scope="module")
+def made(stills, tmp_path_factory) -> Index:
+    return make_clips(stills, tmp_path_factory.mktemp("made"), QUICK, split="val")
+
+
+def frames(index: Index, row) -> np.ndarray:
+    return np.stack(
+        [shown.pixels.transpose(1, 2, 0) for shown in decode_all(index.whole_path(row))]
+    )
+
+
+def test_each_still_gives_a_real_and_a_forged_clip_at_each_rate(made):
+    """The families take turns; people and splits go along."""
+    listed = [(row.method, row.compression) for row in made]
+
+    assert 12 == len(made)
+    assert {"real": 6, "boundary": 4, "smooth": 2} == {
+        method: [name for name, _ in listed].count(method) for method, _ in listed
+    }
+    assert {"crf23", "crf40"} == {compression for _, compression in listed}
+    assert all(row.split == "val" and row.target and row.kind == "video" for row in made)
+    assert all((row.method == "real") == (row.label == 0) for row in made)
+
+
+def test_twins_move_alike_and_differ_at_the_face(made):
+    """Size, number of frames and the frame's border are the same; its middle is not."""
+    real, fake = (
+        next(row for row in made if row.method in methods and row.compression == "crf23")
+        for methods in (("real",), ("boundary", "smooth"))
+    )
+    assert real.video == fake.video
+    one, two = frames(made, real).astype(int), frames(made, fake).astype(int)
+
+    assert one.shape == two.shape and len(one) == 5
+    apart = np.abs(one - two).mean(axis=(0, 3))
+    height, width = apart.shape
+    inside = apart[height // 3 : 2 * height // 3, width // 3 : 2 * width // 3].mean()
+    assert inside > 2 * apart[:8].mean()
+
+
+def test_a_higher_rate_makes_a_smaller_file(made, tmp_path):
+    """CRF reaches the encoder."""
+    sizes = {}
+    for row in made:
+        path = made.root / row.path
+        sizes.setdefault((row.video, row.method), {})[row.compression] = path.stat().st_size
+
+    assert all(both["crf40"] < both["crf23"] / 2 for both in sizes.values())
+
+
+def test_a_broken_off_run_goes_on_and_ends_the_same(stills, made, tmp_path):
+    """What is there is kept; what is missing is made, to the bit, by several processes too."""
+    first = make_clips(stills, tmp_path, QUICK, split="val", limit=1)
+    kept = {row.path: (tmp_path / row.path).stat().st_mtime_ns for row in first}
+    (tmp_path / first.rows[0].path).unlink()
+    again = make_clips(stills, tmp_path, QUICK, split="val", workers=1)
+
+    assert made.rows == again.rows == load(tmp_path / "index.csv").rows
+    for row in made:
+        assert (made.root / row.path).read_bytes() == (tmp_path / row.path).read_bytes()
+    remade = first.rows[0].path
+    assert all(
+        (tmp_path / path).stat().st_mtime_ns == time
+        for path, time in kept.items()
+        if path != remade
+    )
+    assert not list(tmp_path.rglob("*.part.mp4"))
+
+
+def test_the_worker_finds_the_faces_in_them(made, tmp_path):
+    """`ralf data prepare` takes the index as it is; each row keeps its label and its rate."""
+    crops = prepare(made, tmp_path, InputContract(size=64), frames=2)
+
+    assert {(row.video, row.method, row.compression) for row in made} == {
+        (row.video, row.method, row.compression) for row in crops
+    }
+    assert 24 == len(crops)
+    assert all(row.box and row.five for row in crops)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"families": ("warp",)}, "no family"),
+        ({"families": ()}, "name some families"),
+        ({"families": ("smooth",), "each": 2}, "at most as many"),
+        ({"families": ("smooth",), "crfs": (60,)}, "0 to 51"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused(wrong, message):
+    """Before anything is made."""
+    with pytest.raises(IndexFault, match=message):
+        Wanted(**wrong)
+
+
+def test_a_split_without_reals_is_refused(stills, tmp_path):
+    """With the split's name."""
+    with pytest.raises(IndexFault, match="'check' has no real"):
+        make_clips(stills, tmp_path, QUICK, split="check")

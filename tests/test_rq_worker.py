@@ -1,0 +1,763 @@
+"""Workers as real processes on a real Redis: whatever dies, each job has one end."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from redis.connection import AbstractConnection
+from rq.command import send_stop_job_command
+from rq.job import Job as RqJob
+from rq.registry import FailedJobRegistry, StartedJobRegistry
+from rq.suspension import resume, suspend
+
+from ralf.worker.chaos.proof import pid_of
+from ralf.worker.contract import Job, Media
+from ralf.worker.service import jobs
+from ralf.worker.service.child_process import Link
+from ralf.worker.service.records import Status
+from ralf.worker.service.rq_worker import Horse
+from ralf.worker.service.serve import as_environment
+from ralf.worker.service.store import Store, connect
+from ralf.worker.settings import Settings
+from tests.redis_server import RedisServer
+from tests.waiting import LONG_S, PATIENCE_S, until
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ("--bodies", "test")
+QUICK = Settings(
+    heartbeat_s=0.3,
+    heartbeat_ttl_s=20.0,
+    janitor_every_s=0.2,
+    reclaim_after_s=1.0,
+    hang_s=60.0,
+    retry_delays_s=(0.1,),
+    grace_s=5.0,
+    log_format="json",
+)
+"""What a test waits for comes soon; what it must not run into is far, even when the machine stands
+still for seconds."""
+FOR_EVER = f"sleep:{LONG_S:g}"
+"""The tag of a job that is to be interrupted, never waited for."""
+
+
+class Service:
+    """Some workers on a queue of their own, and what a test does to them."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        prefix = f"t{uuid.uuid4().hex[:8]}:"
+        self.settings = replace(settings, redis_url=url, redis_prefix=prefix)
+        self.redis = Redis.from_url(url)
+        self.store = Store(connect(url), self.settings)
+        self.queue = self.store.queue("default")
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody reads fills up
+        self.shared: Path | None = None
+
+    def worker(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """One more worker, up when this returns."""
+        process = a_worker(self.settings, *arguments, stderr=self._log)
+        self.workers.append(process)
+        until(lambda: process.pid in self.registered() or process.poll() is not None)
+        assert process.poll() is None, self.said()
+        return process
+
+    def registered(self) -> set[int]:
+        """The process ids of RQ's workers on this queue."""
+        members = self.redis.smembers(f"rq:workers:{self.queue}")
+        return {pid_of(member.decode()) for member in members}
+
+    def said(self) -> str:
+        """What the workers logged."""
+        self._log.seek(0)
+        return self._log.read().decode()
+
+    def submit(self, body: str, tag: str | None = None, **fields: Any) -> str:
+        """A job with a test body; the tag is the body's argument."""
+        job = Job(
+            job_id=uuid.uuid4().hex,
+            token=uuid.uuid4().hex,
+            media=fields.pop("media", Media(uri="file:///nowhere.mp4")),
+            tag=tag,
+            submitted_at=datetime.now(UTC),
+            **fields,
+        )
+        self.store.submit([job], function=jobs.PREFIX + body)
+        return job.job_id
+
+    def status(self, job_id: str) -> Status:
+        """Where the job stands."""
+        status = self.store.status(job_id)
+        assert status is not None
+        return status
+
+    def reaches(self, job_id: str, *states: str) -> Status:
+        """Wait for one of the states."""
+        until(lambda: self.status(job_id).state in states, lambda: self.status(job_id))
+        return self.status(job_id)
+
+    def runs(self, job_id: str) -> Status:
+        """Wait until the child has told the job's progress."""
+        until(lambda: self.status(job_id).progress is not None, lambda: self.status(job_id))
+        return self.status(job_id)
+
+    def beats(self, count: int) -> None:
+        """Wait until the only worker has told RQ so often again that it lives."""
+        (key,) = self.redis.smembers(f"rq:workers:{self.queue}")
+        for _ in range(count):
+            last = self.redis.hget(key, "last_heartbeat")
+            until(lambda last=last: self.redis.hget(key, "last_heartbeat") != last)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """No job is taken in the block: the worker looks at each turn, at most once a second."""
+        suspend(self.redis)
+        try:
+            self.beats(3)
+            yield
+        finally:
+            resume(self.redis)
+
+    def child(self) -> int:
+        """The process id of the only worker's child."""
+        return child_of(self.workers[-1].pid)
+
+    def stop(self) -> list[dict[str, Any]]:
+        """End the workers; gives what they logged."""
+        lines: list[dict[str, Any]] = []
+        for process in self.workers:
+            process.terminate()
+        for process in self.workers:
+            ended(process)
+        if self.shared is not None:  # it would linger
+            with suppress(OSError):
+                os.kill(int((self.shared / "pid").read_text()), signal.SIGKILL)
+        self.workers.clear()
+        for line in self.said().splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
+
+    def close(self) -> None:
+        """Leave nothing running."""
+        self.stop()
+        self._log.close()
+        self.redis.close()
+        self.store.redis.close()
+
+
+def child_of(pid: int) -> int:
+    """The warm child among a worker's children."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"ralf.worker.service.child" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return int(child)
+    return 0
+
+
+def a_worker(
+    settings: Settings, *arguments: str, stderr: Any = subprocess.DEVNULL
+) -> "subprocess.Popen[bytes]":
+    """A worker with test bodies, as a supervisor starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ralf.worker.service.serve", "worker", *TESTS, *arguments],
+        env=as_environment(settings, os.environ),
+        cwd=ROOT,
+        stderr=stderr,
+    )
+
+
+def ended(process: "subprocess.Popen[Any]") -> int:
+    """The exit status of a process that was told to stop; one that does not is killed."""
+    try:
+        return process.wait(PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def make(redis_server: RedisServer) -> Iterator[Callable[..., Service]]:
+    """Services with settings of their own."""
+    made: list[Service] = []
+
+    def one(**changes: Any) -> Service:
+        made.append(Service(redis_server.url, replace(QUICK, **changes)))
+        return made[-1]
+
+    yield one
+    for service in made:
+        service.close()
+
+
+@pytest.fixture(scope="module")
+def service(redis_server: RedisServer) -> Iterator[Service]:
+    """One worker for the tests that leave it well."""
+    with_roots = replace(QUICK, file_roots=("/",), child_max_rss=2 * 1024**3)
+    service = Service(redis_server.url, with_roots)
+    try:
+        service.worker()
+        yield service
+    finally:
+        service.close()
+
+
+# the ordinary way
+
+
+def test_a_job_becomes_a_verdict_and_rq_is_left_tidy(service: Service):
+    """RQ's registries say what ours say."""
+    job_id = service.submit("trivial", "tagged")
+    service.reaches(job_id, "succeeded")
+    verdict = service.store.verdict(job_id)
+    assert verdict is not None
+    (key,) = service.redis.smembers(f"rq:workers:{service.queue}")
+    until(lambda: service.redis.hget(key, "state") == b"idle")
+
+    assert (verdict.job_id, verdict.tag) == (job_id, "tagged")
+    assert service.redis.lrange(f"rq:queue:{service.queue}:intermediate", 0, -1) == []
+    assert StartedJobRegistry(service.queue, connection=service.redis).get_job_ids() == []
+    assert service.redis.hget(f"rq:job:{job_id}", "status") == b"finished"
+    assert service.redis.hget(key, "current_job") is None
+    assert service.redis.keys(f"rq:execution*:{job_id}*") == []
+
+
+def test_the_fetched_file_reaches_the_child(service: Service, tmp_path: Path):
+    """Fetched by the parent, read by the child, its hash in the verdict."""
+    (tmp_path / "clip.mp4").write_bytes(b"x" * 12345)
+    media = Media(uri=f"file://{tmp_path}/clip.mp4")
+    job_id = service.submit("weigh", media=media)
+    service.reaches(job_id, "succeeded", "failed")
+    verdict = service.store.verdict(job_id)
+
+    assert verdict is not None
+    assert verdict.media.size_bytes == 12345
+
+
+def test_a_denied_fetch_fails_at_once(service: Service):
+    """Never retried."""
+    job_id = service.submit("weigh", media=Media(uri="http://169.254.169.254/latest/meta-data"))
+    status = service.reaches(job_id, "succeeded", "failed")
+
+    assert status.failure is not None
+    assert (status.failure.code, status.attempts) == ("fetch_denied", 1)
+
+
+def test_progress_is_seen_while_the_job_runs(service: Service):
+    """The client's status moves."""
+    job_id = service.submit("sleep", FOR_EVER)
+    first = service.runs(job_id).progress
+    until(lambda: service.status(job_id).progress != first)
+    later = service.status(job_id).progress
+    service.store.cancel(job_id)
+
+    assert first is not None and later is not None
+    assert 0 <= first.percent < later.percent < 100
+    assert service.reaches(job_id, "cancelled").attempts == 1
+
+
+def test_a_transient_failure_is_retried_with_a_charge(service: Service):
+    """The second attempt has its verdict."""
+    job_id = service.submit("oom")
+    status = service.reaches(job_id, "succeeded", "failed")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+
+
+def test_a_lost_device_costs_the_child_and_a_retry(service: Service):
+    """gpu_fatal: the context cannot be repaired, the job can be run again."""
+    before = service.child()
+    job_id = service.submit("poison")
+    status = service.reaches(job_id, "succeeded", "failed")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+    assert service.child() not in {0, before}
+
+
+def test_the_parent_holds_no_torch(service: Service):
+    """Its memory maps show no library of torch, av or CUDA."""
+    maps = Path(f"/proc/{service.workers[0].pid}/maps").read_text()
+
+    assert "python" in maps
+    assert [name for name in ("libtorch", "libav", "libcuda", "numpy") if name in maps] == []
+
+
+# forged entries
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ["os.system", None, ["touch {path}"], {}],
+        [jobs.MODERATE, None, ["{id}"], {}],
+        [jobs.PREFIX + "trivial", None, ["{id}", "more"], {}],
+        [jobs.PREFIX + "trivial", None, ["{id}"], {"sneaky": 1}],
+        [jobs.PREFIX + "trivial", "an instance", ["{id}"], {}],
+        {"not": "a list"},
+    ],
+)
+def test_a_forged_entry_is_refused_failed_and_logged(service: Service, data: Any, tmp_path: Path):
+    """Write access to Redis is not the right to run code."""
+    job_id = uuid.uuid4().hex
+    path = tmp_path / "touched"
+    text = json.dumps(data).replace("{id}", job_id).replace("{path}", str(path))
+    forge(service, job_id, text.encode())
+
+    failed = FailedJobRegistry(service.queue, connection=service.redis)
+    until(lambda: job_id in failed.get_job_ids())
+    assert service.redis.hget(f"rq:job:{job_id}", "status") == b"failed"
+    assert not path.exists()
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+
+
+def forge(service: Service, job_id: str, data: bytes) -> None:
+    """An entry as an attacker would write it, with callbacks and retries."""
+    service.redis.hset(
+        f"rq:job:{job_id}",
+        mapping={
+            "data": data,
+            "origin": service.queue,
+            "status": "queued",
+            "retries_left": "3",
+            "success_callback_name": "os.abort",
+            "failure_callback_name": "os.abort",
+            "created_at": "2026-01-01T00:00:00.000000Z",
+        },
+    )
+    service.redis.rpush(f"rq:queue:{service.queue}", job_id)
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickled_payload_is_never_loaded(service: Service, tmp_path: Path):
+    """The payload is JSON or it is refused."""
+    path, job_id = tmp_path / "touched", uuid.uuid4().hex
+    forge(service, job_id, pickle.dumps((jobs.PREFIX + "trivial", None, (Bomb(path),), {})))
+    failed = FailedJobRegistry(service.queue, connection=service.redis)
+    until(lambda: job_id in failed.get_job_ids())
+
+    assert not path.exists()
+
+
+def test_a_forged_entry_for_a_real_job_gives_it_a_named_end(service: Service, tmp_path: Path):
+    """Tampering is seen by the client, not hidden."""
+    with service.suspended():
+        job_id = service.submit("trivial")
+        service.redis.hset(f"rq:job:{job_id}", "data", b'["os.system",null,["true"],{}]')
+    status = service.reaches(job_id, "succeeded", "failed")
+
+    assert status.failure is not None
+    assert status.failure.code == "bad_request"
+    assert "os.system" in status.failure.message
+
+
+def test_nonsense_in_the_queue_does_not_stop_the_worker(service: Service):
+    """Ids of no job, of no shape, entries of another type."""
+    for junk in (b"\xff\xfe", b"../../x", b"a" * 70, b"unknown"):
+        service.redis.rpush(f"rq:queue:{service.queue}", junk)
+    service.redis.set("rq:job:string", "not a hash")
+    service.redis.rpush(f"rq:queue:{service.queue}", "string")
+
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+    until(lambda: not service.redis.lrange(f"rq:queue:{service.queue}:intermediate", 0, -1))
+
+
+def test_an_entry_that_lost_its_hash_is_written_anew(service: Service):
+    """Only RQ's copy is gone; the job is ours and still runs."""
+    with service.suspended():
+        job_id = service.submit("trivial")
+        service.redis.delete(f"rq:job:{job_id}")
+
+    assert service.reaches(job_id, "succeeded", "failed").state == "succeeded"
+
+
+# what dies
+
+
+def test_the_second_crash_quarantines_with_what_is_needed(service: Service):
+    """The child dies twice; the worker stays, and the stack is kept."""
+    worker, job_id = service.workers[0].pid, service.submit("crash")
+    status = service.reaches(job_id, "quarantined")
+    entry = json.loads(service.redis.hget(service.store.key("quarantine"), job_id) or b"{}")
+
+    assert status.attempts == 2
+    assert status.failure is not None
+    assert status.failure.code == "decoder_crashed"
+    assert "SIGABRT" in entry["crashes"][0]["message"]
+    assert "crash" in entry["crashes"][0]["detail"]
+    assert [crash["alone"] for crash in entry["crashes"]] == [True, True]
+    assert service.workers[0].pid == worker and service.workers[0].poll() is None
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+
+
+def test_a_crash_at_the_first_attempt_only_is_forgiven(service: Service):
+    """One crash is retried."""
+    status = service.reaches(service.submit("crash_once"), "succeeded", "quarantined")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+
+
+def test_a_child_killed_in_the_middle_of_a_job_is_replaced(service: Service):
+    """kill -9 on the child: the same worker runs the job again."""
+    job_id = service.submit("sleep_once", FOR_EVER)
+    service.runs(job_id)
+    os.kill(service.child(), signal.SIGKILL)
+    status = service.reaches(job_id, "succeeded", "quarantined")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+
+
+def test_a_worker_killed_in_the_middle_of_a_job_loses_nothing(make: Callable[..., Service]):
+    """kill -9 on the parent: its child dies too, another worker ends the job."""
+    service = make(heartbeat_ttl_s=3.0)
+    first = service.worker()
+    child = service.child()
+    job_id = service.submit("sleep_once", FOR_EVER)
+    service.runs(job_id)
+    first.kill()
+    first.wait()
+    service.worker()
+    status = service.reaches(job_id, "succeeded", "quarantined")
+
+    assert (status.state, status.attempts) == ("succeeded", 2)
+    until(lambda: not Path(f"/proc/{child}").exists())
+
+
+def test_a_hang_is_ended_though_it_hears_nothing(make: Callable[..., Service]):
+    """No progress for hang_s: killed, counted, quarantined at the second."""
+    service = make(hang_s=0.6)
+    service.worker()
+    status = service.reaches(service.submit("hang"), "quarantined")
+
+    assert status.failure is not None
+    assert (status.failure.code, status.attempts) == ("job_timeout", 2)
+    assert "no progress" in status.failure.message
+
+
+def test_a_busy_child_gets_longer_and_ends_all_the_same(make: Callable[..., Service]):
+    """Native code that holds the interpreter's lock is ended as well."""
+    service = make(hang_s=0.5)
+    service.worker()
+    status = service.reaches(service.submit("spin"), "quarantined")
+
+    assert status.failure is not None
+    assert status.failure.code == "job_timeout"
+    assert "busy all the while" in status.failure.message
+
+
+def test_a_job_gets_the_time_of_its_length_and_no_more(make: Callable[..., Service]):
+    """The child tells the clip's seconds; the limit is clamped between least and most."""
+    service = make(
+        timeout_base_s=0.1, timeout_per_video_s=0.01, timeout_least_s=0.3, timeout_most_s=60.0
+    )
+    service.worker()
+    status = service.reaches(service.submit("sleep", "sleep:30"), "quarantined", "succeeded")
+
+    assert status.failure is not None
+    assert "ran for more than 0.4 s, which is what a clip of 30 s gets" in status.failure.message
+
+
+def test_a_child_above_its_memory_bound_is_killed_in_the_job(make: Callable[..., Service]):
+    """Before the machine's own killer picks a victim."""
+    service = make(child_max_rss=1024**2)
+    service.worker()
+    status = service.reaches(service.submit("sleep", FOR_EVER), "quarantined")
+
+    assert status.failure is not None
+    assert status.failure.code == "decoder_crashed"
+    assert "bytes" in status.failure.message
+
+
+def test_a_child_is_recycled_after_its_jobs(make: Callable[..., Service]):
+    """Between two jobs, without a job noticing."""
+    service = make(child_max_jobs=2, cancel_grace_s=PATIENCE_S)
+    service.worker()
+    children = set()
+    for _ in range(4):
+        job_id = service.submit("sleep", FOR_EVER)
+        service.runs(job_id)
+        children.add(service.child())
+        service.store.cancel(job_id)
+        assert service.reaches(job_id, "cancelled").attempts == 1
+
+    assert len(children) == 2
+
+
+def test_a_restart_of_redis_in_the_middle_of_a_job_costs_nothing():
+    """kill -9 on Redis with AOF on: the job ends once, with its verdict."""
+    server = RedisServer(aof=True)
+    server.start()
+    service = Service(server.url, QUICK)
+    try:
+        service.worker()
+        job_id = service.submit("sleep", "sleep:2")
+        service.runs(job_id)
+        server.kill()
+        time.sleep(0.5)
+        server.start()
+        status = service.reaches(job_id, "succeeded", "failed", "quarantined")
+
+        assert status.state == "succeeded"
+        assert service.redis.xlen(service.store.key("verdicts")) == 1
+        assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+    finally:
+        service.close()
+        server.stop()
+
+
+# cancel, deadline, stop
+
+
+def test_a_running_job_is_cancelled_politely(make: Callable[..., Service]):
+    """It stops at its next progress; the child lives on."""
+    service = make(cancel_grace_s=PATIENCE_S)
+    service.worker()
+    child, job_id = service.child(), service.submit("sleep", FOR_EVER)
+    service.runs(job_id)
+    assert service.store.cancel(job_id) == "running"
+    service.reaches(job_id, "cancelled")
+
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+    assert service.child() == child
+
+
+def test_a_hang_is_cancelled_by_force(service: Service):
+    """Who does not hear is killed after a short grace, and not counted as a crash."""
+    job_id = service.submit("hang")
+    service.reaches(job_id, "running")
+    service.store.cancel(job_id)
+    status = service.reaches(job_id, "cancelled")
+
+    assert status.attempts == 1
+    assert service.redis.exists(service.store.key("crashes", "job", job_id)) == 0
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+
+
+def test_a_deadline_that_passes_in_the_run_expires_the_job(service: Service):
+    """deadline_passed, not a verdict that nobody waits for."""
+    deadline = datetime.now(UTC) + timedelta(seconds=1)
+    status = service.reaches(service.submit("sleep", FOR_EVER, deadline=deadline), "expired")
+
+    assert status.failure is not None
+    assert (status.state, status.failure.code) == ("expired", "deadline_passed")
+
+
+def test_an_operator_stops_a_job_with_rqs_own_command(service: Service):
+    """send_stop_job_command kills the child; the job is cancelled, the worker stays."""
+    job_id = service.submit("hang")
+    service.reaches(job_id, "running")
+    until(lambda: StartedJobRegistry(service.queue, connection=service.redis).get_job_ids())
+    worker = service.redis.hget(f"rq:job:{job_id}", "worker_name") or b""
+    until(lambda: service.redis.hget(f"rq:worker:{worker.decode()}", "current_job"))
+    send_stop_job_command(service.redis, job_id)
+
+    assert service.reaches(job_id, "cancelled").attempts == 1
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+
+
+def test_rq_suspend_holds_the_worker(service: Service):
+    """No job is taken while it lasts; heartbeats go on."""
+    with service.suspended():
+        job_id = service.submit("trivial")
+        service.beats(2)
+        assert service.status(job_id).state == "queued"
+        assert service.registered() == {service.workers[0].pid}
+    service.reaches(job_id, "succeeded")
+
+
+def test_heartbeats_go_on_during_a_job_whatever_its_timeout(service: Service):
+    """RQ's worker and execution, and our lease, are each moved on at every beat."""
+    job_id = service.submit("sleep", FOR_EVER)
+    service.runs(job_id)
+    started = StartedJobRegistry(service.queue, connection=service.redis).key
+    until(lambda: service.redis.zrange(started, 0, -1))
+    leases = service.store.key("running", "default")
+    (key,) = service.redis.smembers(f"rq:workers:{service.queue}")
+    (execution,) = service.redis.zrange(started, 0, -1)
+    for _ in range(3):
+        now = service.store.now()
+        service.beats(2)
+        assert service.redis.ttl(key) > 0
+        until(lambda now=now: service.redis.zscore(started, execution) >= int(now) + 20)
+        until(lambda now=now: service.redis.zscore(leases, job_id) > now + 20)
+    service.store.cancel(job_id)
+
+    assert service.reaches(job_id, "cancelled").attempts == 1
+
+
+# draining
+
+
+def test_sigterm_lets_the_job_end(make: Callable[..., Service]):
+    """Within the grace; the exit is clean and RQ forgets the worker."""
+    service = make(grace_s=LONG_S)
+    worker = service.worker()
+    job_id = service.submit("sleep", "sleep:1.5")
+    service.runs(job_id)
+    worker.send_signal(signal.SIGTERM)
+
+    assert ended(worker) == 0, service.said()
+    status = service.status(job_id)
+    assert (status.state, status.attempts) == ("succeeded", 1), service.said()
+    assert service.registered() == set()
+
+
+def test_an_idle_worker_stops_at_once_and_takes_nothing(make: Callable[..., Service]):
+    """It has nothing to be given grace for; what comes later waits for another worker."""
+    service = make(grace_s=LONG_S)
+    worker = service.worker()
+    worker.send_signal(signal.SIGTERM)
+    assert ended(worker) == 0, service.said()
+    job_id = service.submit("trivial")
+
+    assert service.redis.lrange(f"rq:queue:{service.queue}", 0, -1) == [job_id.encode()]
+    assert service.status(job_id).state == "queued"
+
+
+def test_a_stopped_horse_leaves_no_thread_listening(redis_server: RedisServer):
+    """RQ's own waits on in a thread, and takes its connection apart from another one."""
+    service = Service(redis_server.url, QUICK)
+    link = Link(service.settings, bodies="test")
+    horse = Horse(service.store, link, priority="default", table=jobs.table("test"))
+    horse.bootstrap()
+    listener = horse.pubsub_thread
+    listening = listener.is_alive()
+    horse.teardown()
+    link.close()
+    horse.orders.close()
+    service.close()
+
+    assert listening
+    assert not listener.is_alive()
+    assert horse.pubsub.connection is None
+
+
+@pytest.mark.parametrize(("grace", "again"), [(0.5, False), (LONG_S, True)])
+def test_a_job_that_does_not_end_in_time_is_handed_back_uncharged(
+    make: Callable[..., Service], grace: float, again: bool
+):
+    """When the grace is over, or at once on a second SIGTERM; even one that hangs."""
+    service = make(grace_s=grace, hang_s=LONG_S)
+    worker = service.worker()
+    job_id = service.submit("hang")
+    service.reaches(job_id, "running")
+    worker.send_signal(signal.SIGTERM)
+
+    def stopped() -> bool:
+        if again:  # two that come at once are one to the process
+            worker.send_signal(signal.SIGTERM)
+        return worker.poll() is not None
+
+    until(stopped)
+    assert worker.wait() == 0, service.said()
+    assert service.status(job_id).state == "queued"
+    stored = service.redis.hgetall(service.store.key("job", job_id))
+    assert stored[b"retries"] == b"0"
+    assert service.redis.exists(service.store.key("crashes", "job", job_id)) == 0
+    assert service.store.cancel(job_id) == "cancelled"
+
+
+# several parents, one child
+
+
+def test_a_crash_in_company_blames_nobody(make: Callable[..., Service], tmp_path: Path):
+    """Both are run again; the guilty one alone, where it is counted twice and put aside."""
+    service = make()
+    service.shared = tmp_path / "gpu0"
+    for _ in range(2):
+        service.worker("--shared", str(service.shared), "--capacity", "2")
+    innocent = service.submit("sleep_once", FOR_EVER)
+    service.runs(innocent)
+    guilty = service.submit("crash", "crash:0.4")
+    service.reaches(guilty, "quarantined", "succeeded")
+    assert service.reaches(innocent, "succeeded", "quarantined").state == "succeeded"
+    entry = json.loads(service.redis.hget(service.store.key("quarantine"), guilty) or b"{}")
+    assert [crash["alone"] for crash in entry["crashes"]] == [False, True, True]
+
+
+# what is said
+
+
+def test_one_canonical_line_per_run_with_the_trace(make: Callable[..., Service]):
+    """job.finished, once for each attempt, the traceparent on it."""
+    service = make()
+    service.worker()
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    job_id = service.submit("oom", traceparent=trace)
+    service.reaches(job_id, "succeeded")
+    lines = [line for line in service.stop() if line["event"] == "job.finished"]
+
+    assert [line["outcome"] for line in lines] == ["retried", "succeeded"]
+    assert {line["traceparent"] for line in lines} == {trace}
+    assert {line["trace_id"] for line in lines} == {trace.split("-")[1]}
+    assert [line["attempt"] for line in lines] == [1, 2]
+    assert lines[0]["code"] == "gpu_oom"
+    assert lines[1]["label"] == "no_faces"
+
+
+def test_rq_itself_reads_our_entries(service: Service):
+    """`rq info` and dashboards use this class."""
+    job_id = service.submit("trivial")
+    service.reaches(job_id, "succeeded")
+    entry = RqJob.fetch(job_id, connection=service.redis, serializer="json")
+
+    assert entry.func_name == jobs.PREFIX + "trivial"
+    assert entry.origin == service.queue
+
+
+def test_a_job_costs_few_round_trips(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch):
+    """What a no-op costs is Redis and the socket; RQ's SimpleWorker asks Redis 18 times a job."""
+    url = redis_server.url
+    # no heartbeats: a slow machine has more of them for each job
+    settings = replace(QUICK, redis_url=url, heartbeat_s=LONG_S, heartbeat_ttl_s=2.0 * LONG_S)
+    service = Service(url, settings)
+    service.store.redis.close()
+    settings = service.settings
+    service.store = Store(connect(url), settings, function=jobs.PREFIX + "trivial")
+    sent = [0]
+    send = AbstractConnection.send_packed_command
+
+    def counted(self: AbstractConnection, *args: Any, **kwargs: Any) -> Any:
+        sent[0] += threading.current_thread() is threading.main_thread()
+        return send(self, *args, **kwargs)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    link = Link(settings, bodies="test")
+    horse = Horse(service.store, link, priority="default", table=jobs.table("test"))
+    try:
+        horse.stable.open()
+        for number in range(50):
+            service.submit("trivial", str(number))
+        monkeypatch.setattr(AbstractConnection, "send_packed_command", counted)
+        horse.work(burst=True, max_jobs=50)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+        link.close()
+        horse.orders.close()
+        verdicts = service.redis.xlen(service.store.key("verdicts"))
+        service.close()
+
+    assert verdicts == 50
+    assert sent[0] / 50 < 8

@@ -1,0 +1,1 @@
+"""From datasets on disk to batches: one index table, face crops, splits by identity."""

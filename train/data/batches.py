@@ -1,0 +1,253 @@
+"""Batches: which faces the network sees, a pure function of the seed and the batch's number.
+
+    real frame ─▶ region ─┬─────────▶ same wear ─▶ same cut ─▶ crop, real
+                          └─▶ forge ─▶ same wear ─▶ same cut ─▶ crop, forged
+
+`Batches[n]` draws from generators seeded by (seed, n, place): any process makes the same batch, in
+any order, so a resumed run sees what the first would have seen.  A real face and its forgery share
+margin, jitter, flip and wear; only the forgery tells them apart.  Crops are cut by the worker's
+own function.  Frames of one video come round evenly: an endless series of shuffles, each a
+function of the seed and its number.  Without chance, for judging: ralf.train.data.evaluation_set.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ralf.train.data.check import refuse_leaks
+from ralf.train.data.crop import Cut, region
+from ralf.train.data.index import Index, IndexFault
+from ralf.train.data.pictures import Frame, Image
+from ralf.train.data.pool import Pool
+from ralf.train.forge.identity import as_another
+from ralf.train.forge.landmarks import FaceGeometry
+from ralf.train.forge.upload_damage import Wear, draw, put_on
+from ralf.train.recipe import FAMILIES, Data, Family
+
+REAL = -1
+"""The family of a real face."""
+KIN = 1
+"""Sets the generators that neighbours share apart from those that each has of its own."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Crops and what is known of them."""
+
+    crops: Tensor  # u8 [m, 3, s, s]
+    forged: Tensor  # bool [m]
+    pair: Tensor  # int64 [m]: for a forgery the row of its real face, else -1
+    family: (
+        Tensor  # int64 [m]: -1 real; blends as in ralf.train.forge.families; then methods on disk
+    )
+    ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@lru_cache(maxsize=8)
+def _shuffle(
+    seed: int, stream: int, cycle: int, sizes: tuple[int, ...], most: int
+) -> NDArray[np.int64]:
+    """One round through the videos: at most `most` frames of each, [n, 2] video and frame."""
+    rng = np.random.default_rng((seed, stream, cycle))
+    picks = [
+        np.stack([np.full(min(size, most), video), rng.permutation(size)[:most]], axis=1)
+        for video, size in enumerate(sizes)
+    ]
+    return rng.permutation(np.concatenate(picks), axis=0)
+
+
+class Batches:
+    """Training batches by number."""
+
+    def __init__(
+        self,
+        index: Index,
+        data: Data,
+        split: str = "train",
+        seed: int = 0,
+        *,
+        allow_leaks: bool = False,
+        ram_bytes: int = 2 * 1024**3,
+    ) -> None:
+        refuse_leaks(index, allowed=allow_leaks)
+        self.data, self.seed = data, seed
+        self.pool = Pool(index, data, split, ram_bytes=ram_bytes)
+        self._real = tuple(len(frames) for frames in self.pool.real)
+        self._forged = tuple(len(frames) for frames in self.pool.forged)
+        self._families: tuple[Family, ...] = _known(data.families)
+        share = dict(zip(data.families, data.shares, strict=True)) if data.shares else {}
+        self._edges = np.cumsum([share.get(family, 1.0) for family in self._families])
+        if not self._families and not self._forged:
+            raise IndexFault(
+                f"split {split!r} has no forgeries, and the recipe makes none: set data.families, "
+                f"for instance to {','.join(FAMILIES[:3])}"
+            )
+        self._half = data.batch // 2
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each number of Batch.family is called."""
+        return self.pool.names
+
+    def __len__(self) -> int:
+        """Batches in which every real video gives its frames once."""
+        return max(1, sum(min(size, self.data.frames) for size in self._real) // self._half)
+
+    def __getitem__(self, number: int) -> Batch:
+        pairing = self.data.pairing
+        crops: list[Tensor] = [torch.empty(0)] * (2 * self._half)
+        pair = torch.full((2 * self._half,), -1, dtype=torch.int64)
+        family = torch.full((2 * self._half,), REAL, dtype=torch.int64)
+        ids = [""] * (2 * self._half)
+        for place in range(self._half):
+            rng = np.random.default_rng((self.seed, number, place))
+            other = place + self._half
+            real = self._draw(0, number * self._half + place)
+            if pairing == "balanced":
+                both = self._apart(real, number, place, rng)
+            else:
+                # Neighbours of a kindred batch draw their way of forging alike.
+                alike = np.random.default_rng((self.seed, number, place // 2, KIN))
+                both = self._pair(real, rng, alike if pairing == "kindred" else rng)
+            crops[place], ids[place] = both.real, real.name
+            crops[other], ids[other], family[other] = both.forged, both.name, both.family
+            pair[other] = place if both.same_face else -1
+        forged = torch.arange(2 * self._half) >= self._half
+        return Batch(torch.stack(crops), forged, pair, family, ids)
+
+    def _draw(self, stream: int, place: int) -> Frame:
+        """The place-th frame of the endless series of real (0) or forged (1) frames."""
+        sizes = self._forged if stream else self._real
+        videos = self.pool.forged if stream else self.pool.real
+        most = self.data.frames
+        total = sum(min(size, most) for size in sizes)
+        cycle, within = divmod(place, total)
+        video, frame = _shuffle(self.seed, stream, cycle, sizes, most)[within]
+        picked: Frame = videos[video][frame]
+        return picked
+
+    def _pair(self, real: Frame, rng: np.random.Generator, kin: np.random.Generator) -> "_Both":
+        """A real face beside a forgery of it, from disk or made; `kin` draws how it is forged."""
+        partner = self.pool.partner(real, rng, kin)
+        if self._families and (partner is None or kin.random() < self.data.blended_share):
+            return self._blended(real, real, rng, kin)
+        same = partner is not None
+        return self._both(real, partner or self._any_forged(rng), rng, same_face=same)
+
+    def _apart(self, real: Frame, number: int, place: int, rng: np.random.Generator) -> "_Both":
+        """A real face and a forgery that have nothing to do with each other."""
+        if self._families and (not self._forged or rng.random() < self.data.blended_share):
+            shown = self._draw(0, int(rng.integers(2**31)))
+            return self._blended(real, shown, rng, rng)
+        forged = self._draw(1, number * self._half + place)
+        return self._both(real, forged, rng, same_face=False)
+
+    def _any_forged(self, rng: np.random.Generator) -> Frame:
+        video = self.pool.forged[rng.integers(len(self.pool.forged))]
+        return video[rng.integers(len(video))]
+
+    def _cut(self, rng: np.random.Generator, *, flip: bool) -> Cut:
+        margins = self.data.augment.margins
+        if not margins:
+            return Cut(self.data.input, flip=flip)
+        margin = margins[rng.integers(len(margins))]
+        shift = rng.normal(0, 0.03, 2)
+        return Cut(
+            self.data.input.model_copy(update={"margin": margin}),
+            shift=(float(shift[0]), float(shift[1])),
+            grow=float(np.exp(rng.normal(0, 0.04))),
+            flip=flip,
+        )
+
+    def _blended(
+        self, real: Frame, shown: Frame, rng: np.random.Generator, kin: np.random.Generator
+    ) -> "_Both":
+        """`shown` is what the forgery is made of: the real face itself, or another."""
+        family = self._family(kin)
+        image, face = self._open(shown)
+        if face is None:
+            raise IndexFault(
+                f"{shown.path} has no box and five points, so nothing can be blended into it: "
+                "`ralf data prepare` finds them"
+            )
+        wear = draw(self.data.augment, rng, face_px=_longer(face))
+        cut = self._cut(rng, flip=wear.flip)
+        part, moved = as_another(*region(image, face, cut), wear.other)
+        fake = self.pool.forgery(shown, part, moved, family, rng)
+        forged = self._worn(fake, moved, wear, cut, rng)
+        if shown is real:
+            genuine = self._worn(part, moved, wear, cut, rng)
+        else:
+            genuine = self._whole(real, wear, cut, rng)
+        return _Both(
+            genuine, forged, f"{shown.name}+{family}", self.pool.number(family), shown is real
+        )
+
+    def _family(self, rng: np.random.Generator) -> Family:
+        """By the recipe's shares."""
+        drawn = rng.random() * self._edges[-1]
+        return self._families[int(np.searchsorted(self._edges, drawn, side="right"))]
+
+    def _both(
+        self, real: Frame, forged: Frame, rng: np.random.Generator, *, same_face: bool
+    ) -> "_Both":
+        """Two frames from disk under one wear and one cut."""
+        face = self.pool.pictures.face(real)
+        wear = draw(self.data.augment, rng, face_px=_longer(face) if face else self.data.input.size)
+        cut = self._cut(rng, flip=wear.flip)
+        crops = [self._whole(frame, wear, cut, rng) for frame in (real, forged)]
+        number = self.pool.number(forged.row.method)
+        return _Both(crops[0], crops[1], forged.name, number, same_face)
+
+    def _open(self, frame: Frame) -> tuple[Image, FaceGeometry | None]:
+        return self.pool.pictures.picture(frame), self.pool.pictures.face(frame)
+
+    def _whole(self, frame: Frame, wear: Wear, cut: Cut, rng: np.random.Generator) -> Tensor:
+        image, face = self._open(frame)
+        if face is not None:
+            image, face = as_another(*region(image, face, cut), wear.other)
+        return self._worn(image, face, wear, cut, rng)
+
+    def _worn(
+        self,
+        image: Image,
+        face: FaceGeometry | None,
+        wear: Wear,
+        cut: Cut,
+        rng: np.random.Generator,
+    ) -> Tensor:
+        """The crop of a region after its wear."""
+        worn = put_on(wear, image, rng)
+        if face is not None and worn.shape != image.shape:
+            face = face.scaled(worn.shape[1] / image.shape[1], worn.shape[0] / image.shape[0])
+        return cut.take(worn, face)
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Two crops on their way into a batch."""
+
+    real: Tensor
+    forged: Tensor
+    name: str
+    family: int
+    same_face: bool
+
+
+def _longer(face: FaceGeometry) -> float:
+    return float(max(face.box[2] - face.box[0], face.box[3] - face.box[1], 1))
+
+
+def _known(families: Sequence[str]) -> tuple[Family, ...]:
+    unknown = [family for family in families if family not in FAMILIES]
+    if unknown:
+        raise IndexFault(f"no family {', '.join(unknown)}; known: {', '.join(FAMILIES)}")
+    return tuple(family for family in FAMILIES if family in families)

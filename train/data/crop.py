@@ -1,0 +1,71 @@
+"""One crop: which part of a picture the network sees, cut by the worker's own function."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ralf.kernels.manifest import InputContract
+from ralf.train.data.index import IndexFault
+from ralf.train.data.pictures import Image
+from ralf.train.forge.landmarks import FaceGeometry
+from ralf.train.forge.pixels import resize, to_u8
+from ralf.worker.media.crops import cut_one
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a crop is taken: the same for a real face and its forgery."""
+
+    contract: InputContract
+    shift: tuple[float, float] = (0.0, 0.0)  # of the box's longer side
+    grow: float = 1.0
+    flip: bool = False
+
+    def take(self, image: Image, face: FaceGeometry | None) -> Tensor:
+        """u8 [3, s, s]; a picture without geometry is a crop already and is only resized."""
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if face is None:
+            whole = self.contract.model_copy(update={"squeeze": True})
+            crop = cut_one(pixels, [0, 0, image.shape[1], image.shape[0]], whole)
+        else:
+            crop = cut_one(pixels, self.box(face), self.contract)
+        return crop.flip(-1) if self.flip else crop
+
+    def box(self, face: FaceGeometry) -> NDArray[np.float32]:
+        """The face's box, moved and grown by the jitter."""
+        if self.shift == (0, 0) and self.grow == 1:
+            return face.box  # untouched: rounding here would move a crop by a pixel
+        corners = face.box.reshape(2, 2)
+        middle, size = corners.mean(axis=0), corners[1] - corners[0]
+        middle = middle + np.array(self.shift, np.float32) * size.max()
+        return np.concatenate([middle - size * self.grow / 2, middle + size * self.grow / 2])
+
+
+def region(image: Image, face: FaceGeometry, cut: Cut) -> tuple[Image, FaceGeometry]:
+    """The part of the picture that the crop can see, a little more, and no finer than it needs.
+
+    What lies outside the picture stays outside: padding comes last, as in serving.
+    """
+    left, top, right, bottom = cut.box(face)
+    reach = max(right - left, bottom - top) * (1.0 if cut.contract.squeeze else cut.contract.margin)
+    middle, half = np.array([left + right, top + bottom]) / 2, 0.55 * reach
+    height, width = image.shape[:2]
+    x0, y0 = (int(max(0, value)) for value in np.floor(middle - half))
+    x1, y1 = (
+        int(min(most, value))
+        for most, value in zip((width, height), np.ceil(middle + half), strict=True)
+    )
+    if x1 - x0 < 8 or y1 - y0 < 8:
+        raise IndexFault(
+            f"the face's box {face.box.round(1).tolist()} lies outside {width}×{height}"
+        )
+    part = image[y0:y1, x0:x1]
+    factor = min(1.0, 1.6 * cut.contract.size / reach)
+    if factor < 1:
+        tall, wide = round(part.shape[0] * factor), round(part.shape[1] * factor)
+        moved = face.scaled(wide / part.shape[1], tall / part.shape[0], x0, y0)
+        return to_u8(resize(part.astype(np.float32), tall, wide)), moved
+    return part, face.scaled(1, 1, x0, y0)

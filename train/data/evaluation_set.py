@@ -1,0 +1,146 @@
+"""Faces to judge by: the same every time, whatever process asks and in whatever order.
+
+Each real video gives its frames evenly spread; each forged one on disk the same; and where the
+recipe blends, forgeries are made from the reals by families that are asked for, the held-out one
+too.  Their randomness is seeded by the name of the frame, so that one more video changes no other.
+A condition (evaluate/conditions.py) is put on real and forged alike, before the crop is cut.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ralf.train.data.batches import REAL, Batch
+from ralf.train.data.crop import Cut, region
+from ralf.train.data.index import Index, IndexFault
+from ralf.train.data.pictures import Frame
+from ralf.train.data.pool import Pool
+from ralf.train.evaluate.conditions import CLEAN, parse, perturb
+from ralf.train.recipe import FAMILIES, Data, Family
+
+
+@dataclass(frozen=True)
+class Example:
+    """One face to judge."""
+
+    frame: Frame
+    family: Family | None = None
+    """How it is forged here; None as it lies on disk."""
+
+    @property
+    def forged(self) -> bool:
+        return self.family is not None or bool(self.frame.row.label)
+
+    @property
+    def method(self) -> str:
+        """real, the method on disk, or the family."""
+        return self.family or self.frame.row.method
+
+    @property
+    def video(self) -> tuple[str, str, str, str]:
+        """What its score is pooled under."""
+        row = self.frame.row
+        return (row.dataset, self.method, row.compression, row.video)
+
+    @property
+    def name(self) -> str:
+        return self.frame.name + (f"+{self.family}" if self.family else "")
+
+
+class Examples:
+    """A split to judge, in batches."""
+
+    def __init__(
+        self,
+        index: Index,
+        data: Data,
+        split: str,
+        *,
+        families: Sequence[str] | None = None,
+        each: Literal["one", "all"] = "one",
+        condition: str = CLEAN,
+        batch: int = 64,
+        limit: int | None = None,
+        ram_bytes: int = 2 * 1024**3,
+    ) -> None:
+        """`families`: those to blend, the recipe's own by default; `each`: one of them for each
+        real frame in turn, or all.  `limit` keeps the first so many videos of each class."""
+        parse(condition)
+        self.data, self.condition, self.batch = data, condition, batch
+        self.pool = Pool(index, data, split, ram_bytes=ram_bytes)
+        wanted = data.families if families is None else families
+        if unknown := set(wanted) - set(FAMILIES):
+            raise IndexFault(f"no family {sorted(unknown)}; known: {', '.join(FAMILIES)}")
+        self.families = tuple(family for family in FAMILIES if family in wanted)
+        self.each = each
+        self.items = self._items(limit)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each number of Batch.family is called."""
+        return self.pool.names
+
+    def _items(self, limit: int | None) -> tuple[Example, ...]:
+        real = [frame for video in self.pool.real[:limit] for frame in self._spread(video)]
+        forged = [frame for video in self.pool.forged[:limit] for frame in self._spread(video)]
+        items = [Example(frame) for frame in (*real, *forged)]
+        for number, frame in enumerate(real):
+            turn = self.families[number % len(self.families) :][:1] if self.families else ()
+            families = self.families if self.each == "all" else turn
+            items += [Example(frame, family) for family in families]
+        return tuple(items)
+
+    def _spread(self, video: list[Frame]) -> list[Frame]:
+        """Evenly over the whole video: never its first frames only."""
+        most = self.data.evaluation_frames
+        if len(video) <= most:
+            return video
+        places = np.floor((np.arange(most) + 0.5) * len(video) / most).astype(int)
+        return [video[place] for place in places]
+
+    def __len__(self) -> int:
+        return (len(self.items) + self.batch - 1) // self.batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        items = self.items[number * self.batch : (number + 1) * self.batch]
+        return Batch(
+            crops=torch.stack([self.crop(item) for item in items]),
+            forged=torch.tensor([item.forged for item in items]),
+            pair=torch.full((len(items),), -1, dtype=torch.int64),
+            family=torch.tensor(
+                [self.pool.number(item.method) if item.forged else REAL for item in items]
+            ),
+            ids=[item.name for item in items],
+        )
+
+    def crop(self, item: Example) -> Tensor:
+        """u8 [3, s, s]."""
+        seed = hashlib.sha256(f"{item.name} {self.condition}".encode()).digest()[:8]
+        image, face = self.pool.pictures.picture(item.frame), self.pool.pictures.face(item.frame)
+        cut = Cut(self.data.input)
+        if item.family is None and self.condition == CLEAN:
+            return cut.take(image, face)  # what serving would cut, to the bit
+        if face is not None:
+            image, face = region(image, face, cut)
+        if item.family is not None:
+            if face is None:
+                raise IndexFault(
+                    f"{item.frame.path} has no box and five points, so nothing can be blended "
+                    "into it: `ralf data prepare` finds them"
+                )
+            # The same forgery under every condition: only the condition differs.
+            own = hashlib.sha256(item.name.encode()).digest()[:8]
+            rng = np.random.default_rng(int.from_bytes(own, "big"))
+            image = self.pool.forgery(item.frame, image, face, item.family, rng)
+        worn = perturb(image, self.condition, np.random.default_rng(int.from_bytes(seed, "big")))
+        return cut.take(worn, face)

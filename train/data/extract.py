@@ -1,0 +1,237 @@
+"""One file → its faces: probe, decode, find, follow, choose, store.  The worker's parts throughout.
+
+A file that cannot be used is an Outcome with its reason, never a gap.  Pictures go the same way
+without probe and decoder; a folder of frames whose faces are not found keeps its frames as crops,
+since that is what such datasets hold.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as Picture
+from PIL import UnidentifiedImageError
+
+from ralf.kernels.manifest import InputContract
+from ralf.train.data.index import Row
+from ralf.train.data.main_face import Kept, keep, main_track, masked_track, reviewed
+from ralf.worker.contract import Sampling
+from ralf.worker.errors import JobError
+from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.mtcnn import Mtcnn
+from ralf.worker.media.probe import probe
+from ralf.worker.media.tracks import Tracker
+from ralf.worker.media.types import Clip, Faces, Frames, Probe
+from ralf.worker.settings import Settings
+
+Image = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How files are prepared; the same for all of one folder."""
+
+    contract: InputContract
+    frames: int
+    quality: int = 98
+    """JPEG's, without chroma subsampling; 0 stores PNG."""
+
+    @property
+    def longest(self) -> int:
+        """Stored faces are no larger: enough to cut any margin without enlarging."""
+        return round(1.6 * self.contract.size)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file, or one folder of frames, and the rows that speak of it."""
+
+    path: str
+    rows: tuple[Row, ...]
+    masks: str = ""
+    pictures: tuple[str, ...] = ()
+    """Whole paths, in place of a video."""
+
+    @property
+    def name(self) -> str:
+        """What its stored faces and its note are named by."""
+        row = self.rows[0]
+        said = "|".join((row.path, *row.key[:3]))
+        return f"{Path(row.path).stem[:40]}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one file."""
+
+    path: str
+    asked: int = 0
+    decoded: int = 0
+    found: int = 0
+    kept: int = 0
+    reason: str = ""
+    """Why nothing was kept, or what was odd; empty when all is well."""
+
+
+class Extractor:
+    """The worker's decoder and finder, made once a process."""
+
+    def __init__(self, way: Way, folder: Path, *, device: str = "cpu", threads: int = 1) -> None:
+        self.way, self.folder, self.settings = way, folder, Settings()
+        self.decoder = PyavDecoder(self.settings.chunk_bytes, threads=threads)
+        self.finder = Mtcnn(way.contract.finder, device)
+
+    def work(self, task: Task) -> tuple[Outcome, list[Row]]:
+        """The file's faces, stored, and their rows."""
+        row = task.rows[0]
+        seen = _Seen()
+        try:
+            for frames in self._pictures(task) if task.pictures else self._video(task):
+                seen.add(frames, self.finder.find(frames))
+        except JobError as error:
+            if not seen.images:
+                return Outcome(row.path, reason=f"{error.code}: {error}"), []
+            seen.odd.append(f"{error.code} after {len(seen.images)} frames")
+        except (UnidentifiedImageError, OSError) as error:
+            return Outcome(row.path, reason=f"unreadable_picture: {error}"), []
+        rows = [self._store(task, whose, kept) for whose, kept in self._choose(task, seen)]
+        if not rows and task.pictures:
+            rows = self._as_they_are(task)
+            seen.odd.append("no_faces: kept as crops")
+        elif not rows:
+            seen.odd.append("no_faces")
+        asked = seen.asked or len(task.pictures)
+        reason = "; ".join(dict.fromkeys(seen.odd))
+        return Outcome(row.path, asked, len(seen.images), len(seen), len(rows), reason), rows
+
+    def _clip(self, path: str) -> Clip:
+        sampling = self.way.contract.sampling.model_dump() | {"max_frames": self.way.frames}
+        return Clip(probe(path, self.settings), Sampling(**sampling))
+
+    def _video(self, task: Task) -> Iterator[Frames]:
+        yield from self.decoder.decode([self._clip(task.path)])
+
+    def _pictures(self, task: Task) -> Iterator[Frames]:
+        """Each picture as a clip of one frame: they may differ in size."""
+        places = range(len(task.pictures))
+        if len(places) > self.way.frames:
+            even = (np.arange(self.way.frames) + 0.5) * len(places) / self.way.frames
+            places = [int(place) for place in even]  # type: ignore[assignment]
+        for place in places:
+            with Picture.open(task.pictures[place]) as opened:
+                yield _still(np.array(opened.convert("RGB")), place, task.pictures[place])
+
+    def _choose(self, task: Task, seen: "_Seen") -> Iterator[tuple[Row, Kept]]:
+        """Which found faces are kept, and under whose row."""
+        if not len(seen):
+            return
+        row, longest = task.rows[0], self.way.longest
+        faces, numbers = seen.faces, np.array(seen.numbers)
+        if row.frame >= 0 and row.kind == "video":
+            size = (seen.images[0].shape[0], seen.images[0].shape[1])
+            pairs = reviewed(faces, numbers, task.rows, size)
+            if len(pairs) < len(task.rows):
+                seen.odd.append(f"{len(task.rows) - len(pairs)} reviewed faces not found again")
+        else:
+            tracks = np.concatenate(seen.tracks)
+            masks = self._masks(task, seen) if task.masks else None
+            found = (
+                main_track(faces, tracks) if masks is None else masked_track(faces, tracks, masks)
+            )
+            pairs = [(row, int(place)) for place in found]
+        for whose, place in pairs:
+            at = int(faces.frame[place])
+            kept = keep(
+                seen.images[at],
+                faces.boxes[place],
+                faces.landmarks[place],
+                seen.numbers[at],
+                longest,
+            )
+            yield whose, kept
+
+    def _masks(self, task: Task, seen: "_Seen") -> NDArray[np.bool_] | None:
+        """The mask video's same frames, [n, h, w]; None, and said so, where it does not fit."""
+        try:
+            parts = list(self.decoder.decode([self._clip(task.masks)]))
+        except JobError as error:
+            seen.odd.append(f"masks unused: {error.code}")
+            return None
+        numbers = [int(number) for part in parts for number in part.indices]
+        masks = np.concatenate([part.pixels.float().mean(dim=1).numpy() > 16 for part in parts])
+        if numbers != seen.numbers or masks.shape[1:] != seen.images[0].shape[:2]:
+            seen.odd.append("masks unused: other frames or size than the video")
+            return None
+        return np.asarray(masks)
+
+    def _store(self, task: Task, row: Row, kept: Kept) -> Row:
+        """The face as a file, and its row."""
+        mine = "" if len({one.video for one in task.rows}) == 1 else f"-{row.video.split('/')[-1]}"
+        suffix = "jpg" if self.way.quality else "png"
+        name = f"faces/{task.name}{mine}-{kept.frame:05d}.{suffix}"
+        lossy = {"quality": self.way.quality, "subsampling": 0} if self.way.quality else {}
+        Picture.fromarray(kept.image).save(self.folder / name, **lossy)
+        return replace(
+            row, path=name, kind="image", frame=kept.frame, masks="", box=kept.box, five=kept.five,
+            mesh="", face_px=kept.face_px,
+        )  # fmt: skip
+
+    def _as_they_are(self, task: Task) -> list[Row]:
+        places = np.unique(np.linspace(0, len(task.pictures) - 1, self.way.frames).astype(int))
+        return [
+            replace(task.rows[0], path=task.pictures[place], kind="image", frame=int(place))
+            for place in places
+        ]
+
+
+class _Seen:
+    """What has been seen of one file so far."""
+
+    def __init__(self) -> None:
+        self.images: list[Image] = []
+        self.numbers: list[int] = []
+        self.tracks: list[NDArray[np.int64]] = []
+        self.odd: list[str] = []
+        self.asked = 0
+        self._faces: list[Faces] = []
+        self._tracker = Tracker(max_tracks=16)
+
+    def add(self, frames: Frames, faces: Faces) -> None:
+        self.tracks.append(self._tracker.update(frames, faces))
+        self._faces.append(replace(faces, frame=faces.frame + len(self.images)))
+        self.images += list(frames.pixels.permute(0, 2, 3, 1).cpu().numpy())
+        self.numbers += [int(number) for number in frames.indices]
+        self.asked = frames.total
+        if frames.replaced:
+            self.odd.append("frames stood in for broken neighbours")
+        self.odd += frames.warnings
+
+    def __len__(self) -> int:
+        return sum(len(faces) for faces in self._faces)
+
+    @property
+    def faces(self) -> Faces:
+        fields = ("boxes", "landmarks", "confidence", "frame")
+        return Faces(*(np.concatenate([getattr(f, name) for f in self._faces]) for name in fields))
+
+
+def _still(image: Image, number: int, path: str) -> Frames:
+    """A picture as a clip of one frame, at its own place in time."""
+    height, width = image.shape[:2]
+    facts = Probe(
+        path=path, size_bytes=0, container="picture", codec="picture", stream_index=0,
+        coded_width=width, coded_height=height, width=width, height=height, rotation=0,
+        pixel_format="rgb24", duration_s=0.04, frame_rate=25.0, variable_rate=False, frame_count=1,
+        times_s=np.zeros(1), keyframes=np.zeros(1, np.int64), start_s=0.0,
+        colour_space="unspecified", colour_range="pc", interlaced=False,
+    )  # fmt: skip
+    return Frames(
+        clip=Clip(facts, Sampling()),
+        pixels=torch.from_numpy(image.transpose(2, 0, 1).copy())[None],
+        times_s=np.array([number / 25]),
+        indices=np.array([number], np.int64),
+    )

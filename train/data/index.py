@@ -1,0 +1,253 @@
+"""The index: one table of everything there is to train on, whatever layout it came from.
+
+A row is a video, a folder of frames, or one picture, with the truth about it: label 1 is forged.
+`target` is whose face it shows and `source` whose it was made from, both with the name of the
+collection they belong to ("ffpp:071"), so that DeeperForensics' reals are seen to be
+FaceForensics++'s.  `group` joins what must stay on one side of a split.
+
+The table is a CSV file; its SHA-256 over the sorted rows is the data's name in every checkpoint.
+`leaks` finds each identity that stands in two splits; training refuses one unless told.
+"""
+
+import csv
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from ralf.train.forge.landmarks import FaceGeometry
+
+Kind = Literal["video", "frames", "image", "lmdb"]
+Split = Literal["train", "val", "test", "check", ""]
+SPLITS: tuple[Split, ...] = get_args(Split)
+MESHES = "landmarks.npz"
+REAL = "real"
+"""The method of what nobody forged."""
+
+
+class IndexFault(ValueError):
+    """The data is not what the layout or the table promises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One video, folder of frames, or picture."""
+
+    dataset: str
+    method: str
+    """real, or how it was forged."""
+    compression: str = ""
+    split: Split = ""
+    video: str
+    """Unique within dataset, method and compression."""
+    target: str = ""
+    source: str = ""
+    label: int
+    """1 is forged."""
+    path: str
+    """Relative to the index's root; for lmdb the database and the key, joined by '::'."""
+    kind: Kind
+    group: str = ""
+    frame: int = -1
+    """Number within the video; -1 for a whole one."""
+    masks: str = ""
+    """A mask video or folder beside it, where there is one."""
+    box: tuple[float, ...] = ()
+    """x0 y0 x1 y1 in the picture's pixels, where known."""
+    five: tuple[float, ...] = ()
+    """Ten numbers: eyes, nose, mouth corners, x before y."""
+    mesh: str = ""
+    """The name under which landmarks.npz beside the index's root holds 468 points; with another
+    file's path and "::" before it, the name in there."""
+    face_px: int = 0
+    """Size of the face where it came from, in pixels; 0: not known."""
+
+    def __post_init__(self) -> None:
+        if self.label not in (0, 1):
+            raise IndexFault(f"{self.path}: label should be 0 (real) or 1 (forged), {self.label}")
+        if self.split not in SPLITS:
+            raise IndexFault(f"{self.path}: split should be one of {SPLITS}, got {self.split!r}")
+        if len(self.box) not in (0, 4) or len(self.five) not in (0, 10):
+            raise IndexFault(f"{self.path}: box has 4 numbers and five has 10, or none")
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What a video is told apart by: never its name alone."""
+        return (self.dataset, self.method, self.compression, self.video)
+
+    @property
+    def identities(self) -> frozenset[str]:
+        """Everyone whose face went into it."""
+        return frozenset({self.target, self.source} - {""})
+
+    def geometry(self, mesh: np.ndarray | None = None) -> FaceGeometry | None:
+        """Where the face is, if the row knows."""
+        if not self.box or not self.five:
+            return None
+        five = np.array(self.five, np.float32).reshape(5, 2)
+        return FaceGeometry(np.array(self.box, np.float32), five, mesh)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Rows and the folder that their paths start from."""
+
+    root: Path
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    """What the reader of the layout could not know or had to choose."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __add__(self, other: "Index") -> "Index":
+        """Both tables; paths under the other root become absolute."""
+        moved = tuple(other.anywhere(row) for row in other)
+        return Index(self.root, self.rows + moved, self.notes + other.notes)
+
+    def __repr__(self) -> str:
+        forged = sum(row.label for row in self.rows)
+        return f"Index({len(self) - forged} real, {forged} forged, {self.root})"
+
+    def whole_path(self, row: Row) -> str:
+        """The row's path from anywhere."""
+        return row.path if Path(row.path).is_absolute() else str(self.root / row.path)
+
+    def anywhere(self, row: Row) -> Row:
+        """The row with whole paths, to stand in an index of another root."""
+        mesh = row.mesh
+        if mesh and "::" not in mesh:
+            mesh = f"{(self.root / MESHES).absolute()}::{mesh}"
+        path = row.path if Path(row.path).is_absolute() else str((self.root / row.path).absolute())
+        return replace(row, path=path, mesh=mesh)
+
+    def elsewhere(self, root: Path) -> "Index":
+        """The same rows under another root, their paths whole."""
+        return Index(root, tuple(self.anywhere(row) for row in self), self.notes)
+
+    def where(self, **wanted: object) -> "Index":
+        """The rows whose fields have these values: where(split="val", label=0)."""
+        kept = (
+            row
+            for row in self.rows
+            if all(getattr(row, name) == value for name, value in wanted.items())
+        )
+        return Index(self.root, tuple(kept), self.notes)
+
+    @property
+    def sha256(self) -> str:
+        """The same whatever the order of rows and the place of the root."""
+        lines = sorted(repr(tuple(asdict(row).values())) for row in self.rows)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """One CSV row a Row; written whole or not at all."""
+        path = Path(path)
+        names = [field.name for field in fields(Row)]
+        partial = path.with_suffix(path.suffix + ".part")
+        with partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            for row in self.rows:
+                writer.writerow(_plain(getattr(row, name)) for name in names)
+        return partial.rename(path)
+
+
+def _plain(value: object) -> object:
+    return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else value
+
+
+def load(path: str | Path, root: str | Path | None = None) -> Index:
+    """A saved index; its paths start from its own folder unless a root is given."""
+    path = Path(path)
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        wanted = {field.name for field in fields(Row)}
+        if missing := {"path", "label", "video", "split"} - set(reader.fieldnames or ()):
+            raise IndexFault(f"{path.name} is not an index: it has no column {sorted(missing)}")
+        rows = tuple(
+            _row({name: text for name, text in line.items() if name in wanted}) for line in reader
+        )
+    return Index(Path(root) if root else path.parent, rows)
+
+
+def _row(text: dict[str, str]) -> Row:
+    typed: dict[str, object] = dict(text)
+    for name in ("label", "frame", "face_px"):
+        if name in text:
+            typed[name] = int(text[name])
+    for name in ("box", "five"):
+        typed[name] = tuple(float(part) for part in text.get(name, "").split())
+    return Row(**typed)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Someone, or some video, seen on both sides of a split."""
+
+    what: Literal["identity", "video", "group"]
+    name: str
+    splits: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.name} is in {' and '.join(self.splits)}"
+
+
+def leaks(rows: Iterable[Row]) -> list[Leak]:
+    """Each identity, group and source video that stands in more than one split."""
+    seen: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for row in rows:
+        if not row.split:
+            continue
+        for identity in row.identities:
+            seen["identity", identity].add(row.split)
+        if row.group:
+            seen["group", row.group].add(row.split)
+        # Compressions of one video are one video.
+        seen["video", f"{row.dataset}/{row.method}/{row.video}"].add(row.split)
+    found = (
+        Leak(what, name, tuple(sorted(splits)))  # type: ignore[arg-type]
+        for (what, name), splits in seen.items()
+        if len(splits) > 1
+    )
+    return sorted(found, key=lambda leak: (leak.what, leak.name))
+
+
+def split_by_identity(index: Index, *, val: float = 0.1, test: float = 0.1) -> Index:
+    """New splits that no identity or group straddles, drawn by a hash of its name."""
+    parent: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    names = [_bonds(row) for row in index]
+    for bond in names:
+        for other in bond[1:]:
+            # The smaller name leads, so that the draw does not hang on the order of rows.
+            first, second = sorted((top(bond[0]), top(other)))
+            parent[second] = first
+    rows = [
+        replace(row, split=_draw(top(bond[0]), val, test))
+        for row, bond in zip(index, names, strict=True)
+    ]
+    return Index(index.root, tuple(rows), (*index.notes, "splits drawn by identity"))
+
+
+def _bonds(row: Row) -> list[str]:
+    """All that ties a row to others."""
+    named = sorted(row.identities) + ([f"group {row.group}"] if row.group else [])
+    return named or [f"video {row.dataset}/{row.video}"]
+
+
+def _draw(name: str, val: float, test: float) -> Split:
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return "test" if place < test else "val" if place < test + val else "train"

@@ -1,0 +1,125 @@
+"""The faces of one split: real videos, forged ones, and how a forgery is found or made for a face.
+
+On disk a forgery belongs to a real face by its target; where there is none, one is blended.  A
+swap takes its donor from the same split, another person with a similar shape of face.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from ralf.kernels.manifest import InputContract
+from ralf.train.data.crop import Cut, region
+from ralf.train.data.index import Index, IndexFault
+from ralf.train.data.pictures import Frame, Image, Pictures, frames_of
+from ralf.train.forge.families import Portrait, forge
+from ralf.train.forge.landmarks import FaceGeometry
+from ralf.train.recipe import FAMILIES, Data, Family
+
+PREPARED = "prepare.json"
+"""Beside an index that `ralf data prepare` made: how."""
+
+
+def refuse_other_contract(index: Index, contract: InputContract) -> None:
+    """An error where faces of the index were found otherwise than the contract says."""
+    # Tables that were joined keep the first one's root; the others' pictures lie in faces/ of
+    # theirs.
+    elsewhere = {Path(row.path).parent.parent for row in index if Path(row.path).is_absolute()}
+    for root in (index.root, *sorted(elsewhere)):
+        if (root / PREPARED).exists():
+            _refuse_other(root, contract)
+
+
+def _refuse_other(root: Path, contract: InputContract) -> None:
+    made = InputContract.model_validate(json.loads((root / PREPARED).read_text())["contract"])
+    for name in ("finder", "colour"):
+        if getattr(made, name) != getattr(contract, name):
+            raise IndexFault(
+                f"{root} was prepared with {name} {getattr(made, name)}, the recipe's input has "
+                f"{getattr(contract, name)}: prepare again, or change data.input.{name}"
+            )
+
+
+class Pool:
+    """The frames of one split, real and forged, and how forgeries are found or made for them."""
+
+    def __init__(self, index: Index, data: Data, split: str, *, ram_bytes: int) -> None:
+        refuse_other_contract(index, data.input)
+        chosen = index.where(split=split)
+        videos = frames_of(chosen)
+        self.real = [frames for frames in videos.values() if not frames[0].row.label]
+        self.forged = [frames for frames in videos.values() if frames[0].row.label]
+        if not self.real and len(index) and not any(row.split for row in index):
+            raise IndexFault("no row has a split: draw them with `ralf data index --split`")
+        if not self.real:
+            raise IndexFault(f"split {split!r} has no real faces, only {len(self.forged)} forged")
+        methods = sorted({frames[0].row.method for frames in self.forged})
+        self.names: tuple[str, ...] = (*FAMILIES, *methods)
+        """What each number of Batch.family is called."""
+        self.by_target: dict[str, dict[str, list[list[Frame]]]] = defaultdict(dict)
+        for frames in self.forged:
+            row = frames[0].row
+            key = f"{row.target}|{row.compression}" if row.target else ""
+            self.by_target[key].setdefault(row.method, []).append(frames)
+        everything = [frame for frames in (*self.real, *self.forged) for frame in frames]
+        self.pictures = Pictures(index, everything, ram_bytes=ram_bytes)
+        self.size = data.input.size
+
+    def number(self, method: str) -> int:
+        """The family's number."""
+        return self.names.index(method)
+
+    def partner(
+        self, real: Frame, rng: np.random.Generator, kin: np.random.Generator | None = None
+    ) -> Frame | None:
+        """A forgery of this very face that lies on disk, near the same moment; `kin`, else `rng`,
+        draws how it was forged."""
+        row = real.row
+        methods = self.by_target.get(f"{row.target}|{row.compression}") if row.target else None
+        if not methods:
+            return None
+        videos = methods[sorted(methods)[(kin or rng).integers(len(methods))]]
+        video = videos[rng.integers(len(videos))]
+        return min(video, key=lambda frame: (abs(frame.number - real.number), frame.number))
+
+    def donor(self, real: Frame, face: FaceGeometry, rng: np.random.Generator) -> Portrait | None:
+        """Another person whose face has a similar shape: the best of a dozen drawn."""
+        best, least = None, np.inf
+        for place in rng.integers(0, len(self.real), 12):
+            other = self.real[place][0]
+            if other.row.target == real.row.target or other.row.video == real.row.video:
+                continue
+            shape = self.pictures.face(other)
+            if shape is not None and (apart := _unlike(shape, face)) < least:
+                best, least = (other, shape), apart
+        if best is None:
+            return None
+        image, shape = self.pictures.picture(best[0]), best[1]
+        whole = Cut(InputContract(size=self.size, margin=1.5))
+        return Portrait(*region(image, shape, whole))
+
+    def forgery(
+        self,
+        frame: Frame,
+        image: Image,
+        face: FaceGeometry,
+        family: Family,
+        rng: np.random.Generator,
+    ) -> Image:
+        """A pseudo-forgery of the region; with nobody to swap with, of the face itself."""
+        donor = self.donor(frame, face, rng) if family == "swap" else None
+        made: Family = "self_blend" if family == "swap" and donor is None else family
+        return forge(image, face, made, rng, donor=donor)[0]
+
+
+def _unlike(one: FaceGeometry, other: FaceGeometry) -> float:
+    """How far apart two faces' five points lie when eyes are laid on eyes."""
+    shapes = []
+    for face in (one, other):
+        across = face.five[1] - face.five[0]
+        turn = complex(*across) if across.any() else 1 + 0j
+        points = (face.five - face.five[0]) @ np.array([1, 1j])
+        shapes.append(points / turn)
+    return float(np.abs(shapes[0] - shapes[1]).sum())

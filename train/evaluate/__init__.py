@@ -1,0 +1,1 @@
+"""How well a detector does: metrics, conditions, tables, figures."""

@@ -1,0 +1,224 @@
+"""What a detector learnt, in pictures; ralf.train.evaluate.page puts them on one page.
+
+    mask         how much of each frequency the destructor takes away
+    spectrum     forged over real power in each frequency (the paper's Figure 1)
+    strips       crop, destroyed, rebuilt, residual, and where the decision looks (Grad-CAM)
+    roc          with the band of a bootstrap by video
+    reliability  what was said against what was true
+    embedding    t-SNE of the last layer, by way of forging (the paper's Figure 5)
+
+Colours are told apart without colour vision (Okabe and Ito's), and marks differ as well.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ralf.kernels.dct import dct2
+from ralf.train.evaluate.metrics import Scored, auc, curve, reliability
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = "osD^vPX"
+
+
+def _figure(width: float = 4.6, height: float = 3.6) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def mask_figure(mask: Tensor) -> Figure:
+    """A mask before its sigmoid, [s, s]: dark is taken away; low frequencies at the top left."""
+    figure = _figure()
+    axes = figure.subplots()
+    shown = axes.imshow(mask.detach().sigmoid().cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set(title="share of each frequency that is kept", xlabel="across", ylabel="down")
+    figure.colorbar(shown)
+    return figure
+
+
+def spectrum_ratio(real: Tensor, forged: Tensor) -> NDArray[np.float64]:
+    """Mean power of forged crops over that of real ones, per DCT coefficient: [s, s]."""
+
+    def power(crops: Tensor) -> Tensor:
+        grey = crops.double().mean(dim=1, keepdim=True) / 255
+        return (dct2(grey) ** 2).mean(dim=(0, 1))
+
+    ratio: NDArray[np.float64] = (power(forged) / power(real).clamp_min(1e-12)).numpy()
+    return ratio
+
+
+def spectrum_figure(real: Tensor, forged: Tensor) -> Figure:
+    """The ratio in decibels, and its mean by distance from the zero frequency."""
+    ratio = 10 * np.log10(np.maximum(spectrum_ratio(real, forged), 1e-12))
+    figure = _figure(7.6, 3.4)
+    left, right = figure.subplots(1, 2)
+    most = float(np.quantile(np.abs(ratio), 0.99)) or 1.0
+    shown = left.imshow(ratio, cmap="PuOr_r", vmin=-most, vmax=most)
+    figure.colorbar(shown, label="dB")
+    left.set(title="forged over real", xlabel="across", ylabel="down")
+    y, x = np.mgrid[: len(ratio), : len(ratio)]
+    ring = np.hypot(y, x).astype(int)
+    by_ring = np.bincount(ring.ravel(), ratio.ravel()) / np.bincount(ring.ravel())
+    right.plot(by_ring[: len(ratio)], color=PALETTE[0])
+    right.axhline(0, color="0.6", linewidth=0.8)
+    right.set(xlabel="frequency", ylabel="dB", title="by frequency")
+    return figure
+
+
+def roc_figure(found: Scored, replicates: int = 200, seed: int = 0) -> Figure:
+    """The ROC and the middle 95 % of its bootstraps by cluster."""
+    at = np.linspace(0, 1, 201)
+    numbers: dict[Any, int] = {}
+    member = np.array([numbers.setdefault(name, len(numbers)) for name in found.cluster])
+    rng, curves = np.random.default_rng(seed), []
+    for _ in range(replicates):
+        drawn = rng.integers(0, len(numbers), len(numbers))
+        weight = np.bincount(drawn, minlength=len(numbers))[member].astype(float)
+        if weight[found.forged].any() and weight[~found.forged].any():
+            roc = curve(found.forged, found.logit, weight)
+            curves.append(np.interp(at, roc.fpr, roc.tpr))
+    whole = curve(found.forged, found.logit)
+    figure = _figure()
+    axes = figure.subplots()
+    if curves:
+        low, high = np.quantile(curves, [0.025, 0.975], axis=0)
+        axes.fill_between(at, low, high, color=PALETTE[5], alpha=0.4, label="95 %, by video")
+    axes.plot(
+        whole.fpr, whole.tpr, color=PALETTE[0], label=f"AUC {auc(found.forged, found.logit):.4f}"
+    )
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    axes.set(xlabel="reals called forged", ylabel="forgeries caught", xlim=(0, 1), ylim=(0, 1.005))
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def reliability_figure(forged: NDArray[np.bool_], probability: NDArray[np.float64]) -> Figure:
+    """Said against true, and how many were said so."""
+    said, true, number = reliability(forged, probability)
+    figure = _figure()
+    above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+    filled = number > 0
+    above.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    above.plot(said[filled], true[filled], "o-", color=PALETTE[0])
+    above.set(ylabel="share forged", ylim=(-0.02, 1.02))
+    places = (np.arange(len(number)) + 0.5) / len(number)
+    below.bar(places, number, width=0.9 / len(number), color=PALETTE[5])
+    below.set(xlabel="P(forged) said", ylabel="faces", xlim=(0, 1))
+    return figure
+
+
+def embedding_figure(features: NDArray[np.floating], names: Sequence[str], seed: int = 0) -> Figure:
+    """t-SNE to two dimensions; one mark and colour a way of forging."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, max(2.0, (len(features) - 1) / 3))
+    flat = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
+        np.asarray(features, np.float64)
+    )
+    figure = _figure(5.4, 4.2)
+    axes = figure.subplots()
+    for number, name in enumerate(sorted(set(names), key=lambda name: (name != "real", name))):
+        own = np.array([each == name for each in names])
+        axes.scatter(
+            *flat[own].T, s=14, label=name, alpha=0.8, linewidths=0,
+            color=PALETTE[number % len(PALETTE)], marker=MARKS[number % len(MARKS)],
+        )  # fmt: skip
+    axes.set(xticks=[], yticks=[])
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def last_linear(network: nn.Module) -> nn.Linear:
+    """The layer that gives the one logit."""
+    found = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    if not found:
+        raise ValueError("the network has no linear layer with one output")
+    return found[-1]
+
+
+@torch.no_grad()
+def features_of(network: nn.Module, batches: Sequence[Tensor]) -> NDArray[np.float32]:
+    """What the last layer sees, [m, c]."""
+    seen: list[Tensor] = []
+    hook = last_linear(network).register_forward_pre_hook(
+        lambda _module, given: seen.append(given[0].detach().float().cpu())
+    )
+    try:
+        for crops in batches:
+            network(crops)
+    finally:
+        hook.remove()
+    found: NDArray[np.float32] = torch.cat(seen).numpy()
+    return found
+
+
+def grad_cam(network: nn.Module, crops: Tensor) -> Tensor:
+    """Where evidence of forgery lies, [m, s, s] from 0 to 1, by the last convolution's maps."""
+    layer = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3][-1]
+    maps: list[Tensor] = []
+
+    def note(_module: nn.Module, _given: Any, out: Tensor) -> None:
+        out.requires_grad_(True)
+        out.retain_grad()
+        maps.append(out)
+
+    hook = layer.register_forward_hook(note)
+    try:
+        with torch.enable_grad():
+            network(crops).sum().backward()
+    finally:
+        hook.remove()
+        network.zero_grad(set_to_none=True)
+    seen = maps[-1]
+    if seen.grad is None:
+        raise ValueError("no gradient reaches the last convolution: the network is frozen inside")
+    weight = seen.grad.mean(dim=(2, 3), keepdim=True)
+    heat = (weight * seen.detach()).sum(dim=1, keepdim=True).clamp_min(0)
+    heat = nn.functional.interpolate(heat, crops.shape[-2:], mode="bilinear", align_corners=False)
+    most = heat.amax(dim=(2, 3), keepdim=True).clamp_min(1e-12)
+    return (heat / most)[:, 0].detach().cpu()
+
+
+def strips_figure(network: nn.Module, crops: Tensor, names: Sequence[str]) -> Figure:
+    """A row a face: the crop, what the network made of it where it can show that, and Grad-CAM."""
+    columns: list[tuple[str, NDArray[np.floating]]] = [("crop", _pictures(crops.float() / 255))]
+    explain = getattr(network, "explain", None)
+    if explain is not None:
+        with torch.no_grad():
+            shown = explain(crops)
+        columns += [
+            ("destroyed", _pictures(shown.destroyed)),
+            ("rebuilt", _pictures(shown.rebuilt)),
+            ("residual × 5", _pictures(shown.residual * 5)),
+        ]
+    columns.append(("Grad-CAM", grad_cam(network, crops).numpy()))
+    figure = _figure(1.5 * len(columns), 1.55 * len(crops))
+    grid = figure.subplots(len(crops), len(columns), squeeze=False)
+    for row, name in enumerate(names):
+        for place, (title, pictures) in enumerate(columns):
+            axes = grid[row, place]
+            axes.imshow(columns[0][1][row])
+            if pictures.ndim == 3:
+                axes.imshow(pictures[row], cmap="magma", alpha=0.55, vmin=0, vmax=1)
+            else:
+                axes.imshow(pictures[row])
+            axes.set(xticks=[], yticks=[], title=title if row == 0 else "")
+        grid[row, 0].set_ylabel(name, fontsize=7)
+    return figure
+
+
+def _pictures(images: Tensor) -> NDArray[np.floating]:
+    found: NDArray[np.floating] = images.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return found

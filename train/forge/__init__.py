@@ -1,0 +1,1 @@
+"""Makes forgeries from real faces, and damages both as uploads are damaged."""

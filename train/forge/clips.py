@@ -1,0 +1,194 @@
+"""Made clips: stills set in motion and encoded, real and forged twins, as a dataset of videos.
+
+A detector that was trained on stills is deployed on video.  Where no forged videos are at hand,
+this makes the nearest thing: each still moves (pan, zoom, turn, mild bending, sensor noise), once
+as it is and once forged before it moves, through a real encoder at each CRF asked for.  Twins
+share motion, size and encoder settings, so nothing but the forgery tells them apart.
+
+    stills ─▶ make_clips ─▶ videos and their index ─▶ `ralf data prepare` ─▶ calibrate, evaluate
+
+Everything random is seeded by the still's name: more stills change no other clip.  Clips that are
+there already are kept, so a broken-off run goes on.  What it cannot show: a forgery that flickers
+or slips, since the forged still moves as one; and real reenactment.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from ralf.train.data.index import Index, IndexFault, Row
+from ralf.train.data.pictures import Frame
+from ralf.train.data.pool import Pool
+from ralf.train.forge.video import animate, encode
+from ralf.train.recipe import FAMILIES, Data, Family
+
+INDEX = "index.csv"
+FPS = 12.5
+SIZES = ((480, 480), (640, 480), (480, 640), (720, 576))
+TALL = (0.5, 1.15)
+"""The portrait's height over the frame's: faces of about 120 to 330 pixels."""
+Watch = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which clips to make of each still."""
+
+    families: tuple[Family, ...]
+    crfs: tuple[int, ...] = (23, 40)
+    each: int = 1
+    """Forged clips of a still and CRF: the families take turns."""
+    seconds: float = 1.3
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.families) - set(FAMILIES):
+            raise IndexFault(f"no family {sorted(unknown)}; known: {', '.join(FAMILIES)}")
+        if not self.families or not 1 <= self.each <= len(self.families):
+            raise IndexFault(
+                f"asked for {self.each} forged clips a still of {len(self.families)} families: "
+                "name some families, and at most as many clips"
+            )
+        if not self.crfs or not all(0 <= crf <= 51 for crf in self.crfs):
+            raise IndexFault(f"CRFs should lie in 0 to 51, got {self.crfs}")
+
+
+def make_clips(
+    index: Index,
+    out: Path,
+    wanted: Wanted,
+    *,
+    split: str,
+    limit: int | None = None,
+    workers: int = 0,
+    watch: Watch | None = None,
+) -> Index:
+    """The clips of a split's real stills, and the index of them, also written to OUT/index.csv."""
+    pool = Pool(index, Data(), split, ram_bytes=0)
+    stills = [video[0] for video in pool.real][:limit]
+    if not stills:
+        raise IndexFault(f"split {split!r} has no real pictures to set in motion")
+    make = partial(_make_all, index, split, wanted, out)
+    tasks = [_Task(still, number, wanted) for number, still in enumerate(stills)]
+    rows: list[Row] = []
+    for done, made in enumerate(_run(make, tasks, workers), 1):
+        rows += made
+        if watch is not None:
+            watch(done, len(tasks), made[0].path)
+    order = {task.still.path: place for place, task in enumerate(tasks)}
+    rows.sort(key=lambda row: (order[row.group], row.path))
+    found = Index(out, tuple(replace(row, group="") for row in rows))
+    found.save(out / INDEX)
+    return found
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One still and the families it is forged by."""
+
+    still: Frame
+    number: int
+    wanted: Wanted
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        families, each = self.wanted.families, self.wanted.each
+        start = self.number * each
+        return tuple(families[(start + turn) % len(families)] for turn in range(each))
+
+
+def _run(
+    make: Callable[[Sequence[_Task]], list[list[Row]]], tasks: list[_Task], workers: int
+) -> Iterator[list[Row]]:
+    """The rows of each still, in order."""
+    if workers == 0:
+        yield from (make([task])[0] for task in tasks)
+        return
+    shares = [tasks[place : place + 8] for place in range(0, len(tasks), 8)]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
+        for made in processes.map(make, shares):
+            yield from made
+
+
+_pool: tuple[tuple[Path, str], Pool] | None = None
+
+
+def _make_all(
+    index: Index, split: str, wanted: Wanted, out: Path, tasks: Sequence[_Task]
+) -> list[list[Row]]:
+    """The clips of some stills; the pool of donors is opened once a process."""
+    global _pool
+    if _pool is None or _pool[0] != (index.root, split):
+        _pool = ((index.root, split), Pool(index, Data(), split, ram_bytes=0))
+    return [_clips(task, _pool[1], out) for task in tasks]
+
+
+def _clips(task: _Task, pool: Pool, out: Path) -> list[Row]:
+    still = task.still
+    face = pool.pictures.face(still)
+    if face is None:
+        raise IndexFault(
+            f"{still.path} has no box and five points, so nothing can be blended into it: "
+            "`ralf data prepare` finds them"
+        )
+    rows = []
+    for family in (None, *task.families):
+        for crf in task.wanted.crfs:
+            path = out / f"crf{crf}" / (family or "real") / f"{_stem(still)}.mp4"
+            rows.append(_row(still, family, crf, path.relative_to(out).as_posix()))
+            if path.exists():
+                continue
+            image = pool.pictures.picture(still)
+            if family is not None:
+                rng = _seeded(f"{still.name}+{family}")
+                image = pool.forgery(still, image, face, family, rng)
+            _write(image, path, crf, still.name, task.wanted.seconds)
+    return rows
+
+
+def _write(image: "np.ndarray", path: Path, crf: int, name: str, seconds: float) -> None:
+    """The clip, put in its place whole; the motion hangs on the still's name alone."""
+    rng = _seeded(f"{name} moves")
+    size = SIZES[rng.integers(len(SIZES))]
+    frames = animate(
+        image,
+        seconds=seconds,
+        fps=FPS,
+        size=size,
+        seed=int(rng.integers(2**31)),
+        tall=float(rng.uniform(*TALL)),
+        grain=float(rng.uniform(0.5, 3)),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f".{path.name}.part.mp4")
+    encode(frames, partial_path, crf=crf, fps=FPS, preset="veryfast")
+    partial_path.rename(path)
+
+
+def _row(still: Frame, family: str | None, crf: int, path: str) -> Row:
+    row = still.row
+    return Row(
+        dataset=f"{row.dataset}_clips",
+        method=family or "real",
+        compression=f"crf{crf}",
+        split=row.split,
+        video=_stem(still),
+        target=row.target,
+        label=int(family is not None),
+        path=path,
+        kind="video",
+        group=still.path,
+    )
+
+
+def _stem(still: Frame) -> str:
+    return f"{Path(still.path).stem}-{hashlib.sha256(still.name.encode()).hexdigest()[:6]}"
+
+
+def _seeded(name: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))

@@ -1,0 +1,93 @@
+"""A portrait as if of somebody else, elsewhere: other features, skin, light and camera; no seam.
+
+A few hundred officials, lit from all sides by professionals, have neither children nor make-up,
+neither midday sun nor a flash among them.  Where an odd face, or an odd light, is only ever met in
+forgeries, a network calls it forged.  So a share of the training pictures is changed whole before
+anything is forged: what is odd about them then tells nothing.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ralf.train.forge.landmarks import FaceGeometry, fill, grown
+from ralf.train.forge.manipulations import expression, smoothed
+from ralf.train.forge.pixels import Pixels, blur, grid, remap, smooth_field, to_u8
+
+Image = NDArray[np.uint8]
+
+
+def as_another(image: Image, face: FaceGeometry, seed: int | None) -> tuple[Image, FaceGeometry]:
+    """The picture as if of another person in another place, and where the face then is; without
+    a seed, as it was."""
+    if seed is None:
+        return image, face
+    rng = np.random.default_rng(seed)
+    chance = rng.random(6)
+    out = image.astype(np.float32)
+    if chance[0] < 0.4:
+        out = smoothed(out, face, rng)
+    if chance[1] < 0.7:
+        out, face = bent(out, face, rng, speaks=bool(chance[2] < 0.6))
+    changes: tuple[Callable[..., Pixels], ...] = (shaded, beamed, painted)
+    for change, drawn in zip(changes, chance[3:], strict=True):
+        if drawn < 0.35:
+            out = change(np.clip(out, 0, 255), face, rng)
+    return to_u8(out), face
+
+
+def bent(
+    image: Pixels, face: FaceGeometry, rng: np.random.Generator, *, speaks: bool
+) -> tuple[Pixels, FaceGeometry]:
+    """Other features, and with `speaks` another expression."""
+    height, width = image.shape[:2]
+    amplitude = rng.uniform(0, 0.1) * face.eye_distance
+    bend = smooth_field(rng, height, width, cells=int(rng.integers(3, 7)), amplitude=amplitude)
+    if speaks:
+        bend = bend + expression(face, height, width, rng, eyes=0.05)
+    kernel = "bicubic" if rng.random() < 0.5 else "bilinear"
+    return remap(image, grid(height, width) + bend, kernel), face.moved(bend)
+
+
+def shaded(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+    """Lit from one side, or through leaves."""
+    light = uneven(rng, *image.shape[:2])
+    warmth = 1 + rng.normal(0, 0.2) * np.array([1, 0, -1]) + rng.normal(0, 0.04, 3)
+    return image * np.exp(light * (rng.uniform(0.05, 0.4) * warmth)).astype(np.float32)
+
+
+def uneven(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:
+    """Light here and shade there, with soft borders or hard ones: [h, w, 1], -1 to 1."""
+    hills = smooth_field(rng, height, width, cells=int(rng.integers(1, 5)), amplitude=1)[..., 0]
+    hardness = np.exp(rng.uniform(np.log(0.7), np.log(12)))
+    light: NDArray[np.float64] = np.tanh(hardness * (hills - rng.normal(0, 0.3)))[..., None]
+    return light
+
+
+def beamed(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+    """A flash on the face, or the sun behind it: its surroundings darker than it, or brighter."""
+    height, width = image.shape[:2]
+    at = face.five.mean(axis=0) + rng.normal(0, 0.4 * face.eye_distance, 2)
+    reach = rng.uniform(1.0, 2.2, 2) * face.eye_distance
+    away = (((grid(height, width) - at) / reach) ** 2).sum(axis=-1)
+    light = np.exp(-(away ** rng.uniform(0.7, 2)))[..., None]
+    return image * np.exp(light * rng.normal(0, 0.3)).astype(np.float32)
+
+
+def painted(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+    """Make-up: lips, lids and cheeks in another colour."""
+    height, width = image.shape[:2]
+    unit, gain = face.eye_distance, np.zeros((height, width, 3), np.float32)
+    for region, depth in (("mouth", 0.25), ("eyes", 0.3)):
+        if rng.random() < 0.7:
+            parts = [grown(part, rng.uniform(0.9, 1.3)) for part in face.outline(region)]
+            mask = blur(fill(parts, height, width), unit * rng.uniform(0.01, 0.06))
+            tone = rng.normal([0.05, -0.1, -0.05] if region == "mouth" else -0.1, depth / 2, 3)
+            gain += mask[..., None] * tone.astype(np.float32)
+    if rng.random() < 0.5:
+        for eye, corner in zip(face.five[:2], face.five[3:], strict=True):
+            at = (eye + corner) / 2 + (eye - face.five[:2].mean(0)) * 0.3
+            away = ((grid(height, width) - at) / (unit * rng.uniform(0.15, 0.35))) ** 2
+            gain += np.exp(-away.sum(-1))[..., None] * np.float32([0.08, -0.06, -0.03])
+    return image * np.exp(gain)

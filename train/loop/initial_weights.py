@@ -1,0 +1,126 @@
+"""A recipe's network with its first weights.
+
+The backbone may come from timm's hub, from a file in timm's names, or from what we trained (the
+folder of a run, or of a published version): then it takes the judged weights, whatever network
+they belong to, so that a detector can begin where its classifier alone ended.  Before that, all of
+the network may come from what we trained.  Several that began alike may be named, with commas
+between: the mean of their weights is taken.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ralf.kernels.artifact import MANIFEST, open_artifact
+from ralf.kernels.engine_torch import restore
+from ralf.kernels.manifest import Network
+from ralf.kernels.networks import build
+from ralf.kernels.networks.backbones import FAMILIES, Backbone, load_backbone
+from ralf.train.loop.checkpoint import CheckpointError, load
+from ralf.train.recipe import Recipe
+from ralf.train.recipe_text import differences
+
+OWNERS = ("backbone.", "classifier.")
+"""What networks of ours call their backbone."""
+IMAGENET = "imagenet"
+"""The default backbone: of timm's hub.  It is not laid over a network that brings its own."""
+
+
+def make_network(recipe: Recipe) -> nn.Module:
+    """The recipe's network with its first weights, the same for the same seed."""
+    torch.manual_seed(recipe.seed)
+    network = build(recipe.network.build, **recipe.network.dimensions)
+    if recipe.init.network is not None:
+        network.load_state_dict(_mean(recipe.init.network, lambda run: _network_of(run, recipe)))
+    source = recipe.init.backbone
+    if source is not None and (recipe.init.network is None or source != IMAGENET):
+        fill = getattr(network, "initialise", None) or _fill_backbone(network)
+        with _file(source) as weights:
+            fill(weights, source == IMAGENET)
+    return network
+
+
+def backbone_of(folder: Path) -> dict[str, Tensor]:
+    """The backbone of a run's or a version's weights, in timm's names."""
+    of, trained = _trained(folder)
+    kind = of.dimensions.get("backbone")
+    found = {
+        name.removeprefix(owner): tensor
+        for owner in OWNERS
+        for name, tensor in trained.items()
+        if name.startswith(owner)
+    }
+    if kind not in FAMILIES or not found:
+        raise CheckpointError(f"{folder} holds {of.build}: no backbone in it")
+    named = {}
+    for name, tensor in found.items():
+        part, _, rest = name.partition(".")
+        named[f"{FAMILIES[kind].head}.{rest}" if part == "head" else rest] = tensor.contiguous()
+    return named
+
+
+def _network_of(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """All weights of a run or a version of the recipe's network."""
+    of, trained = _trained(folder)
+    if of != recipe.network:
+        raise CheckpointError(
+            f"init.network {folder} holds another network than this recipe's: "
+            + "; ".join(differences(of, recipe.network))
+        )
+    return trained
+
+
+def _trained(folder: Path) -> tuple[Network, dict[str, Tensor]]:
+    """What a run's judged weights, or a published version's, are of; and they."""
+    if (folder / MANIFEST).is_file():
+        artifact = open_artifact(folder)
+        network = restore(artifact.manifest, artifact.read("weights.safetensors"))
+        return artifact.manifest.network, network.state_dict()
+    from ralf.train.publish import (  # which knows of training's loop, as the loop of this
+        judged,
+        weights,
+    )
+
+    checkpoint = load(judged(folder))
+    return checkpoint.recipe.network, weights(checkpoint)
+
+
+def _mean(named: str, of: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean over the runs that are named; what is counted, not learnt, is the first's."""
+    runs = [Path(run) for run in named.split(",")]
+    first, *rest = [of(run) for run in runs]
+    for run, other in zip(runs[1:], rest, strict=True):
+        if {name: x.shape for name, x in other.items()} != {n: x.shape for n, x in first.items()}:
+            raise CheckpointError(
+                f"{run} and {runs[0]} trained different networks: no mean of both"
+            )
+    return {
+        name: torch.stack([tensor, *(other[name] for other in rest)]).mean(0)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in first.items()
+    }
+
+
+@contextmanager
+def _file(source: str) -> Iterator[str | None]:
+    """The file to fill from; a run's backbone is written out for as long as it is read."""
+    if not all(Path(part).is_dir() for part in source.split(",")):
+        yield None if source == IMAGENET else source
+        return
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{Path(source).name}.safetensors"
+        save_file(_mean(source, backbone_of), path)
+        yield str(path)
+
+
+def _fill_backbone(network: nn.Module) -> Callable[[str | None, bool], object]:
+    backbone = network.backbone
+    assert isinstance(backbone, Backbone)
+    return lambda weights, pretrained: load_backbone(backbone, weights, pretrained)

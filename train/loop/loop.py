@@ -1,0 +1,342 @@
+"""The loop that trains every detector.
+
+    batches[i] ─▶ step ─▶ … ─▶ end of an epoch ─▶ look at validation ─▶ best so far? keep it
+                   └─ every two minutes, and at the end: last.safetensors
+
+A batch is a pure function of the recipe's seed and its number, so a run's place is its step: kill
+it anywhere, run the same command, and on a CPU the weights at the end are the same bits (on CUDA
+with --deterministic).  A time budget, SIGTERM and Ctrl-C end a run between two steps with a whole
+checkpoint; the next command goes on from it.
+
+The loop knows no detector: networks come from ralf.kernels.networks, losses through
+train.losses.objective.  Validation alone chooses weights and stops a run early; the test split is
+never seen here.  Under torchrun each process takes every n-th batch, and judges its share of
+the validation split.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from ralf.train.loop.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    State,
+    commit,
+    load,
+    random_state,
+    refuse_another_run,
+    save,
+    set_random_state,
+)
+from ralf.train.loop.distributed import ALONE, Ranks
+from ralf.train.loop.initial_weights import make_network
+from ralf.train.loop.interrupt import Interrupt, caught
+from ralf.train.loop.run_log import Journal
+from ralf.train.loop.step import Stepper
+from ralf.train.loop.validate import Look, look
+from ralf.train.losses.objective import Batch, Moment
+from ralf.train.recipe import Recipe
+from ralf.train.recipe_text import to_json
+
+LAST, BEST = "last.safetensors", "best.safetensors"
+LOG_EVERY = 20
+"""Steps between two lines in the log."""
+Ending = Literal["finished", "stopped_early", "out_of_time", "interrupted"]
+
+
+class BatchSource(Protocol):
+    """Batches by number: the same number, the same batch, on any process, in any order."""
+
+    def __len__(self) -> int:
+        """Batches in one epoch."""
+
+    def __getitem__(self, number: int) -> Batch:
+        """Any number from 0 on; past the first epoch, the next one's."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    ending: Ending
+    state: State
+    look: Look | None
+    """The last look at the validation split by this command."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What concerns this command, not the run: nothing here changes the weights it ends with."""
+
+    minutes: float | None = None
+    workers: int = 0
+    """Processes that make batches; 0 makes them in the loop."""
+    save_every_s: float = 120.0
+    deterministic: bool = False
+    quiet: bool = False
+    """No words on stderr; the log is written all the same."""
+    started_s: float | None = None
+    """On time.monotonic's clock, when the budget began; None: now."""
+
+
+def train(
+    recipe: Recipe,
+    batches: BatchSource,
+    validation: Iterable[Batch] | None,
+    run: Path,
+    *,
+    data_sha256: str,
+    device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
+    options: Options = Options(),
+    network: nn.Module | None = None,
+) -> Outcome:
+    """Train until the recipe's end, the time's end, or a signal; goes on where `run` left off."""
+    run.mkdir(parents=True, exist_ok=True)
+    _settle(options.deterministic)
+    found = load(run / LAST) if (run / LAST).exists() else None
+    if found is None and (run / BEST).exists():
+        raise CheckpointError(f"{run} has {BEST} but no {LAST}: name another folder")
+    if found is not None:
+        refuse_another_run(found, recipe, data_sha256, ranks.world)
+    stepper = Stepper(recipe, network or make_network(recipe), torch.device(device), ranks, run)
+    with caught() as interrupt:
+        training = _Training(
+            stepper=stepper, batches=batches, validation=validation, data_sha256=data_sha256,
+            options=options, found=found, interrupt=interrupt,
+        )  # fmt: skip
+        try:
+            return training.go()
+        finally:
+            training.journal.close()
+
+
+def _settle(deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+class _Training:
+    """One command's stretch of a run."""
+
+    def __init__(
+        self,
+        *,
+        stepper: Stepper,
+        batches: BatchSource,
+        validation: Iterable[Batch] | None,
+        data_sha256: str,
+        options: Options,
+        found: Checkpoint | None,
+        interrupt: Interrupt,
+    ) -> None:
+        recipe = stepper.recipe
+        self.stepper, self.recipe, self.ranks, self.run = (
+            stepper, recipe, stepper.ranks, stepper.run,
+        )  # fmt: skip
+        self.batches, self.validation = batches, validation
+        self.data_sha256, self.options, self.interrupt = data_sha256, options, interrupt
+        self.commit = commit()
+        each = recipe.optimiser.accumulate * self.ranks.world
+        self.epoch_steps = max(1, len(batches) // each)
+        self.steps = recipe.schedule.steps or recipe.schedule.epochs * self.epoch_steps
+        self.epochs = -(-self.steps // self.epoch_steps)
+        self.state = found.state if found else State()
+        self.look: Look | None = None
+        self.look_s = 0.0
+        self._started_s = time.monotonic()
+        self._saved_s = self._started_s
+        if found is not None:
+            stepper.unpack(found.part, found.optimisers)
+            set_random_state(found.random[self.ranks.rank], stepper.device)
+        else:
+            torch.manual_seed(recipe.seed + self.ranks.rank)
+        first = self.ranks.first
+        self.journal = Journal(
+            self.run if first else None,
+            self.state.step,
+            sys.stderr if first and not options.quiet else None,
+        )
+        self._announce()
+
+    def _announce(self) -> None:
+        recipe, state = self.recipe, self.state
+        if self.ranks.first and not (self.run / "recipe.json").exists():
+            (self.run / "recipe.json").write_text(to_json(recipe) + "\n")
+        precision = str(self.stepper.dtype).removeprefix("torch.")
+        weights = sum(p.numel() for p in self.stepper.network.parameters())
+        self.journal.record(
+            "run", state.step, {"device": str(self.stepper.device), "precision": precision}
+        )
+        self.journal.say(
+            f"{recipe.name}: {weights / 1e6:.2f} M weights, {precision} on {self.stepper.device}, "
+            f"step {state.step} of {self.steps} ({self.epoch_steps} an epoch)"
+        )
+
+    def go(self) -> Outcome:
+        """Steps, looks and saves until something ends them."""
+        feed = self._feed()
+        ending: Ending | None = None
+        while ending is None:
+            interrupted, late, too_late_to_look, due = self._agreed()
+            if self._look_due() and not too_late_to_look:
+                self._look()
+            elif due:
+                self._save()
+            ending = self._ending(interrupted, late or (self._look_due() and too_late_to_look))
+            if ending is None:
+                self._step(feed)
+        finished = ending in ("finished", "stopped_early")
+        self.state = dataclasses.replace(self.state, finished=finished)
+        self._save()
+        self.journal.say(f"{ending.replace('_', ' ')} at step {self.state.step} of {self.steps}")
+        return Outcome(ending, self.state, self.look)
+
+    def _ending(self, interrupted: bool, late: bool) -> Ending | None:
+        patience = self.recipe.schedule.patience
+        if late and self._look_due():
+            return "out_of_time"
+        if self.state.step >= self.steps:
+            return "finished"
+        if patience is not None and self.state.looks_since_best >= patience:
+            return "stopped_early"
+        if interrupted:
+            return "interrupted"
+        return "out_of_time" if late else None
+
+    def _agreed(self) -> list[bool]:
+        """Interrupted, out of time, no time for a look, time to save: true for all processes when
+        for one, since they must leave the loop, and meet in every message, together."""
+        options, now_s = self.options, time.monotonic()
+        left_s = float("inf")
+        if options.minutes is not None:
+            left_s = (options.started_s or self._started_s) + 60 * options.minutes - now_s
+        mine = [
+            self.interrupt.asked,
+            left_s < 0,
+            left_s < self.look_s,
+            now_s - self._saved_s >= options.save_every_s,
+        ]
+        if self.ranks.world == 1:
+            return mine
+        flags = torch.tensor(mine, dtype=torch.int32, device=self.stepper.device)
+        return [bool(flag) for flag in self.ranks.total(flags).tolist()]
+
+    def _feed(self) -> Iterator[Batch]:
+        """This process's batches from the run's place on."""
+        each = self.recipe.optimiser.accumulate
+        world, rank = self.ranks.world, self.ranks.rank
+        numbers = range(self.state.step * each * world + rank, self.steps * each * world, world)
+        if self.options.workers == 0:
+            return (self.batches[number] for number in numbers)
+        loader = torch.utils.data.DataLoader(
+            self.batches,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=numbers,
+            num_workers=self.options.workers,
+            prefetch_factor=4,
+            # Spawned: this process has threads, and on a GPU a context, that no fork survives.
+            multiprocessing_context="spawn",
+            # Its own, so that making a loader leaves the run's random state alone.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    def _step(self, feed: Iterator[Batch]) -> None:
+        before_s = time.monotonic()
+        batches = [next(feed) for _ in range(self.recipe.optimiser.accumulate)]
+        waited_s = time.monotonic() - before_s
+        step = self.state.step
+        epoch = step // self.epoch_steps
+        moment = Moment(step, epoch, self.epochs, step / self.steps)
+        terms = self.stepper.step(batches, moment, self.steps)
+        if (step + 1) % self.epoch_steps == 0:
+            self.stepper.objective.epoch_ended()
+        took_s = time.monotonic() - before_s
+        faces = sum(len(batch.forged) for batch in batches) * self.ranks.world
+        self.state = dataclasses.replace(
+            self.state,
+            step=step + 1,
+            faces=self.state.faces + faces,
+            seconds=self.state.seconds + took_s,
+        )
+        self._tell(terms, epoch, faces / took_s, waited_s / took_s)
+
+    def _tell(self, terms: dict[str, float], epoch: int, rate: float, waited: float) -> None:
+        step = self.state.step
+        if step % LOG_EVERY == 0 or step in (1, self.steps):
+            self.journal.record(
+                "train", step, {**terms, "faces_per_s": rate, "waited": waited, "epoch": epoch}
+            )
+        left_s = (self.steps - step) * self.state.seconds / step
+        best = "" if self.state.best is None else f"  best {abs(self.state.best):.4f}"
+        self.journal.progress(
+            f"epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  "
+            f"loss {terms['total']:.4f}  bce {terms.get('bce', float('nan')):.4f}  "
+            f"{rate:.1f} faces/s  {left_s / 60:.0f} min left{best}"
+        )
+
+    def _look_due(self) -> bool:
+        step, every = self.state.step, self.recipe.schedule.evaluate_every
+        ended = step % (every * self.epoch_steps) == 0 or step == self.steps
+        return self.validation is not None and ended and step > self.state.looked_step
+
+    def _look(self) -> None:
+        """Judge; keep the weights if they are the best so far."""
+        assert self.validation is not None
+        began_s = time.monotonic()
+        self.look = look(
+            self.stepper.network, self.stepper.judged, self.validation,
+            device=self.stepper.device, dtype=self.stepper.dtype, ranks=self.ranks,
+        )  # fmt: skip
+        self.look_s = time.monotonic() - began_s
+        select = self.recipe.schedule.select
+        figure, step, best = self.look.figure(select), self.state.step, self.state.best
+        better = best is None or figure > best or select == "last"
+        self.state = dataclasses.replace(
+            self.state,
+            looked_step=step,
+            best=figure if better else self.state.best,
+            best_step=step if better else self.state.best_step,
+            looks_since_best=0 if better else self.state.looks_since_best + 1,
+        )
+        self.journal.record("validation", step, {**self.look.facts(), "seconds": self.look_s})
+        self.journal.say(
+            f"epoch {step / self.epoch_steps:.4g}  validation AUC {self.look.auc:.4f}  "
+            f"BCE {self.look.bce:.4f}  {self.look.faces} faces{'  best' if better else ''}"
+        )
+        if better and self.ranks.first:
+            weights = self.stepper.judged or self.stepper.network.state_dict()
+            judged = {f"network.{name}": tensor for name, tensor in weights.items()}
+            save(self.run / BEST, self._checkpoint(judged, {}, ()))
+        self._save()
+
+    def _save(self) -> None:
+        tensors, plain = self.stepper.pack()
+        states = self.ranks.gather_text(random_state(self.stepper.device), self.stepper.device)
+        if self.ranks.first:
+            save(self.run / LAST, self._checkpoint(tensors, plain, tuple(states)))
+        self._saved_s = time.monotonic()
+
+    def _checkpoint(
+        self, tensors: dict[str, torch.Tensor], plain: dict[str, Any], states: tuple[str, ...]
+    ) -> Checkpoint:
+        metrics = {} if self.look is None else {"validation": self.look.facts()}
+        return Checkpoint(
+            recipe=self.recipe,
+            state=self.state,
+            tensors=tensors,
+            random=states,
+            optimisers=plain,
+            data_sha256=self.data_sha256,
+            commit=self.commit,
+            metrics=metrics,
+        )

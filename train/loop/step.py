@@ -1,0 +1,205 @@
+"""One step of training, for any detector: forward, the rival's turn, backward, average, move.
+
+    for each batch of the step:  look → rival learns → terms → backward
+    then once:                   average over processes → guard → clip → optimiser → moving average
+
+With one batch a step (the rule) the rival steps before the terms are computed, as published; with
+several it learns from all of them and steps with the network.  Gradients are sums over batches
+divided by their number, so k batches of m faces are one of k·m for every term that is a mean.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ralf.train.loop.checkpoint import pack_optimiser, unpack_optimiser
+from ralf.train.loop.cpu_speed import QuickDepthwise
+from ralf.train.loop.distributed import Ranks
+from ralf.train.loop.diverged import keep
+from ralf.train.loop.norms import SteadyNorms
+from ralf.train.loop.optimise import MovingAverage, computed_in, optimiser, rate
+from ralf.train.losses.objective import Batch, Moment, objective
+from ralf.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A batch where the network is."""
+
+    crops: Tensor
+    forged: Tensor
+    pair: Tensor
+    family: Tensor
+    ids: list[str]
+
+
+def on_device(batch: Batch, device: torch.device) -> OnDevice:
+    """The batch moved, its crops channels-last."""
+    crops = batch.crops.to(device, non_blocking=True)
+    return OnDevice(
+        crops.contiguous(memory_format=torch.channels_last),
+        batch.forged.to(device, non_blocking=True),
+        batch.pair.to(device, non_blocking=True),
+        batch.family,
+        list(batch.ids),
+    )
+
+
+class Stepper:
+    """All that moves while a network trains, and how it moves by one step."""
+
+    def __init__(
+        self, recipe: Recipe, network: nn.Module, device: torch.device, ranks: Ranks, run: Path
+    ) -> None:
+        self.recipe, self.device, self.ranks, self.run = recipe, device, ranks, run
+        self.dtype = computed_in(recipe, device)
+        self.quick = QuickDepthwise() if device.type == "cpu" else nullcontext()
+        if ranks.world > 1 and device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        if recipe.optimiser.norm_momentum is not None:
+            for layer in network.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.momentum = recipe.optimiser.norm_momentum
+        self.steady = SteadyNorms(network) if recipe.optimiser.norms == "running" else None
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.objective = objective(recipe, self.network).to(device)
+        self.main = optimiser(recipe.optimiser, self.network, self.objective.learnt())
+        self.rival = self.objective.rival_optimiser()
+        decay = recipe.optimiser.ema
+        self.average = MovingAverage(self.network, decay) if decay else None
+        # Only FP16 needs its loss scaled; disabled ones do nothing.
+        half = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+        self.rival_scaler = torch.amp.GradScaler(device.type, enabled=half)
+        self.network.train()
+        self.objective.train()
+
+    @property
+    def judged(self) -> dict[str, Tensor] | None:
+        """The weights that validation and publishing use; None: the network's own."""
+        return self.average.state if self.average else None
+
+    def step(self, batches: Sequence[Batch], moment: Moment, steps: int) -> dict[str, float]:
+        """Move once; the terms, averaged over batches and processes."""
+        if self.steady is not None:
+            self.steady.hold()
+        self.main.zero_grad(set_to_none=True)
+        moved = [on_device(batch, self.device) for batch in batches]
+        share = 1 / len(moved)
+        sums: dict[str, Tensor] = {}
+        for batch in moved:
+            for name, value in self._follow(batch, moment, share, alone=len(moved) == 1).items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
+        if self.rival is not None and len(moved) > 1:
+            self._move_rival()
+        self.ranks.average_(self._gradients(self.main))
+        self.scaler.unscale_(self.main)
+        norm = self._clip()
+        terms = self._averaged(sums, share)
+        now = self.recipe.optimiser.lr * rate(self.recipe.schedule, moment.step, steps)
+        # FP16's scaler expects an infinite gradient now and then, and skips that step itself.
+        fine = torch.isfinite(norm) or self.scaler.is_enabled()
+        if not (fine and all(abs(value) < float("inf") for value in terms.values())):
+            raise keep(
+                self.run, moment.step, self.ranks.rank, batches=moved, terms=terms,
+                norm=float(norm), rate=now, network=self.network, objective=self.objective,
+            )  # fmt: skip
+        self._move(now, moment.step)
+        return terms | {"gradient_norm": float(norm), "lr": self.main.param_groups[0]["lr"]}
+
+    def _follow(
+        self, batch: OnDevice, moment: Moment, share: float, *, alone: bool
+    ) -> dict[str, Tensor]:
+        """Forward and both backward passes of one batch; its terms, detached."""
+        with self._cast(), self.quick:
+            seen = self.objective.look(batch.crops)
+            rival = self.objective.rival(seen, batch)
+        parts: dict[str, Tensor] = {}
+        if rival is not None:
+            if self.rival is None:
+                raise TypeError("an objective with a rival needs a rival_optimiser")
+            if alone:
+                self.rival.zero_grad(set_to_none=True)
+            self.rival_scaler.scale(rival * share).backward()
+            parts["rival"] = rival.detach().float()
+            if alone:
+                self._move_rival()
+        with self._cast():
+            terms = self.objective.terms(seen, batch, moment)
+        self.scaler.scale(terms.total * share).backward()
+        parts |= {name: part.detach().float() for name, part in terms.parts.items()}
+        return {"total": terms.total.detach().float(), **parts}
+
+    def _cast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, self.dtype, enabled=self.dtype != torch.float32
+        )  # fmt: skip
+
+    def _gradients(self, chosen: torch.optim.Optimizer) -> list[Tensor]:
+        every = (p for group in chosen.param_groups for p in group["params"])
+        return [p.grad for p in every if p.grad is not None]
+
+    def _move_rival(self) -> None:
+        assert self.rival is not None
+        self.ranks.average_(self._gradients(self.rival))
+        self.rival_scaler.step(self.rival)
+        self.rival_scaler.update()
+        self.rival.zero_grad(set_to_none=True)
+
+    def _clip(self) -> Tensor:
+        clip = self.recipe.optimiser.clip
+        every = [p for group in self.main.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(every, clip if clip is not None else float("inf"))
+        return norm.detach()
+
+    def _averaged(self, sums: dict[str, Tensor], share: float) -> dict[str, float]:
+        """One transfer for all terms: the guard must see them each step, on every process alike."""
+        together = self.ranks.total(torch.stack(list(sums.values())) * share) / self.ranks.world
+        return dict(zip(sums, together.tolist(), strict=True))
+
+    def _move(self, now: float, step: int) -> None:
+        for group in self.main.param_groups:
+            group["lr"] = now
+        self.scaler.step(self.main)
+        self.scaler.update()
+        if self.steady is not None:
+            self.steady.follow()
+        # Norms' running statistics are each process's own where they are not synchronised.
+        self.ranks.average_(b for b in self.network.buffers() if b.is_floating_point())
+        if self.average is not None:
+            self.average.follow(self.network, step)
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and scalars of everything that moves."""
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"loss.{k}": v for k, v in self.objective.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{k}": v for k, v in self.average.state.items()}
+        plain: dict[str, Any] = {
+            "scalers": [self.scaler.state_dict(), self.rival_scaler.state_dict()]
+        }
+        for name, chosen in self._optimisers().items():
+            packed, plain[name] = pack_optimiser(name, chosen)
+            tensors |= packed
+        return tensors, plain
+
+    def unpack(self, parts: Any, plain: dict[str, Any]) -> None:
+        """Put back what pack took; parts(prefix) gives a prefix's tensors."""
+        self.network.load_state_dict(parts("network"))
+        self.objective.load_state_dict(parts("loss"))
+        if self.average is not None:
+            for name, tensor in parts("average").items():
+                self.average.state[name].copy_(tensor)
+        for name, chosen in self._optimisers().items():
+            unpack_optimiser(chosen, parts(name), plain[name])
+        for scaler, state in zip((self.scaler, self.rival_scaler), plain["scalers"], strict=True):
+            if state:
+                scaler.load_state_dict(state)
+
+    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"main": self.main} | ({"rival": self.rival} if self.rival is not None else {})

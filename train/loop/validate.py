@@ -1,0 +1,82 @@
+"""Look at the validation split in the middle of training: one figure chooses the weights.
+
+Deterministic batches, every process its share, all logits gathered; only the validation split is
+ever given here, never test.  The full tables are ralf.train.evaluate.judge's.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ralf.train.evaluate.metrics import auc
+from ralf.train.loop.distributed import Ranks
+from ralf.train.losses.objective import Batch
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the validation split said."""
+
+    faces: int
+    auc: float
+    bce: float
+    family_auc: dict[str, float]
+    """Each way of forging against all reals."""
+
+    def facts(self) -> dict[str, float | int | str | None]:
+        """For the log."""
+        families = {f"auc_{family}": value for family, value in self.family_auc.items()}
+        return {"faces": self.faces, "auc": self.auc, "bce": self.bce, **families}
+
+    def figure(self, select: str) -> float:
+        """What picks the best weights; higher is better."""
+        return -self.bce if select == "bce" else self.auc
+
+
+@torch.no_grad()
+def look(
+    network: nn.Module,
+    weights: dict[str, Tensor] | None,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> Look:
+    """Judge the network on the split, with other weights than its own where they are given."""
+    rows: list[np.ndarray] = []
+    was_training = network.training
+    network.eval()
+    for number, batch in enumerate(batches):
+        if number % ranks.world != ranks.rank:
+            continue
+        crops = batch.crops.to(device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logit = functional_call(network, weights or {}, (crops,))
+        columns = (logit.float().cpu(), batch.forged.cpu(), batch.family.cpu())
+        rows.append(np.stack([column.numpy().astype(np.float64) for column in columns], axis=1))
+    network.train(was_training)
+    mine = np.concatenate(rows) if rows else np.zeros((0, 3))
+    names = getattr(batches, "names", ())
+    return _judge(np.asarray(ranks.gather(mine, device), np.float64), names)
+
+
+def _judge(rows: np.ndarray[Any, np.dtype[np.float64]], names: Sequence[str]) -> Look:
+    logit, forged, family = rows[:, 0], rows[:, 1] == 1, rows[:, 2].astype(int)
+    if forged.all() or not forged.any():
+        raise ValueError(
+            f"validation should hold real and forged faces, got {int(forged.sum())} forged of "
+            f"{len(forged)}"
+        )
+    bce = float(np.mean(np.logaddexp(0, np.where(forged, -logit, logit))))
+    families = {
+        names[each] if each < len(names) else f"family_{each}": auc(forged[chosen], logit[chosen])
+        for each in sorted(set(family[forged].tolist()))
+        for chosen in [~forged | (family == each)]
+    }
+    return Look(len(rows), auc(forged, logit), bce, families)

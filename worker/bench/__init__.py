@@ -1,0 +1,1 @@
+"""Benchmarks of the worker: scan, finder, decoders, whole clips, queue."""

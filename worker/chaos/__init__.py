@@ -1,0 +1,1 @@
+"""Kills the service's processes at random and proves that each job has one end."""

@@ -1,0 +1,329 @@
+"""`ralf chaos`: a real service under load is hurt at random, and then proves that nothing was lost.
+
+It starts all of it by itself: a Redis with an append-only file (fleet.py says why `always`), two or
+more workers with test bodies, a janitor, a deliverer, and a webhook receiver on loopback.  An
+uploader submits (uploader.py), a storm kills (storm.py), and when every job has ended the service
+is stopped and the proof is made (proof.py).  The figures are one JSON document on stdout; exit 1
+when anything is wrong, with what.
+
+Timings are shortened so that a run takes minutes (SHORT); `--default-timings` runs with those of
+production, which takes longer.  Who is struck follows the seed, but not to the microsecond:
+the same seed is the same mix of jobs and blows, not the same run.
+
+Nothing of the environment is used but the path; all is bounded by --minutes and cleaned at the end,
+on Ctrl-C and SIGTERM too.
+"""
+
+import argparse
+import base64
+import json
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from ralf.worker.chaos.proof import doubled, ended_jobs, prove
+from ralf.worker.chaos.receiver import Receiver
+from ralf.worker.chaos.storm import Storm, Tempo, Watch, Wound
+from ralf.worker.chaos.uploader import Uploader, priorities
+from ralf.worker.client import Client
+from ralf.worker.service.processes import NO_REDIS, Fleet, running
+from ralf.worker.service.store import PRIORITIES, Store, connect
+from ralf.worker.settings import Settings
+
+SHORT: dict[str, Any] = {
+    "heartbeat_s": 0.5,
+    "heartbeat_ttl_s": 5.0,
+    "janitor_every_s": 0.5,
+    "reclaim_after_s": 2.0,
+    "hang_s": 3.0,
+    "retry_delays_s": (0.2, 0.6),
+    "grace_s": 3.0,
+    "child_max_jobs": 20,
+    "webhook_timeout_s": 1.0,
+    "webhook_delays_s": (0.3, *(1.0,) * 20),
+}
+"""Settings of a run that takes minutes."""
+BRIEF = Tempo(gap_s=1.2, redis_down_s=2.0, process_down_s=0.5)
+LONG = Tempo(gap_s=10.0, redis_down_s=15.0, process_down_s=5.0)
+STRETCH = 10.0
+"""With the timings of production the jobs are longer too, or no blow would hit one."""
+CALM_SHARE = 0.75
+"""When so many jobs have ended, and all was sent, the storm is over and the rest may end."""
+TURN_S = 0.05
+TELL_S = 5.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run."""
+
+    jobs: int
+    workers: int
+    seed: int
+    minutes: float
+    default_timings: bool = False
+    share: bool = False
+
+    @property
+    def tempo(self) -> Tempo:
+        """All kinds of blows should fall while there is work."""
+        if self.default_timings:
+            return LONG
+        return replace(BRIEF, gap_s=min(BRIEF.gap_s, max(0.5, 0.02 * self.jobs)))
+
+    @property
+    def upload_s(self) -> float:
+        """The jobs come in over so long."""
+        return self.jobs * (2.0 if self.default_timings else 0.2)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it, print the figures, say what is wrong."""
+    minutes = args.minutes or (60.0 if args.default_timings else 10.0)
+    plan = Plan(
+        args.jobs, max(2, args.workers), args.seed, minutes, args.default_timings, args.share
+    )
+    print(f"ralf: chaos with seed {plan.seed}", file=sys.stderr, flush=True)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        figures = chaos(plan)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(json.dumps(figures, indent=2), flush=True)
+    for sentence in figures["wrong"]:
+        print(f"ralf: chaos: {sentence}", file=sys.stderr)
+    return 1 if figures["wrong"] else 0
+
+
+def _interrupt(_: int, __: object) -> None:
+    raise KeyboardInterrupt
+
+
+def chaos(plan: Plan) -> dict[str, Any]:
+    """One run from an empty Redis to the proof."""
+    secret = "whsec_" + base64.b64encode(b"chaos is no secret, but it signs").decode()
+    timing = {} if plan.default_timings else SHORT
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ralf-chaos-")))
+        base = replace(Settings(), **timing)
+        receiver = Receiver(
+            secret,
+            moods=1 if plan.default_timings else 2,
+            stall_s=base.webhook_timeout_s + 0.5,
+            seed=plan.seed,
+        )
+        stack.enter_context(receiver.listening())
+        settings = replace(
+            base,
+            redis_url=f"unix://{folder / 'redis.sock'}",
+            redis_prefix="chaos:",
+            work_dir=str(folder / "work"),
+            allow_private_addresses=True,
+            fetch_ports=receiver.ports,
+            webhook_secrets=(f"default={secret}",),
+            log_format="json",
+        )
+        (folder / "work").mkdir()
+        client = Client(connect(settings.redis_url, attempts=3), settings)
+        stack.callback(client.close)
+        uploader = Uploader(
+            client,
+            receiver,
+            count=plan.jobs,
+            seconds=plan.upload_s,
+            stretch=STRETCH if plan.default_timings else 1.0,
+            seed=plan.seed,
+        )
+        fleet = stack.enter_context(
+            running(settings, folder, workers=priorities(plan.workers), share=plan.share)
+        )
+        stack.callback(uploader.stop)
+        return Run(plan, fleet, uploader, receiver).to_the_end(stack)
+
+
+class Run:
+    """The loop of one run, and what it leaves."""
+
+    def __init__(self, plan: Plan, fleet: Fleet, uploader: Uploader, receiver: Receiver) -> None:
+        self.plan, self.fleet = plan, fleet
+        self.uploader, self.receiver = uploader, receiver
+        self.store = Store(connect(fleet.settings.redis_url, attempts=0), fleet.settings)
+        self.storm = Storm(
+            fleet, self.store, plan.tempo, seed=plan.seed, pushing=lambda: receiver.busy
+        )
+        self.watch = Watch(self.store, self.storm)
+        self.began = time.monotonic()
+        self.wrong: list[str] = []
+        self.waits_for = ""
+        self._told = self.began
+
+    def to_the_end(self, stack: ExitStack) -> dict[str, Any]:
+        """Storm, calm, stop, prove, count."""
+        stack.callback(self.store.redis.close)
+        self.uploader.start()
+        self._until(self._stormed, storming=True)
+        self.storm.calm()
+        self._until(self._settled, storming=False)
+        took = time.monotonic() - self.began
+        self.uploader.stop()
+        self.fleet.stop("worker", "janitor", "deliverer")
+        self.fleet.wait_for_redis()
+        self._look_at_processes()
+        asked = self.uploader.asked()
+        sightings = [*self.uploader.sightings, *self.watch.ends.values()]
+        self.wrong += prove(
+            self.store, asked, self.receiver.receipts, seen=sightings, struck=self.storm.struck
+        )
+        self.wrong += self.uploader.wrong
+        return self._figures(took)
+
+    def _until(self, over: Any, *, storming: bool) -> None:
+        end = self.began + 60.0 * self.plan.minutes
+        while True:
+            self.fleet.tend()
+            ids = [one.answers[0] for one in self.uploader.asked()]
+            try:
+                if storming:
+                    self.storm.turn()
+                else:
+                    self.storm.relent()
+                self.watch.look(ids)
+                if over():
+                    return
+            except RedisError:
+                pass
+            self._tell(storming)
+            if time.monotonic() > end:
+                if not storming:
+                    self.wrong.append(f"not settled within {self.plan.minutes:g} minutes")
+                return
+            time.sleep(TURN_S)
+
+    def _tell(self, storming: bool) -> None:
+        """Where the run stands, for whoever waits for it."""
+        if time.monotonic() - self._told < TELL_S:
+            return
+        self._told = time.monotonic()
+        weather = "storm" if storming else "calm"
+        print(
+            f"ralf: chaos: {self._told - self.began:.0f} s, {weather}: "
+            f"{len(self.watch.ends)} of {self.plan.jobs} ended, {self.waits_for}; "
+            + ", ".join(f"{count} {blow}" for blow, count in sorted(self.storm.blows.items())),
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _stormed(self) -> bool:
+        ended = len(self.watch.ends) >= CALM_SHARE * self.plan.jobs
+        return self.uploader.done and ended and self.storm.all_blown
+
+    def _settled(self) -> bool:
+        """All has ended and been pushed, and Redis has forgotten the dead."""
+        self.waits_for = self._unsettled()
+        return not self.waits_for
+
+    def _unsettled(self) -> str:
+        """What is still to come, in words."""
+        counts, redis = self.store.counts(), self.store.redis
+        unended = len(self.uploader.asked()) - len(self.watch.ends)
+        if unended or not self.uploader.done:
+            return f"{unended} jobs to end"
+        if counts.outbox:
+            return f"{counts.outbox} pushes to send"
+        here = sum(1 for post in self.fleet.of("worker") if post.pid)
+        known = sum(counts.workers.values())
+        if not known == here == len(self.fleet.of("worker")):
+            return f"{here} workers run, {known} are registered"
+        books = [f"rq:wip:{self.store.queue(p)}" for p in PRIORITIES]
+        books += [f"rq:queue:{self.store.queue(p)}:intermediate" for p in PRIORITIES]
+        return ", ".join(f"{book} to be empty" for book in books if redis.exists(book))
+
+    def _look_at_processes(self) -> None:
+        """Ends that nobody caused, stubborn ones, tracebacks, folders of the dead."""
+        for post in self.fleet.posts:
+            if post.role == "redis":
+                continue
+            status = post.process.returncode if post.process is not None else None
+            if status not in (0, NO_REDIS, -signal.SIGKILL):
+                self.wrong.append(f"{post.name} left with status {status} when told to stop")
+        for name in self.fleet.stubborn:
+            self.wrong.append(f"{name} did not stop within its grace")
+        for end in self.fleet.surprises:
+            if end.status != NO_REDIS:
+                self.wrong.append(f"{end.name} ended by itself with {end.status}: {end.log}")
+        for log in sorted(self.fleet.folder.glob("*.log")):
+            text = log.read_text(errors="replace")
+            for found in re.finditer(r"Traceback \(most recent call last\)", text):
+                shown = text[found.start() : found.start() + 1500]
+                self.wrong.append(f"{log.stem} logged a traceback: {shown}")
+        left = sorted(path.name for path in (self.fleet.folder / "work").iterdir())
+        if left:
+            self.wrong.append(f"folders of dead workers are left: {left}")
+
+    def _figures(self, took: float) -> dict[str, Any]:
+        jobs = ended_jobs(self.store, self.uploader.asked()).values()
+        attempts = sum(job.status.attempts for job in jobs)
+        ran = sum(1 for job in jobs if job.status.attempts)
+        receipts = self.receiver.receipts
+        ends = Counter(job.status.state for job in jobs)
+        return {
+            "seed": self.plan.seed,
+            "timings": "default" if self.plan.default_timings else "short",
+            "settings": {} if self.plan.default_timings else SHORT,
+            "tempo": asdict(self.plan.tempo),
+            "appendfsync": "always",
+            "workers": self.plan.workers,
+            "shared_child": self.plan.share,
+            "jobs": dict(Counter(job.asked.kind for job in jobs)),
+            "ends": dict(ends),
+            "blows": dict(self.storm.blows),
+            "starts": {post.name: post.starts for post in self.fleet.posts},
+            "found_s": _by_blow(self.storm.wounds, "found_s"),
+            "recovery_s": _by_blow(self.storm.wounds, "recovered_s"),
+            "redis_down_s": _spread(self.watch.redis_down_s),
+            "attempts": attempts,
+            "retries": attempts - ran,
+            "quarantined": ends["quarantined"],
+            "crashes_counted": sum(len(job.crashes) for job in jobs),
+            "uploads": dict(self.uploader.facts),
+            "pushes": {
+                "received": len(receipts),
+                **Counter(receipt.answer for receipt in receipts),
+                "ids": len({receipt.id for receipt in receipts}),
+                "doubled": doubled(receipts),
+            },
+            "seconds": round(took, 1),
+            "wrong": self.wrong,
+        }
+
+
+def _by_blow(wounds: Sequence[Wound], name: str) -> dict[str, Any]:
+    kinds = {"all": wounds}
+    for blow in sorted({wound.blow for wound in wounds}):
+        kinds[blow] = [wound for wound in wounds if wound.blow == blow]
+    return {
+        kind: _spread([s for w in some if (s := getattr(w, name)) is not None])
+        for kind, some in kinds.items()
+    }
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    """How many, the median, the 99th hundredth, the most."""
+    if not seconds:
+        return {"n": 0}
+    ordered = sorted(seconds)
+
+    def at(share: float) -> float:
+        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
+
+    return {"n": len(ordered), "p50": at(0.5), "p99": at(0.99), "most": round(ordered[-1], 3)}

@@ -1,0 +1,250 @@
+"""A platform's backend as chaos needs it: it submits, submits again, cancels, and never gives up.
+
+Jobs are test bodies of many kinds (jobs.py), some that must end badly.  Each is sent through
+ralf.client under its own token.  A submission that raised QueueUnavailable is sent again with the
+same token and body, as the client's docs tell backends; some tokens are sent once more later for no
+reason, and some with another body, which must be refused.  What was asked and answered is kept for
+the proof.
+"""
+
+import random
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+
+from ralf.worker.chaos.proof import Asked, Sighting
+from ralf.worker.chaos.receiver import Receiver
+from ralf.worker.client import Client, IdempotencyConflict, QueueUnavailable, request
+from ralf.worker.contract import ENDED, Callback, Job, Priority
+from ralf.worker.service import jobs
+
+T = TypeVar("T")
+TENANTS = ("acme", "birch", "cedar", "dune")
+BATCH = 8
+_GOOD = ("succeeded", "quarantined")
+_NEVER = ("quarantined",)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of job in the mix."""
+
+    share: float
+    body: str
+    ends: tuple[str, ...]
+    """Even a good job may be quarantined here: its worker may be killed twice."""
+    seconds: tuple[float, float] | None = None
+    """The body's argument."""
+    innocent: bool = True
+    deadline: bool = False
+    cancelled: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    "trivial": Kind(0.38, "trivial", _GOOD),
+    "sleep": Kind(0.22, "sleep", _GOOD, (0.1, 1.5)),
+    "oom": Kind(0.05, "oom", _GOOD),
+    "poison": Kind(0.05, "poison", _GOOD),
+    "crash_once": Kind(0.06, "crash_once", _GOOD, innocent=False),
+    "crash": Kind(0.05, "crash", _NEVER, (0.0, 0.2), innocent=False),
+    "hang": Kind(0.03, "hang", _NEVER, innocent=False),
+    "late": Kind(0.07, "sleep", (*_GOOD, "expired"), (0.5, 1.5), deadline=True),
+    "cancelled": Kind(0.07, "sleep", (*_GOOD, "cancelled"), (0.5, 3.0), cancelled=True),
+    "cancelled_hang": Kind(
+        0.02, "hang", ("cancelled", "quarantined"), innocent=False, cancelled=True
+    ),
+}
+
+
+def mix(count: int, rng: random.Random) -> list[str]:
+    """So many kinds in a random order, each by its share and, if there is room, at least once."""
+    more = [name for name, kind in KINDS.items() for _ in range(int(kind.share * count) - 1)]
+    more += ["trivial"] * (count - len(KINDS) - len(more))
+    rng.shuffle(more)
+    chosen = [*KINDS, *more[: max(0, count - len(KINDS))]]
+    rng.shuffle(chosen)
+    return chosen[:count]
+
+
+@dataclass
+class Wish:
+    """One token on its way."""
+
+    job: Job
+    kind: str
+    body: str
+    answers: list[str]
+
+
+class Uploader:
+    """Sends all jobs over about `seconds` in a thread of its own, and writes down the answers;
+    `stretch` makes the jobs, their deadlines and the waits before cancels so many times longer."""
+
+    def __init__(
+        self,
+        client: Client,
+        receiver: Receiver,
+        *,
+        count: int,
+        seconds: float,
+        stretch: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self._client, self._receiver = client, receiver
+        self._seconds, self._stretch = seconds, stretch
+        self._random = random.Random(seed)
+        self._stop = threading.Event()
+        self._wishes = [self._wish(n, k) for n, k in enumerate(mix(count, self._random))]
+        self._cancels: list[tuple[float, Wish]] = []
+        self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
+        self.facts: Counter[str] = Counter()
+        self.sightings: list[Sighting] = []
+        self.wrong: list[str] = []
+
+    def start(self) -> None:
+        """Begin to send."""
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether everything was sent and cancelled that was to be."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(30.0)
+
+    def asked(self) -> list[Asked]:
+        """Every token that was answered so far."""
+        return [
+            Asked(
+                wish.job.token,
+                wish.kind,
+                frozenset(KINDS[wish.kind].ends),
+                KINDS[wish.kind].innocent,
+                wish.job.callback is not None,
+                tuple(wish.answers),
+            )
+            for wish in self._wishes
+            if wish.answers
+        ]
+
+    def _wish(self, number: int, name: str) -> Wish:
+        kind, rng = KINDS[name], self._random
+        job = request(
+            f"https://media.example/{number}.mp4",
+            token=f"upload-{number}",
+            tag=f"{name}:{self._between(*kind.seconds):.2f}" if kind.seconds else None,
+            tenant=rng.choice(TENANTS),
+            priority=rng.choices(("default", "high"), (0.7, 0.3))[0],
+        )
+        return Wish(job, name, jobs.PREFIX + kind.body, [])
+
+    def _between(self, least: float, most: float) -> float:
+        return self._stretch * self._random.uniform(least, most)
+
+    def _run(self) -> None:
+        """Batches at even steps, cancels as they come due, some tokens once more."""
+        try:
+            batches = [self._wishes[i : i + BATCH] for i in range(0, len(self._wishes), BATCH)]
+            pause = self._seconds / len(batches)
+            for batch in batches:
+                self._send(batch)
+                self._send_again()
+                self._wait(pause)
+            while self._cancels and not self._stop.is_set():
+                self._wait(0.1)
+        except Exception as error:  # noqa: BLE001  the border: the run's figures name it
+            if not self._stop.is_set():
+                self.wrong.append(f"the client raised {type(error).__name__}: {error}")
+
+    def _send(self, batch: list[Wish]) -> None:
+        for body in dict.fromkeys(wish.body for wish in batch):
+            same = [wish for wish in batch if wish.body == body]
+            for wish in same:
+                wish.job = self._with_callback(self._with_deadline(wish))
+            self._submit(same)
+            for wish in same:
+                if KINDS[wish.kind].cancelled:
+                    self._cancels.append((time.monotonic() + self._between(0.0, 2.5), wish))
+
+    def _with_deadline(self, wish: Wish) -> Job:
+        if not KINDS[wish.kind].deadline:
+            return wish.job
+        moment = datetime.now(UTC) + timedelta(seconds=self._between(0.2, 6.0))
+        return wish.job.model_copy(update={"deadline": moment})
+
+    def _with_callback(self, job: Job) -> Job:
+        url = self._random.choices(
+            (self._receiver.steady, self._receiver.moody, ""), (0.65, 0.25, 0.1)
+        )[0]
+        return job.model_copy(update={"callback": Callback(url=url)}) if url else job
+
+    def _submit(self, wishes: list[Wish]) -> None:
+        def send() -> None:
+            self._client.store.function = wishes[0].body
+            self.facts["submissions"] += len(wishes)
+            anew = [_anew(wish.job) for wish in wishes]
+            for wish, made in zip(wishes, self._client.submit_many(anew), strict=True):
+                wish.answers.append(made.job_id)
+                self._saw(made.job_id, made.state)
+                self.facts["repeats_answered"] += made.existing
+
+        self._reach(send)
+
+    def _send_again(self) -> None:
+        """A token that is known, from a second server of the platform; or its misuse."""
+        sent = [wish for wish in self._wishes if wish.answers]
+        for wish in self._random.sample(sent, min(len(sent), 1)):
+            if self._random.random() < 0.7:
+                self._submit([wish])
+                continue
+            other = _anew(wish.job.model_copy(update={"tag": "another body"}))
+            try:
+                self._reach(lambda other=other: self._client.submit_many([other]))  # type: ignore[misc]
+                self.wrong.append(f"token {other.token} was taken with another body")
+            except IdempotencyConflict:
+                self.facts["conflicts_refused"] += 1
+
+    def _wait(self, seconds: float) -> None:
+        """Until then; meanwhile what is due is cancelled."""
+        end = time.monotonic() + seconds
+        while not self._stop.is_set() and (left := end - time.monotonic()) > 0:
+            now = time.monotonic()
+            for entry in [entry for entry in self._cancels if entry[0] <= now]:
+                self._cancels.remove(entry)
+                job_id = entry[1].answers[0]
+                self._saw(job_id, self._reach(lambda job_id=job_id: self._client.cancel(job_id)))  # type: ignore[misc]
+                self.facts["cancels"] += 1
+            self._stop.wait(min(left, 0.05))
+
+    def _saw(self, job_id: str, state: str) -> None:
+        if state in ENDED:
+            self.sightings.append(Sighting(job_id, state))  # type: ignore[arg-type]
+
+    def _reach(self, do: Callable[[], T]) -> T:
+        """The same again for as long as the queue does not answer."""
+        while True:
+            try:
+                return do()
+            except QueueUnavailable:
+                self.facts["unavailable"] += 1
+                if self._stop.wait(0.3):
+                    raise
+
+
+def _anew(job: Job) -> Job:
+    """As client.request() would make it again: all the same but the id and the moment."""
+    return job.model_copy(update={"job_id": uuid.uuid4().hex, "submitted_at": datetime.now(UTC)})
+
+
+def priorities(workers: int) -> dict[Priority, int]:
+    """The last worker serves the high pool, the others the default one."""
+    return {"default": max(1, workers - 1), "high": 1}

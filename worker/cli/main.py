@@ -1,0 +1,247 @@
+"""The command `ralf`: one parser, each command in the file that knows its business.
+
+Heavy libraries are imported when a command runs, so that `ralf --help` is instant.  Results go to
+stdout, everything else to stderr.  Exit codes: 0 done, 1 a forged verdict with --fail-on, 2 usage,
+4 bad media, 5 infrastructure, 130 interrupted.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from ralf import __version__
+from ralf.kernels.bench.cli import add_benches
+from ralf.worker.cli.service import commands as service
+
+OK, FORGED, USAGE, BAD_MEDIA, INFRASTRUCTURE, INTERRUPTED = 0, 1, 2, 4, 5, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command of every room that is installed."""
+    top = argparse.ArgumentParser(
+        prog="ralf",
+        description="Finds forged faces in video.",
+        epilog="exit codes: 0 done, 1 forged (with --fail-on), 2 usage, 4 bad media, "
+        "5 infrastructure, 130 interrupted",
+    )
+    top.set_defaults(pinned=_pinned)  # kernels' `models gc` asks; that room knows no queue
+    top.add_argument("--version", action="version", version=f"ralf {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _scan(commands)
+    service(commands)
+    _bench(commands)
+    _doctor(commands)
+    for point in sorted(entry_points(group="ralf.commands"), key=lambda p: p.name == "train"):
+        point.load()(commands)
+    return top
+
+
+def _pinned(model: str) -> dict[str, str]:
+    """Versions of a model that the queue's jobs pin; an OSError when Redis does not answer."""
+    from redis.exceptions import RedisError
+
+    from ralf.worker.service.pins import pinned
+    from ralf.worker.service.store import Store, connect
+    from ralf.worker.settings import Settings
+
+    settings = Settings.from_environment()
+    store = Store(connect(settings.redis_url, attempts=1), settings)
+    try:
+        return pinned(store, model)
+    except RedisError as error:
+        raise OSError(str(error)) from error
+    finally:
+        store.redis.close()
+
+
+def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    scan = commands.add_parser(
+        "scan",
+        help="judge video files here and now, without Redis",
+        description="Judges video files here and now: no Redis, no GPU needed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    scan.add_argument("files", nargs="+", metavar="FILE")
+    scan.add_argument("--json", action="store_true", help="one JSON document a file on stdout")
+    scan.add_argument(
+        "--report",
+        metavar="PAGE",
+        help="write the verdict as an HTML page; with several files, a folder",
+    )
+    scan.add_argument("--max-frames", type=int, metavar="N", help="frames looked at (model's own)")
+    scan.add_argument(
+        "--sampling",
+        metavar="MODE",
+        help="uniform, keyframes, or fps:2 for two frames a second (model's own)",
+    )
+    scan.add_argument("--min-face", type=int, metavar="PX", help="smallest face (model's own)")
+    scan.add_argument("--model", metavar="NAME", help="name, name@version or folder")
+    scan.add_argument("--models", metavar="DIR", help="where models lie")
+    scan.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    scan.add_argument(
+        "--fail-on",
+        choices=["forged", "inconclusive"],
+        help="exit 1 when a verdict is likely_forged (or, the second, not likely_authentic)",
+    )
+    scan.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    scan.set_defaults(run=_run_scan)
+
+
+def _run_scan(args: argparse.Namespace) -> int:
+    from ralf.worker.cli.scan import run
+
+    return run(args)
+
+
+def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    bench = commands.add_parser("bench", help="measure, side by side, and print the record")
+    what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+    scan = what.add_parser(
+        "scan",
+        help="the walk against the plain way on one clip",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    scan.add_argument("clip", nargs="?", metavar="CLIP", help="a video; the samples' crowd if none")
+    scan.add_argument("--frames", type=int, default=16)
+    scan.add_argument("--repeats", type=int, default=3)
+    scan.add_argument("--model", metavar="NAME", help="name, name@version or folder")
+    scan.set_defaults(run=_run_bench_scan)
+    find = what.add_parser(
+        "find",
+        help="the face finder against facenet-pytorch's own",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    find.add_argument("clip", nargs="?", metavar="CLIP", help="a video; the samples' crowd if none")
+    find.add_argument("--frames", type=int, default=8)
+    find.add_argument("--repeats", type=int, default=5)
+    find.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
+    find.set_defaults(run=_run_bench_find)
+    decode = what.add_parser(
+        "decode",
+        help="DALI against PyAV, clip by clip",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    decode.add_argument("clips", nargs="+", metavar="CLIP")
+    decode.add_argument("--frames", type=int, default=32, help="frames wanted of each clip")
+    decode.add_argument("--at-once", type=int, default=8, help="clips that DALI decodes together")
+    decode.add_argument("--repeats", type=int, default=3)
+    decode.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    decode.set_defaults(run=_run_bench_decode)
+    pipeline = what.add_parser(
+        "pipeline",
+        help="whole clips a second, stage by stage, against the plain way on the same device",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    pipeline.add_argument("clips", nargs="+", metavar="CLIP")
+    pipeline.add_argument("--frames", type=int, default=32, help="frames wanted of each clip")
+    pipeline.add_argument("--at-once", type=int, default=8, help="clips walked together")
+    pipeline.add_argument("--repeats", type=int, default=3)
+    pipeline.add_argument("--model", metavar="NAME", help="name, name@version or folder")
+    pipeline.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N")
+    pipeline.add_argument("--stride", action="store_true", help="what seeking less often changes")
+    pipeline.add_argument("--soak", type=int, default=0, metavar="N", help="then N clips: slopes")
+    pipeline.add_argument("--soak-seconds", type=float, default=3600.0, help="its longest time")
+    pipeline.set_defaults(run=_run_bench_pipeline)
+    queue = what.add_parser(
+        "queue",
+        help="the queue against RQ's own workers",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    queue.add_argument("--jobs", type=int, default=300)
+    queue.set_defaults(run=_run_bench_queue)
+    scale = what.add_parser(
+        "scale",
+        help="what a second worker adds, and a fourth",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    scale.add_argument("--jobs", type=int, default=400, help="jobs a turn that do nothing")
+    scale.add_argument("--waits", type=int, default=80, help="jobs a turn that wait")
+    scale.add_argument("--turns", type=int, default=5)
+    scale.add_argument("--out", metavar="DIR", help="keep the record there, as bench/ does")
+    scale.set_defaults(run=_run_bench_scale)
+    add_benches(what)
+
+
+def _run_bench_scan(args: argparse.Namespace) -> int:
+    from ralf.worker.bench.scan import run_scan
+
+    return run_scan(args)
+
+
+def _run_bench_find(args: argparse.Namespace) -> int:
+    from ralf.worker.bench.scan import run_find
+
+    return run_find(args)
+
+
+def _run_bench_decode(args: argparse.Namespace) -> int:
+    from ralf.worker.bench.decode import run_decode
+
+    return run_decode(args)
+
+
+def _run_bench_pipeline(args: argparse.Namespace) -> int:
+    from ralf.worker.bench.pipeline import run_pipeline
+
+    return run_pipeline(args)
+
+
+def _run_bench_queue(args: argparse.Namespace) -> int:
+    from ralf.worker.bench.queue import run_queue
+
+    return run_queue(args)
+
+
+def _run_bench_scale(args: argparse.Namespace) -> int:
+    from ralf.worker.bench.scale import run_scale
+
+    return run_scale(args)
+
+
+def _doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctor = commands.add_parser("doctor", help="what this machine can do, and what is missing")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    from ralf.worker.doctor import run
+
+    return run(args)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; every error that Ralf raises on purpose becomes one line and a code."""
+    args = parser().parse_args(arguments)
+    from ralf.worker.errors import JobError, RalfError
+    from ralf.worker.settings import SettingsError
+
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("ralf: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader has gone; keep Python from complaining about it once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except SettingsError as error:
+        print(f"ralf: {error}", file=sys.stderr)
+        return USAGE
+    except (RalfError, OSError) as error:
+        named = f"{error.code}: " if isinstance(error, JobError) else ""
+        print(f"ralf: {named}{error}", file=sys.stderr)
+        return BAD_MEDIA if named else INFRASTRUCTURE
+    except Exception:  # noqa: BLE001 - the border: Python's own exit code, 1, would say forged
+        traceback.print_exc()
+        return INFRASTRUCTURE
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

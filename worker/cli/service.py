@@ -1,0 +1,482 @@
+"""The commands of the service: submit, status, result, cancel, watch; worker, serve, deliver,
+janitor, quarantine, chaos.  Answers are JSON on stdout, one document a line.  A question that makes
+no sense exits 2, a job that ended without a verdict 4 (5 where it may be tried again).
+
+Nothing heavy is imported until a command runs.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ralf.worker.client import Client
+    from ralf.worker.service.store import Store
+
+
+def commands(subparsers: Any) -> None:
+    """Add them all."""
+    for add in (_submit, _ask, _worker, _serve, _deliver, _janitor, _quarantine, _chaos):
+        add(subparsers)
+
+
+def _reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The command, with a Redis that does not answer as one line instead of a traceback."""
+
+    def reach(args: argparse.Namespace) -> int:
+        from redis.exceptions import RedisError
+
+        from ralf.worker.errors import Infrastructure
+
+        try:
+            return run(args)
+        except RedisError as error:
+            raise Infrastructure(
+                f"Redis does not answer: {error}; check RALF_REDIS_URL or --redis, and that it runs"
+            ) from error
+
+    return reach
+
+
+def _answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The client's command: 2 for a wrong question, 4 for a job that has no verdict and would have
+    none if it ran again, else what other errors give."""
+
+    def answer(args: argparse.Namespace) -> int:
+        from pydantic import ValidationError
+
+        from ralf.worker import client
+        from ralf.worker.errors import Interrupted, by_code
+
+        try:
+            return run(args)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            print(f"ralf: {where}: {first['msg']}", file=sys.stderr)
+            return 2
+        except client.TimedOut:
+            raise
+        except client.JobFailed as error:
+            if issubclass(by_code().get(error.code, object), Interrupted):
+                raise
+            print(f"ralf: {error}", file=sys.stderr)
+            return 4
+        except (
+            client.InvalidRequest,
+            client.IdempotencyConflict,
+            client.NotFound,
+            client.NotFinished,
+        ) as error:
+            print(f"ralf: {error}", file=sys.stderr)
+            return 2
+
+    return answer
+
+
+@contextmanager
+def _client(args: argparse.Namespace) -> Iterator["Client"]:
+    """The client at --redis or RALF_REDIS_URL; given back at the end."""
+    from ralf.worker.client import connect
+
+    client = connect(args.redis)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _redis(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--redis", metavar="URL", help="instead of RALF_REDIS_URL")
+
+
+def _print(document: Any) -> None:
+    print(json.dumps(document, default=str), flush=True)
+
+
+def _submit(subparsers: Any) -> None:
+    submit = subparsers.add_parser("submit", help="queue uploads and print their jobs")
+    submit.add_argument("uris", nargs="+", metavar="URI", help="https, s3, gs or file URI, or path")
+    submit.add_argument(
+        "--token", help="request token; with several URIs, a prefix (made from the URI)"
+    )
+    submit.add_argument("--tag")
+    submit.add_argument("--tenant", default="default")
+    submit.add_argument("--priority", choices=("high", "default"), default="default")
+    submit.add_argument("--max-frames", type=int, metavar="N")
+    submit.add_argument(
+        "--stop-early", type=float, metavar="SCORE", help="stop once a face's score is this high"
+    )
+    submit.add_argument("--callback", metavar="URL", help="where the verdict is pushed")
+    submit.add_argument("--secret-id", default="default", help="which secret signs the push")
+    submit.add_argument("--wait", type=float, metavar="SECONDS", help="wait, print the verdicts")
+    _redis(submit)
+    submit.set_defaults(run=_answering(_run_submit))
+
+
+def _run_submit(args: argparse.Namespace) -> int:
+    from ralf.worker.client import request
+    from ralf.worker.contract import Callback, EarlyStop, Sampling, dump
+
+    uris = [_uri(name) for name in args.uris]
+    tokens = _tokens(args.token, uris)
+    sampling = None if args.max_frames is None else Sampling(max_frames=args.max_frames)
+    stop_early = None if args.stop_early is None else EarlyStop(score=args.stop_early)
+    callback = Callback(url=args.callback, secret_id=args.secret_id) if args.callback else None
+    asked = [
+        request(
+            uri,
+            token=token,
+            tag=args.tag,
+            tenant=args.tenant,
+            priority=args.priority,
+            sampling=sampling,
+            stop_early=stop_early,
+            callback=callback,
+        )
+        for uri, token in zip(uris, tokens, strict=True)
+    ]
+    with _client(args) as client:
+        submissions = client.submit_many(asked)
+        if args.wait is None:
+            for uri, made in zip(uris, submissions, strict=True):
+                _print(
+                    {
+                        "job_id": made.job_id,
+                        "state": made.state,
+                        "existing": made.existing,
+                        "uri": uri,
+                    }
+                )
+            return 0
+        for made in submissions:
+            print(dump(client.result(made.job_id, timeout=args.wait)), flush=True)
+    return 0
+
+
+def _uri(name: str) -> str:
+    """A path is a file: URI; anything with a scheme stays as it is."""
+    return name if "://" in name else Path(name).resolve().as_uri()
+
+
+def _tokens(token: str | None, uris: list[str]) -> list[str]:
+    """One for each; from the URI's hash, since a URI may be long, and signed: a credential."""
+    if token is not None and len(uris) == 1:
+        return [token]
+    prefix = token or "uri"
+    return [f"{prefix}:{hashlib.sha256(uri.encode()).hexdigest()[:32]}" for uri in uris]
+
+
+def _ask(subparsers: Any) -> None:
+    """status, result, cancel, watch: one job each."""
+    table: list[tuple[str, str, Callable[[argparse.Namespace], int]]] = [
+        ("status", "where a job stands", _run_status),
+        ("result", "a job's verdict", _run_result),
+        ("cancel", "stop a job", _run_cancel),
+        ("watch", "follow a job to its end", _run_watch),
+    ]
+    for name, help_text, run in table:
+        parser = subparsers.add_parser(name, help=help_text)
+        parser.add_argument("job", metavar="JOB")
+        if name in ("result", "watch"):
+            parser.add_argument("--wait", type=float, metavar="SECONDS", help="at most so long")
+        if name == "result":
+            parser.add_argument("--report", metavar="PAGE", help="write the HTML page as well")
+        _redis(parser)
+        parser.set_defaults(run=_answering(run))
+
+
+def _run_status(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        _print(_shown(client.status(args.job)))
+    return 0
+
+
+def _shown(status: Any) -> dict[str, Any]:
+    document = asdict(status)
+    for name in ("progress", "failure"):
+        part = getattr(status, name)
+        document[name] = part.model_dump(mode="json") if part else None
+    return document
+
+
+def _run_result(args: argparse.Namespace) -> int:
+    from ralf.worker.contract import Evidence, dump
+
+    with _client(args) as client:
+        verdict = client.result(args.job, timeout=args.wait)
+        print(dump(verdict), flush=True)
+        if args.report:
+            from ralf.kernels.atomic_files import replace_text
+            from ralf.worker.report import page  # draws with NumPy, which a backend may not have
+
+            kept = client.store.evidence(args.job)
+            replace_text(Path(args.report), page(verdict, kept or Evidence()))
+    return 0
+
+
+def _run_cancel(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        _print({"job_id": args.job, "state": client.cancel(args.job)})
+    return 0
+
+
+def _run_watch(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        for status in client.watch(args.job, timeout=args.wait):
+            _print(_shown(status))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from dataclasses import replace
+
+    from ralf.worker.settings import Settings
+
+    settings = Settings.from_environment()
+    changes = {"redis_url": args.redis, "models_dir": getattr(args, "models", None)}
+    changes["model"] = getattr(args, "model", None)
+    changes["shadow"] = getattr(args, "shadow", None)
+    changes["shadow_share"] = getattr(args, "shadow_share", None)
+    given = {name: value for name, value in changes.items() if value not in {None, ""}}
+    return replace(settings, **given)
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="instead of RALF_MODEL")
+    parser.add_argument("--models", metavar="DIR", help="instead of RALF_MODELS_DIR")
+
+
+def _worker(subparsers: Any) -> None:
+    worker = subparsers.add_parser("worker", help="take jobs from Redis until told to stop")
+    worker.add_argument("--priority", choices=("high", "default"), default="default")
+    worker.add_argument("--burst", action="store_true", help="stop when the queue is empty")
+    worker.add_argument("--max-jobs", type=int, metavar="N", help="stop after so many")
+    worker.add_argument(
+        "--shared", type=Path, metavar="DIR", help="workers with the same folder share one child"
+    )
+    worker.add_argument("--capacity", type=int, metavar="N", help="jobs at once in a shared child")
+    worker.add_argument(
+        "--parents", type=int, metavar="N", help="N workers around one child, as for a GPU"
+    )
+    worker.add_argument(
+        "--high", type=int, default=0, metavar="N", help="so many of --parents take priority high"
+    )
+    worker.add_argument("--shadow", metavar="VERSION", help="instead of RALF_SHADOW")
+    worker.add_argument(
+        "--shadow-share", type=float, metavar="SHARE", help="instead of RALF_SHADOW_SHARE"
+    )
+    _redis(worker)
+    _model(worker)
+    worker.set_defaults(run=_reaching(_run_worker))
+
+
+def _run_worker(args: argparse.Namespace) -> int:
+    if args.parents is not None:
+        return _run_parents(args)
+    from ralf.worker.service.serve import run_worker
+
+    return run_worker(
+        _settings(args),
+        args.priority,
+        shared=args.shared,
+        capacity=args.capacity or 1,
+        burst=args.burst,
+        max_jobs=args.max_jobs,
+    )
+
+
+def _run_parents(args: argparse.Namespace) -> int:
+    from ralf.worker.service.crew import run_crew
+
+    alone = args.burst or args.max_jobs or args.shared
+    if not 0 <= args.high <= args.parents or args.parents < 1 or alone:
+        print(
+            "ralf: --parents takes as many as --high or more, and neither --burst, --max-jobs "
+            "nor --shared",
+            file=sys.stderr,
+        )
+        return 2
+    rest = args.parents - args.high
+    priorities = ["high"] * args.high + [args.priority] * rest
+    return run_crew(_settings(args), priorities, capacity=args.capacity)
+
+
+def _serve(subparsers: Any) -> None:
+    serve = subparsers.add_parser(
+        "serve", help="a worker, a deliverer and, with --embedded, a Redis of its own"
+    )
+    serve.add_argument(
+        "--embedded", action="store_true", required=True, help="run a real Redis beside them"
+    )
+    serve.add_argument("--data", type=Path, metavar="DIR", help="keep the queue in this folder")
+    _redis(serve)
+    _model(serve)
+    serve.set_defaults(run=_run_serve)
+
+
+def _run_serve(args: argparse.Namespace) -> int:
+    import signal
+    import threading
+
+    from ralf.worker.errors import Infrastructure
+    from ralf.worker.service.serve import embedded
+
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with embedded(_settings(args), data=args.data) as running:
+        print(f"ralf: serving; RALF_REDIS_URL={running.redis_url}", file=sys.stderr, flush=True)
+        while not stop.wait(0.5):
+            fallen = running.fallen()
+            if fallen:
+                raise Infrastructure(f"{fallen}; what it said is above")
+    return 0
+
+
+def _deliver(subparsers: Any) -> None:
+    deliver = subparsers.add_parser("deliver", help="push verdicts; look after dead letters")
+    what = deliver.add_mutually_exclusive_group()
+    what.add_argument("--dead", action="store_true", help="list dead letters")
+    what.add_argument("--redeliver", metavar="ID", help="try a dead letter again (all: every one)")
+    what.add_argument("--drop", metavar="ID", help="forget a dead letter")
+    what.add_argument("--disabled", action="store_true", help="list endpoints that said 410 Gone")
+    what.add_argument("--enable", nargs=2, metavar=("TENANT", "URL"), help="use one again")
+    _redis(deliver)
+    deliver.set_defaults(run=_reaching(_run_deliver))
+
+
+def _run_deliver(args: argparse.Namespace) -> int:
+    from ralf.worker.service.outbox import Outbox
+    from ralf.worker.service.serve import run_deliverer
+
+    with _store(args) as store:
+        outbox = Outbox(store)
+        if args.dead:
+            for letter in outbox.dead():
+                _print(asdict(letter))
+        elif args.disabled:
+            for tenant, url in outbox.disabled_endpoints():
+                _print({"tenant": tenant, "url": url})
+        elif args.redeliver:
+            letters = outbox.dead()
+            wanted = [x.id for x in letters] if args.redeliver == "all" else [args.redeliver]
+            return _each(wanted, outbox.redeliver, "no dead letter {}; see ralf deliver --dead")
+        elif args.drop:
+            return _each([args.drop], outbox.drop, "no dead letter {}; see ralf deliver --dead")
+        elif args.enable:
+            done = outbox.enable_endpoint(*args.enable)
+            print("enabled" if done else "was not disabled")
+        else:
+            return run_deliverer(_settings(args))
+    return 0
+
+
+def _each(names: list[str], do: Callable[[str], Any], missing: str) -> int:
+    worst = 0
+    for name in names:
+        if do(name):
+            print(name)
+        else:
+            print(f"ralf: {missing.format(name)}", file=sys.stderr)
+            worst = 2
+    return worst
+
+
+@contextmanager
+def _store(args: argparse.Namespace) -> Iterator["Store"]:
+    """The store itself, for those who run the service."""
+    from ralf.worker.service.store import Store, connect
+
+    settings = _settings(args)
+    redis = connect(settings.redis_url, attempts=3)
+    try:
+        yield Store(redis, settings)
+    finally:
+        redis.close()
+
+
+def _janitor(subparsers: Any) -> None:
+    janitor = subparsers.add_parser("janitor", help="put back what was lost, until told to stop")
+    janitor.add_argument("--once", action="store_true", help="one sweep, and say what it found")
+    _redis(janitor)
+    janitor.set_defaults(run=_reaching(_run_janitor))
+
+
+def _run_janitor(args: argparse.Namespace) -> int:
+    from ralf.worker.service.janitor import Janitor
+    from ralf.worker.service.serve import run_janitor
+
+    if not args.once:
+        return run_janitor(_settings(args))
+    with _store(args) as store:
+        _print(vars(Janitor(store, store.settings).run_once()))
+    return 0
+
+
+def _quarantine(subparsers: Any) -> None:
+    quarantine = subparsers.add_parser("quarantine", help="jobs that crashed twice")
+    what = quarantine.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, help_text in (
+        ("list", "one line a job"),
+        ("show", "all that is known of one"),
+        ("retry", "run it once more, its crashes forgotten"),
+        ("drop", "forget it"),
+    ):
+        one = what.add_parser(name, help=help_text)
+        if name != "list":
+            one.add_argument("job", metavar="JOB")
+        _redis(one)
+    quarantine.set_defaults(run=_reaching(_run_quarantine))
+
+
+def _run_quarantine(args: argparse.Namespace) -> int:
+    from ralf.worker.service.quarantine import Quarantine
+
+    missing = "no job {} in quarantine; see ralf quarantine list"
+    with _store(args) as store:
+        quarantine = Quarantine(store)
+        if args.what == "list":
+            for one in quarantine.list():
+                _print(
+                    {"job_id": one.job.job_id, "code": one.code, "at": one.at, "why": one.message}
+                )
+            return 0
+        if args.what == "show":
+            found = quarantine.show(args.job)
+            if found is None:
+                print(f"ralf: {missing.format(args.job)}", file=sys.stderr)
+                return 2
+            _print({**asdict(found), "job": found.job.model_dump(mode="json", by_alias=True)})
+            return 0
+        return _each(
+            [args.job], quarantine.retry if args.what == "retry" else quarantine.drop, missing
+        )
+
+
+def _chaos(subparsers: Any) -> None:
+    chaos = subparsers.add_parser(
+        "chaos", help="kill things at random under load and prove that nothing was lost"
+    )
+    chaos.add_argument("--jobs", type=int, default=300)
+    chaos.add_argument(
+        "--workers", type=int, default=3, help="two or more; the last serves the high pool"
+    )
+    chaos.add_argument("--share", action="store_true", help="the default workers share one child")
+    chaos.add_argument("--seed", type=int, default=0)
+    chaos.add_argument("--minutes", type=float, help="give up after so long (10, or 60)")
+    chaos.add_argument(
+        "--default-timings", action="store_true", help="leases and delays as in production"
+    )
+    chaos.set_defaults(run=_run_chaos)
+
+
+def _run_chaos(args: argparse.Namespace) -> int:
+    from ralf.worker.chaos.run import run
+
+    return run(args)

@@ -1,0 +1,230 @@
+-- Where jobs are, and the moves between. store.py joins this file, claims.lua and repairs.lua into one
+-- script, with the table C (constants) before it; this one holds the moves that the others share.
+--
+-- Where a job that has not ended is, exactly one of:
+--   pending:PRIORITY:TENANT   waiting its tenant's turn (list)
+--   rq:queue:…                next for any worker; rq:queue:…:intermediate: popped, not yet begun
+--   due                       waiting for its retry (zset by time)
+--   running:PRIORITY          begun (zset by the end of its lease)
+-- waiting:PRIORITY (zset by submission) holds all queued jobs, so that a lost one can be found.
+
+local P = C.prefix
+local FIELDS = {'state', 'tenant', 'priority', 'token', 'tag', 'callback', 'session', 'claim',
+  'attempts', 'retries', 'worker', 'cancel', 'deadline', 'file_sha', 'alone', 'run_alone',
+  'crashes', 'submitted_at', 'created', 'function'}
+
+local function job_key(id) return P .. 'job:' .. id end
+local function queue_key(priority) return 'rq:queue:' .. C.queue .. priority end
+local function popped_key(priority) return queue_key(priority) .. ':intermediate' end
+local function pending_key(job) return P .. 'pending:' .. job.priority .. ':' .. job.tenant end
+
+local function load_job(id)
+  local values = redis.call('HMGET', job_key(id), unpack(FIELDS))
+  if not values[1] then return nil end
+  local job = {id = id}
+  for i, name in ipairs(FIELDS) do job[name] = values[i] or '' end
+  return job
+end
+
+local function tell(id, state) redis.call('PUBLISH', P .. 'watch:' .. id, state) end
+
+-- What RQ's dequeue and `rq info` read; written anew when it is gone.
+local function show_to_rq(job, status)
+  local key = 'rq:job:' .. job.id
+  if redis.call('EXISTS', key) == 0 then
+    redis.call('HSET', key, 'created_at', job.created, 'enqueued_at', job.created,
+      'data', cjson.encode({job['function'], cjson.null, {job.id}, {}}),
+      'origin', C.queue .. job.priority, 'description', job['function'] .. '(' .. job.id .. ')',
+      'timeout', C.rq_timeout, 'result_ttl', C.rq_ttl, 'failure_ttl', C.rq_ttl)
+  end
+  redis.call('HSET', key, 'status', status, 'worker_name', job.worker)
+end
+
+-- Round robin between tenants, until RQ's list holds two jobs for each worker.
+local function refill(priority)
+  local queue, turn = queue_key(priority), P .. 'turn:' .. priority
+  local workers = redis.call('SCARD', 'rq:workers:' .. C.queue .. priority)
+  local room = 2 * math.max(1, workers) - redis.call('LLEN', queue)
+  local moved = 0
+  while moved < room do
+    local tenant = redis.call('LPOP', turn)
+    if not tenant then break end
+    local pending = P .. 'pending:' .. priority .. ':' .. tenant
+    local id = redis.call('LPOP', pending)
+    if id then
+      redis.call('RPUSH', queue, id)
+      moved = moved + 1
+      if redis.call('EXISTS', pending) == 1 then redis.call('RPUSH', turn, tenant) end
+    end
+  end
+  return moved
+end
+
+local function take_turn(job)
+  local turn = P .. 'turn:' .. job.priority
+  if not redis.call('LPOS', turn, job.tenant) then redis.call('RPUSH', turn, job.tenant) end
+end
+
+local function enqueue(job, first)
+  redis.call('SADD', 'rq:queues', queue_key(job.priority))
+  show_to_rq(job, 'queued')
+  if redis.call(first and 'LPUSH' or 'RPUSH', pending_key(job), job.id) == 1 then take_turn(job) end
+end
+
+-- Take a queued job out of wherever it waits.
+local function unlist(job)
+  redis.call('LREM', queue_key(job.priority), 0, job.id)
+  redis.call('LREM', popped_key(job.priority), 0, job.id)
+  redis.call('LREM', pending_key(job), 0, job.id)
+  redis.call('ZREM', P .. 'due', job.id)
+  redis.call('HDEL', P .. 'popped', job.id)
+end
+
+local function post(event, job, subject, data, now)
+  if job.callback == '' then return end
+  local callback = cjson.decode(job.callback)
+  for _, wanted in ipairs(callback.events) do
+    if wanted == event then
+      -- The same end gives the same id, so that a receiver can tell a repeated delivery.
+      local id = 'msg_' .. redis.sha1hex(job.tenant .. '\0' .. subject .. '\0' .. event)
+      redis.call('HSET', P .. 'delivery:' .. id, 'id', id, 'event', event, 'tenant', job.tenant,
+        'subject', subject, 'url', callback.url, 'secret_id', callback.secret_id, 'data', data,
+        'created_at', now, 'attempts', 0)
+      redis.call('ZADD', P .. 'outbox', now, id)
+      return
+    end
+  end
+end
+
+-- Lay a segment's digest into its session; sessions.py folds what is marked as changed.
+local function lay_segment(job, now, digest, failed)
+  local part = cjson.decode(job.session)
+  local number = string.format('%.0f', part.number)
+  local name = job.tenant .. ':' .. part.session_id
+  local key = P .. 'session:' .. name
+  if failed then
+    if redis.call('HEXISTS', key, 'segment:' .. number) == 0 then
+      redis.call('HSET', key, 'failed:' .. number, failed)
+    end
+  elseif redis.call('HSETNX', key, 'segment:' .. number, digest) == 1 then
+    redis.call('HDEL', key, 'failed:' .. number)
+    redis.call('HSET', key, 'order:' .. number, redis.call('HINCRBY', key, 'arrivals', 1))
+  else
+    redis.call('HINCRBY', key, 'repeated:' .. number, 1)
+  end
+  if part.last then redis.call('HSET', key, 'last', number) end
+  if job.callback ~= '' then redis.call('HSET', key, 'callback', job.callback) end
+  redis.call('HINCRBY', key, 'revision', 1)
+  redis.call('EXPIRE', key, C.session_ttl)
+  redis.call('ZADD', P .. 'sessions:changed', now, name)
+end
+
+-- The one end of a job. `facts` is the JSON that stream and webhook show beside the job's names.
+local function finish(job, now, state, facts, failure, verdict, evidence, digest)
+  local id, key = job.id, job_key(job.id)
+  redis.call('HSET', key, 'state', state, 'ended_at', now, 'facts', facts)
+  redis.call('HDEL', key, 'claim', 'partial')
+  if failure then redis.call('HSET', key, 'failure', failure) end
+  redis.call('EXPIRE', key, C.job_ttl)
+  redis.call('EXPIRE', P .. 'token:' .. job.tenant .. ':' .. job.token, C.token_ttl)
+  redis.call('ZREM', P .. 'waiting:' .. job.priority, id)
+  redis.call('ZREM', P .. 'running:' .. job.priority, id)
+  redis.call('ZREM', P .. 'deadlines', id)
+  if verdict then redis.call('SET', P .. 'verdict:' .. id, verdict, 'EX', C.verdict_ttl) end
+  if evidence then redis.call('SET', P .. 'evidence:' .. id, evidence, 'EX', C.evidence_ttl) end
+  if state == 'succeeded' then
+    redis.call('DEL', P .. 'crashes:job:' .. id)
+    if job.file_sha ~= '' then redis.call('DEL', P .. 'crashes:file:' .. job.file_sha) end
+  end
+  local event = verdict and 'verdict.ready' or 'verdict.failed'
+  local data = cjson.decode(facts)
+  data.job_id, data.tenant, data.state = id, job.tenant, state
+  data.tag = job.tag ~= '' and job.tag or cjson.null
+  if job.session ~= '' then data.session = cjson.decode(job.session) end
+  local trace = cjson.decode(redis.call('HGET', key, 'document')).traceparent
+  if trace and trace ~= cjson.null then data.traceparent = trace end
+  local text = cjson.encode(data)
+  redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', event, 'job_id', id,
+    'tenant', job.tenant, 'data', text)
+  post(event, job, id, text, now)
+  if job.session ~= '' then lay_segment(job, now, digest, not verdict and data.code) end
+  show_to_rq(job, verdict and 'finished' or (state == 'cancelled' and 'canceled' or 'failed'))
+  redis.call('EXPIRE', 'rq:job:' .. id, C.rq_ttl)
+  tell(id, state)
+  return state
+end
+
+local function fail(job, now, state, code, message)
+  local failure = cjson.encode({code = code, message = message,
+    attempts = tonumber(job.attempts) or 0})
+  return finish(job, now, state, failure, failure)
+end
+
+local function too_late(job, now)
+  if job.deadline == '' or tonumber(job.deadline) > now then return nil end
+  return fail(job, now, 'expired', 'deadline_passed',
+    'the deadline passed before the job ended; submit it again with a later one')
+end
+
+-- running → queued, now or after a delay; a job that should stop ends instead.
+local function requeue(job, now, delay)
+  redis.call('ZREM', P .. 'running:' .. job.priority, job.id)
+  redis.call('HDEL', job_key(job.id), 'claim', 'worker', 'progress', 'partial')
+  job.worker = ''
+  if job.cancel ~= '' then
+    return fail(job, now, 'cancelled', 'cancelled', 'cancelled by the client')
+  end
+  local ended = too_late(job, now)
+  if ended then return ended end
+  redis.call('HSET', job_key(job.id), 'state', 'queued')
+  redis.call('ZADD', P .. 'waiting:' .. job.priority, job.submitted_at, job.id)
+  if delay > 0 then
+    redis.call('ZADD', P .. 'due', now + delay, job.id)
+    show_to_rq(job, 'scheduled')
+  else
+    enqueue(job, true)
+  end
+  refill(job.priority)
+  tell(job.id, 'queued')
+  return 'retried'
+end
+
+local function quarantine(job, now, code, message)
+  local document = redis.call('HGET', job_key(job.id), 'document')
+  redis.call('HSET', P .. 'quarantine', job.id, cjson.encode({job_id = job.id,
+    tenant = job.tenant, code = code, message = message, at = now, file_sha = job.file_sha,
+    attempts = tonumber(job.attempts) or 0, document = document,
+    crashes = job.crashes ~= '' and cjson.decode(job.crashes) or cjson.null}))
+  return fail(job, now, 'quarantined', code, message)
+end
+
+local function count_crash(key)
+  local count = redis.call('INCR', key)
+  redis.call('EXPIRE', key, C.crash_ttl)
+  return count
+end
+
+-- A crash counts when the job was alone in its child, or was to be and is blamed all the same.
+local function crash(job, now, code, message, detail)
+  local log = job.crashes ~= '' and cjson.decode(job.crashes) or {}
+  log[#log + 1] = {code = code, message = message, detail = detail, at = now,
+    worker = job.worker, attempt = tonumber(job.attempts), alone = job.alone == '1'}
+  if #log > 10 then table.remove(log, 1) end
+  job.crashes = cjson.encode(log)
+  redis.call('HSET', job_key(job.id), 'crashes', job.crashes, 'run_alone', '1')
+  if job.alone == '1' or job.run_alone == '1' then
+    local count = count_crash(P .. 'crashes:job:' .. job.id)
+    if job.file_sha ~= '' then
+      count = math.max(count, count_crash(P .. 'crashes:file:' .. job.file_sha))
+    end
+    if count >= C.quarantine_after then return quarantine(job, now, code, message) end
+  end
+  return requeue(job, now, 0)
+end
+
+-- The job, if it is running and this claim is the one that runs it.
+local function held(id, claim)
+  local job = load_job(id)
+  if job and job.state == 'running' and job.claim == claim then return job end
+  return nil
+end
