@@ -1,7 +1,7 @@
 """The commands of this room: `ralf models …` and `ralf build`.
 
-`commands` is registered under the entry-point group `ralf.commands`; it adds parsers whose `run`
-takes the parsed arguments and returns the exit code.  Imports inside, so that --help is instant.
+`commands` adds parsers whose `run` takes the parsed arguments and returns the exit code.  Heavy
+libraries are imported inside the commands, so that --help is instant.
 """
 
 import argparse

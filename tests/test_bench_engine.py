@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ralf.__main__ import main
 from ralf.kernels.bench import engine, residual
 from ralf.kernels.bench.dct import CHAIN, COPY, ratios
 from ralf.kernels.bench.engine import AUTHORS
 from ralf.kernels.bench.record import interleave
 from ralf.kernels.engine import EngineError
-from ralf.worker.cli.main import main
 
 
 def measured(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:

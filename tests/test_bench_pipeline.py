@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from ralf.__main__ import main
 from ralf.worker.bench import gauges
 from ralf.worker.bench.gauges import Gauges, held
 from ralf.worker.bench.soak import Slope, slope, soak
-from ralf.worker.cli.main import main
 from ralf.worker.contract import Sampling
 from ralf.worker.media.stride import Strided, looks
 from ralf.worker.media.types import Faces, Frames

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ralf.worker.cli.main import main
+from ralf.__main__ import main
 from tests.clips import make_clip, picture
 
 THREADS = "1"

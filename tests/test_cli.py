@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ralf.worker.cli.main import main
+from ralf.__main__ import main
 from ralf.worker.contract import Verdict
 from tests.hostile import REFUSED
 

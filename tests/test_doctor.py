@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from ralf.__main__ import main
 from ralf.kernels.networks.mtcnn import WeightsMissing
-from ralf.worker.cli.main import main
 from ralf.worker.doctor import Finding, _redis, _redis_cure, examine, settings_shown
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ralf.__main__ import main
 from ralf.kernels.artifact import Artifact, promote, publish, resolve
 from ralf.kernels.engine import EngineError, check_golden
 from ralf.kernels.engine import load as load_engine
@@ -20,7 +21,6 @@ from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Manif
 from ralf.kernels.networks import build
 from ralf.kernels.untrained import patterns, settle
 from ralf.train.ensemble import EnsembleError, publish_ensemble
-from ralf.worker.cli.main import main
 from ralf.worker.ensemble import Panel
 from ralf.worker.scores import Scores, strongest
 from ralf.worker.verdict import judge

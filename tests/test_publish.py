@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ralf.__main__ import main
 from ralf.kernels.artifact import Artifact, golden, open_artifact, versions
 from ralf.kernels.engine import load as load_engine
 from ralf.kernels.networks import build
@@ -17,7 +18,6 @@ from ralf.train.loop.checkpoint import CheckpointError, load
 from ralf.train.loop.loop import BEST, LAST, Options, train
 from ralf.train.publish import Told, judged, made_crops, publish, recalibrate, weights
 from ralf.train.recipes import named
-from ralf.worker.cli.main import main
 from tests.training import MadeBatches, tiny
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from ralf.__main__ import main
 from ralf.kernels.artifact import promote
 from ralf.kernels.networks import build
 from ralf.train.loop.checkpoint import load
@@ -18,7 +19,6 @@ from ralf.train.loop.loop import LAST, Options, train
 from ralf.train.publish import judged, publish, weights
 from ralf.train.recipe import Recipe
 from ralf.train.recipes import RECIPES
-from ralf.worker.cli.main import main
 from ralf.worker.contract import Sampling
 from ralf.worker.media.crops import cut
 from ralf.worker.media.decode_pyav import PyavDecoder

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from ralf.__main__ import main
 from ralf.kernels import artifact as models
 from ralf.kernels import history, registry
 from ralf.kernels.artifact import Artifact, ArtifactError, NotFound
 from ralf.kernels.atomic_files import hold, unused
 from ralf.kernels.manifest import Manifest, Reference
 from ralf.kernels.registry import Gate, Refused
-from ralf.worker.cli.main import main
 from ralf.worker.contract import Job, Media
 from ralf.worker.service.pins import pinned
 from ralf.worker.service.store import Store

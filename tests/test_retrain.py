@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ralf.__main__ import main
 from ralf.kernels import artifact as models
 from ralf.kernels import history
 from ralf.kernels.atomic_files import hold
@@ -18,7 +19,6 @@ from ralf.train import retrain, retrain_steps
 from ralf.train.loop import loop
 from ralf.train.retrain import Journal, Step, Stopped, plan, walk
 from ralf.train.retrain_order import targets_of
-from ralf.worker.cli.main import main
 from tests.test_train_cli import TINY
 from tests.training import MadeBatches
 

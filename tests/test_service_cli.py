@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook
 
-from ralf.worker.cli.main import main
+from ralf.__main__ import main
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Progress, SessionPart, Verdict
 from ralf.worker.service.outbox import Outbox

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ralf.__main__ import main
 from ralf.kernels.artifact import golden, resolve
 from ralf.kernels.engine import load as load_engine
-from ralf.worker.cli.main import main
 from tests.training import MadeBatches
 
 TINY = [

@@ -10,18 +10,20 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from importlib.metadata import entry_points
+from collections.abc import Callable, Sequence
 
 from ralf import __version__
 from ralf.kernels.bench.cli import add_benches
+from ralf.kernels.cli import commands as kernels
 from ralf.worker.cli.service import commands as service
 
+Register = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
+"""Adds the commands of one room to the parser."""
 OK, FORGED, USAGE, BAD_MEDIA, INFRASTRUCTURE, INTERRUPTED = 0, 1, 2, 4, 5, 130
 
 
-def parser() -> argparse.ArgumentParser:
-    """Every command of every room that is installed."""
+def parser(more: Sequence[Register] = ()) -> argparse.ArgumentParser:
+    """Every command of this room and of kernels, then those that `more` registers."""
     top = argparse.ArgumentParser(
         prog="ralf",
         description="Finds forged faces in video.",
@@ -35,8 +37,9 @@ def parser() -> argparse.ArgumentParser:
     service(commands)
     _bench(commands)
     _doctor(commands)
-    for point in sorted(entry_points(group="ralf.commands"), key=lambda p: p.name == "train"):
-        point.load()(commands)
+    kernels(commands)
+    for register in more:
+        register(commands)
     return top
 
 
@@ -214,9 +217,9 @@ def _run_doctor(args: argparse.Namespace) -> int:
     return run(args)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, more: Sequence[Register] = ()) -> int:
     """Run one command; every error that Ralf raises on purpose becomes one line and a code."""
-    args = parser().parse_args(arguments)
+    args = parser(more).parse_args(arguments)
     from ralf.worker.errors import JobError, RalfError
     from ralf.worker.settings import SettingsError
 
@@ -241,7 +244,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return INFRASTRUCTURE
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
