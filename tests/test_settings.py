@@ -1,10 +1,22 @@
 """Settings: read once from the environment, typed, and refused by name."""
 
-from dataclasses import fields
+import ast
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
+from ralf.worker.service import sandbox
 from ralf.worker.settings import Settings, SettingsError
+
+WORKER = Path(__file__).resolve().parent.parent / "worker"
+CHILD_READS = [
+    WORKER / "runtime.py",
+    WORKER / "pipeline.py",
+    *sorted((WORKER / "media").glob("*.py")),
+    *(WORKER / "service" / name for name in ("child.py", "models.py", "jobs.py", "shadow.py")),
+]
+"""The files whose code runs in the child process and sees Settings."""
 
 
 def test_nothing_set_is_the_defaults():
@@ -53,3 +65,52 @@ def test_an_unknown_name_is_refused():
 def test_every_setting_has_a_plain_default():
     """`ralf doctor` can show them all."""
     assert [] == [part.name for part in fields(Settings) if getattr(Settings(), part.name) is None]
+
+
+def test_settings_come_back_from_their_environment():
+    """A supervisor starts its processes so."""
+    settings = Settings(
+        fetch_ports=(80, 8443), allow_private_addresses=True, retry_delays_s=(1.5,), model="fdfl"
+    )
+
+    assert settings == Settings.from_environment(settings.to_environment())
+
+
+def test_every_setting_that_the_child_reads_is_passed_to_it():
+    """The child once ignored RALF_DECODER, RALF_GPU_CHUNK_BYTES and RALF_FIND_EVERY."""
+    passed = {part.name for part in fields(Settings) if part.metadata.get("child")}
+    changed = replace(Settings(), decoder="pyav", gpu_chunk_bytes=12345, find_every=3)
+    seen = Settings.from_environment(
+        {
+            name: text
+            for name, text in sandbox.environment(changed, {}).items()
+            if name.startswith("RALF_")
+        }
+    )
+
+    assert passed >= {"decoder", "gpu_chunk_bytes", "find_every"}
+    assert set() == settings_read(CHILD_READS) - passed
+    assert ("pyav", 12345, 3) == (seen.decoder, seen.gpu_chunk_bytes, seen.find_every)
+
+
+def settings_read(files: list[Path]) -> set[str]:
+    """The names of settings that appear as attributes in these files."""
+    known = {part.name for part in fields(Settings)}
+    holders = {"settings", "_settings", "most"}
+    found: set[str] = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in known:
+                holder = node.value
+                name = holder.attr if isinstance(holder, ast.Attribute) else None
+                name = holder.id if isinstance(holder, ast.Name) else name
+                found |= {node.attr} if name in holders else set()
+    return found
+
+
+def test_no_secret_and_no_address_is_passed_to_the_child():
+    """The child decodes hostile media."""
+    passed = sandbox.environment(Settings(), {})
+
+    for name in ("REDIS_URL", "WEBHOOK_SECRETS", "BUCKETS", "FILE_ROOTS", "S3_ENDPOINT"):
+        assert f"RALF_{name}" not in passed

@@ -6,10 +6,12 @@ with their values. A value that does not parse is an error that names the variab
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 GIB = 1024**3
+CHILD: Mapping[str, bool] = {"child": True}
+"""Marks a field that the child process reads too: no address, no secret, no bucket."""
 
 
 class SettingsError(ValueError):
@@ -23,42 +25,42 @@ class Settings:
     # where things are
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_prefix: str = "ralf:"
-    models_dir: str = ""
+    models_dir: str = field(default="", metadata=CHILD)
     """Where published models lie; empty means the models/ folder that ships with the code."""
-    model: str = "ralf-small"
-    shadow: str = ""
+    model: str = field(default="ralf-small", metadata=CHILD)
+    shadow: str = field(default="", metadata=CHILD)
     """A version that scores a share of the jobs as well; only the promoted one's verdict counts."""
-    shadow_share: float = 0.1
-    canary: str = ""
+    shadow_share: float = field(default=0.1, metadata=CHILD)
+    canary: str = field(default="", metadata=CHILD)
     """VERSION:tenant-a,tenant-b or VERSION:5%: whose verdicts come from a version not promoted."""
     work_dir: str = ""
     """Fetched files and the child's socket; empty means a private folder under the system's."""
 
     # the device
-    device: str = "auto"
-    threads: int = 0
+    device: str = field(default="auto", metadata=CHILD)
+    threads: int = field(default=0, metadata=CHILD)
     """CPU threads of the child; 0 means one per core available."""
-    decoder: str = "auto"
+    decoder: str = field(default="auto", metadata=CHILD)
     """On a GPU: auto sends each clip where it is sooner decoded; pyav or dali pins one."""
-    gpu_chunk_bytes: int = 512 * 1024**2
+    gpu_chunk_bytes: int = field(default=512 * 1024**2, metadata=CHILD)
     """Decoded pixels of one clip at once in a GPU's memory; four times as many with several."""
 
     # what is refused before decoding
-    max_bytes: int = 2 * GIB
-    max_seconds: float = 4 * 3600.0
-    max_width: int = 8192
-    max_height: int = 4320
-    max_frame_rate: float = 300.0
-    max_streams: int = 64
-    max_frames: int = 300
+    max_bytes: int = field(default=2 * GIB, metadata=CHILD)
+    max_seconds: float = field(default=4 * 3600.0, metadata=CHILD)
+    max_width: int = field(default=8192, metadata=CHILD)
+    max_height: int = field(default=4320, metadata=CHILD)
+    max_frame_rate: float = field(default=300.0, metadata=CHILD)
+    max_streams: int = field(default=64, metadata=CHILD)
+    max_frames: int = field(default=300, metadata=CHILD)
     """The most frames that any job may ask to sample."""
-    max_tracks: int = 16
+    max_tracks: int = field(default=16, metadata=CHILD)
 
     # bounds of one walk
-    chunk_bytes: int = 64 * 1024**2
+    chunk_bytes: int = field(default=64 * 1024**2, metadata=CHILD)
     """Decoded pixels held at once: ten frames of 1080p.  Progress is told after each chunk."""
 
-    find_every: int = 1
+    find_every: int = field(default=1, metadata=CHILD)
     """Faces are sought in each Nth frame and followed between (worker/media/stride.py); verdicts
     of more than 1 are marked uncalibrated."""
 
@@ -132,8 +134,8 @@ class Settings:
     http_host: str = "127.0.0.1"
     http_port: int = 0
     """/metrics, /healthz and /readyz; 0 turns them off."""
-    log_level: str = "info"
-    log_format: str = "auto"
+    log_level: str = field(default="info", metadata=CHILD)
+    log_format: str = field(default="auto", metadata=CHILD)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":
@@ -149,6 +151,20 @@ class Settings:
                 near = ", ".join(sorted(known))
                 raise SettingsError(f"{name} is not a setting of Ralf; known: {near}")
         return cls(**values)
+
+    def to_environment(self, *, child: bool = False) -> dict[str, str]:
+        """The variables from which from_environment() reads these settings; child: only its own."""
+        return {
+            f"RALF_{part.name.upper()}": _text(getattr(self, part.name))
+            for part in fields(self)
+            if part.metadata.get("child") or not child
+        }
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:

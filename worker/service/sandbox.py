@@ -40,28 +40,6 @@ KEPT = (
 )
 """Variables of the parent that the child may see; credentials have no name here."""
 
-SETTINGS = (
-    "models_dir",
-    "model",
-    "shadow",
-    "shadow_share",
-    "canary",
-    "device",
-    "threads",
-    "max_bytes",
-    "max_seconds",
-    "max_width",
-    "max_height",
-    "max_frame_rate",
-    "max_streams",
-    "max_frames",
-    "max_tracks",
-    "chunk_bytes",
-    "log_level",
-    "log_format",
-)
-"""Settings that the child needs; no address, no secret, no bucket among them."""
-
 FILE_BYTES = 1024**3
 """The most that the child may write to one file: compiled kernels in a cache, nothing else."""
 DESCRIPTORS = 1024
@@ -72,8 +50,7 @@ _CLONE_NEWUSER, _CLONE_NEWNET, _PR_SET_PDEATHSIG = 0x10000000, 0x40000000, 1
 def environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
     """The child's whole environment."""
     kept = {name: outside[name] for name in KEPT if name in outside}
-    for name in SETTINGS:
-        kept[f"RALF_{name.upper()}"] = str(getattr(settings, name))
+    kept |= settings.to_environment(child=True)
     # The child has another working directory: what was a path from ours must not be one from its.
     for name in ("RALF_MODELS_DIR", "RALF_MODEL"):
         if os.sep in kept[name] or (name == "RALF_MODELS_DIR" and kept[name]):

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -310,14 +310,7 @@ def _stop(process: "subprocess.Popen[bytes]", seconds: float) -> None:
 def as_environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
     """The environment from which Settings.from_environment() reads exactly these settings."""
     environment = {name: value for name, value in outside.items() if not name.startswith("RALF_")}
-    for part in fields(settings):
-        value = getattr(settings, part.name)
-        if isinstance(value, tuple):
-            text = ",".join(map(str, value))
-        else:
-            text = str(int(value)) if isinstance(value, bool) else str(value)
-        environment[f"RALF_{part.name.upper()}"] = text
-    return environment
+    return environment | settings.to_environment()
 
 
 def main(arguments: list[str] | None = None) -> int:
