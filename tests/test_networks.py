@@ -1,5 +1,8 @@
 """The networks: sizes as published, what flows where, every precision, export."""
 
+from importlib.metadata import EntryPoint, EntryPoints
+from typing import Literal, get_args
+
 import numpy as np
 import onnx
 import pytest
@@ -10,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ralf.kernels import networks
 from ralf.kernels.dct import destruct_reference
-from ralf.kernels.networks import build
+from ralf.kernels.networks import build, options
 from ralf.kernels.networks.backbones import FAMILIES, Backbone, NetworkError, load_backbone
 from ralf.kernels.networks.ralf import Ralf
 from ralf.kernels.networks.reconstructor import Fuse, Reconstructor, double, half
@@ -316,3 +320,58 @@ def test_what_cannot_be_built_is_said(name: str, dimensions: dict, message: str)
     """Unknown names and dimensions are errors that show the known ones."""
     with pytest.raises(ValueError, match=message):
         build(name, **dimensions)
+
+
+class Outside(nn.Module):
+    """A network of another package."""
+
+    def __init__(self, *, size: int = 64, mode: Literal["a", "b"] = "a") -> None:
+        super().__init__()
+        self.size, self.mode = size, mode
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As if a package had registered Outside under these names."""
+    value = f"{__name__}:Outside"
+    found = EntryPoints(EntryPoint(name, value, networks.GROUP) for name in names)
+    monkeypatch.setattr(networks, "entry_points", found.select)
+
+
+def test_a_network_of_another_package_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch):
+    """It is built by its name, and takes its own dimensions."""
+    installed(monkeypatch, "outside")
+
+    built = build("outside", size=96, mode="b")
+
+    assert isinstance(built, Outside)
+    assert (built.size, built.mode) == (96, "b")
+    assert networks.names() == ["ralf", "classifier", "fdfl", "ensemble", "outside"]
+
+
+def test_an_unknown_network_is_refused_with_the_names_of_all(monkeypatch: pytest.MonkeyPatch):
+    """Ours and those of other packages."""
+    installed(monkeypatch, "outside")
+
+    with pytest.raises(ValueError, match="one of ralf, classifier, fdfl, ensemble, outside, got"):
+        build("outsider")
+
+
+def test_no_package_replaces_one_of_our_networks(monkeypatch: pytest.MonkeyPatch):
+    """A published model means the same wherever it is loaded."""
+    installed(monkeypatch, "ralf")
+
+    assert isinstance(build("ralf", **TINY), Ralf)
+
+
+@pytest.mark.parametrize("name", [*networks.OURS])
+def test_a_networks_options_have_types(name: str):
+    """Read from the signature, as types and not as text."""
+    found = options(name)
+
+    assert found["size"].annotation is int and found["size"].default == 256
+    assert all(not isinstance(option.annotation, str) for option in found.values())
+
+
+def test_an_option_of_a_few_words_lists_them():
+    """What --set needs to refuse a wrong word."""
+    assert get_args(options("ralf")["sees"].annotation) == ("residual", "both")

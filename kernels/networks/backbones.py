@@ -142,31 +142,6 @@ class Backbone(nn.Module):
         return self.classify(self.stem(image.to(dtype_of(self.stem))))
 
 
-class Classifier(nn.Module):
-    """The backbone alone on the plain crop, scaled to −1..1: the baseline RALF is compared with."""
-
-    def __init__(self, *, backbone: str = "xception", size: int = 256, pool: Pool = "max") -> None:
-        super().__init__()
-        self.size = size
-        self.backbone = Backbone(backbone, pool)
-
-    def trace(self, crops: Tensor) -> Seen:
-        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and what losses look at."""
-        stem = self.backbone.stem
-        return self.backbone.conclude(
-            self.backbone.rest(stem((unit(crops) * 2 - 1).to(dtype_of(stem))))
-        )
-
-    def forward(self, crops: Tensor) -> Tensor:
-        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB → logits [m] of being forged."""
-        return self.trace(crops).logit
-
-    def lower(self, dtype: torch.dtype) -> "Classifier":
-        """The convolutions in a smaller dtype; what must stay exact stays in FP32."""
-        lower_backbone(self.backbone, dtype)
-        return self
-
-
 def lower_backbone(backbone: Backbone, dtype: torch.dtype) -> None:
     """Stem and rest in a smaller dtype; one logit costs nothing, so the head stays."""
     backbone.stem.to(dtype)
