@@ -37,7 +37,7 @@ def node(program: Path, *arguments: str, **environment: str) -> list[str]:
 def script(tmp_path: Path) -> Path:
     """ralf.lua, made as the page says."""
     path = tmp_path / "ralf.lua"
-    command = [sys.executable, "-m", "ralf.worker.service.script"]
+    command = [sys.executable, "-m", "ralf.worker.service.store"]
     path.write_bytes(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
     return path
 

@@ -19,7 +19,6 @@ from ralf.kernels.atomic_files import hold, unused
 from ralf.kernels.manifest import Manifest, Reference
 from ralf.kernels.registry import Gate, Refused
 from ralf.worker.contract import Job, Media
-from ralf.worker.service.pins import pinned
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.test_artifact import DRAFT, Killed, contents, everything, survives_death_at_each_step
@@ -449,6 +448,6 @@ def test_what_waiting_jobs_pin_stays(
     store.submit(jobs)
     rule = ["models", "gc", "tiny", "--models", str(tmp_path), "--keep", "1", "--recent", "1"]
 
-    assert {seven[0]: "pinned by 1 waiting or running jobs"} == pinned(store, "tiny")
+    assert {seven[0]: "pinned by 1 waiting or running jobs"} == store.pinned_versions("tiny")
     assert 0 == main([*rule, "--apply"])
     assert [seven[0], seven[4], seven[6]] == models.versions(tmp_path, "tiny")

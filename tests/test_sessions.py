@@ -240,7 +240,7 @@ class TestEnds:
         store.submit([a_job(session=part(0))])
         store.cancel("j1")
 
-        assert sessions.refold(store, "default", "live").failed == (
+        assert store.fold_session("default", "live").failed == (
             FailedSegment(number=0, code="cancelled"),
         )
 
@@ -250,7 +250,7 @@ class TestEnds:
             run(store, tenant, part(0), a_verdict(), tenant=tenant)
 
         assert store.hash(store.key("session", "a", "live"))["revision"] == "1"
-        assert sessions.refold(store, "c", "live") is None
+        assert store.fold_session("c", "live") is None
 
     def test_a_fold_of_an_older_state_is_not_written(self, store, redis):
         """A segment came in between: read again."""
@@ -265,7 +265,7 @@ class TestEnds:
         run(store, "1", part(0), a_verdict())
         length = redis.xlen("ralf:verdicts")
         for _ in range(3):
-            sessions.refold(store, "default", "live")
+            store.fold_session("default", "live")
 
         assert redis.xlen("ralf:verdicts") == length
 
@@ -277,7 +277,7 @@ class TestEnds:
         random.shuffle(claims)
         with ThreadPoolExecutor(8) as pool:
             ends = list(pool.map(lambda c: store.end(c, a_verdict([through([0.1] * 5)])), claims))
-        verdict = sessions.refold(store, "default", "live")
+        verdict = store.fold_session("default", "live")
 
         assert all(ends)
         assert (verdict.segments, verdict.complete, len(verdict.tracks)) == (40, True, 1)

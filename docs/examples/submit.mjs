@@ -1,6 +1,6 @@
 // Submit an upload and wait for its verdict, with nothing but Node and Redis' own protocol.
 //
-//     python -m ralf.worker.service.script > ralf.lua
+//     python -m ralf.worker.service.store > ralf.lua
 //     node docs/examples/submit.mjs redis://USER:PASSWORD@HOST:6379/0 ralf.lua TOKEN URI [SECONDS]
 //
 // Also unix:///path?username=…&password=… . Prints one JSON line: how the submission went, then the

@@ -47,14 +47,13 @@ def _pinned(model: str) -> dict[str, str]:
     """Versions of a model that the queue's jobs pin; an OSError when Redis does not answer."""
     from redis.exceptions import RedisError
 
-    from ralf.worker.service.pins import pinned
     from ralf.worker.service.store import Store, connect
     from ralf.worker.settings import Settings
 
     settings = Settings.from_environment()
     store = Store(connect(settings.redis_url, attempts=1), settings)
     try:
-        return pinned(store, model)
+        return store.pinned_versions(model)
     except RedisError as error:
         raise OSError(str(error)) from error
     finally:

@@ -28,7 +28,6 @@ import structlog
 from redis.exceptions import RedisError
 
 from ralf.worker.contract import Priority
-from ralf.worker.service import sessions
 from ralf.worker.service.records import Outcome
 from ralf.worker.service.store import PRIORITIES, Store, decoded
 from ralf.worker.settings import Settings
@@ -142,7 +141,7 @@ class Janitor:
         for name in changed:
             tenant, _, session_id = decoded(name).partition(":")
             try:
-                folded += sessions.refold(self.store, tenant, session_id, now=now) is not None
+                folded += self.store.fold_session(tenant, session_id, now=now) is not None
             except ValueError as fault:  # one that cannot be read must not stop the sweep
                 log.error("session.unreadable", tenant=tenant, session=session_id, error=str(fault))
         return folded

@@ -30,12 +30,12 @@ from ralf.worker.contract import (
 )
 from ralf.worker.errors import Cancelled, DecoderCrashed, GpuFatal, GpuOom, JobError, RalfError
 from ralf.worker.service.messages import Run
+from ralf.worker.service.records import MODERATE
 
 if TYPE_CHECKING:
     from ralf.worker.runtime import Parts
 
 PREFIX = "ralf.worker.service.jobs."
-MODERATE = PREFIX + "moderate"
 Bodies = Literal["moderate", "test"]
 _ZEROS = "0" * 64
 

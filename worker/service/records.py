@@ -10,12 +10,14 @@ from typing import Any, Literal, cast
 
 from ralf.worker.contract import ENDED, Failure, Job, Label, Priority, Progress, State, dump
 
-Order = Literal["go_on", "cancel", "lost"]
+MODERATE = "ralf.worker.service.jobs.moderate"
+"""The function that a job names in Redis."""
+BeatReply = Literal["go_on", "cancel", "lost"]
 """What a running job should do next; lost: its lease ran out and another may have it."""
 Outcome = Literal["retried", "failed", "quarantined", "cancelled", "expired", "lost"]
 """What became of a run without a verdict; lost: the claim was void, nothing changed."""
-NOT_BODY = frozenset({"job_id", "submitted_at", "traceparent"})
-"""What may differ between two submissions of the same body."""
+NOT_IN_HASH = frozenset({"job_id", "submitted_at", "traceparent"})
+"""What may differ between two submissions of the same request."""
 Event = Literal["verdict.ready", "verdict.failed", "session.alert"]
 
 
@@ -38,7 +40,7 @@ class Submitted:
         if kind == b"conflict":
             stored, asked = json.loads(document), json.loads(dump(job))
             fields = stored.keys() | asked.keys()
-            differ = {f for f in fields if stored.get(f) != asked.get(f)} - NOT_BODY or {"body"}
+            differ = {f for f in fields if stored.get(f) != asked.get(f)} - NOT_IN_HASH or {"body"}
         return cls(job_id.decode(), _state(state.decode()), kind != b"new", tuple(sorted(differ)))
 
 

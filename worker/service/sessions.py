@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ralf.kernels.manifest import Aggregation, Calibration
 from ralf.worker.contract import (
@@ -35,11 +35,7 @@ from ralf.worker.contract import (
     SessionVerdict,
     Threshold,
     Verdict,
-    dump,
 )
-
-if TYPE_CHECKING:
-    from ralf.worker.service.store import Store
 
 OVERLAP = 0.3
 """Least intersection over union of the two boxes at a border."""
@@ -47,7 +43,6 @@ REACH_MS = 1000
 """A face may go unseen for so long across a border, or for so many usual steps:"""
 REACH_STEPS = 2.5
 LISTED = 64
-TRIES = 8
 EDGE = 0.5e-6
 """Half the last digit of a score: its logit stays finite."""
 
@@ -162,24 +157,6 @@ def fold(tenant: str, session_id: str, stored: Mapping[str, str]) -> SessionVerd
         failed=tuple(failed),
         warnings=tuple(_warnings(segments, len(tracks))),
     )
-
-
-def refold(
-    store: "Store", tenant: str, session_id: str, *, now: float | None = None
-) -> SessionVerdict | None:
-    """Fold a changed session, store and emit it; None when there is none, or others keep changing
-    it: it then stays marked, and the next end or the janitor folds it."""
-    for _ in range(TRIES):
-        stored = store.hash(store.key("session", tenant, session_id))
-        verdict = fold(tenant, session_id, stored)
-        said = json.dumps(facts(verdict))
-        alert = "1" if verdict.label == "likely_forged" else "0"
-        written = store.call(
-            "fold", now, tenant, session_id, verdict.revision, dump(verdict), said, alert
-        )
-        if written:
-            return verdict if stored else None
-    return None
 
 
 def facts(verdict: SessionVerdict) -> dict[str, Any]:

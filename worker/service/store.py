@@ -1,76 +1,130 @@
 """Every key in Redis, and the scripts that change them.
 
-A job's walk is a handful of moves, each a Lua script (jobs.lua, claims.lua, repairs.lua), so that
-a process may die between any two of them and the job is still in exactly one place:
+A job goes from submission to its end in a few moves.  Each move is one operation of a Lua script
+(lua/jobs.lua, claims.lua, repairs.lua), which Redis runs as one atomic step: a process may die
+between any two moves, and the job is still in exactly one place.
 
     submit    token, job, RQ's hash, pending list; known token → the stored job, or its conflict
-    begin     queued → running; gives a Claim, with which alone the running job can be changed
+    begin     queued → running; gives a Claim: only its holder can change the running job
     beat      extend the lease, note progress; answers go_on, cancel or lost
-    end       running → its one end: state, verdict, evidence, stream, outbox, session, all or none
+    end       running → ended: state, verdict, evidence, stream, outbox, session, all or none
     retry     running → queued after a delay, charged; past the last retry: failed
-    hand_back running → queued, not charged (drain, no model)
+    hand_back running → queued, not charged (the worker stops, or has no model)
     crashed   running → queued alone, or quarantined at the second counted crash
-    cancel    queued → cancelled; a running job is told at its next beat
+    cancel    queued → cancelled; a running job learns of it at its next beat
 
-    status  job  verdict  partial  evidence  counts   only read
+    status  job  verdict  partial  evidence  counts  pinned_versions    only read
 
-`call` runs any one operation of the scripts; outbox.py, quarantine.py, janitor.py and sessions.py
-give names to those that are theirs.
+`call` runs any one operation of the scripts; deliver.py, quarantine.py and janitor.py give names
+to those that only they use.
 
-What lies where, under settings.redis_prefix: token:TENANT:TOKEN, job:ID, verdict:ID, evidence:ID,
+The keys, under settings.redis_prefix: token:TENANT:TOKEN, job:ID, verdict:ID, evidence:ID,
 pending:PRIORITY:TENANT, turn:PRIORITY (tenants in turn), waiting:PRIORITY and running:PRIORITY
 (zsets of queued and running jobs), due, deadlines, popped, verdicts (stream), outbox, dead,
 delivery:ID, endpoints:disabled, crashes:job:ID, crashes:file:SHA, quarantine, session:TENANT:ID,
 sessions:changed, swept; channel watch:ID.  Beside them RQ's own: rq:job:ID and
-rq:queue:ralf-PRIORITY hold an id and a function's name, as JSON; the job itself is ours.
+rq:queue:ralf-PRIORITY hold an id and a function's name, as JSON; the job itself is in our keys.
 
-Time is Redis' own unless a test passes `now`.  One Redis (6.2 or later), with persistence on and
-`noeviction`; not a Redis Cluster, since one script touches keys of many hash slots.
+Times come from Redis' own clock unless a test passes `now`.  One Redis (6.2 or later), with
+persistence on and `noeviction`; not a Redis Cluster, since one script touches keys of many hash
+slots.
+
+`python -m ralf.worker.service.store` prints the script, for clients in other languages; see
+docs/integration.md.
 """
 
 import hashlib
 import json
 import random
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC
+from importlib.resources import files
 from typing import Any, Literal, cast
 
 from pydantic import ValidationError
-from redis import exceptions
+from redis import Redis, exceptions
+from redis.backoff import EqualJitterBackoff
+from redis.retry import Retry
 
-from ralf.worker.contract import Evidence, Failure, Job, Priority, Progress, State, Verdict, dump
+from ralf.worker.contract import (
+    Evidence,
+    Failure,
+    Job,
+    Priority,
+    Progress,
+    SessionVerdict,
+    State,
+    Verdict,
+    dump,
+)
 from ralf.worker.service import sessions
-from ralf.worker.service.records import NOT_BODY, Claim, Counts, Order, Outcome, Status, Submitted
-from ralf.worker.service.script import PRIORITIES, Script, connect, decoded, queue_prefix
+from ralf.worker.service.records import (
+    MODERATE,
+    NOT_IN_HASH,
+    BeatReply,
+    Claim,
+    Counts,
+    Outcome,
+    Status,
+    Submitted,
+)
 from ralf.worker.settings import Settings
 
-__all__ = ["END_BY_CODE", "MODERATE", "PRIORITIES", "Store", "body_of", "connect", "decoded"]
-
-MODERATE = "ralf.worker.service.jobs.moderate"
+PRIORITIES: tuple[Priority, ...] = ("high", "default")
 DETAIL_BYTES = 4096
 END_BY_CODE: Mapping[str, State] = {"cancelled": "cancelled", "deadline_passed": "expired"}
+RQ_TTL_S = 3600
+"""What RQ shows of an ended job is kept for this long."""
+TRIES = 3
+FOLD_TRIES = 8
+PAGE = 500
 
 
-def body_of(job: Job) -> str:
-    """The hash of what the client asked for; the same token with another body is a conflict.
+def connect(url: str, *, attempts: int = 10) -> Redis:
+    """A client that waits out a restart of Redis of some ten seconds.
 
-    Without what has its default, so that a release with a new field is no conflict with the last.
+    It sends a command again when the answer was lost, so every operation here may run twice.
     """
-    body = job.model_dump(mode="json", exclude=set(NOT_BODY), exclude_defaults=True)
+    return Redis.from_url(
+        url,
+        socket_timeout=5.0,  # redis-py before 8 waits for ever; a blocking pop asks for a second
+        retry=Retry(EqualJitterBackoff(base=0.05, cap=2.0), attempts),
+        retry_on_error=[
+            exceptions.ConnectionError,
+            exceptions.TimeoutError,
+            exceptions.BusyLoadingError,
+        ],
+        health_check_interval=30,
+    )
+
+
+def decoded(value: Any) -> str:
+    """What Redis answered, as a string."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def request_hash(job: Job) -> str:
+    """The hash of what the client asked for; the same token with another hash is a conflict.
+
+    Fields that have their default are left out, so that a release with a new field gives the same
+    hash as the release before it.
+    """
+    body = job.model_dump(mode="json", exclude=set(NOT_IN_HASH), exclude_defaults=True)
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
-    """The service's one door to Redis; safe to share between threads."""
+    """All reads and writes of Redis; safe to share between threads."""
 
     def __init__(self, redis: Any, settings: Settings, *, function: str = MODERATE) -> None:
         self.redis: Any = redis
         self.settings = settings
         self.function = function
         self.prefix = settings.redis_prefix
-        self._script = Script(redis, settings)
+        # Redis keeps the script under its hash; redis-py sends the text again where it is lost.
+        self._script: Any = redis.register_script(lua_source(settings))
 
     # names in Redis
 
@@ -80,7 +134,7 @@ class Store:
 
     def queue(self, priority: Priority) -> str:
         """The name of RQ's queue."""
-        return queue_prefix(self.settings) + priority
+        return _queue_prefix(self.settings) + priority
 
     def watch_channel(self, job_id: str) -> str:
         """Where a message says that a job's status is worth reading again."""
@@ -100,7 +154,7 @@ class Store:
         if not jobs:
             return []
         calls = [_submission(job, function or self.function) for job in jobs]
-        replies = self._script.run_many("submit", now, calls)
+        replies = self._call_many("submit", now, calls)
         return [Submitted.read(job, reply) for job, reply in zip(jobs, replies, strict=True)]
 
     def cancel(self, job_id: str, *, now: float | None = None) -> State | None:
@@ -176,9 +230,12 @@ class Store:
         alone: bool | None = None,
         file_sha: str | None = None,
         now: float | None = None,
-    ) -> Order:
-        """Prove that the job runs, note what is given, and hear what to do; at most once a second
-        with progress (the caller's part), and at least each settings.heartbeat_s."""
+    ) -> BeatReply:
+        """Prove that the job runs, store what is given, and learn what to do next.
+
+        The caller sends progress at most once a second, and beats at least every
+        settings.heartbeat_s.
+        """
         reply = self.call(
             "beat",
             now,
@@ -189,7 +246,7 @@ class Store:
             "" if progress is None else dump(progress),
             "" if partial is None else dump(partial),
         )
-        return cast(Order, decoded(reply))
+        return cast(BeatReply, decoded(reply))
 
     def end(
         self,
@@ -215,9 +272,9 @@ class Store:
             arguments = (state, text, text, "", "", "")
         ended = bool(self.call("finish", now, claim.job_id, claim.nonce, *arguments))
         if ended and job.session is not None:
-            # The end stands whatever becomes of the fold: the session is marked for the janitor.
+            # If the fold fails the end still stands: the session stays marked for the janitor.
             with suppress(exceptions.RedisError):
-                sessions.refold(self, job.tenant, job.session.session_id, now=now)
+                self.fold_session(job.tenant, job.session.session_id, now=now)
         return ended
 
     def retry(
@@ -264,8 +321,31 @@ class Store:
         )
 
     def refill(self, priority: Priority) -> int:
-        """Top RQ's list up to twice the workers, tenant by tenant; every other move does it too."""
+        """Fill RQ's list up to two jobs a worker, one tenant after the other.
+
+        Every other move does it too.
+        """
         return int(self.call("refill", None, priority))
+
+    def fold_session(
+        self, tenant: str, session_id: str, *, now: float | None = None
+    ) -> SessionVerdict | None:
+        """Fold a changed session, store it and announce it.
+
+        None when there is no such session, or when others keep changing it: it then stays marked,
+        and the next end or the janitor folds it.
+        """
+        for _ in range(FOLD_TRIES):
+            stored = self.hash(self.key("session", tenant, session_id))
+            verdict = sessions.fold(tenant, session_id, stored)
+            facts = json.dumps(sessions.facts(verdict))
+            alert = _flag(verdict.label == "likely_forged")
+            written = self.call(
+                "fold", now, tenant, session_id, verdict.revision, dump(verdict), facts, alert
+            )
+            if written:
+                return verdict if stored else None
+        return None
 
     # figures
 
@@ -296,11 +376,52 @@ class Store:
             quarantined=quarantined,
         )
 
-    # the scripts
+    def pinned_versions(self, model: str) -> dict[str, str]:
+        """Each version of the model that a queued or running job names, and why to keep it.
 
-    def call(self, operation: str, now: float | None, *arguments: Any) -> Any:
-        """Run one operation of the scripts."""
-        return self._script.run(operation, now, *arguments)
+        `ralf models gc` must not remove these.  Read in pages, so that a long queue costs time and
+        not memory.
+        """
+        counts: dict[str, int] = {}
+        for document in self._unended_documents():
+            name, _, version = str(json.loads(document).get("model") or "").partition("@")
+            if name == model and version:
+                counts[version] = counts.get(version, 0) + 1
+        return {version: f"pinned by {n} waiting or running jobs" for version, n in counts.items()}
+
+    def _unended_documents(self) -> Iterator[str]:
+        for priority in PRIORITIES:
+            for kind in ("waiting", "running"):
+                ids = self.redis.zrange(self.key(kind, priority), 0, -1)
+                for start in range(0, len(ids), PAGE):
+                    with self.redis.pipeline(transaction=False) as pipe:
+                        for job_id in ids[start : start + PAGE]:
+                            pipe.hget(self.key("job", decoded(job_id)), "document")
+                        yield from (decoded(text) for text in pipe.execute() if text is not None)
+
+    # the script
+
+    def call(self, operation: str, now: float | None, *arguments: Any, client: Any = None) -> Any:
+        """Run one operation of the script; with a pipeline as `client`, as a part of it."""
+        at = "" if now is None else repr(now)
+        return self._script(args=[operation, at, *arguments], client=client or self.redis)
+
+    def _call_many(self, operation: str, now: float | None, calls: Sequence[Sequence[Any]]) -> Any:
+        """Run one operation for each list of arguments, in one round trip.
+
+        redis-py loads the script before it sends the calls.  A Redis that was restarted in between
+        has lost it, and redis-py sends the calls again without it; so we begin again.
+        """
+        for left in reversed(range(TRIES)):
+            with self.redis.pipeline(transaction=False) as pipe:
+                for arguments in calls:
+                    self.call(operation, now, *arguments, client=pipe)
+                try:
+                    return pipe.execute()
+                except exceptions.NoScriptError:
+                    if not left:
+                        raise
+        raise AssertionError  # the last try returns or raises
 
     def hash(self, key: str) -> dict[str, str]:
         """A hash in Redis, empty when there is none."""
@@ -314,7 +435,7 @@ def _submission(job: Job, function: str) -> tuple[Any, ...]:
     created = job.submitted_at.astimezone(UTC)
     return (
         job.job_id,
-        body_of(job),
+        request_hash(job),
         dump(job),
         job.tenant,
         job.priority,
@@ -331,3 +452,42 @@ def _submission(job: Job, function: str) -> tuple[Any, ...]:
 
 def _flag(value: bool) -> Literal["0", "1"]:
     return "1" if value else "0"
+
+
+# the script's text
+
+
+def lua_source(settings: Settings) -> str:
+    """The three Lua files as one script, with the settings before them as constants."""
+    constants = {
+        "prefix": settings.redis_prefix,
+        "queue": _queue_prefix(settings),
+        "lease": settings.heartbeat_ttl_s,
+        "reclaim": settings.reclaim_after_s,
+        "retries": settings.retries,
+        "quarantine_after": settings.quarantine_after,
+        "job_ttl": settings.job_ttl_s,
+        "token_ttl": settings.token_ttl_s,
+        "verdict_ttl": settings.verdict_ttl_s,
+        "evidence_ttl": settings.evidence_ttl_s,
+        "session_ttl": settings.session_ttl_s,
+        "crash_ttl": settings.crash_ttl_s,
+        "stream": settings.stream_max_len,
+        # RQ's own time limit is only a last resort: the worker process ends a late job before.
+        "rq_timeout": int(settings.timeout_most_s) + 120,
+        "rq_ttl": RQ_TTL_S,
+    }
+    lines = [f"  {name} = {json.dumps(value)}," for name, value in constants.items()]
+    lines.append("  priorities = {" + ", ".join(json.dumps(name) for name in PRIORITIES) + "},")
+    folder = files("ralf.worker.service").joinpath("lua")
+    parts = [folder.joinpath(f"{name}.lua").read_text() for name in ("jobs", "claims", "repairs")]
+    return "\n".join(["local C = {", *lines, "}", *parts])
+
+
+def _queue_prefix(settings: Settings) -> str:
+    """How the names of RQ's queues begin; the priority follows."""
+    return settings.redis_prefix.replace(":", "-")
+
+
+if __name__ == "__main__":
+    print(lua_source(Settings.from_environment()), end="")
