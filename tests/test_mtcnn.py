@@ -27,12 +27,12 @@ from ralf.kernels.cpu_threads import side_by_side
 from ralf.kernels.manifest import Finder
 from ralf.kernels.networks.mtcnn import WeightsMissing, pretrained, weights_path
 from ralf.train.samples import portraits as known_people
+from ralf.worker.boxes import overlap
 from ralf.worker.contract import Sampling
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.media.mtcnn import Candidates, Mtcnn, reduced_size, smallest_wins
 from ralf.worker.media.probe import probe
 from ralf.worker.media.pyramid import Level, bands, crops, integral, pyramid, shrink
-from ralf.worker.media.tracks import overlap
 from ralf.worker.media.types import Clip, Faces, Frames
 from ralf.worker.settings import Settings
 from tests.clips import face_clip

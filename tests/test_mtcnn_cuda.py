@@ -13,6 +13,7 @@ from torchvision.ops import box_iou, nms
 import ralf.worker.media.mtcnn_cuda as cascade_module
 from ralf.kernels.cuda_graphs import Replay
 from ralf.kernels.manifest import Finder
+from ralf.worker.boxes import overlap
 from ralf.worker.media.mtcnn import Candidates, Mtcnn, smallest_wins
 from ralf.worker.media.mtcnn_boxes import (
     first_rows,
@@ -22,7 +23,6 @@ from ralf.worker.media.mtcnn_boxes import (
     survivors,
 )
 from ralf.worker.media.mtcnn_cuda import Cascade, Room
-from ralf.worker.media.tracks import overlap
 from ralf.worker.media.types import Faces, Frames
 from tests.scenes import frames_of, portrait, scene
 from tests.test_mtcnn import composites, stock

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from ralf.kernels.engine import budget_of
-from ralf.worker.contract import EvidencePolicy, Sampling, Track, Verdict
+from ralf.worker.boxes import overlap
+from ralf.worker.contract import Box, EvidencePolicy, Sampling, Track, Verdict
 from ralf.worker.media.decode_dali import DaliDecoder
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.media.probe import probe
@@ -108,17 +109,13 @@ def assert_same_track(one: Track, other: Track, budget: float) -> None:
     assert one.score is None or abs(one.score - (other.score or 0.0)) <= budget
     for mine, its in zip(one.samples, other.samples, strict=True):
         assert mine.time_ms == its.time_ms
-        assert overlap(mine.box, its.box) >= OVERLAP
+        assert overlap(*([corners(one.box)] for one in (mine, its)))[0, 0] >= OVERLAP
         assert abs(mine.score - its.score) <= budget
 
 
-def overlap(one: Any, other: Any) -> float:
-    """Intersection over union."""
-    width = min(one.right, other.right) - max(one.left, other.left)
-    height = min(one.bottom, other.bottom) - max(one.top, other.top)
-    shared = max(0.0, width) * max(0.0, height)
-    areas = [(box.right - box.left) * (box.bottom - box.top) for box in (one, other)]
-    return float(shared / (sum(areas) - shared))
+def corners(box: Box) -> tuple[float, float, float, float]:
+    """The box as x0 y0 x1 y1."""
+    return box.left, box.top, box.right, box.bottom
 
 
 def budget(*parts: Parts) -> float:

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ralf.worker.contract import Evidence, Picture, Review, SessionPart, Verdict
-from ralf.worker.page.charts import clock, heat
-from ralf.worker.page.markup import UNSHOWABLE, WORDS, data, tag
+from ralf.worker.page.charts import heat
+from ralf.worker.page.markup import UNSHOWABLE, data, tag
 from ralf.worker.report import NOTICE, page
-from ralf.worker.scores import shown
+from ralf.worker.wording import LABEL_WORDS, clock, score_text
 from tests import verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,7 +159,7 @@ def test_the_verdict_is_said_in_words_with_its_notice(sample: Verdict):
     """Not a number alone, and always as an automated assessment."""
     seen = read(sample)
 
-    assert [WORDS[sample.label]] == seen.inside("h1")
+    assert [LABEL_WORDS[sample.label]] == seen.inside("h1")
     assert NOTICE in seen.text()
     assert sample.reason in seen.text()
     for warning in sample.warnings:
@@ -172,7 +172,7 @@ def test_the_score_shown_is_the_verdicts(sample: Verdict):
     marks = (sample.threshold.forged_at, sample.threshold.authentic_below)
     found = re.findall(r"^score (.*)$", "\n".join(seen.inside("text")), re.MULTILINE)
 
-    wanted = [] if sample.score is None else [shown(sample.score, *marks)]
+    wanted = [] if sample.score is None else [score_text(sample.score, *marks)]
     assert wanted == found
     if sample.label != "no_faces":
         assert f"likely forged from {sample.threshold.forged_at:g}" in seen.text()
@@ -183,7 +183,7 @@ def test_every_track_has_a_row_with_its_score_and_a_dot_for_each_sample():
     verdict = verdicts.forged()
     seen = read(verdict)
     values = [
-        "no score" if t.score is None else f"score {shown(t.score, 0.62, 0.35)}"
+        "no score" if t.score is None else f"score {score_text(t.score, 0.62, 0.35)}"
         for t in verdict.tracks
     ]
     spans = [words for words in seen.inside("span") if re.match(r"(no )?score\b", words)]
@@ -230,7 +230,7 @@ def test_the_strip_says_what_the_timeline_says(sample: Verdict):
         found += [what] * ((end - start) // line.bin_ms)
 
     wanted = [
-        f"score {shown(score, sample.threshold.forged_at)}"
+        f"score {score_text(score, sample.threshold.forged_at)}"
         if score is not None
         else {None: "not sampled", 0: "no face"}.get(faces, "faces that do not count")
         for score, faces in zip(line.score, line.faces, strict=True)

@@ -11,7 +11,7 @@ from scipy.stats import trim_mean
 
 from ralf.kernels.manifest import Aggregation, Calibration, Manifest, Network
 from ralf.worker.contract import Threshold
-from ralf.worker.scores import level, shown
+from ralf.worker.scores import level
 from ralf.worker.verdict import (
     MAX_SAMPLES,
     MAX_TRACKS,
@@ -21,6 +21,7 @@ from ralf.worker.verdict import (
     judge,
     threshold_for,
 )
+from ralf.worker.wording import score_text
 
 KINDS = get_args(Aggregation.model_fields["track"].annotation)
 MANIFEST = Manifest(
@@ -511,4 +512,4 @@ def test_segments_of_a_stream_judge_as_the_whole():
 )
 def test_a_shown_score_stays_on_its_side_of_the_threshold(score: float, text: str):
     """0.6196 must not read as 0.620 where 0.62 decides."""
-    assert text == shown(score, 0.62)
+    assert text == score_text(score, 0.62)

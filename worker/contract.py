@@ -200,6 +200,14 @@ class Threshold(Strict):
     authentic_below: Unit
     """Below: likely_authentic; between the two: inconclusive."""
 
+    def decide(self, score: float) -> tuple[Label, str]:
+        """The label of a score, and the words that say on which side of the thresholds it is."""
+        if score >= self.forged_at:
+            return "likely_forged", f"at or above {self.forged_at:g}"
+        if score < self.authentic_below:
+            return "likely_authentic", f"below {self.authentic_below:g}"
+        return "inconclusive", f"between {self.authentic_below:g} and {self.forged_at:g}"
+
 
 class MediaFacts(Strict):
     """What the file is."""

@@ -17,12 +17,12 @@ from functools import cache
 from importlib.resources import files
 
 from ralf.worker.contract import Evidence, Verdict
-from ralf.worker.page.charts import axis, clock, legend, scale, strip
-from ralf.worker.page.markup import WORDS, Html, data, foreign, join, section, tag
+from ralf.worker.page.charts import axis, legend, scale, strip
+from ralf.worker.page.markup import Html, data, foreign, join, section, tag
 from ralf.worker.page.provenance import groups
 from ralf.worker.page.review import draft, form
 from ralf.worker.page.tracks import strongest, tracks
-from ralf.worker.scores import shown
+from ralf.worker.wording import LABEL_WORDS, clock, score_text
 
 NOTICE = (
     "This is an automated assessment, not proof. It says how much the faces look like forgeries "
@@ -33,7 +33,7 @@ NOTICE = (
 def page(verdict: Verdict, evidence: Evidence) -> str:
     """The whole page."""
     style, script = _asset("page.css"), _asset("page.js")
-    title = f"{WORDS[verdict.label]} · {_subject(verdict)}"
+    title = f"{LABEL_WORDS[verdict.label]} · {_subject(verdict)}"
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
         "base-uri 'none'; form-action 'none'"
@@ -95,7 +95,7 @@ def _header(verdict: Verdict) -> Html:
     return tag(
         "header",
         tag("p", "Automated assessment of ", foreign(_subject(verdict)), class_="kicker"),
-        tag("h1", WORDS[verdict.label]),
+        tag("h1", LABEL_WORDS[verdict.label]),
         *_cautions(verdict),
         score,
         tag("p", foreign(verdict.reason), class_="reason"),
@@ -182,7 +182,7 @@ def _segments(verdict: Verdict) -> list[Html]:
             tag("td", clock(segment.start_ms), class_="time"),
             tag("td", clock(segment.end_ms), class_="time"),
             tag("td", foreign(segment.track_id)),
-            tag("td", shown(segment.score, verdict.threshold.forged_at)),
+            tag("td", score_text(segment.score, verdict.threshold.forged_at)),
             tag("td", clock(segment.peak_ms), class_="time"),
             tag("td", f"{(segment.end_ms - segment.start_ms) / 1000:.3f} s", class_="time length"),
         )

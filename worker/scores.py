@@ -26,9 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ralf.kernels.manifest import Aggregation, Calibration
-
-DIGITS = 6
-"""Scores are rounded before they are compared, so that what is shown is what decided."""
+from ralf.worker.wording import SCORE_DIGITS
 
 Floats = NDArray[np.float64]
 Reals = NDArray[np.floating[Any]]
@@ -112,7 +110,7 @@ def level(logits: Reals, aggregation: Aggregation) -> float:
 def calibrated(logits: Reals, calibration: Calibration) -> Floats:
     """P(forged) of each logit, rounded as it is shown."""
     z = (np.asarray(logits, np.float64) - calibration.shift) / calibration.temperature
-    rounded: Floats = np.round(0.5 * (1.0 + np.tanh(0.5 * z)), DIGITS)  # never overflows
+    rounded: Floats = np.round(0.5 * (1.0 + np.tanh(0.5 * z)), SCORE_DIGITS)  # never overflows
     return rounded
 
 
@@ -122,16 +120,3 @@ def strongest(scores: Scores, calibration: Calibration, aggregation: Aggregation
     tracks = [scores.logit[counted & (scores.track == one)] for one in np.unique(scores.track)]
     levels = [level(own, aggregation) for own in tracks if len(own) >= aggregation.min_faces]
     return float(calibrated(np.array([max(levels)]), calibration)[0]) if levels else None
-
-
-def shown(score: float, *marks: float) -> str:
-    """The score in three digits, or in as many as keep it on its side of every mark."""
-    if 0 < score < 0.0005:
-        return "<0.001"
-    if score >= 0.9995:
-        return ">0.999"
-    for digits in range(3, DIGITS):
-        text = f"{score:.{digits}f}"
-        if all((float(text) >= mark) == (score >= mark) for mark in marks):
-            return text
-    return f"{score:.{DIGITS}f}"

@@ -21,8 +21,9 @@ import numpy as np
 
 from ralf.kernels.manifest import Aggregation, Calibration, Manifest
 from ralf.worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
-from ralf.worker.scores import Ints, Reals, Scores, calibrated, level, shown
+from ralf.worker.scores import Ints, Reals, Scores, calibrated, level
 from ralf.worker.segments import Record, segments_of, timeline_of
+from ralf.worker.wording import score_text
 
 __all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "threshold_for"]
 
@@ -258,15 +259,10 @@ def _decide(
         if decisive[1:]
         else f"{strongest.name}, the only track that counts,"
     )
-    forged_at, low = threshold.forged_at, threshold.authentic_below
-    scored = (
-        f"{who} scored {shown(score, forged_at, low)} over {_count(len(strongest.votes), 'face')}"
-    )
-    if score >= forged_at:
-        return "likely_forged", score, f"{scored}: at or above {forged_at:g}."
-    if score < low:
-        return "likely_authentic", score, f"{scored}: below {low:g}."
-    return "inconclusive", score, f"{scored}: between {low:g} and {forged_at:g}."
+    label, why = threshold.decide(score)
+    scored = score_text(score, threshold.forged_at, threshold.authentic_below)
+    over = _count(len(strongest.votes), "face")
+    return label, score, f"{who} scored {scored} over {over}: {why}."
 
 
 def _small_warnings(record: Record, aggregation: Aggregation) -> list[str]:

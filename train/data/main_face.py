@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ralf.train.data.index import Row
 from ralf.train.forge.pixels import resize, to_u8
+from ralf.worker.boxes import overlap
 from ralf.worker.media.types import Faces
 
 Image = NDArray[np.uint8]
@@ -77,17 +78,10 @@ def reviewed(
     for row in rows:
         wanted = np.array(row.box) * [width, height, width, height]
         near = np.flatnonzero(frame_of == row.frame)
-        overlap = [_iou(faces.boxes[place], wanted) for place in near]
-        if overlap and max(overlap) >= 0.4:
-            pairs.append((row, int(near[int(np.argmax(overlap))])))
+        shared = overlap(faces.boxes[near], wanted)[:, 0]
+        if len(near) and shared.max() >= 0.4:
+            pairs.append((row, int(near[int(np.argmax(shared))])))
     return pairs
-
-
-def _iou(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
-    low, high = np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])
-    both = float(np.clip(high - low, 0, None).prod())
-    either = float((one[2:] - one[:2]).prod() + (other[2:] - other[:2]).prod()) - both
-    return both / either if either > 0 else 0.0
 
 
 def keep(

@@ -26,12 +26,12 @@ from ralf.kernels.engine import pick_device
 from ralf.kernels.engine_torch import restore
 from ralf.kernels.manifest import Finder, InputContract
 from ralf.worker import telemetry
+from ralf.worker.boxes import overlap
 from ralf.worker.contract import EvidencePolicy, Sampling
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.media.mtcnn import Mtcnn
 from ralf.worker.media.probe import probe
 from ralf.worker.media.sampling import plan
-from ralf.worker.media.tracks import overlap
 from ralf.worker.media.types import Clip, Faces
 from ralf.worker.pipeline import Ask, analyze
 from ralf.worker.runtime import Parts, cores, load

@@ -25,12 +25,13 @@ from ralf.worker.pipeline import Ask, Partial, analyze
 from ralf.worker.report import page
 from ralf.worker.runtime import Parts, load
 from ralf.worker.settings import Settings
+from ralf.worker.wording import LABEL_WORDS, clock
 
-WORDS = {
-    "likely_forged": ("likely forged", "bold red"),
-    "likely_authentic": ("likely authentic", "bold cyan"),
-    "inconclusive": ("inconclusive", "bold yellow"),
-    "no_faces": ("no faces", "bold"),
+STYLES = {
+    "likely_forged": "bold red",
+    "likely_authentic": "bold cyan",
+    "inconclusive": "bold yellow",
+    "no_faces": "bold",
 }
 
 
@@ -183,17 +184,12 @@ def _bar(file: Path, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
         yield show
 
 
-def clock(ms: int) -> str:
-    """Milliseconds as m:ss.mmm."""
-    return f"{ms // 60000}:{ms // 1000 % 60:02d}.{ms % 1000:03d}"
-
-
 def _show(file: Path, verdict: Verdict, *, as_json: bool) -> None:
     if as_json:
         print(dump(verdict), flush=True)
         return
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    word, style = WORDS[verdict.label]
+    word, style = LABEL_WORDS[verdict.label].lower(), STYLES[verdict.label]
     score = "" if verdict.score is None else f"  score {verdict.score:.3f}"
     line = Text.assemble(f"{shown_name(file)}: ", (word, style), score)
     line.append(f"  (forged at {verdict.threshold.forged_at:.3f}, {verdict.threshold.policy})")

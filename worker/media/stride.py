@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from ralf.worker.media.tracks import overlap
+from ralf.worker.boxes import overlap
 from ralf.worker.media.types import FaceFinder, Faces, Frames
 
 GAP_S = 0.25

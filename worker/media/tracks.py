@@ -28,6 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from ralf.worker.boxes import overlap
+
 if TYPE_CHECKING:  # both need torch; only their numpy fields are read
     from ralf.worker.media.types import Faces, Frames
 
@@ -49,15 +51,6 @@ class Open:
     """When it was last seen."""
     missed: int = 0
     """Frames looked at since then."""
-
-
-def overlap(a: Boxes, b: Boxes) -> Boxes:
-    """Intersection over union [len(a), len(b)] of boxes x0 y0 x1 y1."""
-    start = np.maximum(a[:, None, :2], b[None, :, :2])
-    end = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    shared = np.prod(np.maximum(end - start, 0), axis=2)
-    either = _area(a)[:, None] + _area(b)[None] - shared
-    return np.asarray(shared / np.maximum(either, 1e-9))
 
 
 def _area(boxes: Boxes) -> Boxes:

@@ -11,7 +11,7 @@ from statistics import median
 
 from ralf.worker.contract import Segment, Threshold, Timeline, Track, Verdict
 from ralf.worker.page.markup import Html, join, tag
-from ralf.worker.scores import shown
+from ralf.worker.wording import clock, score_text
 
 STRIP_PX = 96
 LINE_PX = 64
@@ -37,16 +37,6 @@ def _between(start: RGB, end: RGB, done: float, whole: float) -> str:
     part = done / whole if whole > 0 else 1.0
     mixed = (round(a + (b - a) * part) for a, b in zip(start, end, strict=True))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
-
-
-def clock(time_ms: int, digits: int = 3) -> str:
-    """mm:ss.mmm, and hours before them where there are any."""
-    whole, rest = divmod(time_ms, 1000)
-    minutes, seconds = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    start = f"{hours}:" if hours else ""
-    fraction = f".{rest:03d}"[: digits + 1] if digits else ""
-    return f"{start}{minutes:02d}:{seconds:02d}{fraction}"
 
 
 def percent(part: float, whole: float) -> str:
@@ -76,7 +66,7 @@ def scale(verdict: Verdict) -> Html:
     ]
     label = f"From 0 to 1; likely forged from {forged_at:g}."
     if verdict.score is not None:
-        at, words = percent(verdict.score, 1), shown(verdict.score, low, forged_at)
+        at, words = percent(verdict.score, 1), score_text(verdict.score, low, forged_at)
         side = "start" if verdict.score < 0.15 else "end" if verdict.score > 0.85 else "middle"
         drawn += [
             tag("line", class_="needle", x1=at, x2=at, y1=20, y2=42),
@@ -116,7 +106,7 @@ def _bar(line: Timeline, start: int, end: int, threshold: Threshold) -> Html:
     top, fill, words = 0.0, "", ""
     if score is not None:
         top, fill = _height(score, STRIP_PX), heat(score, threshold)
-        words = f"score {shown(score, threshold.forged_at)}"
+        words = f"score {score_text(score, threshold.forged_at)}"
     elif faces is None:
         fill, words = "url(#not-sampled)", "not sampled"
     elif faces == 0:
@@ -166,7 +156,7 @@ def _strip_words(verdict: Verdict) -> str:
     best, place = max(scored)
     unseen = sum(faces is None for faces in line.faces) / len(line.faces)
     return (
-        f"Strongest score over time: {shown(best, verdict.threshold.forged_at)} at "
+        f"Strongest score over time: {score_text(best, verdict.threshold.forged_at)} at "
         f"{clock(place * line.bin_ms)}; {unseen:.0%} of the clip was not sampled."
     )
 
@@ -240,7 +230,7 @@ def line(track: Track, segments: tuple[Segment, ...], verdict: Verdict) -> Html:
     ]
     words = (
         f"{track.faces} faces from {clock(track.start_ms)} to {clock(track.end_ms)}; "
-        f"highest {shown(track.score_max, threshold.forged_at)}."
+        f"highest {score_text(track.score_max, threshold.forged_at)}."
     )
     return _drawing(LINE_PX, words, *shades, mark, _polyline(track, span), *dots)
 

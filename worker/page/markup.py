@@ -13,13 +13,6 @@ UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
 VOID = frozenset({"img", "input", "meta"})
 SHAPES = frozenset({"rect", "line", "circle", "polyline", "path"})
 
-WORDS = {
-    "likely_forged": "Likely forged",
-    "likely_authentic": "Likely authentic",
-    "inconclusive": "Inconclusive",
-    "no_faces": "No faces",
-}
-
 
 class Html(str):
     """A piece of finished HTML."""

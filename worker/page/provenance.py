@@ -5,7 +5,7 @@ from typing import Any
 
 from ralf.worker.contract import Verdict
 from ralf.worker.page.markup import Html, foreign, join, tag
-from ralf.worker.scores import shown
+from ralf.worker.wording import score_text
 
 
 def groups(verdict: Verdict) -> list[Html]:
@@ -31,7 +31,7 @@ def groups(verdict: Verdict) -> list[Html]:
             ("Name", f"{made.model} {made.version}"),
             ("Manifest", tag("span", made.manifest_sha256, class_="hash")),
             ("Weights", tag("span", made.weights_sha256, class_="hash")),
-            *((f"· {name}", shown(score)) for name, score in made.detectors.items()),
+            *((f"· {name}", score_text(score)) for name, score in made.detectors.items()),
             ("Calibration", _plain(made.calibration)),
             ("Aggregation", _plain(made.aggregation)),
             ("Policy", f"{verdict.threshold.policy}: {_plain(_bounds(verdict))}"),

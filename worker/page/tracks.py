@@ -2,10 +2,10 @@
 
 import re
 
-from ralf.worker.contract import Evidence, Picture, Track, Verdict
-from ralf.worker.page.charts import axis, clock, line
-from ralf.worker.page.markup import WORDS, Html, foreign, join, section, tag
-from ralf.worker.scores import shown
+from ralf.worker.contract import Evidence, Label, Picture, Track, Verdict
+from ralf.worker.page.charts import axis, line
+from ralf.worker.page.markup import Html, foreign, join, section, tag
+from ralf.worker.wording import LABEL_WORDS, clock, score_text
 
 STRONGEST = 6
 JPEG_BASE64 = re.compile(r"/9j/[A-Za-z0-9+/]+={0,2}")
@@ -42,17 +42,11 @@ def tracks(verdict: Verdict, evidence: Evidence) -> list[Html]:
 def _track(track: Track, place: int, verdict: Verdict, evidence: Evidence) -> Html:
     forged_at, low = verdict.threshold.forged_at, verdict.threshold.authentic_below
     own = tuple(segment for segment in verdict.segments if segment.track_id == track.track_id)
-    if track.score is None:
-        value, label = "no score", "inconclusive"
-    else:
-        value = f"score {shown(track.score, low, forged_at)}"
-        label = (
-            "likely_forged"
-            if track.score >= forged_at
-            else "likely_authentic"
-            if track.score < low
-            else "inconclusive"
-        )
+    value: str = "no score"
+    label: Label = "inconclusive"
+    if track.score is not None:
+        value = f"score {score_text(track.score, low, forged_at)}"
+        label, _ = verdict.threshold.decide(track.score)
     seen = f"{track.faces} faces, {clock(track.start_ms)} to {clock(track.end_ms)}"
     pictures = sorted(
         (one for one in evidence.pictures if one.track_id == track.track_id),
@@ -65,7 +59,7 @@ def _track(track: Track, place: int, verdict: Verdict, evidence: Evidence) -> Ht
             "div",
             tag("h3", "Track ", foreign(track.track_id), id=f"track-{place}"),
             tag("span", value, class_=f"value {label}"),
-            tag("span", WORDS[label] if track.decisive else "May not decide", class_=label),
+            tag("span", LABEL_WORDS[label] if track.decisive else "May not decide", class_=label),
             tag("span", seen, class_="soft"),
             class_="track-head",
         ),
@@ -137,7 +131,7 @@ def _figure(picture: Picture, verdict: Verdict) -> Html:
         tag("div", *images, class_="pair"),
         tag(
             "figcaption",
-            tag("b", shown(picture.score, verdict.threshold.forged_at)),
+            tag("b", score_text(picture.score, verdict.threshold.forged_at)),
             " · ",
             foreign(picture.track_id),
             f" · {clock(picture.time_ms)}",

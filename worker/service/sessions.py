@@ -252,30 +252,23 @@ def _join(segments: Sequence[_Segment]) -> list[_Chain]:
 
 def _matches(before: _Segment, after: _Segment) -> dict[str, str]:
     """For tracks of `after`, the track of `before` that each goes on from: best overlap first."""
+    from ralf.worker.boxes import overlap  # numpy: a client that imports store.py has none
+
     reach = max(REACH_MS, REACH_STEPS * max(before.step_ms, after.step_ms))
+    shared = overlap([old.last for old in before.pieces], [new.first for new in after.pieces])
     pairs = sorted(
         (
-            (-_overlap(old.last, new.first), old.name, new.name)
-            for old in before.pieces
-            for new in after.pieces
+            (-float(shared[i, j]), old.name, new.name)
+            for i, old in enumerate(before.pieces)
+            for j, new in enumerate(after.pieces)
             if abs(new.start_ms - old.end_ms) <= reach
         ),
     )
     matches: dict[str, str] = {}
-    for overlap, old, new in pairs:
-        if -overlap >= OVERLAP and new not in matches and old not in matches.values():
+    for negated, old, new in pairs:
+        if -negated >= OVERLAP and new not in matches and old not in matches.values():
             matches[new] = old
     return matches
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes, left top right bottom."""
-    across = min(a[2], b[2]) - max(a[0], b[0])
-    down = min(a[3], b[3]) - max(a[1], b[1])
-    if across <= 0 or down <= 0:
-        return 0.0
-    both = across * down
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 
 def _decide(
@@ -290,15 +283,8 @@ def _decide(
         return "inconclusive", None, "No face was seen often enough to decide."
     score, track = max(decisive, key=lambda pair: pair[0])
     said = f"{track.track_id}, the strongest of {len(decisive)}, scored {score:.6f}"
-    if score >= threshold.forged_at:
-        return "likely_forged", score, f"{said}: at or above {threshold.forged_at:g}."
-    if score < threshold.authentic_below:
-        return "likely_authentic", score, f"{said}: below {threshold.authentic_below:g}."
-    return (
-        "inconclusive",
-        score,
-        (f"{said}: between {threshold.authentic_below:g} and {threshold.forged_at:g}."),
-    )
+    label, why = threshold.decide(score)
+    return label, score, f"{said}: {why}."
 
 
 def _warnings(segments: Sequence[_Segment], tracks: int) -> Iterable[str]:
