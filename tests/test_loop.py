@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ralf.kernels.atomic_files import ArtifactError
 from ralf.kernels.networks.backbones import NetworkError
-from ralf.train.loop.checkpoint import CheckpointError, load
+from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, load
 from ralf.train.loop.distributed import ALONE
 from ralf.train.loop.diverged import Diverged
 from ralf.train.loop.initial_weights import make_network
-from ralf.train.loop.loop import BEST, LAST, Options, Outcome, train
+from ralf.train.loop.loop import Options, Outcome, train
 from ralf.train.loop.optimise import MovingAverage, computed_in, optimiser, rate
 from ralf.train.loop.run_log import Journal
 from ralf.train.loop.step import Stepper

@@ -14,9 +14,9 @@ from ralf.kernels.engine import load as load_engine
 from ralf.kernels.networks import build
 from ralf.train.calibrate import calibrate, restored
 from ralf.train.card import Portion, portions, without_places
-from ralf.train.loop.checkpoint import CheckpointError, load
-from ralf.train.loop.loop import BEST, LAST, Options, train
-from ralf.train.publish import Told, judged, made_crops, publish, recalibrate, weights
+from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, judged, load, weights
+from ralf.train.loop.loop import Options, train
+from ralf.train.publish import Told, made_crops, publish, recalibrate
 from ralf.train.recipes import named
 from tests.training import MadeBatches, tiny
 

@@ -14,9 +14,9 @@ import torch
 from ralf.__main__ import main
 from ralf.kernels.artifact import promote
 from ralf.kernels.networks import build
-from ralf.train.loop.checkpoint import load
-from ralf.train.loop.loop import LAST, Options, train
-from ralf.train.publish import judged, publish, weights
+from ralf.train.loop.checkpoint import LAST, judged, load, weights
+from ralf.train.loop.loop import Options, train
+from ralf.train.publish import publish
 from ralf.train.recipe import Recipe
 from ralf.train.recipes import RECIPES
 from ralf.worker.contract import Sampling

@@ -24,8 +24,7 @@ from ralf.kernels.manifest import Aggregation, Manifest, Reference
 from ralf.kernels.networks import build
 from ralf.train.calibrate import Calibrated
 from ralf.train.card import Portion, card
-from ralf.train.loop.checkpoint import Checkpoint, CheckpointError, load
-from ralf.train.loop.loop import BEST, LAST
+from ralf.train.loop.checkpoint import judged, load, weights
 
 GOLDEN = 32
 """Crops in golden.npz."""
@@ -114,19 +113,6 @@ def with_calibration(draft: Manifest, calibrated: Calibrated | None) -> Manifest
             "metrics": {**draft.metrics, "calibration": calibrated.facts()},
         }
     )
-
-
-def judged(run: Path) -> Path:
-    """The checkpoint to publish: the best by validation, else the last."""
-    for name in (BEST, LAST):
-        if (run / name).is_file():
-            return run / name
-    raise CheckpointError(f"no {BEST} and no {LAST} in {run}: is it a folder of `ralf train`?")
-
-
-def weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The judged weights: the moving average where the file has one beside the network."""
-    return checkpoint.part("average") or checkpoint.part("network")
 
 
 def made_crops(size: int, count: int = GOLDEN) -> NDArray[np.uint8]:

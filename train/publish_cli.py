@@ -111,8 +111,8 @@ def golden_faces(run: Path, index: "Index", datasets: list[str]) -> tuple["NDArr
 
     from ralf.train.data.evaluation_set import Examples
     from ralf.train.data.index import Index, IndexFault
-    from ralf.train.loop.checkpoint import load
-    from ralf.train.publish import GOLDEN, judged
+    from ralf.train.loop.checkpoint import judged, load
+    from ralf.train.publish import GOLDEN
 
     kept = Index(index.root, tuple(row for row in index if row.dataset in datasets))
     if not len(kept):

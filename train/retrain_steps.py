@@ -28,8 +28,9 @@ from ralf.train.card import portions
 from ralf.train.data.batches import Batches
 from ralf.train.data.index import Index
 from ralf.train.evaluate.judge import Judge, evaluate, examples_for, from_run, score
-from ralf.train.loop.loop import BEST, train
-from ralf.train.publish import Told, judged, publish
+from ralf.train.loop.checkpoint import BEST, judged
+from ralf.train.loop.loop import train
+from ralf.train.publish import Told, publish
 from ralf.train.recipe import FAMILIES, HELD_OUT
 from ralf.train.recipe_text import to_json
 from ralf.train.retrain import Facts, Step, Stopped

@@ -28,8 +28,8 @@ from ralf.train.data.evaluation_set import Examples
 from ralf.train.data.index import Index
 from ralf.train.evaluate.conditions import CLEAN
 from ralf.train.evaluate.metrics import Metrics, Scored, measure
+from ralf.train.loop.checkpoint import judged, weights
 from ralf.train.loop.checkpoint import load as load_checkpoint
-from ralf.train.publish import judged, weights
 from ralf.train.recipe import Data
 from ralf.worker.scores import calibrated
 

@@ -29,6 +29,7 @@ from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import differences, from_json, to_json
 
 SCHEMA = "ralf.checkpoint/1"
+LAST, BEST = "last.safetensors", "best.safetensors"
 HEADER = "ralf"
 
 
@@ -137,6 +138,19 @@ def load(path: Path) -> Checkpoint:
         commit=document["commit"],
         metrics=document["metrics"],
     )
+
+
+def judged(run: Path) -> Path:
+    """The checkpoint to publish: the best by validation, else the last."""
+    for name in (BEST, LAST):
+        if (run / name).is_file():
+            return run / name
+    raise CheckpointError(f"no {BEST} and no {LAST} in {run}: is it a folder of `ralf train`?")
+
+
+def weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The judged weights: the moving average where the file has one beside the network."""
+    return checkpoint.part("average") or checkpoint.part("network")
 
 
 def refuse_another_run(found: Checkpoint, recipe: Recipe, data_sha256: str, world: int) -> None:

@@ -20,7 +20,7 @@ from ralf.kernels.engine_torch import restore
 from ralf.kernels.manifest import Network
 from ralf.kernels.networks import build
 from ralf.kernels.networks.backbones import FAMILIES, Backbone, load_backbone
-from ralf.train.loop.checkpoint import CheckpointError, load
+from ralf.train.loop.checkpoint import CheckpointError, judged, load, weights
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import differences
 
@@ -80,11 +80,6 @@ def _trained(folder: Path) -> tuple[Network, dict[str, Tensor]]:
         artifact = open_artifact(folder)
         network = restore(artifact.manifest, artifact.read("weights.safetensors"))
         return artifact.manifest.network, network.state_dict()
-    from ralf.train.publish import (  # which knows of training's loop, as the loop of this
-        judged,
-        weights,
-    )
-
     checkpoint = load(judged(folder))
     return checkpoint.recipe.network, weights(checkpoint)
 

@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from ralf.train.loop.checkpoint import (
+    BEST,
+    LAST,
     Checkpoint,
     CheckpointError,
     State,
@@ -46,7 +48,6 @@ from ralf.train.losses.objective import Batch, Moment
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import to_json
 
-LAST, BEST = "last.safetensors", "best.safetensors"
 LOG_EVERY = 20
 """Steps between two lines in the log."""
 Ending = Literal["finished", "stopped_early", "out_of_time", "interrupted"]
