@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ralf.worker.chaos import bodies
 from ralf.worker.contract import Evidence, Job, Media, Progress, Verdict, dump
 from ralf.worker.errors import (
     BadRequest,
@@ -54,7 +55,7 @@ def document(job_id: str, tag: str | None = None) -> str:
 def ask(job_id: str, body: str, *, tag: str | None = None, **more: Any) -> messages.Run:
     """A Run of a test body."""
     return messages.Run(
-        job_id=job_id, function=jobs.PREFIX + body, path="", job=document(job_id, tag), **more
+        job_id=job_id, function=bodies.PREFIX + body, path="", job=document(job_id, tag), **more
     )
 
 

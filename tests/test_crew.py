@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from ralf.worker.chaos import bodies
 from ralf.worker.service import crew as crew_module
-from ralf.worker.service import jobs
 from ralf.worker.service.crew import healthy
 from ralf.worker.service.serve import BROKEN, as_environment
 from ralf.worker.service.store import Store, connect
@@ -77,7 +77,7 @@ def test_two_parents_run_two_jobs_in_one_child_and_drain_at_a_signal(
     store = Store(connect(redis_url), settings)
     with a_crew(settings) as crew:
         asked = [a_job("1", tag="sleep:8"), a_job("2", tag="sleep:8", priority="high")]
-        store.submit(asked, function=jobs.PREFIX + "sleep")
+        store.submit(asked, function=bodies.PREFIX + "sleep")
         until(lambda: store.counts().running == {"high": 1, "default": 1})
         ports = (settings.http_port, settings.http_port + 1)
         assert [get(port, "/healthz")[0] for port in ports] == [200, 200]

@@ -13,9 +13,9 @@ import pytest
 from redis import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
+from ralf.worker.chaos import bodies
 from ralf.worker.client import connect as connect_client
 from ralf.worker.contract import Callback
-from ralf.worker.service import jobs
 from ralf.worker.service.deliver import Deliverer
 from ralf.worker.service.health import queue_counts
 from ralf.worker.service.janitor import Janitor
@@ -93,7 +93,7 @@ def test_each_role_does_its_part(users: dict[str, str]):
         try:
             until(lambda: stores["producer"].counts().workers["default"] == 1)
             asked = a_job("1", tag="sleep:0.2", callback=Callback(url=web.url))
-            stores["producer"].submit([asked, a_job("2")], function=jobs.PREFIX + "sleep")
+            stores["producer"].submit([asked, a_job("2")], function=bodies.PREFIX + "sleep")
             cancelled = client.cancel("j2")
             (*_, status) = client.watch("j1", timeout=60)
         finally:

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from ralf.worker.chaos import bodies
 from ralf.worker.errors import Crashed, Interrupted, Rejected, by_code
-from ralf.worker.service import jobs
 from ralf.worker.service.serve import as_environment
 from ralf.worker.service.store import Store, connect
 from tests.deploy_tools import DEPLOY, ROOT, run
@@ -69,7 +69,7 @@ def exported(redis_server: RedisServer) -> dict[str, set[str]]:
         cwd=ROOT,
     )
     try:
-        store.submit([a_job("1")], function=jobs.PREFIX + "trivial")
+        store.submit([a_job("1")], function=bodies.PREFIX + "trivial")
         until(lambda: (status := store.status("j1")) and status.ended)
         text = get(settings.http_port, "/metrics")[1]
     finally:

@@ -11,9 +11,9 @@ import pytest
 from redis import Redis
 from redis.exceptions import NoPermissionError, ResponseError
 
+from ralf.worker.chaos import bodies
 from ralf.worker.client import connect
 from ralf.worker.contract import Callback, SessionPart
-from ralf.worker.service import jobs
 from ralf.worker.service.deliver import Deliverer
 from ralf.worker.service.janitor import Janitor
 from ralf.worker.service.outbox import Outbox
@@ -75,14 +75,14 @@ def test_the_whole_service_runs_as_its_user_and_a_reader_reads(users: dict[str, 
             callback=Callback(url=web.url),
             session=SessionPart(session_id="live", number=0, offset_ms=0, last=True),
         )
-        store.submit([job], function=jobs.PREFIX + "sleep")
+        store.submit([job], function=bodies.PREFIX + "sleep")
         store.submit([a_job("2")])
         worker = a_worker(settings, "--priority", "high", stderr=None)
         try:
             until(lambda: store.counts().workers["high"] == 1)
             cancelled = client.cancel("j2")
             store.submit(
-                [a_job("3", priority="high", tag="sleep:0.5")], function=jobs.PREFIX + "sleep"
+                [a_job("3", priority="high", tag="sleep:0.5")], function=bodies.PREFIX + "sleep"
             )
             (*_, status) = client.watch("j3", timeout=120)
         finally:

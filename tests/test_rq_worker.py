@@ -25,6 +25,7 @@ from rq.job import Job as RqJob
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.suspension import resume, suspend
 
+from ralf.worker.chaos import bodies
 from ralf.worker.chaos.proof import pid_of
 from ralf.worker.contract import Job, Media
 from ralf.worker.service import jobs
@@ -96,7 +97,8 @@ class Service:
             submitted_at=datetime.now(UTC),
             **fields,
         )
-        self.store.submit([job], function=jobs.PREFIX + body)
+        function = jobs.MODERATE if body == "moderate" else bodies.PREFIX + body
+        self.store.submit([job], function=function)
         return job.job_id
 
     def status(self, job_id: str) -> Status:
@@ -303,9 +305,9 @@ def test_the_parent_holds_no_torch(service: Service):
     [
         ["os.system", None, ["touch {path}"], {}],
         [jobs.MODERATE, None, ["{id}"], {}],
-        [jobs.PREFIX + "trivial", None, ["{id}", "more"], {}],
-        [jobs.PREFIX + "trivial", None, ["{id}"], {"sneaky": 1}],
-        [jobs.PREFIX + "trivial", "an instance", ["{id}"], {}],
+        [bodies.PREFIX + "trivial", None, ["{id}", "more"], {}],
+        [bodies.PREFIX + "trivial", None, ["{id}"], {"sneaky": 1}],
+        [bodies.PREFIX + "trivial", "an instance", ["{id}"], {}],
         {"not": "a list"},
     ],
 )
@@ -353,7 +355,7 @@ class Bomb:
 def test_a_pickled_payload_is_never_loaded(service: Service, tmp_path: Path):
     """The payload is JSON or it is refused."""
     path, job_id = tmp_path / "touched", uuid.uuid4().hex
-    forge(service, job_id, pickle.dumps((jobs.PREFIX + "trivial", None, (Bomb(path),), {})))
+    forge(service, job_id, pickle.dumps((bodies.PREFIX + "trivial", None, (Bomb(path),), {})))
     failed = FailedJobRegistry(service.queue, connection=service.redis)
     until(lambda: job_id in failed.get_job_ids())
 
@@ -722,7 +724,7 @@ def test_rq_itself_reads_our_entries(service: Service):
     service.reaches(job_id, "succeeded")
     entry = RqJob.fetch(job_id, connection=service.redis, serializer="json")
 
-    assert entry.func_name == jobs.PREFIX + "trivial"
+    assert entry.func_name == bodies.PREFIX + "trivial"
     assert entry.origin == service.queue
 
 
@@ -734,7 +736,7 @@ def test_a_job_costs_few_round_trips(redis_server: RedisServer, monkeypatch: pyt
     service = Service(url, settings)
     service.store.redis.close()
     settings = service.settings
-    service.store = Store(connect(url), settings, function=jobs.PREFIX + "trivial")
+    service.store = Store(connect(url), settings, function=bodies.PREFIX + "trivial")
     sent = [0]
     send = AbstractConnection.send_packed_command
 

@@ -17,8 +17,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
+from ralf.worker.chaos import bodies
 from ralf.worker.contract import Media
-from ralf.worker.service import jobs
 from ralf.worker.service.health import Health, queue_counts, serving_at
 from ralf.worker.service.serve import DidNotStart, as_environment, embedded
 from ralf.worker.service.store import Store, connect
@@ -101,7 +101,7 @@ def test_embedded_serves_and_leaves_nothing_behind():
     with embedded(QUICK, bodies="test") as service:
         store = Store(connect(service.redis_url), service.settings)
         job = a_job("1", tag="hello")
-        store.submit([job], function=jobs.PREFIX + "trivial")
+        store.submit([job], function=bodies.PREFIX + "trivial")
         until(lambda: store.verdict(job.job_id) is not None)
         verdict = store.verdict(job.job_id)
         store.redis.close()
@@ -195,7 +195,7 @@ def test_a_worker_tells_its_metrics_and_is_ready_after_its_child(redis_url: str)
     settings = replace(QUICK, redis_url=redis_url, http_port=free_port())
     with at_work(settings) as (process, store):
         assert get(settings.http_port, "/readyz")[0] == 200
-        store.submit([a_job("1")], function=jobs.PREFIX + "trivial")
+        store.submit([a_job("1")], function=bodies.PREFIX + "trivial")
         wanted = 'ralf_jobs_total{code="",outcome="succeeded"} 1.0'
         until(lambda: wanted in get(settings.http_port, "/metrics")[1])
         text = get(settings.http_port, "/metrics")[1]
@@ -227,7 +227,7 @@ def test_a_draining_worker_is_live_and_not_ready(redis_url: str):
         )
         job = a_job("1", media=Media(uri=f"{web.url}/clip.mp4"))
         with at_work(settings) as (process, store):
-            store.submit([job], function=jobs.PREFIX + "weigh")
+            store.submit([job], function=bodies.PREFIX + "weigh")
             until(lambda: web.requests)
             before = get(settings.http_port, "/readyz")[0]
             process.terminate()

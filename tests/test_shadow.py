@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from ralf.worker import telemetry
+from ralf.worker.chaos import bodies
 from ralf.worker.contract import Evidence, Job, Progress, Verdict
 from ralf.worker.errors import CorruptMedia, GpuFatal
-from ralf.worker.service import jobs, messages, shadow
+from ralf.worker.service import messages, shadow
 from ralf.worker.service.child_process import Link
 from ralf.worker.service.jobs import Body, Task
 from ralf.worker.service.shadow import Comparison, Second
@@ -35,10 +36,12 @@ def task(path: Path) -> Task:
                 Job.model_validate_json(document("j1")), unheard)  # fmt: skip
 
 
-def second(path: Path, work: Any = jobs.weigh, took_s: float = 0.0) -> Second:
+def second(path: Path, work: Any = bodies.weigh, took_s: float = 0.0) -> Second:
     """The same job once more."""
     first = task(path)
-    verdict = jobs.blank_verdict(first).model_copy(update={"label": "likely_forged", "score": 0.9})
+    verdict = bodies.blank_verdict(first).model_copy(
+        update={"label": "likely_forged", "score": 0.9}
+    )
     return Second(first, verdict, Body(work, fetches=True, heavy=True), "m@1", SHADOW, took_s)
 
 
@@ -60,7 +63,7 @@ def test_the_file_is_read_though_the_parent_has_removed_it(clip: Path):
     sizes: list[int] = []
 
     def work(asked: Task, parts: Any) -> tuple[Verdict, Evidence]:
-        verdict, evidence = jobs.weigh(asked, parts)
+        verdict, evidence = bodies.weigh(asked, parts)
         sizes.append(verdict.media.size_bytes)
         assert parts is SHADOW
         assert not (asked.job.evidence.thumbnails or asked.job.evidence.residuals)
@@ -128,7 +131,7 @@ def test_two_shadows_do_not_run_at_once(clip: Path):
 
     def work(asked: Task, parts: Any) -> tuple[Verdict, Evidence]:
         inner.append(second(clip).look())
-        return jobs.weigh(asked, parts)
+        return bodies.weigh(asked, parts)
 
     assert "" == second(clip, work).look().error
     assert ["RalfError: skipped: another job's shadow was still running"] == [
@@ -165,6 +168,7 @@ def test_what_differs_is_counted(capsys: pytest.CaptureFixture[str]):
 
 CHILD = """
 import os, socket, sys
+from ralf.worker.chaos import bodies
 from ralf.worker.service import child, jobs
 from ralf.worker.service import models
 from ralf.worker.settings import Settings
@@ -183,7 +187,7 @@ class Shelf(models.EmptyShelf):
 def work(task, parts):
     if parts is parts_of_shadow and task.job.tag == "abort":
         os.abort()
-    return jobs.weigh(task, parts)
+    return bodies.weigh(task, parts)
 
 class parts_of_shadow:
     class artifact:
@@ -192,7 +196,7 @@ class parts_of_shadow:
             name = "m"
 
 listener = socket.socket(fileno=int(sys.argv[1]))
-table = {jobs.PREFIX + "weigh": jobs.Body(work, fetches=True, heavy=True)}
+table = {bodies.PREFIX + "weigh": jobs.Body(work, fetches=True, heavy=True)}
 made = child.Child(listener, table=table, shelf=Shelf(Settings()), capacity=1)
 os._exit(made.serve())
 """

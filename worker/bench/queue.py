@@ -29,6 +29,7 @@ from rq.worker import BaseWorker
 
 from ralf.kernels.bench.record import Record, Timing, machine, timing
 from ralf.worker import telemetry
+from ralf.worker.chaos import bodies
 from ralf.worker.client import Client, request
 from ralf.worker.contract import Failure, Job
 from ralf.worker.service import jobs
@@ -43,7 +44,7 @@ LATENCY_JOBS = 200
 CROWD, FEW = 10_000, 10
 IDLE_S = 0.05
 """Between two jobs of the latency's, on average: the worker is asleep in Redis again."""
-TRIVIAL = jobs.PREFIX + "trivial"
+TRIVIAL = bodies.PREFIX + "trivial"
 
 
 def nothing(name: str) -> None:

@@ -26,8 +26,8 @@ from typing import Literal
 
 from ralf.kernels.bench.record import Record, machine, timing
 from ralf.worker.bench.queue import own_redis
+from ralf.worker.chaos import bodies
 from ralf.worker.client import request
-from ralf.worker.service import jobs
 from ralf.worker.service.processes import Fleet, FleetFailed
 from ralf.worker.service.procfs import cpu
 from ralf.worker.service.store import Store, connect
@@ -67,7 +67,7 @@ class Group:
         for post in self.fleet.of("worker"):
             pids += [post.pid, self.fleet.child_of(post)]
         before = sum(map(cpu, pids))
-        self.store.submit(made, function=jobs.PREFIX + body)
+        self.store.submit(made, function=bodies.PREFIX + body)
         verdicts = self.store.key("verdicts")
         _wait(lambda: self.store.redis.xlen(verdicts) >= count, f"{count} jobs did not end")
         spent = sum(map(cpu, pids)) - before

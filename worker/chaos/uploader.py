@@ -1,6 +1,6 @@
 """A platform's backend as chaos needs it: it submits, submits again, cancels, and never gives up.
 
-Jobs are test bodies of many kinds (jobs.py), some that must end badly.  Each is sent through
+Jobs are test bodies of many kinds (bodies.py), some that must end badly.  Each is sent through
 ralf.client under its own token.  A submission that raised QueueUnavailable is sent again with the
 same token and body, as the client's docs tell backends; some tokens are sent once more later for no
 reason, and some with another body, which must be refused.  What was asked and answered is kept for
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
+from ralf.worker.chaos import bodies
 from ralf.worker.chaos.proof import Asked, Sighting
 from ralf.worker.chaos.receiver import Receiver
 from ralf.worker.client import Client, IdempotencyConflict, QueueUnavailable, request
 from ralf.worker.contract import ENDED, Callback, Job, Priority
-from ralf.worker.service import jobs
 
 T = TypeVar("T")
 TENANTS = ("acme", "birch", "cedar", "dune")
@@ -145,7 +145,7 @@ class Uploader:
             tenant=rng.choice(TENANTS),
             priority=rng.choices(("default", "high"), (0.7, 0.3))[0],
         )
-        return Wish(job, name, jobs.PREFIX + kind.body, [])
+        return Wish(job, name, bodies.PREFIX + kind.body, [])
 
     def _between(self, least: float, most: float) -> float:
         return self._stretch * self._random.uniform(least, most)
