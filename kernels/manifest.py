@@ -4,6 +4,7 @@ One JSON document, checked by pydantic, never changed after publishing: the vers
 the first 8 hex digits of this file's SHA-256.  Imports no torch, so that a backend may read it.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -141,3 +142,18 @@ class Manifest(Strict):
     trained: dict[str, Any] = Field(default_factory=dict)
     untrained: bool = False
     """True for weights that were never trained: every verdict then says so."""
+
+
+USUALLY_HELD_OUT = "boundary"
+"""The forgery family that a training leaves out where nobody chose another one."""
+
+
+def held_out_family(trained: Mapping[str, Any]) -> str | None:
+    """The forgery family that a model was never trained on, from its `trained` record.
+
+    None means that it was trained on every family.  Calibration, tables, card and promotion all ask
+    this function, so that none of them calls a family unseen that the model has seen.
+    """
+    # Models published before the record said it had all left out this one.
+    found: str | None = trained.get("held_out", USUALLY_HELD_OUT)
+    return found

@@ -38,6 +38,7 @@ from ralf.kernels.artifact import (
     versions,
 )
 from ralf.kernels.atomic_files import Damaged, flush_folder, locked, unused
+from ralf.kernels.manifest import held_out_family
 from ralf.kernels.plans import covers
 
 KEEP = 3
@@ -151,6 +152,12 @@ def _metrics(artifact: Artifact, against: Artifact | None) -> Gate:
         asked = f"{', '.join(margins) or 'nothing'} of {against.version}"
         came = f"{against.version} has none of them: nothing to compare"
         return Gate("metrics", asked, came, True)
+    new, old = (held_out_family(each.manifest.trained) for each in (artifact, against))
+    unseen = sorted(name for name in floors if name.endswith("held out"))
+    if new != old and unseen:
+        asked = f"{', '.join(unseen)} on the family {old}, which {against.version} held out"
+        advice = f"train with data.held_out={old}: figures on two families cannot be compared"
+        return Gate("metrics", asked, f"figures on the family {new}", False, advice)
     worse = {name for name, floor in floors.items() if not ours.get(name, -inf) >= floor}
     shown = sorted(worse or floors)  # what is fine needs no words beside what is not
     beside = against.version

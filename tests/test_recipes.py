@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ralf.kernels.manifest import InputContract, Network
-from ralf.train.recipe import FAMILIES, Augment, Data, RalfLoss, Recipe, RecipeError
+from ralf.kernels.manifest import InputContract, Network, held_out_family
+from ralf.train.recipe import (
+    FAMILIES,
+    Augment,
+    Data,
+    RalfLoss,
+    Recipe,
+    RecipeError,
+    seen_families,
+)
 from ralf.train.recipe_text import differences, from_json, names, override, to_json
 from ralf.train.recipes import RECIPES, named
 
@@ -94,6 +102,22 @@ def test_every_family_is_one_that_blending_knows():
         assert data.held_out not in data.families
     ours = named("ralf").data
     assert {*FAMILIES} == {*ours.families, ours.held_out}
+
+
+def test_what_was_held_out_is_read_from_what_was_trained():
+    """One function for calibration, tables, card and promotion; older models held out boundary."""
+    assert "swap" == held_out_family({"held_out": "swap"})
+    assert held_out_family({"held_out": None}) is None
+    assert "boundary" == held_out_family({"recipe": "ralf_small_cpu", "faces": 3200})
+    assert {*FAMILIES} - {"swap"} == {*seen_families({"held_out": "swap"})}
+    assert FAMILIES == seen_families({"held_out": None})
+
+
+def test_a_recipe_without_a_held_out_family_is_judged_by_one_it_does_not_make():
+    """Forgeries on disk alone: boundary is unseen.  All ten families: none is."""
+    assert "boundary" == named("xception").data.unseen
+    assert Data(families=FAMILIES).unseen is None
+    assert "swap" == Data(families=("inner",), held_out="swap").unseen
 
 
 def test_overrides_reach_every_part_by_name():

@@ -101,6 +101,19 @@ def test_the_cards_figures_are_compared_without_being_named(tmp_path: Path):
     promote(tmp_path, publish(tmp_path, "fair", metrics=fair))
 
 
+def test_figures_on_two_held_out_families_are_not_compared(tmp_path: Path):
+    """A better figure on another family says nothing; the refusal names both families."""
+    figure = {"crop clean auc held out": 0.8}
+    promote(tmp_path, publish(tmp_path, "boundary", metrics=figure))
+    better = {"crop clean auc held out": 0.9}
+    swap = publish(tmp_path, "swap", metrics=better, trained={"held_out": "swap"})
+    same = publish(tmp_path, "same", metrics=better, trained={"held_out": "boundary"})
+
+    with pytest.raises(Refused, match=r"on the family boundary.*on the family swap"):
+        promote(tmp_path, swap)
+    assert same == promote(tmp_path, same)[0]
+
+
 def test_a_target_without_its_engine_is_refused_with_the_command_that_builds_it(tmp_path: Path):
     """And a target that is none is a fault of the manifest."""
     made = publish(tmp_path, targets=("cpu", "sm90-verified"))

@@ -64,6 +64,34 @@ def test_the_figures_are_those_of_judging_each_alone(index: Index):
             assert part["figures"]["forged"] == 6 * len(families)
 
 
+def test_the_unseen_family_is_the_one_that_all_models_held_out(index: Index):
+    """It is read from what each model was trained on; models that differ have none in common."""
+    both = [replace(judge, trained={"held_out": "inner"}) for judge in (KNOWS, WRONG)]
+    made = table("detectors", both, index, ASK)
+
+    assert "unseen: inner" in made.title
+    assert ["smooth"] == list(made.figures["asked"]["seen"])
+    with pytest.raises(ValueError, match="wrong held out inner"):
+        table("detectors", [KNOWS, both[1]], index, ASK)
+
+
+def test_the_card_calls_unseen_what_the_model_was_not_trained_on(index: Index):
+    """Seen and held out change places with the family that training left out."""
+    ask = replace(ASK, conditions=("clean",))
+    made = {
+        unseen: table("card", [replace(KNOWS, trained={"held_out": unseen})], index, ask)
+        for unseen in ("smooth", "inner", None)
+    }
+    figures = {unseen: each.figures["knows"] for unseen, each in made.items()}
+
+    assert "held out: smooth" in made["smooth"].title
+    for one, other in (("smooth", "inner"), ("inner", "smooth")):
+        held_out = figures[one]["crop clean auc held out"][0]
+        assert figures[one][f"crop clean auc {one}"][0] == held_out
+        assert figures[other]["crop clean auc seen"][0] == held_out
+    assert "crop clean auc held out" not in figures[None]
+
+
 def test_a_row_a_model_and_condition_and_a_sentence_on_what_it_shows(index: Index, tmp_path: Path):
     """The first model is what the others are compared with; what cannot be said is said."""
     made = table("detectors", [KNOWS, WRONG], index, ASK)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ralf.kernels.manifest import Manifest
+from ralf.kernels.manifest import Manifest, held_out_family
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import differences
 from ralf.train.recipes import RECIPES
@@ -78,7 +78,7 @@ def card(
     trained = manifest.trained
     sections = {
         f"# {manifest.name}": _summary(manifest, recipe),
-        "## What it was trained and judged on": _trained_on(recipe, data),
+        "## What it was trained and judged on": _trained_on(recipe, data, manifest.trained),
         "## How well it does": _figures(manifest),
         "## What a score means": _meaning(manifest),
         "## Where it fails": _failures(recipe, failures),
@@ -102,7 +102,7 @@ def _summary(manifest: Manifest, recipe: Recipe) -> str:
     return f"**Untrained: it knows nothing.**\n\n{text}" if manifest.untrained else text
 
 
-def _trained_on(recipe: Recipe, data: Sequence[Portion]) -> str:
+def _trained_on(recipe: Recipe, data: Sequence[Portion], trained: Mapping[str, Any]) -> str:
     if not data:
         return "Not recorded: the index was not given when this was published."
     lines = ["| collection | method | split | count |", "|---|---|---|---|"]
@@ -112,8 +112,8 @@ def _trained_on(recipe: Recipe, data: Sequence[Portion]) -> str:
     families = ", ".join(recipe.data.families)
     if families:
         lines += ["", f"Forgeries made from the reals by blending: {families}."]
-    if recipe.data.held_out:
-        lines += [f"Never trained on, kept for judging: {recipe.data.held_out}."]
+    if families and (unseen := held_out_family(trained)) is not None:
+        lines += [f"Never trained on, kept for judging: {unseen}."]
     return "\n".join(lines)
 
 

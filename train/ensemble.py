@@ -15,7 +15,7 @@ from torch import nn
 from ralf.kernels.artifact import Artifact, golden
 from ralf.kernels.artifact import publish as write_artifact
 from ralf.kernels.engine_torch import pack, restore
-from ralf.kernels.manifest import Manifest, Network
+from ralf.kernels.manifest import Manifest, Network, held_out_family
 from ralf.kernels.networks import build
 from ralf.train.calibrate import Calibrated
 from ralf.train.publish import with_calibration
@@ -58,7 +58,11 @@ def drafted(members: Sequence[Artifact], name: str) -> tuple[Manifest, nn.Module
         policy=first.policy,
         error_budget={"logit": max(m.manifest.error_budget["logit"] for m in members)},
         targets=first.targets,
-        trained={"recipe": "ensemble", "members": [member.label for member in members]},
+        trained={
+            "recipe": "ensemble",
+            "members": [member.label for member in members],
+            "held_out": _unseen_by_all(members),
+        },
         untrained=any(member.manifest.untrained for member in members),
     )
     return manifest, network
@@ -84,6 +88,12 @@ def refuse_unlike(one: Artifact, other: Artifact) -> None:
                 f"{one.label} and {other.label} differ in {what}: {'; '.join(unlike)}; an "
                 "ensemble shows one crop to all its members and pools their mean"
             )
+
+
+def _unseen_by_all(members: Sequence[Artifact]) -> str | None:
+    """The family that every member held out; None where they differ, so that none is unseen."""
+    families = {held_out_family(member.manifest.trained) for member in members}
+    return families.pop() if len(families) == 1 else None
 
 
 def _card(draft: Manifest, members: Sequence[Artifact]) -> str:

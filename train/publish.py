@@ -74,6 +74,7 @@ def publish(run: Path, name: str, models: Path, told: Told | None = None) -> Art
             "steps": checkpoint.state.step,
             "faces": checkpoint.state.faces,
             "chosen_by": recipe.schedule.select,
+            "held_out": recipe.data.unseen,
             "data_sha256": checkpoint.data_sha256,
             "commit": checkpoint.commit,
         },

@@ -209,12 +209,12 @@ def calibrated_by(score: "Score", manifest: "Manifest", args: argparse.Namespace
     from ralf.train.data.evaluation_set import Examples
     from ralf.train.data.layouts import read_all
     from ralf.train.evaluate.judge import scored
-    from ralf.train.recipe import FAMILIES, HELD_OUT, Data
+    from ralf.train.recipe import Data, seen_families
 
     index = read_all(args.data)
     families = tuple(filter(None, args.families.split(",")))
     if not families and not len(index.where(split=args.split, label=1)):
-        families = tuple(family for family in FAMILIES if family != HELD_OUT)
+        families = seen_families(manifest.trained)
     data = Data(input=manifest.input, evaluation_frames=manifest.input.sampling.max_frames)
     conditions = list(dict.fromkeys(filter(None, args.conditions.split(","))))
     if not conditions:

@@ -7,10 +7,11 @@ stored as JSON in every checkpoint, and is changed only by name with its types c
 refused when a part is made.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from ralf.kernels.manifest import InputContract, Network
+from ralf.kernels.manifest import USUALLY_HELD_OUT, InputContract, Network, held_out_family
 from ralf.train.recipe_checks import above_zero, at_least, between
 from ralf.train.recipe_losses import BceLoss, FdflLoss, RalfLoss, RclLoss
 from ralf.train.recipe_text import RecipeError
@@ -29,8 +30,15 @@ Family = Literal[
 ]
 """A way of making pseudo-forgeries; ralf.train.forge.families says what each is and makes it."""
 FAMILIES: tuple[Family, ...] = get_args(Family)
-HELD_OUT: Family = "boundary"
-"""What ours never train on: made otherwise than the rest."""
+HELD_OUT: Family = USUALLY_HELD_OUT
+"""What our recipes hold out: it is made in another way than the rest.  What a given model has not
+seen stands in its `trained` record: ralf.kernels.manifest.held_out_family reads it."""
+
+
+def seen_families(trained: Mapping[str, Any]) -> tuple[Family, ...]:
+    """Every family but the one that a model's `trained` record says was held out."""
+    unseen = held_out_family(trained)
+    return tuple(family for family in FAMILIES if family != unseen)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,14 @@ class Data:
             raise RecipeError(
                 f"data.held_out {self.held_out!r} is trained on too: take it out of data.families"
             )
+
+    @property
+    def unseen(self) -> Family | None:
+        """The family that judges what generalises: the one held out, else the usual one if the
+        recipe does not train on it."""
+        if self.held_out is not None:
+            return self.held_out
+        return None if HELD_OUT in self.families else HELD_OUT
 
 
 @dataclass(frozen=True)

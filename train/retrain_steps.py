@@ -31,7 +31,7 @@ from ralf.train.evaluate.judge import Judge, evaluate, examples_for, from_run, s
 from ralf.train.loop.checkpoint import BEST, judged
 from ralf.train.loop.loop import train
 from ralf.train.publish import Told, publish
-from ralf.train.recipe import FAMILIES, HELD_OUT
+from ralf.train.recipe import seen_families
 from ralf.train.recipe_text import to_json
 from ralf.train.retrain import Facts, Step, Stopped
 from ralf.train.retrain_order import Interrupted, Order, declared
@@ -151,7 +151,11 @@ def _videos(
             "name another: --calibrate-on SPLIT, --evaluate-on SPLIT",
         )
     examples = examples_for(
-        judge, order.index, split, families=_families(order.index, split), condition=condition
+        judge,
+        order.index,
+        split,
+        families=_families(judge, order.index, split),
+        condition=condition,
     )
     pooled = score(judge, examples).pooled(judge.aggregation)
     reals = [item for item in examples.items if not item.forged]
@@ -159,11 +163,11 @@ def _videos(
     return pooled.logit, pooled.forged, people
 
 
-def _families(index: Index, split: str) -> tuple[str, ...]:
+def _families(judge: Judge, index: Index, split: str) -> tuple[str, ...]:
     """Blended forgeries where the split has none of its own."""
     if len(index.where(split=split, label=1)):
         return ()
-    return tuple(family for family in FAMILIES if family != HELD_OUT)
+    return seen_families(judge.trained)
 
 
 def calibrated_of(facts: Facts) -> Calibrated:
@@ -185,7 +189,7 @@ def _evaluate(order: Order, calibration: Facts) -> Facts:
             f"none; there are {sorted({row.split for row in order.index})}",
             "name another: --evaluate-on SPLIT",
         )
-    found = evaluate(judge, order.index, split, families=_families(order.index, split))
+    found = evaluate(judge, order.index, split, families=_families(judge, order.index, split))
     videos = found.videos
     if not videos.auc > 0.5:  # NaN too: one class alone
         raise Stopped(

@@ -86,7 +86,12 @@ def from_run(run: Path, *, device: str = "cpu") -> Judge:
     state = checkpoint.state
     return replace(
         of_network(run.name, network, recipe.data.input, device=device),
-        trained={"recipe": recipe.name, "steps": state.step, "faces": state.faces},
+        trained={
+            "recipe": recipe.name,
+            "steps": state.step,
+            "faces": state.faces,
+            "held_out": recipe.data.unseen,
+        },
     )
 
 

@@ -17,13 +17,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from ralf.kernels.manifest import held_out_family
 from ralf.train.calibrate import interval as share_interval
 from ralf.train.data.index import Index
 from ralf.train.evaluate.conditions import CLEAN
 from ralf.train.evaluate.judge import Judge, Result, evaluate
 from ralf.train.evaluate.metrics import Scored, at_even_odds, ece, ece_by_chance, measure, together
 from ralf.train.evaluate.tables import Ask, Table, _percent, _take, called_forged
-from ralf.train.recipe import FAMILIES, HELD_OUT
+from ralf.train.recipe import FAMILIES
 from ralf.worker.scores import calibrated
 
 Figures = dict[str, list[float] | float]
@@ -35,7 +36,7 @@ CHECK = "check"
 def card(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
     """The card's figures of each model."""
     found = Table(
-        f"For the card, split {ask.split}; held out: {HELD_OUT}",
+        f"For the card, split {ask.split}; held out: {_held_out(judges)}",
         ("model and figure", "value", "low", "high"),
     )
     clips = Index(index.root, tuple(row for row in index if row.dataset.endswith(CLIPS)))
@@ -70,6 +71,14 @@ def card(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
     return found
 
 
+def _held_out(judges: Sequence[Judge]) -> str:
+    """What each model held out; once where it is the same for all."""
+    families = {judge.name: held_out_family(judge.trained) or "none" for judge in judges}
+    if len(set(families.values())) == 1:
+        return next(iter(families.values()))
+    return ", ".join(f"{family} ({name})" for name, family in families.items())
+
+
 def _judged(
     judge: Judge, index: Index, ask: Ask, condition: str, families: Sequence[str]
 ) -> Result:
@@ -81,10 +90,11 @@ def _judged(
 
 def _figures(figures: Figures, name: str, scored: Scored, judge: Judge, ask: Ask) -> None:
     """AUC on the families seen and on the one held out; calibration and threshold on the seen."""
+    unseen = held_out_family(judge.trained)
     methods: Callable[[str], bool]
     for group, methods in (
-        ("seen", lambda method: method != HELD_OUT),
-        ("held out", lambda method: method in ("real", HELD_OUT)),
+        ("seen", lambda method: method != unseen),
+        ("held out", lambda method: method in ("real", unseen)),
     ):
         part = scored.where(np.array([methods(video[1]) for video in scored.video], bool))
         if not part.forged.any() or part.forged.all():

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ralf.kernels.bench.record import interleave, machine
 from ralf.kernels.cost import cost
+from ralf.kernels.manifest import held_out_family
 from ralf.train.data.index import Index
 from ralf.train.evaluate.conditions import CLEAN
 from ralf.train.evaluate.judge import Judge, examples_for, result, scored
 from ralf.train.evaluate.metrics import Metrics, Scored, auc, measure, paired_interval
 from ralf.train.evaluate.tables import Ask, Table, _auc
-from ralf.train.recipe import FAMILIES, HELD_OUT
+from ralf.train.recipe import FAMILIES
 
 CONDITIONS = ("h264=40", "jpeg=50", "blur:2")
 TIMED = 8
@@ -85,21 +86,22 @@ class Row:
 
 def detectors(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
     """A row a model, and one for each condition."""
-    seen = tuple(family for family in ask.families or FAMILIES if family != HELD_OUT)
+    unseen = unseen_by_all(judges)
+    seen = tuple(family for family in ask.families or FAMILIES if family != unseen)
     found = Table(
-        f"Detectors side by side, split {ask.split}; unseen: {HELD_OUT}",
+        f"Detectors side by side, split {ask.split}; unseen: {unseen}",
         ("model and condition", "M weights", "GFLOP", "faces/s", "trained on", "seen AUC [95 %]",
          "unseen AUC [95 %]", "seen, less first [95 %]", "unseen, less first [95 %]"),
     )  # fmt: skip
     said = {
-        condition: everyone(judges, index, ask, (*seen, HELD_OUT), condition)
+        condition: everyone(judges, index, ask, (*seen, unseen), condition)
         for condition in (CLEAN, *(ask.conditions or CONDITIONS))
     }
     speed, rows = _faces_per_s(judges), {}
     for place, judge in enumerate(judges):
         counted = cost(judge.network) if judge.network is not None else None
         parts = {
-            condition: _compared(judge, scores[place], scores[0], seen, ask.replicates)
+            condition: _compared(judge, scores[place], scores[0], (seen, (unseen,)), ask.replicates)
             for condition, scores in said.items()
         }
         row = Row(
@@ -119,11 +121,23 @@ def detectors(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
             found.rows.append((label, *head, *(_auc(part.figures) for part in both), *less))
     found.figures["machine"] = machine()
     found.figures["asked"] = {
-        "split": ask.split, "seen": seen, "unseen": HELD_OUT, "limit": ask.limit,
+        "split": ask.split, "seen": seen, "unseen": unseen, "limit": ask.limit,
         "data_sha256": index.sha256, "less_first": judges[0].name,
     }  # fmt: skip
-    found.notes = [*_shown(rows), CANNOT]
+    found.notes = [*_shown(rows, unseen), CANNOT]
     return found
+
+
+def unseen_by_all(judges: Sequence[Judge]) -> str:
+    """The family that none of the models was trained on; refused where there is no such one."""
+    families = {judge.name: held_out_family(judge.trained) for judge in judges}
+    found = set(families.values())
+    if len(found) != 1 or None in found:
+        raise ValueError(
+            "the models should all have held out the same family, or none is unseen by all: "
+            + ", ".join(f"{name} held out {family or 'none'}" for name, family in families.items())
+        )
+    return str(found.pop())
 
 
 def everyone(
@@ -151,7 +165,11 @@ def everyone(
 
 
 def _compared(
-    judge: Judge, mine: Scored, firsts: Scored, seen: Sequence[str], replicates: int
+    judge: Judge,
+    mine: Scored,
+    firsts: Scored,
+    families: tuple[Sequence[str], Sequence[str]],
+    replicates: int,
 ) -> tuple[Part, Part]:
     """Figures on seen and on unseen families, and how far they lie from the first model's."""
 
@@ -163,7 +181,8 @@ def _compared(
             *paired_interval(one, other, auc, replicates=replicates),
         )
 
-    return part(seen), part((HELD_OUT,))
+    seen, unseen = families
+    return part(seen), part(unseen)
 
 
 def _of(whole: Scored, families: Iterable[str]) -> Scored:
@@ -183,11 +202,11 @@ def _faces_per_s(judges: Sequence[Judge]) -> dict[str, float]:
     return {name: TIMED / timing.median_s for name, timing in timings.items()}
 
 
-def _shown(rows: Mapping[str, Row]) -> list[str]:
+def _shown(rows: Mapping[str, Row], unseen: str) -> list[str]:
     """What the intervals let be said, and nothing more."""
     first, *others = rows
     notes = []
-    for place, of in enumerate(("families trained on", f"the unseen family {HELD_OUT}")):
+    for place, of in enumerate(("families trained on", f"the unseen family {unseen}")):
         parts = {name: rows[name].parts[CLEAN][place] for name in others}
         words = [f"{name} {part.difference} ({part.verdict})" for name, part in parts.items()]
         notes += [f"On {of}, against {first}: {'; '.join(words)}."] if words else []
