@@ -1,11 +1,11 @@
-# Three images: `cpu` and `gpu` run workers, `client` runs all that touches no pixels: deliverer,
-# janitor, submit, watch, result. None holds a model, a compiler, or pip.
+# Three images. `cpu` and `gpu` run workers; `client` runs what needs no decoder and no torch: the
+# deliverer, the janitor, submit, watch, result. None contains a model, a compiler, or pip.
 #
 #     docker build --target cpu --tag ralf:cpu .
 #
-# The base is pinned by digest; `deploy/pin_bases.sh` asks the registry for those of newer tags.
-# Sizes and what each target is for: docs/operations.md. Proved without an engine:
-# `deploy/prove_image.py`.
+# The base image is pinned by digest; `deploy/pin_bases.sh` prints the digest that its tag has now.
+# docs/operations.md has the sizes and says what each target is for. `deploy/prove_image.py` runs
+# these steps without a container engine.
 
 ARG PYTHON=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
 
@@ -14,7 +14,7 @@ FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/ralf
-# What is installed depends on these alone, so that a change of code is a small layer.
+# Dependencies are installed from these files alone, so a change of code adds only a small layer.
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN mkdir kernels worker train
 COPY ralf ralf
@@ -34,7 +34,7 @@ FROM build AS build-cpu
 ARG TORCH_INDEX=
 RUN /opt/ralf/bin/pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
       '.[cpu]'
-# The stores' clients want some packages older than the constraints have them, and get them.
+# The clients of S3 and GCS need some packages older than constraints.txt has; pip replaces those.
 ARG STORES="s3fs==2026.7.0 gcsfs==2026.7.0"
 # hadolint ignore=SC2086
 RUN if [ -n "$STORES" ]; then /opt/ralf/bin/pip install $STORES; fi && /opt/ralf/bin/pip check
@@ -46,7 +46,7 @@ RUN /opt/ralf/bin/pip install --no-deps --force-reinstall . \
 
 
 FROM build AS build-gpu
-# gpu: torch-tensorrt; gpu-rtx: its twin for RTX cards. Never both.
+# gpu installs torch-tensorrt, gpu-rtx its variant for RTX cards. Never install both.
 ARG GPU_EXTRA=gpu
 RUN /opt/ralf/bin/pip install -c constraints.txt ".[${GPU_EXTRA}]"
 ARG STORES="s3fs==2026.7.0 gcsfs==2026.7.0"
@@ -60,7 +60,7 @@ RUN /opt/ralf/bin/pip install --no-deps --force-reinstall . \
 
 
 FROM ${PYTHON} AS runtime
-# tini reaps what a shared child leaves behind and passes signals on to the worker.
+# tini reaps processes that a child process leaves behind, and passes signals on to the worker.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends 'tini=0.19.0-*' \
  && rm -rf /var/lib/apt/lists/* /usr/local/lib/python3.*/ensurepip /usr/local/bin/pip* \
@@ -71,7 +71,7 @@ RUN apt-get update \
  && useradd --uid 10001 --gid ralf --no-create-home --home-dir /work --shell /usr/sbin/nologin ralf \
  && install --directory --owner ralf --group ralf --mode 700 /work \
  && install --directory /models
-# The root may be read-only: all that is written lies in /work, a volume or tmpfs; /models is mounted.
+# The root may be read-only: everything is written to /work, a volume or tmpfs; /models is mounted.
 ENV PATH=/opt/ralf/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -96,7 +96,7 @@ CMD ["--help"]
 
 
 FROM runtime AS gpu
-# On Kubernetes the pod must say the same: the image's environment alone is not enough there.
+# On Kubernetes the pod must set the same variables: there the image's environment is not enough.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=video,compute,utility \
     RALF_DEVICE=cuda
@@ -104,7 +104,7 @@ COPY --from=build-gpu /opt/ralf /opt/ralf
 CMD ["worker"]
 
 
-# The last stage is what a build without --target makes.
+# A build without --target makes the last stage, so the CPU image comes last.
 FROM runtime AS cpu
 ENV RALF_DEVICE=cpu
 COPY --from=build-cpu /opt/ralf /opt/ralf

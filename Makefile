@@ -24,7 +24,8 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(RUN)/mypy
 
-# What ships, from a folder of faces: DATA=…; every step goes on where it was broken off.
+# Train the model that ships, from a folder of faces: make model DATA=…. Every step that was
+# stopped continues when you run the command again.
 model: $(VENV)/ready
 	train/model.sh
 
@@ -45,7 +46,8 @@ deploy-tools: $(VENV)/deploy-ready
 deploy-check: $(VENV)/deploy-ready
 	REQUIRE_DEPLOY_TOOLS=1 OMP_NUM_THREADS=1 $(RUN)/pytest tests/test_deploy_image.py tests/test_deploy_integration.py tests/test_deploy_k8s.py tests/test_deploy_rules.py
 
-# Real plans by TensorRT-RTX's builder, without a GPU.  It lies apart, so that `make test` shows that nothing else needs it.
+# Build real plans with TensorRT-RTX's builder, without a GPU.  The builder is installed in a folder of
+# its own, so that `make test` proves that nothing else needs it.
 RTX = $(shell sed -n 's/.*tensorrt-rtx-cu13==\([0-9.]*\).*/\1/p' pyproject.toml)
 $(VENV)/plans-ready: $(VENV)/ready
 	$(RUN)/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/plans tensorrt-rtx-cu13==$(RTX) tensorrt-rtx-cu13-libs==$(RTX) tensorrt-rtx-cu13-bindings==$(RTX)

@@ -1,7 +1,7 @@
-"""Just enough of a Dockerfile's grammar to run its steps without an engine: see prove_image.py.
+"""A small Dockerfile parser, used to run the steps without a container engine: see prove_image.py.
 
-A stage is a list of instructions.  Heredocs, ONBUILD, SHELL and ADD are not understood, and an
-instruction that is not known is refused, so that nothing is passed over in silence.
+A stage is a list of instructions.  Heredocs, ONBUILD, SHELL and ADD are not supported.  An unknown
+instruction is an error, so that no step is silently skipped.
 """
 
 import json
@@ -16,12 +16,12 @@ NOTED = frozenset({"CMD", "ENTRYPOINT", "EXPOSE", "HEALTHCHECK"})
 
 
 class NotUnderstood(ValueError):
-    """The Dockerfile uses what this parser does not know."""
+    """The Dockerfile uses an instruction or a form that this parser does not know."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line, its continuations joined."""
+    """One instruction, with its continuation lines joined."""
 
     word: str
     text: str
@@ -29,7 +29,7 @@ class Instruction:
 
 @dataclass
 class Stage:
-    """FROM … AS name, and what follows it."""
+    """FROM … AS name, and the instructions up to the next FROM."""
 
     name: str
     base: str
@@ -53,7 +53,7 @@ def parse(text: str) -> dict[str, Stage]:
         elif word in RUN_BY_US | NOTED:
             current.steps.append(Instruction(word, rest))
         else:
-            raise NotUnderstood(f"{word} {rest[:60]!r}; teach deploy/dockerfile.py what it means")
+            raise NotUnderstood(f"{word} {rest[:60]!r}; add it to deploy/dockerfile.py")
     return stages
 
 
@@ -68,14 +68,14 @@ def _lines(text: str) -> list[tuple[str, str]]:
 
 
 def expand(text: str, values: Mapping[str, str]) -> str:
-    """$NAME and ${NAME}, as ENV, WORKDIR and FROM know them."""
+    """Replace $NAME and ${NAME} by their values, as ENV, WORKDIR and FROM do."""
     return re.sub(
         r"\$(?:\{(\w+)\}|(\w+))", lambda found: values.get(found[1] or found[2], ""), text
     )
 
 
 def pairs(text: str, values: Mapping[str, str]) -> dict[str, str]:
-    """What an ENV sets."""
+    """The names and values that an ENV instruction sets."""
     return dict(expand(part, values).split("=", 1) for part in shlex.split(text))
 
 
@@ -88,12 +88,12 @@ def command(text: str) -> list[str]:
 
 
 def health_command(text: str) -> list[str]:
-    """HEALTHCHECK's, without its options."""
+    """The command of a HEALTHCHECK, without its options."""
     return command(text[text.index("CMD") + len("CMD") :])
 
 
 def lineage(stages: Mapping[str, Stage], name: str) -> list[Stage]:
-    """The stage and what it is built on, the lowest first."""
+    """The stage and the stages it is built on, the base first."""
     found = [stages[name]]
     while found[0].base in stages:
         found.insert(0, stages[found[0].base])
@@ -101,11 +101,11 @@ def lineage(stages: Mapping[str, Stage], name: str) -> list[Stage]:
 
 
 def last(stages: Mapping[str, Stage], name: str, word: str) -> str:
-    """The instruction of that kind which holds in the image; '' when there is none."""
+    """The last such instruction, which is the one in force; '' when there is none."""
     texts = [step.text for one in lineage(stages, name) for step in one.steps if step.word == word]
     return texts[-1] if texts else ""
 
 
 def read(path: Path) -> dict[str, Stage]:
-    """The stages of a file."""
+    """Parse the stages of a file."""
     return parse(path.read_text())

@@ -1,15 +1,16 @@
-"""Passwords for everybody: one for each user of Redis, one for webhooks, one for Grafana.
+"""Make all passwords of a deployment: one per Redis user, one for webhooks, one for Grafana.
 
     python deploy/make_secrets.py [FOLDER] [--host redis]
 
-Writes, into deploy/secrets/ unless told otherwise, and never over what is there:
+Writes these files into FOLDER, by default deploy/secrets/, and never overwrites one:
 
     users.acl       deploy/redis/users.acl with the hashes of the passwords, for Redis
-    ROLE.env        RALF_REDIS_URL of producer, worker, janitor, deliverer and reader; with the
-                    deliverer's the secret that signs webhooks
+    ROLE.env        RALF_REDIS_URL of producer, worker, janitor, deliverer and reader; the
+                    deliverer's file also has the secret that signs webhooks
     grafana.env     the password of Grafana's user admin
 
-Redis keeps only hashes; each ROLE.env goes to that role's container alone.  Standard library only.
+Redis gets only hashes.  Each ROLE.env goes to the container of that role alone.  The script uses
+only the standard library.
 """
 
 import argparse
@@ -26,7 +27,7 @@ USERS = HERE / "redis" / "users.acl"
 
 
 def write_secrets(folder: Path, host: str = "redis") -> Path:
-    """Fill a new folder; raises FileExistsError when there is one."""
+    """Make the folder and fill it; raises FileExistsError when it exists."""
     folder.mkdir(mode=0o700, parents=True)
     users = USERS.read_text()
     for name in re.findall(r"#([A-Z]+)\b", users):
@@ -38,7 +39,7 @@ def write_secrets(folder: Path, host: str = "redis") -> Path:
             key = base64.b64encode(secrets.token_bytes(32)).decode()
             lines.append(f"RALF_WEBHOOK_SECRETS=default=whsec_{key}")
         _write(folder / f"{role}.env", "\n".join(lines), 0o600)
-    # Redis reads it as a user of its own; there are only hashes in it.
+    # Redis runs as another user and must read this file; it contains only hashes.
     _write(folder / "users.acl", users.rstrip("\n"), 0o644)
     password = secrets.token_urlsafe(24)
     _write(folder / "grafana.env", f"GF_SECURITY_ADMIN_PASSWORD={password}", 0o600)
@@ -52,7 +53,7 @@ def _write(path: Path, text: str, mode: int) -> None:
 
 
 def main() -> int:
-    """Write them once."""
+    """Write the files; 2 when the folder exists."""
     parser = argparse.ArgumentParser(description="Write passwords for a deployment.")
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "secrets")
     parser.add_argument("--host", default="redis", help="where Redis is (%(default)s)")
@@ -60,7 +61,7 @@ def main() -> int:
     try:
         print(write_secrets(options.folder, options.host))
     except FileExistsError:
-        print(f"make_secrets: {options.folder} is there; remove it to rotate", file=sys.stderr)
+        print(f"make_secrets: {options.folder} exists; remove it to rotate", file=sys.stderr)
         return 2
     return 0
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Print each base image that this repository names, and the digest that its tag has in the registry
-# now: `same`, or the line to put in its place. Needs docker with buildx, and changes nothing.
+# Print each base image that this repository names, with `same` when its tag still has the pinned
+# digest, else `moved` and the new line to use. Needs docker with buildx. Changes no file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 grep --recursive --only-matching --no-filename --extended-regexp \

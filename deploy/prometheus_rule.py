@@ -1,6 +1,6 @@
-"""deploy/prometheus/rules.yaml as the object that the Prometheus Operator reads: `make rules`.
+"""`make rules`: write prometheus/rules.yaml as the object that the Prometheus Operator reads.
 
-The rules are indented and nothing else, so that comments and order stay.
+The rules are only indented, so comments and order stay as they are.
 """
 
 import sys
@@ -20,14 +20,14 @@ spec:
 
 
 def as_object(rules: str) -> str:
-    """The rules under `spec`."""
+    """The rules, put under the object's `spec`."""
     _, _, groups = rules.partition("groups:\n")
     lines = groups.splitlines(keepends=True)
     return HEAD + "".join("  " + line if line.strip() else line for line in lines)
 
 
 def main() -> int:
-    """Write it."""
+    """Write the object beside the other manifests."""
     OBJECT.write_text(as_object(RULES.read_text()))
     print(OBJECT)
     return 0

