@@ -26,10 +26,8 @@ from structlog.testing import capture_logs
 from ralf.worker import telemetry
 from ralf.worker.contract import Callback
 from ralf.worker.service import deliver
-from ralf.worker.service.deliver import Deliverer
-from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.deliver import Deliverer, Outbox, Secrets, webhook_body
 from ralf.worker.service.records import Delivery
-from ralf.worker.service.signing import Secrets, body_of
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings, SettingsError
 from tests.documents import a_failure, a_job, a_verdict
@@ -221,13 +219,13 @@ class TestPush:
     def test_a_long_message_is_cut_to_fit(self):
         """Whatever its characters weigh."""
         said = a_delivery(data={"message": '"é\n' * 5000, "job_id": "j1"})
-        text = body_of(said, 1000)
+        text = webhook_body(said, 1000)
         body = json.loads(text)
 
         assert 996 <= len(text.encode()) <= 1000
         assert body["data"]["message"].endswith("…")
         assert body["data"]["message"][:-1] in said.data["message"]
-        assert body_of(a_delivery(data={"x": "y" * 1000}), 1000) is None
+        assert webhook_body(a_delivery(data={"x": "y" * 1000}), 1000) is None
 
     def test_what_cannot_fit_is_a_dead_letter(self, store):
         """With the bound."""

@@ -16,10 +16,9 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ralf.worker.chaos import bodies
 from ralf.worker.client import connect as connect_client
 from ralf.worker.contract import Callback
-from ralf.worker.service.deliver import Deliverer
+from ralf.worker.service.deliver import Deliverer, Outbox
 from ralf.worker.service.health import queue_counts
 from ralf.worker.service.janitor import Janitor
-from ralf.worker.service.outbox import Outbox
 from ralf.worker.service.serve import as_environment
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings

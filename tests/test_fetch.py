@@ -213,7 +213,7 @@ class TestCaps:
         def full(self, part: bytes) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("ralf.worker.service.intake.Intake.write", full)
+        monkeypatch.setattr("ralf.worker.service.download.UploadFile.write", full)
         with pytest.raises(FetchFailed, match="No space left"):
             get(f"{web.url}/", folder, **near(web))
 

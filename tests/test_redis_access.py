@@ -14,9 +14,8 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ralf.worker.chaos import bodies
 from ralf.worker.client import connect
 from ralf.worker.contract import Callback, SessionPart
-from ralf.worker.service.deliver import Deliverer
+from ralf.worker.service.deliver import Deliverer, Outbox
 from ralf.worker.service.janitor import Janitor
-from ralf.worker.service.outbox import Outbox
 from ralf.worker.service.quarantine import Quarantine
 from ralf.worker.service.store import Store
 from tests.documents import a_job

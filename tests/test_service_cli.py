@@ -19,7 +19,7 @@ from standardwebhooks import Webhook
 from ralf.__main__ import main
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Progress, SessionPart, Verdict
-from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.records import Status
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings

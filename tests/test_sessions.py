@@ -14,7 +14,7 @@ from ralf.kernels.manifest import Aggregation, Calibration
 from ralf.worker.contract import Callback, FailedSegment, Gap, SessionPart, SessionVerdict, Track
 from ralf.worker.scores import calibrated, level
 from ralf.worker.service import sessions
-from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_track, a_verdict

@@ -12,7 +12,7 @@ from rq.job import Job as RqJob
 from rq.serializers import JSONSerializer
 
 from ralf.worker.contract import Callback, EvidencePolicy, Media, Progress
-from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.records import Claim
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings

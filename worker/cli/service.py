@@ -352,7 +352,7 @@ def _deliver(subparsers: Any) -> None:
 
 
 def _run_deliver(args: argparse.Namespace) -> int:
-    from ralf.worker.service.outbox import Outbox
+    from ralf.worker.service.deliver import Outbox
     from ralf.worker.service.serve import run_deliverer
 
     with _store(args) as store:

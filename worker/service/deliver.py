@@ -1,8 +1,9 @@
 """Push what the outbox holds: signed, retried for three days, at least once.
 
-Standard Webhooks 1.0.  The body is thin (the verdict is fetched by its job's id) and the same at
-each attempt; so is webhook-id, by which a receiver tells a repeated push.  Each secret of the id
-that the callback names signs, so that a secret can be rotated; without one nothing is sent.
+The format is Standard Webhooks 1.0.  The body is short (a receiver fetches the whole verdict by its
+job's id) and the same at each attempt, and so is webhook-id: by it a receiver recognises a
+repeated push.  The signature is over id, time and the exact bytes of the body.  All secrets of the
+id that the callback names sign, so that a secret can be rotated; without a secret nothing is sent.
 
     2xx             delivered
     410             the endpoint is disabled for its tenant; the delivery is a dead letter
@@ -10,32 +11,39 @@ that the callback names signs, so that a secret can be rotated; without one noth
     anything else   tried again by the schedule; redirects too, they are not followed
     forbidden URL   a dead letter at once: the same guard as for uploads (egress.py)
 
-A push has webhook_timeout_s in all.  Threads are shared out by how an endpoint behaved last: a new
-one gets a few, a quick one any, a slow or failing one a single thread, so that it starves nobody.
-Several deliverers may run: what one takes is leased.
+The end of a job and an alert of a session put a delivery into the outbox in the same script that
+makes them true.  A deliverer leases what it takes: it may die at any point, and the delivery is due
+again after the lease; at worst it is pushed twice, under the same id.  Several deliverers may run.
+
+One push may take webhook_timeout_s in all.  How many threads an endpoint gets depends on its last
+push: a new endpoint gets a few, a quick one any number, a slow or failing one a single thread, so
+that it cannot hold up the others.
 """
 
+import base64
+import binascii
 import email.utils
+import json
 import random
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 from redis.exceptions import RedisError
+from standardwebhooks import Webhook
 
 from ralf.worker import telemetry
 from ralf.worker.service.egress import Egress, EgressDenied, EgressFailed
-from ralf.worker.service.outbox import Outbox
 from ralf.worker.service.records import Delivery
-from ralf.worker.service.signing import Secrets, body_of
-from ralf.worker.service.store import Store
-from ralf.worker.settings import Settings
+from ralf.worker.service.store import Store, decoded
+from ralf.worker.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
@@ -45,19 +53,165 @@ THREADS = 32
 SHARE = {"new": 4, "quick": THREADS, "slow": 1}
 SLOW_S = 2.0
 PUT_OFF_S = 0.5
-"""How long a delivery waits that got no thread; it is not counted as tried.  For a slow endpoint
-three quarters of a push's timeout."""
+"""A delivery that got no thread waits this long, and is not counted as tried.  For a slow endpoint
+it waits three quarters of a push's timeout."""
 POLL_S = 0.5
 LEASE_SPARE_S = 10.0
 """A taken delivery is due again after three timeouts and this."""
 ANSWER_BYTES = 1 << 16
 POLITE_BYTES = 4096
-"""So much of an answer is read, so that the other side can finish what it says; none is kept."""
+"""This much of an answer is read, so that the receiver can finish sending; none of it is kept."""
+
+
+# the outbox
+
+
+class Outbox:
+    """Deliveries in Redis: due, in flight, or dead."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.redis: Any = store.redis
+        self._due = store.key("outbox")
+        self._dead = store.key("dead")
+        self._disabled = store.key("endpoints", "disabled")
+
+    def take(self, limit: int, lease_s: float, *, now: float | None = None) -> list[Delivery]:
+        """Take due deliveries and count this attempt.
+
+        Each is due again after the lease, unless it is settled before.
+        """
+        return [
+            Delivery.read(_pairs(flat)) for flat in self.store.call("take", now, limit, lease_s)
+        ]
+
+    def delivered(self, delivery_id: str) -> None:
+        """Settled: forget it."""
+        with self.redis.pipeline() as pipe:
+            pipe.zrem(self._due, delivery_id)
+            pipe.delete(self._record(delivery_id))
+            pipe.execute()
+
+    def postpone(self, delivery_id: str, due_at: float, error: str) -> None:
+        """Try again at that time; does nothing when it was settled meanwhile."""
+        self.store.call("settle", None, delivery_id, "outbox", due_at, error)
+
+    def put_off(self, delivery_id: str, due_at: float) -> None:
+        """Give a taken one back untried; the attempt that `take` counted is subtracted again."""
+        self.store.call("put_off", None, delivery_id, due_at)
+
+    def bury(self, delivery_id: str, error: str, *, now: float | None = None) -> None:
+        """Give up: a dead letter, kept until it is redelivered or dropped."""
+        self.store.call("settle", None, delivery_id, "dead", self._at(now), error)
+
+    def dead(self) -> list[Delivery]:
+        """The dead letters, the latest first."""
+        ids = [decoded(member) for member in self.redis.zrevrange(self._dead, 0, -1)]
+        stored = [self.store.hash(self._record(delivery_id)) for delivery_id in ids]
+        return [Delivery.read(entry) for entry in stored if entry]
+
+    def redeliver(self, delivery_id: str, *, now: float | None = None) -> bool:
+        """Put a dead letter back, due at once, attempts counted anew; False if there is none."""
+        return bool(self.store.call("revive", now, delivery_id))
+
+    def drop(self, delivery_id: str) -> bool:
+        """Forget a dead letter."""
+        with self.redis.pipeline() as pipe:
+            pipe.zrem(self._dead, delivery_id)
+            pipe.delete(self._record(delivery_id))
+            return bool(pipe.execute()[0])
+
+    def disable_endpoint(self, tenant: str, url: str, *, now: float | None = None) -> None:
+        """Push nothing to this address any more: it answered 410 Gone."""
+        self.redis.hset(self._disabled, f"{tenant} {url}", self._at(now))
+
+    def enable_endpoint(self, tenant: str, url: str) -> bool:
+        """Push to it again; False if it was not disabled."""
+        return bool(self.redis.hdel(self._disabled, f"{tenant} {url}"))
+
+    def endpoint_disabled(self, tenant: str, url: str) -> bool:
+        """Whether it answered 410 and nobody has enabled it since."""
+        return bool(self.redis.hexists(self._disabled, f"{tenant} {url}"))
+
+    def disabled_endpoints(self) -> list[tuple[str, str]]:
+        """Tenant and address of each."""
+        names = sorted(decoded(name) for name in self.redis.hkeys(self._disabled))
+        return [(tenant, url) for tenant, _, url in (name.partition(" ") for name in names)]
+
+    def _record(self, delivery_id: str) -> str:
+        return self.store.key("delivery", delivery_id)
+
+    def _at(self, now: float | None) -> float:
+        return self.store.now() if now is None else now
+
+
+def _pairs(flat: Sequence[Any]) -> dict[str, str]:
+    texts = [decoded(part) for part in flat]
+    return dict(zip(texts[::2], texts[1::2], strict=True))
+
+
+# the body and its signature
+
+
+class Secrets:
+    """The signing secrets by id, checked when they are read and never printed."""
+
+    def __init__(self, entries: Sequence[str]) -> None:
+        self._hooks: dict[str, list[Webhook]] = {}
+        for number, entry in enumerate(entries, 1):
+            name, _, secret = entry.partition("=")
+            if not name or not 24 <= _length(secret) <= 64:
+                raise SettingsError(
+                    f"RALF_WEBHOOK_SECRETS: entry {number} should be secret_id=whsec_ and the "
+                    "base64 of 24 to 64 random bytes"
+                )
+            self._hooks.setdefault(name, []).append(Webhook(secret))
+
+    def sign(self, secret_id: str, message_id: str, at: datetime, body: str) -> str:
+        """One signature for each secret of that id; empty when there is none. at is in UTC."""
+        hooks = self._hooks.get(secret_id, ())
+        return " ".join(hook.sign(message_id, at, body) for hook in hooks)
+
+
+def _length(secret: str) -> int:
+    """Bytes of key in whsec_…; 0 when it is not one."""
+    kind, _, text = secret.partition("_")
+    padded = text + "=" * (-len(text) % 4)
+    try:
+        return len(base64.b64decode(padded, validate=True)) if kind == "whsec" else 0
+    except binascii.Error:
+        return 0
+
+
+def webhook_body(delivery: Delivery, most: int) -> str | None:
+    """{type, timestamp, data}, the same at each attempt; None when it needs more than `most` bytes.
+
+    Only a failure's message may be long: it is cut.
+    """
+    text = _json(delivery, delivery.data)
+    message = delivery.data.get("message")
+    if len(text.encode()) > most and isinstance(message, str):
+
+        def cut(kept: int) -> str:
+            return _json(delivery, {**delivery.data, "message": message[:kept] + "…"})
+
+        fits = bisect_right(range(len(message)), most, key=lambda kept: len(cut(kept).encode()))
+        text = cut(max(0, fits - 1))
+    return text if len(text.encode()) <= most else None
+
+
+def _json(delivery: Delivery, data: Mapping[str, object]) -> str:
+    when = datetime.fromtimestamp(delivery.created_at, UTC).isoformat(timespec="milliseconds")
+    document = {"type": delivery.event, "timestamp": when, "data": data}
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+# pushing
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one push came to."""
+class PushResult:
+    """How one push ended."""
 
     kind: Literal["delivered", "retry", "dead", "gone"]
     detail: str
@@ -89,7 +243,7 @@ class Deliverer:
         self._free = threading.Event()
 
     def run_forever(self, stop: threading.Event) -> None:
-        """Until stop is set; pushes that are under way then end first."""
+        """Push until stop is set; pushes that are under way then end first."""
         with ThreadPoolExecutor(THREADS, thread_name_prefix="push") as pool:
             while not stop.is_set():
                 self._beat()
@@ -103,12 +257,12 @@ class Deliverer:
                     self._free.clear()
 
     def run_once(self) -> int:
-        """Push what is due now, and wait for it; how many deliveries were taken up."""
+        """Push what is due now and wait for it; gives how many deliveries were taken."""
         with ThreadPoolExecutor(THREADS, thread_name_prefix="push") as pool:
             return self.take_due(pool)
 
     def take_due(self, pool: ThreadPoolExecutor) -> int:
-        """Give free threads to due deliveries; how many were taken up, to push or to put off."""
+        """Give free threads to due deliveries; gives how many were taken, to push or to put off."""
         with self._lock:
             free = THREADS - self._running.total()
         if free <= 0:
@@ -127,7 +281,8 @@ class Deliverer:
         return len(taken)
 
     def _admitted(self, endpoint: str) -> str:
-        """Count a push in, or say how the endpoint is that has its share already."""
+        """Count one more push to this endpoint; "" if it may start, else new, quick or slow: how the
+        endpoint behaved, which has all the threads that it may have."""
         with self._lock:
             manner = self._manner.get(endpoint, "new")
             if self._running[endpoint] >= SHARE[manner]:
@@ -136,7 +291,7 @@ class Deliverer:
             return ""
 
     def _handle(self, delivery: Delivery, endpoint: str) -> None:
-        """In a thread of the pool: push, settle, and leave whatever happens."""
+        """In a thread of the pool: push, settle, and give the thread back whatever happens."""
         began = time.monotonic()
         manner: Literal["quick", "slow"] = "slow"
         try:
@@ -161,19 +316,21 @@ class Deliverer:
 
     # one push
 
-    def push(self, delivery: Delivery) -> Result:
+    def push(self, delivery: Delivery) -> PushResult:
         """Send it once."""
         if self.outbox.endpoint_disabled(delivery.tenant, delivery.url):
-            return Result(
+            return PushResult(
                 "dead", "the endpoint answered 410 before; ralf deliver --enable uses it again"
             )
-        body = body_of(delivery, self.settings.webhook_max_body)
+        body = webhook_body(delivery, self.settings.webhook_max_body)
         if body is None:
-            return Result("dead", f"its body has more than {self.settings.webhook_max_body} bytes")
+            return PushResult(
+                "dead", f"its body has more than {self.settings.webhook_max_body} bytes"
+            )
         at = datetime.fromtimestamp(int(self.now()), UTC)
         signature = self.secrets.sign(delivery.secret_id, delivery.id, at, body)
         if not signature:
-            return Result(
+            return PushResult(
                 "dead",
                 f"RALF_WEBHOOK_SECRETS has no secret {delivery.secret_id!r}, and nothing is sent "
                 "unsigned; add it, then: ralf deliver --redeliver",
@@ -186,7 +343,7 @@ class Deliverer:
         }
         return self._send(delivery.url, headers, body.encode())
 
-    def _send(self, url: str, headers: Mapping[str, str], body: bytes) -> Result:
+    def _send(self, url: str, headers: Mapping[str, str], body: bytes) -> PushResult:
         deadline = time.monotonic() + self.settings.webhook_timeout_s
         try:
             target = self.egress.target(url)
@@ -199,22 +356,22 @@ class Deliverer:
                 allowance=ANSWER_BYTES,
             )
         except EgressDenied as error:
-            return Result("dead", f"forbidden: {error}")
+            return PushResult("dead", f"forbidden: {error}")
         except EgressFailed as error:
-            return Result("retry", str(error))
+            return PushResult("retry", str(error))
         with answer:
             answer.drain(POLITE_BYTES)
         return self._judged(answer.status, answer.header("Retry-After"))
 
-    def _judged(self, status: int, retry_after: str) -> Result:
+    def _judged(self, status: int, retry_after: str) -> PushResult:
         if 200 <= status < 300:
-            return Result("delivered", "", status)
+            return PushResult("delivered", "", status)
         if status == 410:
-            return Result("gone", "the endpoint answered 410 Gone and is disabled", status)
+            return PushResult("gone", "the endpoint answered 410 Gone and is disabled", status)
         if 300 <= status < 400:
-            return Result("retry", f"answered {status}; redirects are not followed", status)
+            return PushResult("retry", f"answered {status}; redirects are not followed", status)
         wait = self._asked_wait(retry_after) if status in BUSY else 0.0
-        return Result("retry", f"answered {status}", status, wait)
+        return PushResult("retry", f"answered {status}", status, wait)
 
     def _asked_wait(self, text: str) -> float:
         """Retry-After in seconds, as a number or a date; 0 when it is neither, never over a day."""
@@ -226,9 +383,9 @@ class Deliverer:
             return 0.0
         return min(max(0.0, at - self.now()), RETRY_AFTER_MOST_S)
 
-    # what becomes of it
+    # after the push
 
-    def _settle(self, delivery: Delivery, result: Result, took_s: float) -> None:
+    def _settle(self, delivery: Delivery, result: PushResult, took_s: float) -> None:
         facts = {
             "delivery": delivery.id,
             "event_type": delivery.event,

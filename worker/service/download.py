@@ -1,20 +1,28 @@
-"""One http(s) URL into an Intake: redirects judged, breaks mended.
+"""An upload on its way into a file: counted, capped, hashed, and whole or not at all.
 
-Each redirect is judged like the first URL, and https never leads to http.  A download that breaks
+UploadFile takes the bytes, wherever they come from.  Download brings them from one http(s) URL:
+each redirect is judged like the first URL, and https never leads to http.  A download that breaks
 off goes on where it stopped (Range and If-Range, RFC 9110) when the server named this version of
-the file by a strong ETag or a date; each time the whole chain of redirects is walked anew.
-4xx is final, but for 408, 425 and 429; those and 5xx are the job's to try again.
+the file by a strong ETag or a date; each time the whole chain of redirects is followed anew.
+4xx is final, except 408, 425 and 429; those and 5xx let the job try again.
 """
 
 import email.utils
+import hashlib
+import os
 import re
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urljoin
 
-from ralf.worker.errors import FetchDenied, FetchFailed
+from ralf.worker.contract import Media
+from ralf.worker.errors import FetchDenied, FetchFailed, HashMismatch, TooLarge
 from ralf.worker.service.egress import Answer, Egress, EgressDenied, EgressFailed, Target
-from ralf.worker.service.intake import Intake
 from ralf.worker.settings import Settings
 
 CHUNK = 1 << 20
@@ -28,18 +36,111 @@ _RANGE = re.compile(r"bytes ([0-9]+)-([0-9]+)/([0-9]+|\*)")
 _STRONG = re.compile(r'"[\x21\x23-\x7e]{1,500}"')
 
 
-class Download:
-    """One URL into the intake, going on after a break where the server allows."""
+@dataclass(frozen=True)
+class Fetched:
+    """The upload as a local file."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+class UploadFile:
+    """Takes the bytes of an upload: counts, hashes and caps them, and writes them if `file` is given.
+
+    A local upload is already a file, so its bytes are only counted and hashed.
+    """
 
     def __init__(
-        self, url: str, egress: Egress, settings: Settings, deadline: float, intake: Intake
+        self,
+        media: Media,
+        path: Path,
+        most: int,
+        watch: Callable[[], None],
+        file: BinaryIO | None = None,
+    ) -> None:
+        self.media, self.path, self.most, self.watch, self.file = media, path, most, watch, file
+        self.size, self._hash = 0, hashlib.sha256()
+        self.fetched: Fetched
+
+    def expect(self, total: int) -> None:
+        """The source says how many bytes there will be: refuse early."""
+        if total > self.most:
+            raise TooLarge(f"the upload has {total} bytes; at most {self.most} are taken")
+        if self.media.size_bytes is not None and total != self.media.size_bytes:
+            raise HashMismatch(
+                f"the upload has {total} bytes; the job says {self.media.size_bytes}"
+            )
+
+    def write(self, part: bytes) -> None:
+        """Take the next bytes."""
+        self.watch()
+        self.size += len(part)
+        if self.size > self.most:
+            raise TooLarge(f"the upload has more than the {self.most} bytes that are taken")
+        self._hash.update(part)
+        if self.file is not None:
+            self.file.write(part)
+
+    def restart(self) -> None:
+        """The source begins again from the first byte."""
+        self.size, self._hash = 0, hashlib.sha256()
+        if self.file is not None:
+            self.file.seek(0)
+            self.file.truncate()
+
+    def finish(self) -> Fetched:
+        """All bytes have come: check them against what the job says."""
+        self.expect(self.size)
+        found = self._hash.hexdigest()
+        if self.media.sha256 is not None and found != self.media.sha256:
+            raise HashMismatch(
+                f"the upload's SHA-256 is {found}; the job says {self.media.sha256}: "
+                "it was changed since, or the URI names another file"
+            )
+        if self.file is not None:
+            self.file.flush()
+        self.fetched = Fetched(self.path, found, self.size)
+        return self.fetched
+
+
+@contextmanager
+def receiving(
+    media: Media, folder: Path, settings: Settings, watch: Callable[[], None]
+) -> Iterator[UploadFile]:
+    """A new file that only this user can read, under a name nobody can guess; removed on any error."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="media-", dir=folder)
+    except OSError as error:
+        raise FetchFailed(f"no file could be made in the work folder: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            upload = UploadFile(media, Path(name), settings.max_bytes, watch, file)
+            yield upload
+            upload.finish()
+    except (
+        OSError
+    ) as error:  # of the disk: errors of the network and the object stores have their own class
+        Path(name).unlink(missing_ok=True)
+        raise FetchFailed(f"the upload could not be written: {error.strerror or error}") from error
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+class Download:
+    """One URL into an UploadFile; goes on after a break where the server allows."""
+
+    def __init__(
+        self, url: str, egress: Egress, settings: Settings, deadline: float, upload: UploadFile
     ) -> None:
         self.url, self.egress, self.settings = url, egress, settings
-        self.deadline, self.intake = deadline, intake
+        self.deadline, self.upload = deadline, upload
         self._validator = ""
         """What the server calls this version of the file; empty: it cannot be resumed."""
 
     def run(self) -> None:
+        """Fetch it; raises FetchDenied (final) or FetchFailed (worth another try)."""
         for turn in range(RESUMES + 1):
             try:
                 with self._answer() as answer:
@@ -48,15 +149,15 @@ class Download:
             except EgressDenied as error:
                 raise FetchDenied(str(error)) from error
             except (EgressFailed, FetchFailed) as error:
-                self.intake.watch()
-                if turn == RESUMES or not self.intake.size or not self._validator:
+                self.upload.watch()
+                if turn == RESUMES or not self.upload.size or not self._validator:
                     raise FetchFailed(str(error)) from error
                 self._pause(PAUSE_S * 2**turn)
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            self.intake.watch()
+            self.upload.watch()
             time.sleep(min(left, 0.2))
 
     def _answer(self) -> Answer:
@@ -68,8 +169,8 @@ class Download:
                 target,
                 headers=self._headers(),
                 deadline=self.deadline,
-                allowance=2 * self.intake.most + CHUNK,  # chunked framing adds to the body
-                watch=self.intake.watch,
+                allowance=2 * self.upload.most + CHUNK,  # chunked framing adds to the body
+                watch=self.upload.watch,
             )
             if answer.status not in REDIRECTS:
                 return answer
@@ -90,8 +191,8 @@ class Download:
 
     def _headers(self) -> dict[str, str]:
         headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
-        if self.intake.size and self._validator:
-            headers |= {"Range": f"bytes={self.intake.size}-", "If-Range": self._validator}
+        if self.upload.size and self._validator:
+            headers |= {"Range": f"bytes={self.upload.size}-", "If-Range": self._validator}
         return headers
 
     def _take(self, answer: Answer) -> None:
@@ -99,29 +200,29 @@ class Download:
         total = answer.length
         if answer.status == 206:
             total = self._continued(answer)
-        elif self.intake.size:
-            self.intake.restart()
+        elif self.upload.size:
+            self.upload.restart()
         if total is not None:
-            self.intake.expect(total)
+            self.upload.expect(total)
         self._validator = _validator(answer) or (self._validator if answer.status == 206 else "")
         while part := answer.read(CHUNK):
-            self.intake.write(part)
-        if total is not None and self.intake.size != total:
-            raise FetchFailed(f"{answer.target}: {self.intake.size} of {total} bytes came")
+            self.upload.write(part)
+        if total is not None and self.upload.size != total:
+            raise FetchFailed(f"{answer.target}: {self.upload.size} of {total} bytes came")
 
     def _judge(self, answer: Answer) -> None:
         status = answer.status
-        if status >= 500 or status in TRANSIENT or (status == 416 and self.intake.size):
+        if status >= 500 or status in TRANSIENT or (status == 416 and self.upload.size):
             raise FetchFailed(f"{answer.target} answered {status}")
-        if status != 200 and not (status == 206 and self.intake.size):
+        if status != 200 and not (status == 206 and self.upload.size):
             raise FetchDenied(f"{answer.target} answered {status}, expected 200")
         if answer.header("Content-Encoding").lower() not in {"", "identity"}:
             raise FetchDenied(f"{answer.target} sends it compressed though asked not to")
 
     def _continued(self, answer: Answer) -> int | None:
-        """It goes on: from the right byte of the same file? Gives the whole file's size."""
+        """A 206 must go on at the right byte of the same file; gives the whole file's size."""
         found = _RANGE.fullmatch(answer.header("Content-Range"))
-        if found is None or int(found[1]) != self.intake.size:
+        if found is None or int(found[1]) != self.upload.size:
             self._validator = ""
             raise FetchFailed(f"{answer.target} goes on at another byte than was asked")
         if _validator(answer) not in {"", self._validator}:

@@ -1,4 +1,4 @@
-"""A job's URI made a local file: within the roots, the buckets, the caps; whole or not at all.
+"""Make a job's URI a local file: only from allowed roots, buckets and hosts, and never too large.
 
     file:         a regular file under one of settings.file_roots, links resolved first, then opened
                   component by component without following any.  It is used in place, not copied:
@@ -12,11 +12,14 @@
 
 Bytes, time, the declared and the actual size, and the SHA-256 are checked while they stream.
 Messages never hold a query: that of a signed URL is a credential.
+
+FetchThread runs a fetch beside the worker process's loop, which must go on sending heartbeats.
 """
 
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,16 +28,23 @@ from typing import Any
 from urllib.parse import unquote
 
 import fsspec
+import structlog
 
 from ralf import install_hint
 from ralf.worker.contract import Media
-from ralf.worker.errors import Cancelled, FetchDenied, FetchFailed, UnreadableFile
-from ralf.worker.service.download import CHUNK, RESUMES, Download
+from ralf.worker.errors import Cancelled, FetchDenied, FetchFailed, JobError, UnreadableFile
+from ralf.worker.service.download import (
+    CHUNK,
+    RESUMES,
+    Download,
+    Fetched,
+    UploadFile,
+    receiving,
+)
 from ralf.worker.service.egress import Egress
-from ralf.worker.service.intake import Fetched, Intake, receiving
 from ralf.worker.settings import Settings
 
-__all__ = ["Fetched", "fetch", "open_store"]
+log = structlog.get_logger()
 
 BLOCK = 8 << 20
 
@@ -70,15 +80,63 @@ def fetch(
         return _local(media, settings, watch)
     if scheme in {"http", "https"}:
         door = egress or Egress(settings, hosts=settings.fetch_hosts)
-        with receiving(media, folder, settings, watch) as intake:
-            Download(media.uri, door, settings, deadline, intake).run()
-        return intake.fetched
+        with receiving(media, folder, settings, watch) as upload:
+            Download(media.uri, door, settings, deadline, upload).run()
+        return upload.fetched
     if scheme in {"s3", "gs"}:
         path = _object(media.uri, tenant, settings)
-        with receiving(media, folder, settings, watch) as intake:
-            _from_store(scheme, path, (store or open_store)(scheme, settings), intake)
-        return intake.fetched
+        with receiving(media, folder, settings, watch) as upload:
+            _from_store(scheme, path, (store or open_store)(scheme, settings), upload)
+        return upload.fetched
     raise FetchDenied(f"{scheme[:20]}: is not fetched; expected https, http, s3, gs or file")
+
+
+class FetchThread:
+    """One fetch in a thread; calls `wake` when it is over."""
+
+    def __init__(
+        self,
+        media: Media,
+        folder: Path,
+        *,
+        tenant: str,
+        settings: Settings,
+        wake: Callable[[], None],
+    ) -> None:
+        self.file: Fetched | None = None
+        self._error: BaseException | None = None
+        self._wake = wake
+        self._stop, self._over = threading.Event(), threading.Event()
+        threading.Thread(
+            target=self._work, args=(media, folder, tenant, settings), name="fetch", daemon=True
+        ).start()
+
+    def _work(self, media: Media, folder: Path, tenant: str, settings: Settings) -> None:
+        try:
+            self.file = fetch(
+                media, folder, tenant=tenant, settings=settings, cancelled=self._stop.is_set
+            )
+        except BaseException as error:  # noqa: BLE001  carried over to the other thread
+            self._error = error
+        self._over.set()
+        self._wake()
+
+    @property
+    def over(self) -> bool:
+        """Whether there is a file or an error."""
+        return self._over.is_set()
+
+    def stop(self) -> None:
+        """End it at its next piece, without waiting for that."""
+        self._stop.set()
+
+    @property
+    def error(self) -> JobError | Cancelled:
+        """Why there is no file."""
+        if isinstance(self._error, (JobError, Cancelled)):
+            return self._error
+        log.error("fetch.broke", error=repr(self._error))
+        return FetchFailed(f"{type(self._error).__name__}: {self._error}")
 
 
 # file
@@ -95,17 +153,17 @@ def _local(media: Media, settings: Settings, watch: Callable[[], None]) -> Fetch
         os.close(handle)
         raise UnreadableFile(f"{path} is not a regular file")
     with os.fdopen(handle, "rb") as file:
-        intake = Intake(media, path, settings.max_bytes, watch)
-        intake.expect(before.st_size)
+        upload = UploadFile(media, path, settings.max_bytes, watch)
+        upload.expect(before.st_size)
         try:
             while part := file.read(CHUNK):
-                intake.write(part)
+                upload.write(part)
         except OSError as error:
             raise FetchFailed(f"{path} could not be read: {error.strerror}") from error
         after = os.fstat(handle)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise FetchFailed(f"{path} changed while it was read; submit it when it is complete")
-    return intake.finish()
+    return upload.finish()
 
 
 def _inside(uri: str, settings: Settings) -> tuple[Path, Path]:
@@ -193,18 +251,18 @@ def _opened_store(scheme: str, endpoint: str) -> Any:
         ) from error
 
 
-def _from_store(scheme: str, path: str, files: Any, intake: Intake) -> None:
-    """Block by block, so that time, cancel and caps are looked at; a block is tried again."""
+def _from_store(scheme: str, path: str, files: Any, upload: UploadFile) -> None:
+    """Read block by block: time, cancel and caps are checked between, and a block is tried again."""
     name = f"{scheme}://{path}"
     facts = _asked(name, lambda: files.info(path))
     size = facts.get("size")
     if facts.get("type") != "file" or not isinstance(size, int):
         raise FetchDenied(f"{name} is not an object with a size")
-    intake.expect(size)
+    upload.expect(size)
     broken = 0
-    while intake.size < size:
-        intake.watch()
-        start, end = intake.size, min(intake.size + BLOCK, size)
+    while upload.size < size:
+        upload.watch()
+        start, end = upload.size, min(upload.size + BLOCK, size)
         try:
             part = _asked(name, lambda a=start, b=end: files.cat_file(path, start=a, end=b))
             if len(part) != end - start:
@@ -214,13 +272,13 @@ def _from_store(scheme: str, path: str, files: Any, intake: Intake) -> None:
             if broken > RESUMES:
                 raise
             continue
-        intake.write(part)
+        upload.write(part)
     if _version(_asked(name, lambda: files.info(path))) != _version(facts):
         raise FetchFailed(f"{name} changed while it was fetched")
 
 
 def _asked(name: str, ask: Callable[..., Any]) -> Any:
-    """The border to libraries of which each has errors of its own."""
+    """Ask the object store, whose libraries each raise errors of their own."""
     try:
         return ask()
     except FileNotFoundError as error:

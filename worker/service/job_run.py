@@ -33,7 +33,7 @@ from ralf.worker.errors import DecoderCrashed, by_code
 from ralf.worker.service import messages
 from ralf.worker.service.child_process import Link
 from ralf.worker.service.ending import Ending, settle
-from ralf.worker.service.fetching import Fetching
+from ralf.worker.service.fetch import FetchThread
 from ralf.worker.service.jobs import Body
 from ralf.worker.service.limits import Pace, memory_allowed, overrun
 from ralf.worker.service.records import Claim
@@ -96,7 +96,7 @@ class Errand:
         """The media as a local file; heartbeats go on while a thread fetches it."""
         job = self.claim.job
         self._progress = Progress(stage="fetch", percent=0)
-        fetching = Fetching(
+        fetching = FetchThread(
             job.media, folder, tenant=job.tenant, settings=self.settings, orders=self.orders
         )
         while not fetching.over:

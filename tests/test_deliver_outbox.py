@@ -3,7 +3,7 @@
 import pytest
 
 from ralf.worker.contract import Callback
-from ralf.worker.service.outbox import Outbox
+from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
