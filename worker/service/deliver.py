@@ -281,8 +281,8 @@ class Deliverer:
         return len(taken)
 
     def _admitted(self, endpoint: str) -> str:
-        """Count one more push to this endpoint; "" if it may start, else new, quick or slow: how the
-        endpoint behaved, which has all the threads that it may have."""
+        """Count one more push to this endpoint and give ""; when the endpoint already has its share
+        of threads, give how it behaved instead: new, quick or slow."""
         with self._lock:
             manner = self._manner.get(endpoint, "new")
             if self._running[endpoint] >= SHARE[manner]:

@@ -46,7 +46,7 @@ class Fetched:
 
 
 class UploadFile:
-    """Takes the bytes of an upload: counts, hashes and caps them, and writes them if `file` is given.
+    """Takes the bytes of an upload: counts, hashes and caps them; writes them if `file` is given.
 
     A local upload is already a file, so its bytes are only counted and hashed.
     """
@@ -108,7 +108,7 @@ class UploadFile:
 def receiving(
     media: Media, folder: Path, settings: Settings, watch: Callable[[], None]
 ) -> Iterator[UploadFile]:
-    """A new file that only this user can read, under a name nobody can guess; removed on any error."""
+    """A new file with a name that nobody can guess, for this user only; removed on any error."""
     try:
         handle, name = tempfile.mkstemp(prefix="media-", dir=folder)
     except OSError as error:
@@ -118,9 +118,7 @@ def receiving(
             upload = UploadFile(media, Path(name), settings.max_bytes, watch, file)
             yield upload
             upload.finish()
-    except (
-        OSError
-    ) as error:  # of the disk: errors of the network and the object stores have their own class
+    except OSError as error:  # the disk: network and object stores raise classes of ours
         Path(name).unlink(missing_ok=True)
         raise FetchFailed(f"the upload could not be written: {error.strerror or error}") from error
     except BaseException:

@@ -252,7 +252,7 @@ def _opened_store(scheme: str, endpoint: str) -> Any:
 
 
 def _from_store(scheme: str, path: str, files: Any, upload: UploadFile) -> None:
-    """Read block by block: time, cancel and caps are checked between, and a block is tried again."""
+    """Read block by block; time, cancel and caps are checked between, a failed block is retried."""
     name = f"{scheme}://{path}"
     facts = _asked(name, lambda: files.info(path))
     size = facts.get("size")

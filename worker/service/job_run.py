@@ -29,7 +29,7 @@ from redis.exceptions import RedisError
 
 from ralf.worker import telemetry
 from ralf.worker.contract import Evidence, Progress, Verdict
-from ralf.worker.errors import DecoderCrashed, by_code
+from ralf.worker.errors import Cancelled, DecoderCrashed, by_code
 from ralf.worker.service import messages
 from ralf.worker.service.child_process import Link
 from ralf.worker.service.ending import Ending, settle
@@ -97,7 +97,11 @@ class Errand:
         job = self.claim.job
         self._progress = Progress(stage="fetch", percent=0)
         fetching = FetchThread(
-            job.media, folder, tenant=job.tenant, settings=self.settings, orders=self.orders
+            job.media,
+            folder,
+            tenant=job.tenant,
+            settings=self.settings,
+            wake=self.orders.wake,
         )
         while not fetching.over:
             self._wait(listen=False)
@@ -107,7 +111,10 @@ class Errand:
                 return Path(), self._planned
         self.fetch_s = time.monotonic() - self.begun
         if fetching.file is None:
-            return Path(), fetching.ending()
+            error = fetching.error
+            if isinstance(error, Cancelled):
+                return Path(), Ending("failure", "cancelled", "cancelled by the client")
+            return Path(), Ending.of(error)
         self._file_sha = fetching.file.sha256
         return fetching.file.path, None
 
