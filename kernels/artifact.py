@@ -1,87 +1,68 @@
-"""A model on disk: found by name, checked by hash, published, promoted and rolled back atomically.
+"""A model on disk: found by name, checked by hash, published.
 
     models/NAME/VERSION/   manifest.json, the files it names, engines/ (built later, own hashes)
     models/NAME/current    the promoted version, one line, replaced atomically
-    models/NAME/history    how it came to be the promoted one; what rollback reads
+    models/NAME/history    what was promoted and when; ralf.kernels.registry writes both
 
 VERSION is the first 8 hex digits of the SHA-256 of manifest.json, and the manifest holds the
-SHA-256 of every other file, so a folder's name vouches for everything in it.  A version never
-changes: recalibrating makes a new one.
+SHA-256 of every other file, so the folder's name vouches for everything in it.  A version never
+changes: another calibration makes another version.
 
-Publishing writes to a hidden folder beside the version, flushes it, and renames it; removing goes
-the other way round.  Killed at any step, each leaves the old state or the new one, whole; what a
-dead writer left is swept by the next, since all of them hold the lock on the model's folder.
+Publishing writes to a hidden folder beside the version, flushes it and renames it.  A process
+killed at any step leaves the old state or the new one, never half of one; the next process that
+holds the lock on the model's folder removes what the dead one left.
 
-`promote` here moves the pointer and asks nothing; ralf.kernels.registry asks first.
-
-Refused, with the reason: a torn, truncated, changed or missing file, a link of any kind inside a
+Refused, with the reason: a truncated, changed or missing file, a link of any kind inside a
 version, a file name that is not a plain name, a manifest that does not hash to its folder's name.
-Nothing here is a pickle, and nothing here imports torch.
+No file here is a pickle, and this module imports no torch.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from ralf.kernels import history
-from ralf.kernels.atomic_files import (
-    ArtifactError,
-    Damaged,
-    compare,
-    digest_of,
-    flush_folder,
-    locked,
-    read_regular,
-    refuse_links,
-    write,
-)
-from ralf.kernels.golden import Golden, golden
-from ralf.kernels.history import VERSION
+from ralf.kernels.atomic_files import flush_folder, locked, write
 from ralf.kernels.manifest import Manifest
-
-__all__ = [
-    "SHIPPED",
-    "Artifact",
-    "ArtifactError",
-    "Damaged",
-    "Golden",
-    "NotFound",
-    "golden",
-    "models_folder",
-    "names",
-    "open_artifact",
-    "promote",
-    "promoted",
-    "publish",
-    "resolve",
-    "rollback",
-    "versions",
-]
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
 """The models that come with the code."""
 REQUIRED = frozenset({"weights.safetensors", "golden.npz", "card.md"})
-MANIFEST = "manifest.json"
+MANIFEST, GOLDEN = "manifest.json", "golden.npz"
+CURRENT, HISTORY = "current", "history"
 MANIFEST_MAX_BYTES = 1_000_000
+VERSION = re.compile(r"[0-9a-f]{8}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-def models_folder(named: Path | str | None = None) -> Path:
-    """Where models lie: the folder named, else RALF_MODELS_DIR, else the one beside the code."""
-    return Path(named or os.environ.get("RALF_MODELS_DIR") or SHIPPED)
+class ArtifactError(Exception):
+    """A model cannot be used, found, published or promoted; the message says why."""
+
+
+class Damaged(ArtifactError):
+    """The files on disk are not those that were published."""
 
 
 class NotFound(ArtifactError):
-    """No such model or version; the message says what is there."""
+    """No such model or version; the message says which there are."""
+
+
+def models_folder(named: Path | str | None = None) -> Path:
+    """The folder of models: the one named, else RALF_MODELS_DIR, else the one beside the code."""
+    return Path(named or os.environ.get("RALF_MODELS_DIR") or SHIPPED)
 
 
 @dataclass(frozen=True)
@@ -109,28 +90,61 @@ class Artifact:
 
     @property
     def weights_sha256(self) -> str:
-        """What a verdict reports."""
+        """The hash of the weights, which a verdict reports."""
         return self.manifest.files["weights.safetensors"]
 
     def file(self, name: str) -> Path:
-        """Where a file of this version lies."""
+        """The path of one of this version's files."""
         if name not in self.manifest.files:
             have = ", ".join(sorted(self.manifest.files))
             raise NotFound(f"{self.label} has no file {name!r} (have: {have})")
         return self.path / name
 
     def read(self, name: str) -> bytes:
-        """A file's bytes, hashed as read: what is checked is what is used."""
+        """A file's bytes; the bytes returned are the bytes that were hashed."""
         data = read_regular(self.file(name))
         compare(self.path / name, hashlib.sha256(data).hexdigest(), self.manifest.files[name])
         return data
 
     def verify(self) -> None:
-        """Hash every file again; Damaged where one differs."""
+        """Hash every file again; Damaged if one differs."""
         refuse_links(self.path)
         for name, expected in self.manifest.files.items():
             path = self.path / name
             compare(path, digest_of(path), expected)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Crops, and the FP32 reference's logits for them: an engine must give the same."""
+
+    crops: NDArray[np.uint8]  # [n, 3, s, s]
+    logits: NDArray[np.float32]  # [n]
+
+    def __post_init__(self) -> None:
+        n = len(self.logits)
+        square = self.crops.ndim == 4 and self.crops.shape[2] == self.crops.shape[3]
+        if not square or self.crops.shape[:2] != (n, 3) or self.crops.dtype != np.uint8:
+            raise Damaged(
+                f"golden crops should be u8 [{n},3,s,s], got {self.crops.dtype} {self.crops.shape}"
+            )
+        if n == 0 or self.logits.shape != (n,) or not np.isfinite(self.logits).all():
+            raise Damaged(f"golden logits should be finite [n ≥ 1], got {self.logits.shape}")
+
+    def to_bytes(self) -> bytes:
+        """The bytes of golden.npz, the same for the same arrays."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, crops=self.crops, logits=self.logits)
+        return buffer.getvalue()
+
+
+def golden(artifact: Artifact) -> Golden:
+    """The version's golden crops and logits; an array of another shape or type is refused."""
+    try:
+        with np.load(io.BytesIO(artifact.read(GOLDEN)), allow_pickle=False) as arrays:
+            return Golden(arrays["crops"], arrays["logits"].astype(np.float32))
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise Damaged(f"{artifact.path / GOLDEN} does not read: {error}") from error
 
 
 def open_artifact(path: Path | str) -> Artifact:
@@ -157,7 +171,7 @@ def open_artifact(path: Path | str) -> Artifact:
 
 
 def names(models_dir: Path | str) -> list[str]:
-    """Models that have at least one version."""
+    """Names of the models that have at least one version."""
     root = Path(models_dir)
     if not root.is_dir():
         return []
@@ -181,7 +195,18 @@ def versions(models_dir: Path | str, name: str) -> list[str]:
 
 def promoted(models_dir: Path | str, name: str) -> str | None:
     """The version that `current` names, or None."""
-    return history.current(Path(models_dir) / name)
+    return current(Path(models_dir) / name)
+
+
+def current(folder: Path) -> str | None:
+    """The same for a model's folder; Damaged where the file names no version."""
+    try:
+        text = (folder / CURRENT).read_text().strip()
+    except FileNotFoundError:
+        return None
+    if not VERSION.fullmatch(text):
+        raise Damaged(f"{folder / CURRENT} should hold a version, got {text[:40]!r}")
+    return text
 
 
 def resolve(models_dir: Path | str, spec: str) -> Artifact:
@@ -227,44 +252,12 @@ def publish(models_dir: Path | str, draft: Manifest, files: Mapping[str, bytes |
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def promote(models_dir: Path | str, name: str, version: str, *, remark: str = "") -> Artifact:
-    """Make a version the one that `name` means; it is verified first."""
-    root = Path(models_dir)
-    artifact = resolve(root, f"{name}@{version}")
-    with locked(root / name):
-        point(root / name, artifact, remark)
-    return artifact
-
-
-def point(folder: Path, artifact: Artifact, remark: str = "") -> None:
-    """The same once the folder is locked; the current one again is no event."""
-    if history.current(folder) != artifact.version:
-        history.record(folder, artifact.version, "promoted", remark)
-
-
-def rollback(models_dir: Path | str, name: str) -> Artifact:
-    """Go back to the version promoted before the current one; it is verified first."""
-    folder = Path(models_dir) / name
-    if not folder.is_dir():
-        raise NotFound(f"no model {name!r} in {models_dir}")
-    with locked(folder):
-        past = history.pile(history.events(folder))
-        if len(past) < 2:
-            now = past[-1] if past else "none"
-            raise NotFound(f"{name}: nothing was promoted before the current version ({now})")
-        if not (folder / past[-2]).is_dir():
-            raise NotFound(f"{name}: the version before, {past[-2]}, was removed; promote another")
-        artifact = open_artifact(folder / past[-2])
-        history.record(folder, artifact.version, "rolled_back")
-    return artifact
-
-
 def sweep(folder: Path) -> None:
-    """What a dead writer left; the caller holds the lock on the model's folder."""
+    """Remove what a killed writer left; the caller holds the lock on the model's folder."""
     for pattern in (".new-*", ".old-*"):
         for left in folder.glob(pattern):
             shutil.rmtree(left)
-    for name in (history.CURRENT, history.HISTORY):
+    for name in (CURRENT, HISTORY):
         for file in folder.glob(f".{name}.*"):
             file.unlink()
 
@@ -275,10 +268,10 @@ def _choose(root: Path, name: str, wanted: str, have: list[str]) -> str:
         if len(matching) == 1:
             return matching[0]
         raise NotFound(f"no one version {wanted!r} of {name} in {root} (have: {', '.join(have)})")
-    current = promoted(root, name)
-    if current in have:
-        return current
-    state = f"its promoted version {current} is gone" if current else "none is promoted"
+    now = promoted(root, name)
+    if now in have:
+        return now
+    state = f"its promoted version {now} is gone" if now else "none is promoted"
     raise NotFound(
         f"{name} in {root}: {state} (have: {', '.join(have)}); "
         f"promote one: ralf models promote {name}@{have[-1]}"
@@ -316,3 +309,52 @@ def _check_names(files: Mapping[str, object], where: Path | str) -> None:
             raise Damaged(f"{where}: {name!r} is not a plain file name")
     if isinstance(where, Path) and (lacking := REQUIRED - files.keys()):
         raise Damaged(f"{where}: names no {', '.join(sorted(lacking))}")
+
+
+# Reading never follows a link and never blocks on a pipe: a model's folder may come from anywhere.
+
+
+def refuse_links(folder: Path) -> None:
+    """Damaged if the folder holds a link."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink():
+            raise Damaged(f"{entry} is a link; a model holds only plain files")
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a plain file; links, pipes and folders are refused without blocking."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Damaged(f"{path} is not a plain file")
+    return descriptor
+
+
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """A plain file's bytes; Damaged if it has more than `most`."""
+    with os.fdopen(open_regular(path), "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if most is not None and size > most:
+            raise Damaged(f"{path} has {size} bytes, expected at most {most}")
+        return stream.read()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a plain file."""
+    with os.fdopen(open_regular(path), "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def compare(path: Path, got: str, expected: str) -> None:
+    """Damaged if the hashes differ."""
+    if got != expected:
+        size = path.stat().st_size
+        raise Damaged(
+            f"{path} ({size} bytes) hashes to {got[:12]}…, the manifest says {expected[:12]}…: "
+            "truncated or changed after publishing"
+        )

@@ -28,8 +28,7 @@ from torch import nn
 
 from ralf import install_hint
 from ralf.kernels import plan_store, plans
-from ralf.kernels.artifact import Artifact, golden
-from ralf.kernels.atomic_files import ArtifactError
+from ralf.kernels.artifact import Artifact, ArtifactError, golden
 from ralf.kernels.diverge import TOLERANCE, Layers, ModuleLayers, first_divergence
 from ralf.kernels.engine import EngineError, Precision, budget_of, check_precision
 from ralf.kernels.engine_torch import DTYPES, Detector, restore

@@ -16,8 +16,7 @@ from functools import partial
 import torch
 
 from ralf.kernels import plan_store, plans
-from ralf.kernels.artifact import Artifact
-from ralf.kernels.atomic_files import ArtifactError
+from ralf.kernels.artifact import Artifact, ArtifactError
 from ralf.kernels.bench.record import interleave, processor
 from ralf.kernels.engine import Engine, EngineError, check_golden, make
 from ralf.kernels.engine_torch import offers

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from ralf.kernels import plans
-from ralf.kernels.artifact import Artifact
-from ralf.kernels.atomic_files import ArtifactError, Damaged
+from ralf.kernels.artifact import Artifact, ArtifactError, Damaged
 from ralf.kernels.batching import Batching
 from ralf.kernels.engine import EngineError, Precision, check_crops
 from ralf.kernels.engine_torch import TorchEngine, placed, restore

@@ -136,15 +136,15 @@ def list_models(args: argparse.Namespace) -> int:
 
 def show_model(args: argparse.Namespace) -> int:
     """Manifest, engines and history, and the card unless JSON was asked for."""
-    from ralf.kernels import history
     from ralf.kernels.artifact import resolve
     from ralf.kernels.plans import plans
+    from ralf.kernels.registry import events
 
     artifact = resolve(folder(args), args.model)
     document = artifact.manifest.model_dump(mode="json", by_alias=True)
     built = [{"key": str(plan.key), "state": plan.record.state} for plan in plans(artifact)]
-    told = history.events(artifact.path.parent)
-    mine = [asdict(event) for event in told if event.version == artifact.version]
+    past = events(artifact.path.parent)
+    mine = [asdict(event) for event in past if event.version == artifact.version]
     if args.json:
         facts = {"manifest": document, "engines": built, "history": mine}
         print(json.dumps(label_of(artifact) | facts, ensure_ascii=False))
@@ -200,17 +200,17 @@ def promote_model(args: argparse.Namespace) -> int:
     if not version:
         print("ralf: promote takes NAME@VERSION; see: ralf models list", file=sys.stderr)
         return USAGE
-    artifact, gates = promote(folder(args), name, version, force=args.force)
-    for gate in gates:
-        print(gate, file=sys.stderr)
-    told = {"gates": [asdict(gate) for gate in gates]}
-    say(args, label_of(artifact) | told, f"{artifact.name} is now {artifact.version}")
+    artifact, checks = promote(folder(args), name, version, force=args.force)
+    for check in checks:
+        print(check, file=sys.stderr)
+    answers = {"gates": [asdict(check) for check in checks]}
+    say(args, label_of(artifact) | answers, f"{artifact.name} is now {artifact.version}")
     return 0
 
 
 def roll_back(args: argparse.Namespace) -> int:
     """Make NAME mean what it meant before."""
-    from ralf.kernels.artifact import rollback
+    from ralf.kernels.registry import rollback
 
     artifact = rollback(folder(args), args.model)
     say(args, label_of(artifact), f"{artifact.name} is back at {artifact.version}")
@@ -258,11 +258,11 @@ def pinned_in_queue(args: argparse.Namespace) -> dict[str, str]:
 
 def make_untrained(args: argparse.Namespace) -> int:
     """Publish and promote the model `untrained`."""
-    from ralf.kernels.artifact import promote
+    from ralf.kernels.registry import point_to
     from ralf.kernels.untrained import publish_untrained
 
     root = folder(args)
     artifact = publish_untrained(root, base=args.base, blocks=args.blocks, size=args.size)
-    promote(root, artifact.name, artifact.version)
+    point_to(root, artifact.name, artifact.version)
     say(args, label_of(artifact), f"{artifact.label}  {artifact.path}  (knows nothing)")
     return 0

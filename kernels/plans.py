@@ -24,8 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from ralf.kernels.artifact import Artifact
-from ralf.kernels.atomic_files import ArtifactError, Damaged, read_regular
+from ralf.kernels.artifact import Artifact, ArtifactError, Damaged, read_regular
 from ralf.kernels.manifest import Strict
 
 Flavour = Literal["trt", "rtx"]

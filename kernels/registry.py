@@ -1,62 +1,170 @@
-"""Who may become the promoted version, and which versions may go.
+"""Which version of a model is promoted, what may replace it, and which old versions may go.
 
-Promotion passes three gates, and each says what was asked and what came:
+    models/NAME/current    the promoted version, one line, replaced atomically
+    models/NAME/history    one line an event, oldest first: version, time, event, remark
+
+`promote` runs three checks, and each reports what was asked and what was found:
 
     engines   every target that the manifest declares has its engine
     metrics   no figure falls below the promoted version's by more than the manifest's margin
     golden    the torch engine's logits on golden.npz are the reference's, within the budget
 
-One that is overridden by force stays in the history, with what it had said.  Somebody else's
-promotion between the weighing and ours is noticed, and ours refused.
+`force` overrides a check that fails; the history then keeps what it reported.  If another process
+promotes a version between the checks and our own move, ours is refused.  `point_to` moves the
+pointer without any check.
 
-Collecting removes old versions.  Kept are the promoted one, the newest few, those that the last
-few promotions named, those that somebody spares (a waiting job pins them), and those that a running
-process holds open.  That is seen by a lock, where the file system has locks between machines.
-Looking and removing are two calls of one function, so what is shown is what goes.
+The history only grows, so a forced promotion stays on record.  A rollback is found by replaying the
+events: a promotion pushes a version on a stack, a rollback pops one.  The event is written before
+`current`.  If a process dies between the two, the last event names a version that `current` does
+not; such an event did not happen, and the next writer removes it.
 
-Nothing here imports torch; the golden gate does when it is asked.
+`collect` removes old versions.  It keeps the promoted one, the newest few, those of the last few
+promotions, those that the caller spares (a waiting job pins them), and those that a running process
+holds open (a file lock shows that).  With and without `apply` it computes the same list, so what it
+shows is what it removes.
+
+This file imports no torch; only the golden check does, when it runs.
 """
 
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from math import inf, isnan
 from pathlib import Path
 from typing import Any, Literal
 
-from ralf.kernels import history
 from ralf.kernels.artifact import (
+    CURRENT,
+    HISTORY,
+    VERSION,
     Artifact,
     ArtifactError,
+    Damaged,
     NotFound,
+    current,
     open_artifact,
-    point,
     resolve,
     sweep,
     versions,
 )
-from ralf.kernels.atomic_files import Damaged, flush_folder, locked, unused
+from ralf.kernels.atomic_files import flush_folder, locked, replace_lines, unused
 from ralf.kernels.manifest import held_out_family
 from ralf.kernels.plans import covers
 
 KEEP = 3
-"""Newest versions that collecting leaves alone."""
+"""The newest versions, so many, are not removed."""
 RECENT = 5
-"""Last promotions whose versions collecting leaves alone."""
+"""The versions of the last promotions, so many, are not removed."""
+Kind = Literal["promoted", "rolled_back"]
+_KINDS: dict[str, Kind] = {"promoted": "promoted", "rolled_back": "rolled_back"}
 
 
 @dataclass(frozen=True)
-class Gate:
-    """One question at a promotion."""
+class Event:
+    """One line of the history: the promoted version changed."""
+
+    version: str
+    """The promoted version afterwards."""
+    at: str = ""
+    """UTC; empty where `current` is there and no history."""
+    kind: Kind = "promoted"
+    remark: str = ""
+    """Which checks were overridden, and what they reported."""
+
+    def line(self) -> str:
+        """The line on disk."""
+        return "\t".join((self.version, self.at, self.kind, " ".join(self.remark.split())))
+
+    @classmethod
+    def parse(cls, line: str) -> "Event | None":
+        """From a line; None where the line does not begin with a version."""
+        version, at, kind, remark = (*line.rstrip("\n").split("\t"), "", "", "")[:4]
+        if not VERSION.fullmatch(version):
+            return None
+        return cls(version, at, _KINDS.get(kind, "promoted"), remark)
+
+
+def events(folder: Path) -> list[Event]:
+    """The history, oldest first, without an event whose writer died before it wrote `current`."""
+    now = current(folder)
+    if now is None:
+        return []
+    path = folder / HISTORY
+    lines = path.read_text().splitlines() if path.exists() else []
+    written = [event for event in map(Event.parse, lines) if event is not None]
+    for count in range(len(written), 0, -1):
+        if promoted_stack(written[:count])[-1:] == [now]:
+            return written[:count]
+    return [Event(now)]
+
+
+def promoted_stack(past: list[Event]) -> list[str]:
+    """The versions that rollbacks would lead through; the last is the current one."""
+    stack: list[str] = []
+    for event in past:
+        if event.kind == "rolled_back":
+            stack = stack[:-1]
+        elif stack[-1:] != [event.version]:
+            stack = [*stack, event.version]
+    return stack
+
+
+def record(folder: Path, version: str, kind: Kind, remark: str = "") -> None:
+    """Make a version the promoted one; the caller holds the folder's lock."""
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    past = [*events(folder), Event(version, at, kind, remark)]
+    replace_lines(folder / HISTORY, [event.line() for event in past])
+    replace_lines(folder / CURRENT, [version])
+
+
+# promotion
+
+
+def point_to(models_dir: Path | str, name: str, version: str, *, remark: str = "") -> Artifact:
+    """Make a version the promoted one without asking any check; its files are verified first."""
+    root = Path(models_dir)
+    artifact = resolve(root, f"{name}@{version}")
+    with locked(root / name):
+        _point(root / name, artifact, remark)
+    return artifact
+
+
+def _point(folder: Path, artifact: Artifact, remark: str = "") -> None:
+    # The caller holds the lock.  Promoting the current version again is no event.
+    if current(folder) != artifact.version:
+        record(folder, artifact.version, "promoted", remark)
+
+
+def rollback(models_dir: Path | str, name: str) -> Artifact:
+    """Go back to the version promoted before the current one; it is verified first."""
+    folder = Path(models_dir) / name
+    if not folder.is_dir():
+        raise NotFound(f"no model {name!r} in {models_dir}")
+    with locked(folder):
+        past = promoted_stack(events(folder))
+        if len(past) < 2:
+            now = past[-1] if past else "none"
+            raise NotFound(f"{name}: nothing was promoted before the current version ({now})")
+        if not (folder / past[-2]).is_dir():
+            raise NotFound(f"{name}: the version before, {past[-2]}, was removed; promote another")
+        artifact = open_artifact(folder / past[-2])
+        record(folder, artifact.version, "rolled_back")
+    return artifact
+
+
+@dataclass(frozen=True)
+class PromotionCheck:
+    """One question at a promotion, and the answer."""
 
     name: Literal["engines", "metrics", "golden"]
     asked: str
     came: str
     passed: bool
     advice: str = ""
-    """How to go on where it did not pass."""
+    """What to do if the check failed."""
 
     def __str__(self) -> str:
         mark = "passed" if self.passed else "REFUSED"
@@ -64,16 +172,16 @@ class Gate:
         return f"{self.name} {mark}: asked {self.asked}; came {self.came}{advice}"
 
 
-class Refused(ArtifactError):
-    """A gate did not pass."""
+class NotPromoted(ArtifactError):
+    """A check failed."""
 
-    def __init__(self, label: str, gates: Collection[Gate]) -> None:
-        self.gates = tuple(gates)
-        shut = " | ".join(str(gate) for gate in gates if not gate.passed)
-        super().__init__(f"{label} was not promoted: {shut}; --force overrides and records it")
+    def __init__(self, label: str, checks: Collection[PromotionCheck]) -> None:
+        self.checks = tuple(checks)
+        failed = " | ".join(str(check) for check in checks if not check.passed)
+        super().__init__(f"{label} was not promoted: {failed}; --force overrides and records it")
 
 
-Prove = Callable[[Artifact], Gate]
+GoldenCheck = Callable[[Artifact], PromotionCheck]
 
 
 def promote(
@@ -82,41 +190,41 @@ def promote(
     version: str,
     *,
     force: bool = False,
-    prove: Prove | None = None,
-) -> tuple[Artifact, tuple[Gate, ...]]:
-    """Make a version the promoted one if every gate passes, or all the same when forced."""
+    golden: GoldenCheck | None = None,
+) -> tuple[Artifact, tuple[PromotionCheck, ...]]:
+    """Make a version the promoted one if every check passes, or with `force` all the same."""
     root = Path(models_dir)
     artifact = resolve(root, f"{name}@{version}")
-    before = history.current(root / name)
-    gates = weigh(root, artifact, prove=prove)
-    shut = [gate for gate in gates if not gate.passed]
-    if shut and not force:
-        raise Refused(artifact.label, gates)
-    remark = "forced past " + " | ".join(map(str, shut)) if shut else ""
+    before = current(root / name)
+    checks = check(root, artifact, golden=golden)
+    failed = [each for each in checks if not each.passed]
+    if failed and not force:
+        raise NotPromoted(artifact.label, checks)
+    remark = "forced past " + " | ".join(map(str, failed)) if failed else ""
     with locked(root / name):
-        if history.current(root / name) != before:
+        if current(root / name) != before:
             raise ArtifactError(
-                f"{name} was promoted by somebody else meanwhile, to "
-                f"{history.current(root / name)}; promote again to be weighed against it"
+                f"{name} was promoted by another process meanwhile, to "
+                f"{current(root / name)}; promote again, to be compared with that version"
             )
-        point(root / name, artifact, remark)
-    return artifact, gates
+        _point(root / name, artifact, remark)
+    return artifact, checks
 
 
-def weigh(
-    models_dir: Path | str, artifact: Artifact, *, prove: Prove | None = None
-) -> tuple[Gate, ...]:
-    """What each gate says of this version in place of the promoted one."""
+def check(
+    models_dir: Path | str, artifact: Artifact, *, golden: GoldenCheck | None = None
+) -> tuple[PromotionCheck, ...]:
+    """What each check finds about this version in place of the promoted one."""
     return (
         _engines(artifact),
         _metrics(artifact, _promoted(Path(models_dir), artifact.name)),
-        (prove or golden_gate)(artifact),
+        (golden or check_golden_logits)(artifact),
     )
 
 
 def _promoted(root: Path, name: str) -> Artifact | None:
-    """The version to be replaced; None where there is none, or it is past reading."""
-    now = history.current(root / name)
+    """The version to be replaced; None where there is none, or where its files are damaged."""
+    now = current(root / name)
     if now is None:
         return None
     with suppress(Damaged):
@@ -124,22 +232,25 @@ def _promoted(root: Path, name: str) -> Artifact | None:
     return None
 
 
-def _engines(artifact: Artifact) -> Gate:
+def _engines(artifact: Artifact) -> PromotionCheck:
     targets = artifact.manifest.targets
     asked = f"engines for {', '.join(targets) or 'nothing'}"
     try:
         lacking = {target: found for target in targets if not (found := covers(artifact, target))}
     except (ValueError, Damaged) as error:
-        return Gate("engines", asked, str(error), False, "mend the manifest or build again")
+        advice = "correct the manifest or build again"
+        return PromotionCheck("engines", asked, str(error), False, advice)
     if not lacking:
-        return Gate("engines", asked, "all", True)
+        return PromotionCheck("engines", asked, "all", True)
     came = "; ".join(f"{target}: {found.reason}" for target, found in lacking.items())
-    return Gate("engines", asked, came, False)
+    return PromotionCheck("engines", asked, came, False)
 
 
-def _metrics(artifact: Artifact, against: Artifact | None) -> Gate:
+def _metrics(artifact: Artifact, against: Artifact | None) -> PromotionCheck:
     if against is None or against.version == artifact.version:
-        return Gate("metrics", "nothing: no other version in place that reads", "nothing", True)
+        return PromotionCheck(
+            "metrics", "nothing: no other version in place that reads", "nothing", True
+        )
     margins = artifact.manifest.margins
     ours, theirs = figures(artifact.manifest.metrics), figures(against.manifest.metrics)
     floors = {
@@ -151,24 +262,24 @@ def _metrics(artifact: Artifact, against: Artifact | None) -> Gate:
     if not floors:
         asked = f"{', '.join(margins) or 'nothing'} of {against.version}"
         came = f"{against.version} has none of them: nothing to compare"
-        return Gate("metrics", asked, came, True)
+        return PromotionCheck("metrics", asked, came, True)
     new, old = (held_out_family(each.manifest.trained) for each in (artifact, against))
     unseen = sorted(name for name in floors if name.endswith("held out"))
     if new != old and unseen:
         asked = f"{', '.join(unseen)} on the family {old}, which {against.version} held out"
         advice = f"train with data.held_out={old}: figures on two families cannot be compared"
-        return Gate("metrics", asked, f"figures on the family {new}", False, advice)
+        return PromotionCheck("metrics", asked, f"figures on the family {new}", False, advice)
     worse = {name for name, floor in floors.items() if not ours.get(name, -inf) >= floor}
-    shown = sorted(worse or floors)  # what is fine needs no words beside what is not
+    shown = sorted(worse or floors)  # the figures that are good enough would only hide the others
     beside = against.version
     asked = ", ".join(f"{n} at least {floors[n]:.4f} ({beside}: {theirs[n]:.4f})" for n in shown)
     came = ", ".join(f"{n} {f'{ours[n]:.4f}' if n in ours else 'not measured'}" for n in shown)
     advice = "train further, or measure it on the same test data: ralf evaluate"
-    return Gate("metrics", asked, came, not worse, advice)
+    return PromotionCheck("metrics", asked, came, not worse, advice)
 
 
 def figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Every figure by name, dots leading inwards; of [value, low, high] the value."""
+    """Every figure by its name, nested ones as outer.inner; of [value, low, high] the value."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -180,8 +291,8 @@ def figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def golden_gate(artifact: Artifact) -> Gate:
-    """Every golden crop through the torch engine on the CPU, in FP32: on any machine the same."""
+def check_golden_logits(artifact: Artifact) -> PromotionCheck:
+    """Every golden crop through the torch engine on the CPU in FP32: the same on any machine."""
     from ralf.kernels.engine import EngineError, budget_of, check_golden, load
 
     asked = "logits of golden.npz as the reference says them"
@@ -189,20 +300,20 @@ def golden_gate(artifact: Artifact) -> Gate:
         asked += f", within {budget_of(artifact, 'fp32'):g}"
         error = check_golden(load(artifact, "cpu", precision="fp32", golden_crops=1))
     except EngineError as failure:
-        return Gate("golden", asked, str(failure), False, "publish the model again")
-    return Gate("golden", asked, f"within {error:.6f}", True)
+        return PromotionCheck("golden", asked, str(failure), False, "publish the model again")
+    return PromotionCheck("golden", asked, f"within {error:.6f}", True)
 
 
-# what may go
+# removing old versions
 
 
 @dataclass(frozen=True)
-class Place:
-    """What collecting makes of one version."""
+class CollectedVersion:
+    """One version: kept or removed, and why."""
 
     version: str
     kept: str
-    """Why it stays; empty where it goes."""
+    """Why it is kept; empty where it is removed."""
     bytes: int = 0
 
 
@@ -214,10 +325,10 @@ def collect(
     recent: int = RECENT,
     spared: Mapping[str, str] | None = None,
     apply: bool = False,
-) -> list[Place]:
-    """What stays and what goes, oldest first; with `apply` it has gone afterwards.
+) -> list[CollectedVersion]:
+    """Which versions are kept and which are not, oldest first; `apply` removes the latter.
 
-    spared: versions (or their first digits) that stay, each with the reason.
+    spared: versions (or their first digits) to keep, each with the reason.
     """
     folder = Path(models_dir) / name
     if not versions(models_dir, name):
@@ -225,40 +336,40 @@ def collect(
     with locked(folder):
         if apply:
             sweep(folder)
-        rule = _rule(folder, versions(models_dir, name), keep, recent, spared or {})
-        return [_visit(folder / version, why, apply) for version, why in rule.items()]
+        reasons = _reasons(folder, versions(models_dir, name), keep, recent, spared or {})
+        return [_collect_one(folder / version, why, apply) for version, why in reasons.items()]
 
 
-def _rule(
+def _reasons(
     folder: Path, have: list[str], keep: int, recent: int, spared: Mapping[str, str]
 ) -> dict[str, str]:
-    """Each version, oldest first, with why it stays."""
-    past = [event.version for event in history.events(folder)]
-    rule = dict.fromkeys(have, "")
+    """Each version, oldest first, with why it is kept."""
+    past = [event.version for event in events(folder)]
+    reasons = dict.fromkeys(have, "")
     for prefix, why in spared.items():
-        rule |= {v: why for v in have if prefix and v.startswith(prefix)}
-    rule |= dict.fromkeys(have[-keep:] if keep > 0 else [], f"among the {keep} newest")
+        reasons |= {v: why for v in have if prefix and v.startswith(prefix)}
+    reasons |= dict.fromkeys(have[-keep:] if keep > 0 else [], f"among the {keep} newest")
     lately = set(past[-recent:] if recent > 0 else [])
-    rule |= {v: f"in the last {recent} promotions" for v in have if v in lately}
-    now = history.current(folder)
-    return rule | ({now: "promoted"} if now in rule else {})
+    reasons |= {v: f"in the last {recent} promotions" for v in have if v in lately}
+    now = current(folder)
+    return reasons | ({now: "promoted"} if now in reasons else {})
 
 
-def _visit(path: Path, why: str, apply: bool) -> Place:
+def _collect_one(path: Path, why: str, apply: bool) -> CollectedVersion:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    place = Place(path.name, why, size)
+    found = CollectedVersion(path.name, why, size)
     if why:
-        return place
+        return found
     with unused(path) as free:
         if not free:
-            return replace(place, kept="held by a running process")
+            return replace(found, kept="held by a running process")
         if apply:
             remove(path)
-    return place
+    return found
 
 
 def remove(path: Path) -> None:
-    """Take a version away, all of it at once; the caller holds the lock on the model's folder."""
+    """Remove a version in one step; the caller holds the lock on the model's folder."""
     gone = path.with_name(f".old-{path.name}")
     path.rename(gone)
     flush_folder(gone.parent)

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ralf.kernels import plan_store, plans
-from ralf.kernels.artifact import Artifact
-from ralf.kernels.atomic_files import Damaged
+from ralf.kernels.artifact import Artifact, Damaged
 from ralf.kernels.engine import Engine, EngineError
 from ralf.kernels.engine_torch import batches, restore
 from ralf.kernels.engine_trt import TrtEngine, check_key, facts

@@ -13,7 +13,8 @@ import pytest
 import structlog
 import torch
 
-from ralf.kernels.artifact import promote, publish, resolve
+from ralf.kernels.artifact import publish, resolve
+from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import publish_untrained
 from ralf.worker.runtime import Parts, load
 from ralf.worker.settings import Settings
@@ -79,7 +80,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one model, `tiny`: the whole network, very narrow, never trained."""
     folder = tmp_path_factory.mktemp("models")
     made = publish_untrained(folder, name="tiny", base=4, blocks=1, size=64, golden_crops=4)
-    promote(folder, "tiny", made.version)
+    point_to(folder, "tiny", made.version)
     return folder
 
 
@@ -91,7 +92,7 @@ def eager_models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) ->
     trusted = {"name": "eager", "untrained": False, "thresholds": {"fpr_0.05": 0.01}}
     files = {name: tiny.read(name) for name in tiny.manifest.files}
     made = publish(folder, tiny.manifest.model_copy(update=trusted), files)
-    promote(folder, "eager", made.version)
+    point_to(folder, "eager", made.version)
     return folder
 
 

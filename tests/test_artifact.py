@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ralf.kernels import artifact as models
+from ralf.kernels import registry
 from ralf.kernels.artifact import Artifact, ArtifactError, Damaged, Golden, NotFound
 from ralf.kernels.manifest import Manifest, Network
 
@@ -108,7 +109,7 @@ def test_a_harmed_file_is_refused_by_name(tmp_path, harm, name):
     with pytest.raises(Damaged, match=name):
         models.open_artifact(made.path)
     with pytest.raises((Damaged, NotFound)):
-        models.promote(tmp_path, "tiny", made.version)
+        registry.point_to(tmp_path, "tiny", made.version)
     assert models.promoted(tmp_path, "tiny") is None
 
 
@@ -256,7 +257,7 @@ def survives_death_at_each_step(monkeypatch, act, check) -> int:
 def test_killed_at_any_step_publishing_leaves_old_or_new_whole(tmp_path, monkeypatch):
     """And what the dead left is swept by the next."""
     old = publish(tmp_path)
-    models.promote(tmp_path, "tiny", old.version)
+    registry.point_to(tmp_path, "tiny", old.version)
 
     def check():
         for version in models.versions(tmp_path, "tiny"):
@@ -274,24 +275,24 @@ def test_killed_at_any_step_publishing_leaves_old_or_new_whole(tmp_path, monkeyp
 def test_killed_at_any_step_promoting_and_rolling_back_leave_old_or_new(tmp_path, monkeypatch):
     """`current` is always one of the two, and history still leads back."""
     one, two = publish(tmp_path), publish(tmp_path, "two")
-    models.promote(tmp_path, "tiny", one.version)
+    registry.point_to(tmp_path, "tiny", one.version)
 
     def check():
         assert models.resolve(tmp_path, "tiny") in (one, two)
 
     def forward():
-        models.promote(tmp_path, "tiny", two.version)
+        registry.point_to(tmp_path, "tiny", two.version)
 
     def back():
         if models.promoted(tmp_path, "tiny") == two.version:
-            models.rollback(tmp_path, "tiny")
+            registry.rollback(tmp_path, "tiny")
 
     survives_death_at_each_step(monkeypatch, forward, check)
     assert models.resolve(tmp_path, "tiny") == two
     survives_death_at_each_step(monkeypatch, back, check)
     assert models.resolve(tmp_path, "tiny") == one
-    assert models.promote(tmp_path, "tiny", two.version) == two
-    assert models.rollback(tmp_path, "tiny") == one
+    assert registry.point_to(tmp_path, "tiny", two.version) == two
+    assert registry.rollback(tmp_path, "tiny") == one
 
 
 def test_an_error_while_publishing_leaves_nothing(tmp_path):
@@ -319,30 +320,30 @@ def test_rollback_walks_back_through_what_was_promoted(tmp_path):
     """Promoting the current one again is no step; the first has nothing before it."""
     first, second, third = (publish(tmp_path, card).version for card in "abc")
     for version in (first, second, second, first, third):
-        models.promote(tmp_path, "tiny", version)
-    walked = [models.rollback(tmp_path, "tiny").version for _ in range(3)]
+        registry.point_to(tmp_path, "tiny", version)
+    walked = [registry.rollback(tmp_path, "tiny").version for _ in range(3)]
 
     assert walked == [first, second, first]
     with pytest.raises(NotFound, match="nothing was promoted before"):
-        models.rollback(tmp_path, "tiny")
+        registry.rollback(tmp_path, "tiny")
 
 
 def test_rollback_to_a_damaged_version_is_refused(tmp_path):
     """The current one stays."""
     first, second = publish(tmp_path), publish(tmp_path, "b")
-    models.promote(tmp_path, "tiny", first.version)
-    models.promote(tmp_path, "tiny", second.version)
+    registry.point_to(tmp_path, "tiny", first.version)
+    registry.point_to(tmp_path, "tiny", second.version)
     flip(first.path / "card.md")
 
     with pytest.raises(Damaged):
-        models.rollback(tmp_path, "tiny")
+        registry.rollback(tmp_path, "tiny")
     assert models.resolve(tmp_path, "tiny") == second
 
 
 def test_a_model_is_found_by_name_version_or_path(tmp_path):
     """The promoted one, a version or its first digits, and both folders."""
     one, two = publish(tmp_path), publish(tmp_path, "two")
-    models.promote(tmp_path, "tiny", one.version)
+    registry.point_to(tmp_path, "tiny", one.version)
     found = [
         models.resolve(tmp_path, spec)
         for spec in ("tiny", f"tiny@{one.version}", f"tiny@{one.version[:6]}")
@@ -367,7 +368,7 @@ def test_what_is_not_found_says_what_is_there_and_what_helps(tmp_path):
         models.resolve(tmp_path, "tony")
     with pytest.raises(NotFound, match=r"neither manifest\.json nor current"):
         models.resolve(tmp_path, str(tmp_path / "tony"))
-    models.promote(tmp_path, "tiny", made.version)
+    registry.point_to(tmp_path, "tiny", made.version)
     shutil.rmtree(made.path)
     publish(tmp_path, "another")
     with pytest.raises(NotFound, match=f"promoted version {made.version} is gone"):

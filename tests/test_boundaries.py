@@ -40,8 +40,6 @@ TORCH_FREE = {
     "worker/report.py",
     "kernels/manifest.py",
     "kernels/artifact.py",
-    "kernels/golden.py",
-    "kernels/history.py",
     "kernels/registry.py",
     "kernels/models_cli.py",
     "kernels/atomic_files.py",

@@ -25,7 +25,7 @@ from ralf.kernels import (
     plans,
     verify,
 )
-from ralf.kernels.artifact import Artifact, open_artifact, promote
+from ralf.kernels.artifact import Artifact, open_artifact
 from ralf.kernels.build import Order, build
 from ralf.kernels.diverge import ModuleLayers
 from ralf.kernels.engine import EngineError, load
@@ -33,6 +33,7 @@ from ralf.kernels.engine_torch import restore
 from ralf.kernels.gate import Gate
 from ralf.kernels.networks import build as network_of
 from ralf.kernels.plans import Device, Key, PlanMissing, Unverified
+from ralf.kernels.registry import point_to
 from ralf.kernels.trace import Built
 from ralf.kernels.untrained import patterns, publish_untrained, settle
 from ralf.kernels.verify import Refused
@@ -390,7 +391,7 @@ def test_all_on_a_cpu_times_torch_and_the_fastest_is_loaded(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """One line a device in engines/choose_engine.json; `load` takes what it says."""
-    promote(artifact.path.parent.parent, "tiny", artifact.version)
+    point_to(artifact.path.parent.parent, "tiny", artifact.version)
     monkeypatch.setattr(building, "available", list)
     monkeypatch.setattr(choose_engine, "REPEATS", 2)
     for winner in ("torch-fp32", "torch-bf16"):
@@ -435,7 +436,7 @@ def test_an_engine_that_fails_is_left_out_of_the_race(artifact: Artifact, monkey
 def test_the_command_prints_what_was_made_and_what_was_refused(artifact: Artifact, builder, capsys):
     """0 and a line; 1 and the reason; 2 for a batch that is none; 5 for no such model."""
     models = str(artifact.path.parent.parent)
-    promote(models, "tiny", artifact.version)
+    point_to(models, "tiny", artifact.version)
     words = ("tiny", "--models", models, "--batch", "1,8", "--crops", "4", "--device", "cpu")
     with quiet(capsys) as said:
         assert 0 == command(*words)()

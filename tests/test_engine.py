@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ralf.kernels import artifact as models
-from ralf.kernels import cli, engine_torch
+from ralf.kernels import cli, engine_torch, registry
 from ralf.kernels.artifact import Artifact, golden, open_artifact
 from ralf.kernels.engine import EngineError, check_golden, load, pick_device
 from ralf.kernels.engine_torch import (
@@ -35,7 +35,7 @@ def shelf(tmp_path_factory) -> Path:
     """A folder with one tiny untrained model, promoted."""
     root = tmp_path_factory.mktemp("models")
     made = publish_untrained(root, base=4, blocks=1, size=SIZE, golden_crops=8)
-    models.promote(root, "untrained", made.version)
+    registry.point_to(root, "untrained", made.version)
     return root
 
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ralf.__main__ import main
-from ralf.kernels.artifact import Artifact, promote, publish, resolve
+from ralf.kernels.artifact import Artifact, publish, resolve
 from ralf.kernels.engine import EngineError, check_golden
 from ralf.kernels.engine import load as load_engine
 from ralf.kernels.engine_torch import pack, restore
 from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Manifest, Network
 from ralf.kernels.networks import build
+from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import patterns, settle
 from ralf.train.ensemble import EnsembleError, publish_ensemble
 from ralf.worker.ensemble import Panel
@@ -66,7 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     members = [member(folder, name) for name in NETWORKS]
     trio = publish_ensemble(members, "trio", folder)
     for each in (*members, trio):
-        promote(folder, each.name, each.version)
+        point_to(folder, each.name, each.version)
     return folder
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 
-from ralf.kernels.atomic_files import ArtifactError
+from ralf.kernels.artifact import ArtifactError
 from ralf.kernels.networks.backbones import NetworkError
 from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, load
 from ralf.train.loop.distributed import ALONE

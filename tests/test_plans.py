@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ralf.kernels import plan_store, plans
-from ralf.kernels.artifact import Artifact
-from ralf.kernels.atomic_files import Damaged
+from ralf.kernels.artifact import Artifact, Damaged
 from ralf.kernels.plans import Device, Key, Measured, Plan, PlanMissing, Unverified
 from tests.test_artifact import everything, publish
 

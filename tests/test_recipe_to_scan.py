@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ralf.__main__ import main
-from ralf.kernels.artifact import promote
 from ralf.kernels.networks import build
+from ralf.kernels.registry import point_to
 from ralf.train.loop.checkpoint import LAST, judged, load, weights
 from ralf.train.loop.loop import Options, train
 from ralf.train.publish import publish
@@ -106,7 +106,7 @@ def test_a_recipe_goes_from_a_batch_to_a_served_logit(
     assert same_tensors(tmp_path / "whole" / LAST, tmp_path / "killed" / LAST)
 
     artifact = publish(tmp_path / "killed", "made", tmp_path / "models")
-    promote(tmp_path / "models", "made", artifact.version)
+    point_to(tmp_path / "models", "made", artifact.version)
     found = served(tmp_path / "models", clip_of_two, capsys)
     own = expected(tmp_path / "killed", clip_of_two)
     assert 2 * FRAMES == len(own) == len(found)

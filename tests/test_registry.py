@@ -13,21 +13,21 @@ from redis import Redis
 
 from ralf.__main__ import main
 from ralf.kernels import artifact as models
-from ralf.kernels import history, registry
+from ralf.kernels import registry
 from ralf.kernels.artifact import Artifact, ArtifactError, NotFound
 from ralf.kernels.atomic_files import hold, unused
 from ralf.kernels.manifest import Manifest, Reference
-from ralf.kernels.registry import Gate, Refused
+from ralf.kernels.registry import NotPromoted, PromotionCheck
 from ralf.worker.contract import Job, Media
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.test_artifact import DRAFT, Killed, contents, everything, survives_death_at_each_step
 
-PROVEN = Gate("golden", "agreement", "agreement", True)
+PROVEN = PromotionCheck("golden", "agreement", "agreement", True)
 
 
-def proven(artifact: Artifact) -> Gate:
-    """A golden gate that passes: these artifacts hold no network."""
+def proven(artifact: Artifact) -> PromotionCheck:
+    """A golden check that passes: these artifacts hold no network."""
     return PROVEN
 
 
@@ -41,9 +41,11 @@ def measured(root: Path, auc: object, **changes: object) -> Artifact:
     return publish(root, f"auc {auc}", metrics={"test_auc": auc}, **changes)
 
 
-def promote(root: Path, made: Artifact, **options: object) -> tuple[Artifact, tuple[Gate, ...]]:
+def promote(
+    root: Path, made: Artifact, **options: object
+) -> tuple[Artifact, tuple[PromotionCheck, ...]]:
     """Through the gates."""
-    return registry.promote(root, made.name, made.version, prove=proven, **options)  # type: ignore[arg-type]
+    return registry.promote(root, made.name, made.version, golden=proven, **options)  # type: ignore[arg-type]
 
 
 # gates
@@ -71,7 +73,7 @@ def test_a_figure_may_fall_by_the_margin_and_no_further(tmp_path: Path, auc: obj
     if passed:
         promote(tmp_path, made)
     else:
-        with pytest.raises(Refused, match=r"asked test_auc at least 0\.8900 .* 0\.9000"):
+        with pytest.raises(NotPromoted, match=r"asked test_auc at least 0\.8900 .* 0\.9000"):
             promote(tmp_path, made)
 
     assert passed == (models.promoted(tmp_path, "tiny") == made.version)
@@ -84,7 +86,7 @@ def test_the_margin_is_the_manifests_and_figures_may_lie_deeper(tmp_path: Path):
     worse = publish(tmp_path, "worse", metrics={"ffpp": {"auc": 0.79}}, margins=margins)
     fair = publish(tmp_path, "fair", metrics={"ffpp": {"auc": 0.81}}, margins=margins)
 
-    with pytest.raises(Refused, match=r"ffpp\.auc 0\.7900"):
+    with pytest.raises(NotPromoted, match=r"ffpp\.auc 0\.7900"):
         promote(tmp_path, worse)
     assert fair == promote(tmp_path, fair)[0]
 
@@ -95,7 +97,9 @@ def test_the_cards_figures_are_compared_without_being_named(tmp_path: Path):
     promote(tmp_path, publish(tmp_path, metrics=card | {"crop clean ece": 0.01}))
     worse = card | {"crop h264=40 auc held out": 0.77, "crop clean ece": 0.9}
 
-    with pytest.raises(Refused, match=r"asked crop h264=40 auc held out at least 0\.7800 [^,]*;"):
+    with pytest.raises(
+        NotPromoted, match=r"asked crop h264=40 auc held out at least 0\.7800 [^,]*;"
+    ):
         promote(tmp_path, publish(tmp_path, "worse", metrics=worse))
     fair = card | {"crop h264=40 auc held out": 0.79}
     promote(tmp_path, publish(tmp_path, "fair", metrics=fair))
@@ -109,7 +113,7 @@ def test_figures_on_two_held_out_families_are_not_compared(tmp_path: Path):
     swap = publish(tmp_path, "swap", metrics=better, trained={"held_out": "swap"})
     same = publish(tmp_path, "same", metrics=better, trained={"held_out": "boundary"})
 
-    with pytest.raises(Refused, match=r"on the family boundary.*on the family swap"):
+    with pytest.raises(NotPromoted, match=r"on the family boundary.*on the family swap"):
         promote(tmp_path, swap)
     assert same == promote(tmp_path, same)[0]
 
@@ -117,10 +121,10 @@ def test_figures_on_two_held_out_families_are_not_compared(tmp_path: Path):
 def test_a_target_without_its_engine_is_refused_with_the_command_that_builds_it(tmp_path: Path):
     """And a target that is none is a fault of the manifest."""
     made = publish(tmp_path, targets=("cpu", "sm90-verified"))
-    with pytest.raises(Refused, match=rf"sm90.*ralf build tiny@{made.version}"):
+    with pytest.raises(NotPromoted, match=rf"sm90.*ralf build tiny@{made.version}"):
         promote(tmp_path, made)
     odd = publish(tmp_path, "odd", targets=("toaster",))
-    with pytest.raises(Refused, match="a target is cpu"):
+    with pytest.raises(NotPromoted, match="a target is cpu"):
         promote(tmp_path, odd)
 
     assert models.promoted(tmp_path, "tiny") is None
@@ -131,8 +135,8 @@ def test_force_overrides_and_the_history_keeps_what_it_overrode(tmp_path: Path):
     good, bad = measured(tmp_path, 0.9), measured(tmp_path, 0.6)
     promote(tmp_path, good)
     promote(tmp_path, bad, force=True)
-    models.rollback(tmp_path, "tiny")
-    told = history.events(tmp_path / "tiny")
+    registry.rollback(tmp_path, "tiny")
+    told = registry.events(tmp_path / "tiny")
 
     assert [
         (good.version, "promoted"),
@@ -151,7 +155,7 @@ def test_force_that_overrides_nothing_leaves_no_remark(tmp_path: Path):
     """A habit of forcing must not look like one."""
     promote(tmp_path, measured(tmp_path, 0.9), force=True)
 
-    assert [""] == [event.remark for event in history.events(tmp_path / "tiny")]
+    assert [""] == [event.remark for event in registry.events(tmp_path / "tiny")]
 
 
 def test_a_promotion_by_somebody_else_meanwhile_is_not_overwritten(tmp_path: Path):
@@ -159,12 +163,12 @@ def test_a_promotion_by_somebody_else_meanwhile_is_not_overwritten(tmp_path: Pat
     one, two, three = (measured(tmp_path, auc) for auc in (0.90, 0.91, 0.905))
     promote(tmp_path, one)
 
-    def slow(artifact: Artifact) -> Gate:
-        models.promote(tmp_path, "tiny", two.version)
+    def slow(artifact: Artifact) -> PromotionCheck:
+        registry.point_to(tmp_path, "tiny", two.version)
         return PROVEN
 
-    with pytest.raises(ArtifactError, match=f"somebody else meanwhile, to {two.version}"):
-        registry.promote(tmp_path, "tiny", three.version, prove=slow)
+    with pytest.raises(ArtifactError, match=f"another process meanwhile, to {two.version}"):
+        registry.promote(tmp_path, "tiny", three.version, golden=slow)
     assert two == models.resolve(tmp_path, "tiny")
 
 
@@ -185,8 +189,8 @@ def test_the_golden_gate_runs_the_network(tiny_models: Path, tmp_path: Path):
     lie = models.Golden(own.crops, own.logits + 1).to_bytes()
     liar = models.publish(tmp_path, tiny.manifest, files | {"golden.npz": lie})
 
-    assert registry.golden_gate(tiny).passed
-    refused = registry.golden_gate(liar)
+    assert registry.check_golden_logits(tiny).passed
+    refused = registry.check_golden_logits(liar)
     assert not refused.passed
     assert "golden crops differ by 1.0" in refused.came
 
@@ -197,26 +201,26 @@ def test_the_golden_gate_runs_the_network(tiny_models: Path, tmp_path: Path):
 def test_a_history_of_an_older_release_still_leads_back(tmp_path: Path):
     """Bare versions, a line each."""
     one, two = publish(tmp_path), publish(tmp_path, "two")
-    models.promote(tmp_path, "tiny", one.version)
-    models.promote(tmp_path, "tiny", two.version)
+    registry.point_to(tmp_path, "tiny", one.version)
+    registry.point_to(tmp_path, "tiny", two.version)
     (tmp_path / "tiny" / "history").write_text(f"{one.version}\n{two.version}\nnonsense\n")
 
-    assert one == models.rollback(tmp_path, "tiny")
+    assert one == registry.rollback(tmp_path, "tiny")
 
 
 def test_rollbacks_lead_back_further_each_time_also_over_new_promotions(tmp_path: Path):
     """The pile of promotions, whatever was taken off it in between."""
     a, b, c = (publish(tmp_path, card).version for card in "abc")
     for version in (a, b):
-        models.promote(tmp_path, "tiny", version)
-    models.rollback(tmp_path, "tiny")
-    models.promote(tmp_path, "tiny", c)
+        registry.point_to(tmp_path, "tiny", version)
+    registry.rollback(tmp_path, "tiny")
+    registry.point_to(tmp_path, "tiny", c)
 
-    assert a == models.rollback(tmp_path, "tiny").version
+    assert a == registry.rollback(tmp_path, "tiny").version
     with pytest.raises(NotFound, match="nothing was promoted before"):
-        models.rollback(tmp_path, "tiny")
-    models.promote(tmp_path, "tiny", b)
-    assert a == models.rollback(tmp_path, "tiny").version
+        registry.rollback(tmp_path, "tiny")
+    registry.point_to(tmp_path, "tiny", b)
+    assert a == registry.rollback(tmp_path, "tiny").version
 
 
 # collecting
@@ -235,7 +239,7 @@ def seven(tmp_path: Path) -> list[str]:
     for age, version in enumerate(made):
         os.utime(version.path / "manifest.json", (1e9 + age, 1e9 + age))
     for number in (2, 4):
-        models.promote(tmp_path, "tiny", made[number].version)
+        registry.point_to(tmp_path, "tiny", made[number].version)
     return [version.version for version in made]
 
 
@@ -253,7 +257,7 @@ def test_only_the_old_that_nobody_needs_goes(tmp_path: Path, seven: list[str]):
         seven[6]: "among the 1 newest",
     } == kept
     assert [seven[0], seven[2], seven[4], seven[6]] == models.versions(tmp_path, "tiny")
-    assert seven[2] == models.rollback(tmp_path, "tiny").version
+    assert seven[2] == registry.rollback(tmp_path, "tiny").version
 
 
 def test_looking_removes_nothing(tmp_path: Path, seven: list[str]):
@@ -368,7 +372,7 @@ def test_killed_at_any_step_a_forced_promotion_leaves_old_or_new(
 
     def check():
         now = models.resolve(tmp_path, "tiny")
-        told = history.events(tmp_path / "tiny")
+        told = registry.events(tmp_path / "tiny")
         assert now in (good, bad)
         assert told[-1].version == now.version
         assert ("forced" in told[-1].remark) == (now == bad)

@@ -90,7 +90,7 @@ class Site:
 
     def promote(self, which: str) -> str:
         """Make it current; its version."""
-        return models.promote(self.models, NAME, self.versions[which].version).version
+        return registry.point_to(self.models, NAME, self.versions[which].version).version
 
 
 def make_versions(folder: Path, tiny: Artifact) -> dict[str, Artifact]:
@@ -122,7 +122,7 @@ def site(
     folder = tmp_path_factory.mktemp("site")
     (folder / "work").mkdir()
     versions = make_versions(folder / "models", models.resolve(tiny_models, "tiny"))
-    models.promote(folder / "models", NAME, versions["first"].version)
+    registry.point_to(folder / "models", NAME, versions["first"].version)
     server = RedisServer()
     server.start()
     settings = replace(
@@ -196,7 +196,7 @@ def test_a_bad_version_is_refused_loudly_and_the_old_one_goes_on(site: Site):
     assert f'version="{second}"' in site.metrics()
     (refused,) = [e for e in site.events("model.refused") if e["model"] == f"{NAME}@{liar}"]
     assert "golden crops differ by" in refused["error"]
-    models.rollback(site.models, NAME)
+    registry.rollback(site.models, NAME)
     site.until(lambda: "ralf_model_refused{" not in site.metrics())
 
 

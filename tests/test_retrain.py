@@ -13,7 +13,7 @@ from PIL import Image
 
 from ralf.__main__ import main
 from ralf.kernels import artifact as models
-from ralf.kernels import history
+from ralf.kernels import registry
 from ralf.kernels.atomic_files import hold
 from ralf.train import retrain, retrain_steps
 from ralf.train.loop import loop
@@ -145,7 +145,7 @@ def test_killed_inside_and_after_each_step_it_comes_to_the_same_bits(
 
     assert ["promote"] == desk.repeated
     assert whole[1].version == made.version
-    assert ["promoted"] == [event.kind for event in history.events(desk.models / "made")]
+    assert ["promoted"] == [event.kind for event in registry.events(desk.models / "made")]
     assert 0 == desk.type()
     assert [] == desk.repeated
     assert made.version == json.loads(desk.out)["version"]
@@ -200,11 +200,11 @@ def test_a_gate_that_does_not_pass_says_what_was_asked_what_came_and_how_to_go_o
     assert ["evaluate", "publish", "build", "verify", "promote"] == desk.repeated
     assert "asked: test_auc at least 1.9900" in desk.err
     assert "--force" in desk.err
-    better = history.current(desk.models / "made")
+    better = models.current(desk.models / "made")
     assert 0 == desk.type("--force")
     assert ["promote"] == desk.repeated
-    assert better != history.current(desk.models / "made")
-    assert "forced past metrics" in history.events(desk.models / "made")[-1].remark
+    assert better != models.current(desk.models / "made")
+    assert "forced past metrics" in registry.events(desk.models / "made")[-1].remark
 
 
 def publish_better(desk: Desk) -> None:
@@ -217,7 +217,7 @@ def publish_better(desk: Desk) -> None:
         "weights.safetensors": b"w", "golden.npz": golden.to_bytes(), "card.md": b"better",
     }  # fmt: skip
     made = models.publish(desk.models, draft, files)
-    models.promote(desk.models, "made", made.version)
+    registry.point_to(desk.models, "made", made.version)
 
 
 def test_the_plan_is_shown_and_nothing_done(desk: Desk):

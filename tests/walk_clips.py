@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ralf.kernels.artifact import promote
+from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import publish_untrained
 from ralf.train.samples import portraits
 from tests.clips import Image, face_clip
@@ -41,7 +41,7 @@ def make(folder: Path, side: int | None = None) -> None:
     face_clip(folder / "long.mp4", six, 21.0, gop=250, face_height=0.35)
     network = {} if side is None else {"base": 4, "blocks": 1, "size": side}
     made = publish_untrained(folder / "models", name=NAME, **network)
-    promote(folder / "models", NAME, made.version)
+    point_to(folder / "models", NAME, made.version)
 
 
 if __name__ == "__main__":

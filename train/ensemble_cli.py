@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     """Publish the ensemble; its folder on stdout."""
     import torch
 
-    from ralf.kernels.artifact import models_folder, promote, resolve
+    from ralf.kernels.artifact import models_folder, resolve
+    from ralf.kernels.registry import point_to
     from ralf.train.ensemble import drafted, publish_ensemble
     from ralf.train.publish_cli import calibrated_by
 
@@ -47,6 +48,6 @@ def run(args: argparse.Namespace) -> int:
             calibrated = calibrated_by(network, manifest, args)
     artifact = publish_ensemble(members, args.name, models, calibrated)
     if args.promote:
-        promote(models, artifact.name, artifact.version)
+        point_to(models, artifact.name, artifact.version)
     print(artifact.path)
     return OK

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ralf.kernels import plans, registry
-from ralf.kernels.artifact import Artifact, open_artifact
-from ralf.kernels.atomic_files import ArtifactError
+from ralf.kernels.artifact import Artifact, ArtifactError, open_artifact
 from ralf.kernels.engine import EngineError, pick_device
 from ralf.kernels.manifest import Calibration, Reference
 from ralf.train.calibrate import Calibrated, CalibrationError, calibrate, probability, restored
@@ -275,7 +274,7 @@ def _built(order: Order, artifact: Artifact, builder: "Builder") -> str:
 
 
 def _verify(order: Order, artifact: Artifact) -> Facts:
-    gate = registry.golden_gate(artifact)
+    gate = registry.check_golden_logits(artifact)
     verified: Sequence[str] = ()
     try:
         device = pick_device(order.device)
@@ -292,11 +291,11 @@ def _verify(order: Order, artifact: Artifact) -> Facts:
 
 def _promote(order: Order, artifact: Artifact) -> Facts:
     try:
-        _, gates = registry.promote(
+        _, checks = registry.promote(
             order.models, artifact.name, artifact.version, force=order.force
         )
-    except registry.Refused as error:
-        shut = [gate for gate in error.gates if not gate.passed]
+    except registry.NotPromoted as error:
+        shut = [gate for gate in error.checks if not gate.passed]
         raise Stopped(
             "; ".join(gate.asked for gate in shut),
             "; ".join(gate.came for gate in shut),
@@ -304,9 +303,9 @@ def _promote(order: Order, artifact: Artifact) -> Facts:
             + f"; or all the same: ralf models promote {artifact.label} --models {order.models} "
             "--force",
         ) from error
-    for gate in gates:
+    for gate in checks:
         order.say(f"promote: {gate}")
-    return {"version": artifact.version, "forced": not all(gate.passed for gate in gates)}
+    return {"version": artifact.version, "forced": not all(gate.passed for gate in checks)}
 
 
 def _torch(order: Order) -> str:

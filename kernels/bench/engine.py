@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ralf.kernels.artifact import Artifact, models_folder, resolve
-from ralf.kernels.atomic_files import ArtifactError
+from ralf.kernels.artifact import Artifact, ArtifactError, models_folder, resolve
 from ralf.kernels.bench.baseline import AuthorsWay
 from ralf.kernels.bench.device import facts, settle, short_name
 from ralf.kernels.bench.record import Record, interleave, machine

@@ -44,7 +44,7 @@ def load(settings: Settings, model: str | None, *, together: bool = False) -> "P
 
     together: for a child that runs several jobs at once, whose crops then share batches.
     """
-    from ralf.kernels.atomic_files import ArtifactError, hold
+    from ralf.kernels.atomic_files import hold
     from ralf.worker import runtime
 
     parts = runtime.load(settings, model=model)
@@ -52,7 +52,7 @@ def load(settings: Settings, model: str | None, *, together: bool = False) -> "P
         parts = runtime.together(parts)
     try:
         weakref.finalize(parts, os.close, hold(parts.artifact.path))
-    except (ArtifactError, OSError) as error:
+    except OSError as error:
         raise ModelUnavailable(f"{label(parts)} went away while it was loaded: {error}") from error
     return parts
 
