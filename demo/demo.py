@@ -1,8 +1,8 @@
-"""`make demo`: the sample clips through the real queue; prints verdicts and writes their pages.
+"""`make demo`: moderate the sample clips through a real queue; print verdicts, write their pages.
 
-A Redis of its own, one worker, one deliverer and a receiver for webhooks, all on this machine and
-all gone at the end.  Each clip is submitted as a backend would, its verdict is read from the
-stream of verdicts and compared with what was pushed to the receiver.
+Starts a Redis, one worker, one deliverer and a receiver for webhooks on this machine, and ends all
+of them.  Each clip is submitted as a backend would submit it.  Its verdict is read from the stream
+and compared with the webhook that the receiver got.
 """
 
 import json
@@ -37,7 +37,7 @@ PATIENCE_S = 600.0
 
 
 def main() -> int:
-    """Run it all; 1 where a verdict is missing or was not pushed, 2 without the model."""
+    """Run the demo; 1 when a verdict or its webhook is missing, 2 without the model."""
     given = Settings.from_environment()
     try:
         resolve(models_dir(given), given.model)
@@ -58,43 +58,43 @@ def main() -> int:
             fetch_ports=(inbox.port,),
             log_level="warning",
         )
-        say("starting Redis, a worker and a deliverer; the model is loaded and checked")
+        say("starting Redis, a worker and a deliverer; loading and checking the model")
         with embedded(settings) as service:
             client = connect(service.redis_url)
             missing = moderate(client, [clip.file for clip in truth], inbox)
     truths = {clip.file: clip.label for clip in truth}
-    print(f"\nthe truth of the clips: {json.dumps(truths)}")
+    print(f"\nwhat the clips really are: {json.dumps(truths)}")
     print(f"pages: {OUT.relative_to(Path.cwd()) if OUT.is_relative_to(Path.cwd()) else OUT}/*.html")
     return 1 if missing else 0
 
 
 def say(text: str) -> None:
-    """What is going on, on stderr."""
+    """Print a line of progress on stderr."""
     print(f"· {text}", file=sys.stderr, flush=True)
 
 
 class Inbox:
-    """What the receiver got, signature checked, by job."""
+    """The webhooks that arrived with a valid signature, by job."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.pushed: dict[str, dict[str, Any]] = {}
-        self.came = threading.Condition()
+        self.arrived = threading.Condition()
 
     def put(self, data: dict[str, Any]) -> None:
-        with self.came:
+        with self.arrived:
             self.pushed[data["job_id"]] = data
-            self.came.notify_all()
+            self.arrived.notify_all()
 
     def wait_for(self, job_id: str, seconds: float) -> dict[str, Any] | None:
-        with self.came:
-            self.came.wait_for(lambda: job_id in self.pushed, seconds)
+        with self.arrived:
+            self.arrived.wait_for(lambda: job_id in self.pushed, seconds)
             return self.pushed.get(job_id)
 
 
 @contextmanager
 def receiver(secret: str) -> Iterator[Inbox]:
-    """A backend's endpoint: it believes nothing that is not signed."""
+    """Run a backend's endpoint; it refuses every webhook without a valid signature."""
     check = Webhook(secret)
 
     class Endpoint(BaseHTTPRequestHandler):
@@ -103,8 +103,8 @@ def receiver(secret: str) -> Iterator[Inbox]:
             try:
                 inbox.put(check.verify(body, dict(self.headers))["data"])
                 self.send_response(204)
-            except Exception as error:  # noqa: BLE001 - an unsigned push is refused, whatever it is
-                say(f"refused a push: {error}")
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with it, refuse it
+                say(f"refused a webhook: {error}")
                 self.send_response(400)
             self.end_headers()
 
@@ -122,14 +122,14 @@ def receiver(secret: str) -> Iterator[Inbox]:
 
 
 def moderate(client: Client, files: list[str], inbox: Inbox) -> int:
-    """Submit, follow, print; how many verdicts or pushes are missing."""
+    """Submit the clips, print their verdicts; returns how many of them are missing."""
     callback = Callback(url=f"http://127.0.0.1:{inbox.port}/ralf")
     jobs = {}
     for name in files:
         uri = (OUT / "clips" / name).as_uri()
         made = client.submit(uri, token=f"demo-{time.time_ns()}", tag=name, callback=callback)
         jobs[made.job_id] = name
-    print(f"{'clip':16} {'verdict':18} {'score':>6}  {'pushed':7} why")
+    print(f"{'clip':16} {'verdict':18} {'score':>6}  {'webhook':7} reason")
     missing = 0
     for verdict in from_stream(client, set(jobs)):
         job_id = verdict.job_id or ""
@@ -149,7 +149,7 @@ def moderate(client: Client, files: list[str], inbox: Inbox) -> int:
 
 
 def from_stream(client: Client, waiting: set[str]) -> Iterator[Verdict]:
-    """Verdicts as they are pushed to the stream, until every job has ended."""
+    """Yield verdicts as the stream announces them, until every job has ended."""
     stream, last = client.store.key("verdicts"), "0"
     deadline = time.monotonic() + PATIENCE_S
     while waiting and time.monotonic() < deadline:
