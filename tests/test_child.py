@@ -306,13 +306,16 @@ def test_the_socket_is_private():
     assert not folder.exists()
 
 
-def test_the_child_ignores_sigterm():
+def test_the_child_ignores_sigterm(tmp_path: Path):
     """A drain is the parent's decision; the job in the child ends as it would have."""
+    release = tmp_path / "release"
     with child() as link:
-        link.say(ask("j", "sleep", tag="sleep:0.3"))
-        until(link, lambda said: "Started" in kinds(said))
+        link.say(ask("j", "hold", tag=f"hold:{release}"))
+        until(link, lambda said: "Advanced" in kinds(said))
         os.kill(link.pid, signal.SIGTERM)
         os.kill(link.pid, signal.SIGINT)
+        until(link, lambda said: kinds(said).count("Advanced") >= 2)  # it lives and works on
+        release.touch()
 
         assert isinstance(until(link, answered)[-1], messages.Done)
 

@@ -20,8 +20,8 @@ from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.documents import a_job
 from tests.test_rq_worker import QUICK, ended
-from tests.test_serve import get
 from tests.waiting import LONG_S, until
+from tests.web import get
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (
@@ -29,6 +29,14 @@ RUN = (
     "from ralf.worker.settings import Settings; "
     "sys.exit(run_crew(Settings.from_environment(), ['high', 'default'], bodies='test'))"
 )
+
+JOBS = (("1", "default"), ("2", "high"))
+"""Number and priority."""
+
+
+def ready(port: int) -> bool:
+    """Whether the parent there would take a job; one that drains would not."""
+    return get(port, "/readyz")[0] == 200
 
 
 def two_ports() -> int:
@@ -74,14 +82,17 @@ def test_two_parents_run_two_jobs_in_one_child_and_drain_at_a_signal(
     settings = replace(
         QUICK, redis_url=redis_url, http_port=two_ports(), work_dir=str(tmp_path), grace_s=LONG_S
     )
-    store = Store(connect(redis_url), settings)
+    store, release = Store(connect(redis_url), settings), tmp_path / "release"
     with a_crew(settings) as crew:
-        asked = [a_job("1", tag="sleep:8"), a_job("2", tag="sleep:8", priority="high")]
-        store.submit(asked, function=bodies.PREFIX + "sleep")
+        asked = [a_job(n, tag=f"hold:{release}", priority=p) for n, p in JOBS]
+        store.submit(asked, function=bodies.PREFIX + "hold")
         until(lambda: store.counts().running == {"high": 1, "default": 1})
         ports = (settings.http_port, settings.http_port + 1)
         assert [get(port, "/healthz")[0] for port in ports] == [200, 200]
+        until(lambda: all(store.status(job.job_id).progress for job in asked))  # type: ignore[union-attr]
         crew.send_signal(signal.SIGTERM)
+        until(lambda: all(not ready(port) for port in ports))
+        release.touch()
         code = ended(crew)
 
     states = [store.status(name).state for name in ("j1", "j2")]  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from tests.documents import a_job
 from tests.redis_server import RedisServer
 from tests.test_crew import two_ports
 from tests.test_rq_worker import QUICK, TESTS, until
-from tests.test_serve import get
+from tests.web import get
 
 RULES = yaml.safe_load((DEPLOY / "prometheus" / "rules.yaml").read_text())["groups"]
 ALERTS = [rule for group in RULES for rule in group["rules"] if "alert" in rule]

@@ -27,7 +27,7 @@ from ralf.worker.service.serve import as_environment
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
-from tests.test_serve import free_port, get
+from tests.web import free_port, get
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 240.0

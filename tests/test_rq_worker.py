@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +36,7 @@ from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
 from tests.waiting import LONG_S, PATIENCE_S, until
+from tests.web import free_port, get
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("--bodies", "test")
@@ -506,21 +506,22 @@ def test_a_child_is_recycled_after_its_jobs(make: Callable[..., Service]):
     assert len(children) == 2
 
 
-def test_a_restart_of_redis_in_the_middle_of_a_job_costs_nothing():
+def test_a_restart_of_redis_in_the_middle_of_a_job_costs_nothing(tmp_path: Path):
     """kill -9 on Redis with AOF on: the job ends once, with its verdict."""
-    server = RedisServer(aof=True)
+    server, release = RedisServer(aof=True), tmp_path / "release"
     server.start()
     service = Service(server.url, QUICK)
     try:
         service.worker()
-        job_id = service.submit("sleep", "sleep:2")
+        job_id = service.submit("hold", f"hold:{release}")
         service.runs(job_id)
         server.kill()
-        time.sleep(0.5)
+        until(lambda: "redis.unreachable" in service.said())
         server.start()
+        release.touch()
         status = service.reaches(job_id, "succeeded", "failed", "quarantined")
 
-        assert status.state == "succeeded"
+        assert (status.state, status.attempts) == ("succeeded", 1)
         assert service.redis.xlen(service.store.key("verdicts")) == 1
         assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
     finally:
@@ -611,13 +612,17 @@ def test_heartbeats_go_on_during_a_job_whatever_its_timeout(service: Service):
 # draining
 
 
-def test_sigterm_lets_the_job_end(make: Callable[..., Service]):
+def test_sigterm_lets_the_job_end(make: Callable[..., Service], tmp_path: Path):
     """Within the grace; the exit is clean and RQ forgets the worker."""
-    service = make(grace_s=LONG_S)
+    port, release = free_port(), tmp_path / "release"
+    service = make(grace_s=LONG_S, http_port=port)
     worker = service.worker()
-    job_id = service.submit("sleep", "sleep:1.5")
+    job_id = service.submit("hold", f"hold:{release}")
     service.runs(job_id)
     worker.send_signal(signal.SIGTERM)
+    until(lambda: get(port, "/readyz")[0] == 503)  # it drains, and the job still runs
+    assert service.status(job_id).state == "running"
+    release.touch()
 
     assert ended(worker) == 0, service.said()
     status = service.status(job_id)

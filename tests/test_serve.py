@@ -6,8 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -27,19 +25,9 @@ from ralf.worker.telemetry import Metrics
 from tests.documents import a_job
 from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.waiting import LONG_S, until
-from tests.web import Piece, Request, reply, serving
+from tests.web import Piece, Request, free_port, get, reply, serving
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def get(port: int, path: str) -> tuple[int, str]:
-    """Status and body."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
 
 
 def test_the_checks_follow_the_loop_and_the_child():
@@ -273,12 +261,3 @@ def test_embedded_tells_which_part_has_fallen():
 
         assert well == ""
         assert service.fallen() == "the worker ended with -9"
-
-
-def free_port() -> int:
-    """A port that nobody has."""
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

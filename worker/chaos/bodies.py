@@ -1,12 +1,15 @@
 """Test bodies: jobs that do nothing, wait, crash, hang or leak on purpose.
 
 For chaos runs, benches and tests.  A worker or a child knows them only when it was started with
-`--bodies test` (see worker/service/jobs.py); production never imports this file.  None needs
-torch.  A number after a colon in the job's tag is the body's argument, as in `sleep:2.5`.
+`--bodies test` (see worker/service/jobs.py); production never imports this file.  Only
+hold_analysis needs torch.  What follows a colon in the job's tag is the body's argument, as in
+`sleep:2.5`.
 """
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import repeat
 from pathlib import Path
@@ -23,7 +26,7 @@ from ralf.worker.contract import (
     Verdict,
 )
 from ralf.worker.errors import GpuFatal, GpuOom
-from ralf.worker.service.jobs import Body, Task
+from ralf.worker.service.jobs import Body, Task, moderate
 
 if TYPE_CHECKING:
     from ralf.worker.runtime import Parts
@@ -128,6 +131,21 @@ def hold(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     return blank_verdict(task), Evidence()
 
 
+def hold_analysis(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
+    """Analyses the clip; its first attempt waits half-way for the file in its tag, as hold does."""
+    release = Path((task.job.tag or "").partition(":")[2])
+
+    def report(
+        progress: Progress, seconds: float, partial: Callable[[], Verdict] | None = None
+    ) -> None:
+        task.report(progress, seconds, partial)
+        while task.run.attempt <= 1 and 0 < progress.percent < 100 and not release.exists():
+            time.sleep(0.02)
+            task.report(progress, seconds, partial)
+
+    return moderate(replace(task, report=report), parts)
+
+
 def sleep(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     """Takes the seconds in its tag, reports progress, and stops when it is cancelled."""
     seconds = _argument(task, 1.0)
@@ -189,9 +207,23 @@ def poison(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
 _LEAKED: list[bytearray] = []
 
 BODIES: dict[str, Body] = {
-    PREFIX + work.__name__: Body(work, fetches=work is weigh, heavy=False)
+    PREFIX + work.__name__: Body(
+        work, fetches=work in (weigh, hold_analysis), heavy=work is hold_analysis
+    )
     for work in (
-        *(trivial, weigh, hold, sleep, sleep_once, crash, crash_once, hang, spin, leak),
+        *(
+            trivial,
+            weigh,
+            hold,
+            hold_analysis,
+            sleep,
+            sleep_once,
+            crash,
+            crash_once,
+            hang,
+            spin,
+            leak,
+        ),
         *(oom, poison),
     )
 }

@@ -200,6 +200,7 @@ def _run_status(args: argparse.Namespace) -> int:
 
 def _shown(status: Any) -> dict[str, Any]:
     document = asdict(status)
+    del document["partial"]  # `ralf result` prints verdicts
     for name in ("progress", "failure"):
         part = getattr(status, name)
         document[name] = part.model_dump(mode="json") if part else None

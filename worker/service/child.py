@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.warning("child.sandbox_incomplete", missing=sentence)
     listener = socket.socket(fileno=options.socket_fd)
     own = partial(load, together=options.capacity > 1)
-    shelf = Shelf(settings, load=own) if options.bodies == "moderate" else EmptyShelf(settings)
+    shelf = (Shelf if options.bodies == "moderate" else EmptyShelf)(settings, load=own)
     child = Child(
         listener,
         table=jobs.table(options.bodies),

@@ -203,11 +203,22 @@ class Shelf:
 
 
 class EmptyShelf(Shelf):
-    """For bodies that need no model."""
+    """For test bodies: loads the worker's model when a body needs one, and not before."""
 
     def open(self) -> Facts:
-        """Nothing to load."""
+        """Nothing is loaded yet."""
         return {"model": "none", "engine": "test"}
+
+    def of(self, job: Job) -> "Parts | None":
+        """The worker's own model."""
+        with self._lock:
+            if self._own is None:
+                self._own = self._load(self._settings, None)
+            return self._own
+
+    def follow(self) -> Facts | None:
+        """A test's model is not replaced."""
+        return None
 
 
 def facts(parts: "Parts") -> Facts:

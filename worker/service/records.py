@@ -5,10 +5,20 @@ Times are seconds since the epoch, by Redis' own clock.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from ralf.worker.contract import ENDED, Failure, Job, Label, Priority, Progress, State, dump
+from ralf.worker.contract import (
+    ENDED,
+    Failure,
+    Job,
+    Label,
+    Priority,
+    Progress,
+    State,
+    Verdict,
+    dump,
+)
 
 MODERATE = "ralf.worker.service.jobs.moderate"
 """The function that a job names in Redis."""
@@ -80,6 +90,8 @@ class Status:
     failure: Failure | None
     label: Label | None
     score: float | None
+    partial: Verdict | None = field(default=None, repr=False)
+    """While the job runs: the verdict on what it has seen so far."""
 
     @property
     def ended(self) -> bool:
@@ -95,6 +107,7 @@ class Status:
 
         facts = json.loads(stored.get("facts", "{}"))
         progress, failure = stored.get("progress"), stored.get("failure")
+        partial = stored.get("partial")
         return cls(
             job_id=job_id,
             state=_state(stored["state"]),
@@ -109,6 +122,7 @@ class Status:
             failure=Failure.model_validate_json(failure) if failure else None,
             label=facts.get("label"),
             score=facts.get("score"),
+            partial=Verdict.model_validate_json(partial) if partial else None,
         )
 
 
