@@ -12,7 +12,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/ready
-	$(RUN)/python demo/demo.py
+	$(RUN)/python -m demo.demo
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN)/pytest -n auto --dist loadfile

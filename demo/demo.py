@@ -21,9 +21,9 @@ from typing import Any
 
 from standardwebhooks import Webhook
 
+from demo.samples import make_samples
 from ralf.kernels.artifact import ArtifactError, resolve
 from ralf.kernels.atomic_files import replace_text
-from ralf.train.samples import make_samples
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Verdict
 from ralf.worker.report import page

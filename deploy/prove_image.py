@@ -331,7 +331,7 @@ def drain(worker: "subprocess.Popen[bytes]") -> int:
 
 def the_clip(folder: Path) -> Path:
     """Make a clip with a face in it."""
-    from ralf.train.samples import make_samples
+    from demo.samples import make_samples
 
     say("making a clip")
     return folder / make_samples(folder)[0].file

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from demo.samples import PORTRAITS, forged, portraits
 from ralf.train.data.index import Index
 from ralf.train.data.layouts import read
-from ralf.train.data.layouts_faces import BOX_COLUMNS, FIVE_COLUMNS
-from ralf.train.samples import PORTRAITS, forged, portraits
+from ralf.train.data.layouts.face_table import BOX_COLUMNS, FIVE_COLUMNS
 
 COLUMNS = ["file", "source", "identity", "split", "label", "method", "video"]
 COLUMNS += [*BOX_COLUMNS, *FIVE_COLUMNS]

@@ -11,6 +11,7 @@ from scipy import ndimage
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import roc_auc_score
 
+from demo.samples import portraits
 from ralf.kernels.manifest import InputContract
 from ralf.train.data.batches import REAL, Batches
 from ralf.train.data.crop import Cut, region
@@ -21,7 +22,6 @@ from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.upload_damage import Wear, draw, put_on
 from ralf.train.recipe import FAMILIES, Augment, Data
 from ralf.train.recipe_text import RecipeError
-from ralf.train.samples import portraits
 from ralf.worker.media.crops import cut_one
 from tests.faces_on_disk import faces
 

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, logit
-from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 from ralf.kernels.manifest import Calibration
@@ -15,7 +14,6 @@ from ralf.train.calibrate import (
     at_misses,
     calibrate,
     fit,
-    interval,
     nll,
     probability,
 )
@@ -182,14 +180,6 @@ def test_scores_that_saturate_still_make_a_threshold():
 
     assert found.score == 1.0
     assert found.rate == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize(("events", "of"), [(0, 20), (3, 40), (20, 20), (6, 121)])
-def test_intervals_are_scipys_exact_ones(events: int, of: int):
-    """Clopper and Pearson."""
-    theirs = binomtest(events, of).proportion_ci(method="exact")
-
-    assert interval(events, of) == pytest.approx((theirs.low, theirs.high))
 
 
 def test_thresholds_hold_on_the_score_that_is_served():

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from demo.samples import portraits
 from ralf.kernels.networks import build
 from ralf.train.cli import commands
 from ralf.train.data.index import load
@@ -13,7 +14,6 @@ from ralf.train.forge.video import animate, encode
 from ralf.train.loop.checkpoint import Checkpoint, State, save
 from ralf.train.recipe_text import override
 from ralf.train.recipes import named
-from ralf.train.samples import portraits
 from tests.faces_on_disk import faces
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import demo.demo as shown
-from ralf.train.samples import Truth
+from demo.samples import Truth
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import pytest
 from scipy.interpolate import RBFInterpolator
 from skimage.data import astronaut
 
-from ralf.train import samples
+from demo import samples
+from demo.samples import PORTRAITS, make_samples, portraits
 from ralf.train.forge import manipulations
 from ralf.train.forge.families import Portrait, forge
 from ralf.train.forge.landmarks import FaceGeometry, fill
 from ralf.train.forge.pixels import blur, grid, remap, resize
 from ralf.train.recipe import FAMILIES, HELD_OUT
-from ralf.train.samples import PORTRAITS, make_samples, portraits
 
 FIVE = np.array([[92, 104], [128, 98], [112, 122], [100, 142], [128, 138]], np.float32)
 FACE = FaceGeometry(np.array([76, 62, 146, 164], np.float32), FIVE)

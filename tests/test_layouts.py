@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from demo.samples import portraits
 from ralf.kernels.manifest import InputContract
 from ralf.train.data.batches import Batches
 from ralf.train.data.check import check, refuse_leaks
 from ralf.train.data.index import REAL, Index, IndexFault, Row, leaks, load, split_by_identity
-from ralf.train.data.layouts import KNOWN, read, read_all
-from ralf.train.data.layouts_packed import Store, five_points
+from ralf.train.data.layouts import LAYOUTS, licence_of, read, read_all
+from ralf.train.data.layouts.deepfakebench import LmdbPictures, five_points
 from ralf.train.recipe import Data
-from ralf.train.samples import portraits
 
 
 def touch(root: Path, *names: str) -> None:
@@ -264,7 +264,7 @@ def test_deepfake_bench_lmdb_of_either_lean_and_width(tmp_path, lean, width):
             into.put(key.encode(), bytes(value))
     write(tmp_path / "FaceForensics++.json", BENCH)
     row = by_video(read(tmp_path / "FaceForensics++.json"))["real/071"]
-    store = Store(folder)
+    store = LmdbPictures(folder)
 
     assert (row.kind, row.path) == ("lmdb", "FaceForensics++_lmdb::FF/frames/071/000.png")
     assert np.array_equal(picture, store.picture("FF/frames/071/000.png"))
@@ -354,10 +354,10 @@ def test_reviewers_labels_find_their_media_by_hash(tmp_path):
 def test_what_is_no_layout_is_refused_with_those_that_are(tmp_path):
     """The message says what each layout is recognised by."""
     touch(tmp_path, "holiday/beach.txt")
-    with pytest.raises(IndexFault, match="is no layout") as caught:
+    with pytest.raises(IndexFault, match="in no known layout") as caught:
         read(tmp_path / "holiday")
 
-    assert all(layout.name in str(caught.value) for layout in KNOWN)
+    assert all(layout.name in str(caught.value) for layout in LAYOUTS)
     with pytest.raises(IndexFault, match="no data at"):
         read(tmp_path / "nowhere")
 
@@ -509,3 +509,20 @@ def test_a_row_that_contradicts_itself_is_refused():
         Row(**fine, label=2)
     with pytest.raises(IndexFault, match="split"):
         Row(**fine, label=1, split="dev")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("dfdc", "DFDC licence"),
+        ("dfdc_preview", "DFDC licence"),
+        ("dfd", "FaceForensics++ terms"),
+        ("celeb_df_v2", "Celeb-DF terms"),
+        ("FFHQ", "never in weights that ship"),
+        ("civilservice_clips", "public domain"),
+        ("holiday", "not known"),
+    ],
+)
+def test_a_dataset_has_the_licence_of_its_layout(dataset: str, words: str):
+    """By the longest name that fits: "dfdc" also begins with "dfd"."""
+    assert words in licence_of(dataset)

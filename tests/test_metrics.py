@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import (
     accuracy_score,
@@ -28,6 +29,7 @@ from ralf.train.evaluate.metrics import (
     interval,
     measure,
     reliability,
+    share_interval,
     tpr_at,
 )
 
@@ -237,3 +239,12 @@ def test_measure_uses_the_calibration():
 
     assert (plain.auc, shifted.auc, plain.accuracy, shifted.accuracy) == (1, 1, 1, 0.75)
     assert plain.brier < shifted.brier and (plain.real, plain.forged) == (2, 2)
+
+
+@pytest.mark.parametrize(("events", "of"), [(0, 20), (3, 40), (20, 20), (6, 121), (1, 2000)])
+def test_the_interval_of_a_share_is_clopper_and_pearsons(events: int, of: int):
+    """By the quantiles of the beta distribution, as the two defined it."""
+    low = 0.0 if events == 0 else beta.ppf(0.025, events, of - events + 1)
+    high = 1.0 if events == of else beta.ppf(0.975, events + 1, of - events)
+
+    assert share_interval(events, of) == pytest.approx((low, high), abs=1e-12)

@@ -23,10 +23,10 @@ from PIL import Image
 
 import ralf.kernels.networks.mtcnn as networks
 import ralf.worker.media.mtcnn as finder_module
+from demo.samples import portraits as known_people
 from ralf.kernels.cpu_threads import side_by_side
 from ralf.kernels.manifest import Finder
 from ralf.kernels.networks.mtcnn import WeightsMissing, pretrained, weights_path
-from ralf.train.samples import portraits as known_people
 from ralf.worker.boxes import overlap
 from ralf.worker.contract import Sampling
 from ralf.worker.media.decode_pyav import PyavDecoder

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from demo.samples import forged, portraits
 from ralf.kernels.manifest import Finder, InputContract, Sampling
 from ralf.train.data import prepare as module
 from ralf.train.data.batches import Batches
@@ -21,7 +22,6 @@ from ralf.train.data.layouts import read
 from ralf.train.data.prepare import prepare
 from ralf.train.forge.video import animate, encode
 from ralf.train.recipe import HELD_OUT, Augment, Data
-from ralf.train.samples import forged, portraits
 from ralf.worker.contract import Sampling as Asked
 from ralf.worker.media.crops import cut_one
 from ralf.worker.media.decode_pyav import PyavDecoder

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from demo.samples import Truth, make_samples
 from ralf.kernels.artifact import SHIPPED, Artifact, golden, resolve
 from ralf.kernels.engine import load
-from ralf.train.samples import Truth, make_samples
 from ralf.worker.contract import Verdict
 from ralf.worker.pipeline import analyze
 from ralf.worker.runtime import load as load_parts

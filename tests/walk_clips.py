@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from demo.samples import portraits
 from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import publish_untrained
-from ralf.train.samples import portraits
 from tests.clips import Image, face_clip
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -21,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import beta
 
 from ralf.kernels.manifest import Calibration
-from ralf.train.evaluate.metrics import at_even_odds
+from ralf.train.evaluate.metrics import at_even_odds, share_interval
 
 Floats = NDArray[np.float64]
 FPRS = (0.01, 0.05)
@@ -180,17 +179,9 @@ def at_misses(forged: Floats, rate: float, *, at_most: float = 1.0, times: int =
     return _threshold(score, int((ordered < score).sum()), len(ordered), rate, times)
 
 
-def interval(events: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a share."""
-    rest = (1 - confidence) / 2
-    low = 0.0 if events == 0 else float(beta.ppf(rest, events, of - events + 1))
-    high = 1.0 if events == of else float(beta.ppf(1 - rest, events + 1, of - events))
-    return low, high
-
-
 def _threshold(score: float, events: int, of: int, rate: float, times: int) -> Threshold:
     faces = of // times
-    span = interval(min(round(events / times), faces), faces)
+    span = share_interval(min(round(events / times), faces), faces)
     return Threshold(score, events / of, span, faces, faces * rate >= EXPECTED)
 
 

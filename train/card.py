@@ -13,23 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ralf.kernels.manifest import Manifest, held_out_family
+from ralf.train.data.layouts import licence_of
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import differences
 from ralf.train.recipes import RECIPES
-
-LICENCES = {
-    "civilservice": "official portraits of US office holders, public domain; collection MIT",
-    "voteview": "official and public-domain portraits of the US Congress",
-    "ffhq": "CC BY-NC-SA: for judging only, never in weights that ship",
-    "ffpp": "FaceForensics++ terms of use: research, not commercial",
-    "dfd": "FaceForensics++ terms of use: research, not commercial",
-    "celebdf": "Celeb-DF terms of use: research, not commercial",
-    "dfdc": "DFDC licence: see its own terms",
-    "deeperforensics": "DeeperForensics terms of use: research, not commercial",
-    "wilddeepfake": "WildDeepfake terms of use: research, not commercial",
-    "reviews": "your own uploads: your users' terms",
-}
-UNKNOWN = "not known to this project: check before you ship"
 
 
 class Row(Protocol):
@@ -49,15 +36,6 @@ class Portion:
     method: str
     split: str
     count: int
-
-    @property
-    def licence(self) -> str:
-        """By the collection's name, or its beginning."""
-        name = self.dataset.lower().replace("-", "").replace("+", "p").replace("_", "")
-        for known, licence in LICENCES.items():
-            if name.startswith(known):
-                return licence
-        return UNKNOWN
 
 
 def portions(rows: Iterable[Row]) -> tuple[Portion, ...]:
@@ -107,7 +85,7 @@ def _trained_on(recipe: Recipe, data: Sequence[Portion], trained: Mapping[str, A
         return "Not recorded: the index was not given when this was published."
     lines = ["| collection | method | split | count |", "|---|---|---|---|"]
     lines += [f"| {p.dataset} | {p.method} | {p.split or '–'} | {p.count} |" for p in data]
-    licences = {p.dataset: p.licence for p in data}
+    licences = {p.dataset: licence_of(p.dataset) for p in data}
     lines += ["", "Licences:", *(f"- {name}: {text}" for name, text in sorted(licences.items()))]
     families = ", ".join(recipe.data.families)
     if families:

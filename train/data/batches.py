@@ -22,10 +22,11 @@ from torch import Tensor
 from ralf.train.data.check import refuse_leaks
 from ralf.train.data.crop import Cut, region
 from ralf.train.data.index import Index, IndexFault
-from ralf.train.data.pictures import Frame, Image
+from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
 from ralf.train.forge.identity import as_another
 from ralf.train.forge.landmarks import FaceGeometry
+from ralf.train.forge.pixels import Image
 from ralf.train.forge.upload_damage import Wear, draw, put_on
 from ralf.train.recipe import FAMILIES, Data, Family
 

@@ -1,8 +1,9 @@
-"""What a dataset should hold against what is there, and who leaks across its splits.
+"""`ralf data check`: counts against the published ones, missing files, and leaks across splits.
 
-Counts are those of the datasets' own papers and lists.  A count that is not known is not made up:
-the column says a dash.  A leak is an identity, a group or a video in two splits; training on one
-measures memory, so `refuse_leaks` stops it unless told.
+Published counts stand with each dataset's layout (data/layouts/).  A count that is not known is
+shown as a dash.  A leak is an identity, a group or a video in two splits.  A model that is
+trained on one of them and tested on the other is tested for its memory, so `refuse_leaks` stops
+training unless leaks are allowed.
 """
 
 from collections import Counter
@@ -10,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ralf.train.data.index import REAL, Index, IndexFault, Leak, Row, leaks
+from ralf.train.data.layouts import PUBLISHED
+from ralf.train.data.layouts.layout import Published
 
-FF_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures", "FaceShifter")
-FF_SPLITS = {"train": 720, "val": 140, "test": 140}
-IN_SPLIT = {("celeb_df_v2", "test"): (178, 340), ("dfdc_preview", "test"): (276, 501)}
-"""Real and forged videos."""
+NOTHING_PUBLISHED = Published()
 
 
 @dataclass(frozen=True)
-class Count:
+class VideoCount:
     """Videos of one kind."""
 
     dataset: str
@@ -38,13 +38,13 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Check:
-    """All that `ralf data check` says."""
+class DataCheck:
+    """Everything that `ralf data check` reports."""
 
-    counts: tuple[Count, ...]
+    counts: tuple[VideoCount, ...]
     leaks: tuple[Leak, ...]
     missing: tuple[str, ...]
-    """Files that the lists name and the disk has not."""
+    """Files that the lists name and that are not on the disk."""
     notes: tuple[str, ...]
     sha256: str
 
@@ -61,65 +61,57 @@ class Check:
         return "\n".join([*lines, f"data sha256 {self.sha256}"])
 
 
-def check(index: Index, *, files: bool = True) -> Check:
+def check(index: Index, *, files: bool = True) -> DataCheck:
     """Counts, leaks and missing files; `files=False` does not touch the disk."""
     videos = {row.key: row for row in index}
-    counts = [*_by_kind(videos), *_by_split(videos)]
-    missing = sorted({row.path for row in index if not _there(index, row)}) if files else []
-    return Check(tuple(counts), tuple(leaks(index)), tuple(missing), index.notes, index.sha256)
+    counts = [*_by_method(videos), *_by_split(videos)]
+    missing = sorted({row.path for row in index if not _exists(index, row)}) if files else []
+    return DataCheck(tuple(counts), tuple(leaks(index)), tuple(missing), index.notes, index.sha256)
 
 
-def _there(index: Index, row: Row) -> bool:
+def _exists(index: Index, row: Row) -> bool:
     return Path(index.whole_path(row).split("::")[0]).exists()
 
 
-Keyed = dict[tuple[str, str, str, str], Row]
+def _published(dataset: str) -> Published:
+    return PUBLISHED.get(dataset, NOTHING_PUBLISHED)
 
 
-def _by_kind(videos: Keyed) -> list[Count]:
+VideosByKey = dict[tuple[str, str, str, str], Row]
+
+
+def _by_method(videos: VideosByKey) -> list[VideoCount]:
     """Each method at each compression, over all splits."""
     found = Counter((dataset, method, level) for dataset, method, level, _ in videos)
-    # A method of which there is nothing at all is missing too.
-    for level in {level for dataset, _, level in found if dataset == "ffpp"}:
-        for method in (*FF_METHODS, REAL):
-            found.setdefault(("ffpp", method, level), 0)
+    for dataset, level in {(dataset, level) for dataset, _, level in found}:
+        if _published(dataset).needs_every_method:
+            for method in _published(dataset).methods:
+                found.setdefault((dataset, method, level), 0)
     return [
-        Count(dataset, f"{method} {level}".strip(), number, _whole(dataset, method))
+        VideoCount(
+            dataset, f"{method} {level}".strip(), number, _published(dataset).methods.get(method)
+        )
         for (dataset, method, level), number in sorted(found.items())
     ]
 
 
-def _whole(dataset: str, method: str) -> int | None:
-    """How many videos a method of a dataset has."""
-    if dataset == "ffpp":
-        return 1000 if method in (*FF_METHODS, REAL) else None
-    known = {
-        ("dfd", REAL): 363,
-        ("dfd", "DeepFakeDetection"): 3068,
-        ("celeb_df_v2", REAL): 890,  # 590 of celebrities, 300 from YouTube
-        ("celeb_df_v2", "Celeb-synthesis"): 5639,
-    }
-    return known.get((dataset, method))
-
-
-def _by_split(videos: Keyed) -> list[Count]:
-    """Real and forged of each split."""
-    found: Counter[tuple[str, str, str, int, str]] = Counter(
-        (row.dataset, row.compression, row.split, row.label, row.method if row.label else REAL)
-        if row.dataset == "ffpp"
-        else (row.dataset, row.compression, row.split, row.label, "")
-        for row in videos.values()
-    )
-    for dataset, split in IN_SPLIT:
-        for level in {each[1] for each in found if each[0] == dataset}:
+def _by_split(videos: VideosByKey) -> list[VideoCount]:
+    """Real and forged videos of each split; of each method where that is what is published."""
+    found: Counter[tuple[str, str, str, int, str]] = Counter()
+    for row in videos.values():
+        method = row.method if _published(row.dataset).method_in_split else ""
+        found[row.dataset, row.compression, row.split, row.label, method] += 1
+    for dataset, level in {(each[0], each[1]) for each in found}:
+        # A published split of which nothing is there is reported with a count of 0.
+        for split in _published(dataset).splits:
             for label in (0, 1):
                 found.setdefault((dataset, level, split, label, ""), 0)
     return [
-        Count(
+        VideoCount(
             dataset,
             " ".join(part for part in (split or "no split", _word(label, method), level) if part),
             number,
-            _in_split(dataset, split, label),
+            _expected_in_split(dataset, split, label),
         )
         for (dataset, level, split, label, method), number in sorted(found.items())
     ]
@@ -129,10 +121,11 @@ def _word(label: int, method: str) -> str:
     return method or ("forged" if label else REAL)
 
 
-def _in_split(dataset: str, split: str, label: int) -> int | None:
-    if dataset == "ffpp":
-        return FF_SPLITS.get(split)
-    return IN_SPLIT[dataset, split][label] if (dataset, split) in IN_SPLIT else None
+def _expected_in_split(dataset: str, split: str, label: int) -> int | None:
+    known = _published(dataset)
+    if known.method_in_split:
+        return known.method_in_split.get(split)
+    return known.splits[split][label] if split in known.splits else None
 
 
 def refuse_leaks(index: Index, *, allowed: bool = False) -> list[Leak]:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ralf.kernels.manifest import InputContract
 from ralf.train.data.index import IndexFault
-from ralf.train.data.pictures import Image
 from ralf.train.forge.landmarks import FaceGeometry
-from ralf.train.forge.pixels import resize, to_u8
+from ralf.train.forge.pixels import Image, resize, to_u8
 from ralf.worker.media.crops import cut_one
 
 

@@ -18,7 +18,14 @@ from PIL import UnidentifiedImageError
 
 from ralf.kernels.manifest import InputContract
 from ralf.train.data.index import Row
-from ralf.train.data.main_face import Kept, keep, main_track, masked_track, reviewed
+from ralf.train.data.main_face import (
+    StoredFace,
+    cut_for_storage,
+    main_track,
+    masked_track,
+    under_reviewed_boxes,
+)
+from ralf.train.forge.pixels import Image
 from ralf.worker.contract import Sampling
 from ralf.worker.errors import JobError
 from ralf.worker.media.decode_pyav import PyavDecoder
@@ -27,8 +34,6 @@ from ralf.worker.media.probe import probe
 from ralf.worker.media.tracks import Tracker
 from ralf.worker.media.types import Clip, Faces, Frames, Probe
 from ralf.worker.settings import Settings
-
-Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ class Extractor:
             with Picture.open(task.pictures[place]) as opened:
                 yield _still(np.array(opened.convert("RGB")), place, task.pictures[place])
 
-    def _choose(self, task: Task, seen: "_Seen") -> Iterator[tuple[Row, Kept]]:
+    def _choose(self, task: Task, seen: "_Seen") -> Iterator[tuple[Row, StoredFace]]:
         """Which found faces are kept, and under whose row."""
         if not len(seen):
             return
@@ -133,7 +138,7 @@ class Extractor:
         faces, numbers = seen.faces, np.array(seen.numbers)
         if row.frame >= 0 and row.kind == "video":
             size = (seen.images[0].shape[0], seen.images[0].shape[1])
-            pairs = reviewed(faces, numbers, task.rows, size)
+            pairs = under_reviewed_boxes(faces, numbers, task.rows, size)
             if len(pairs) < len(task.rows):
                 seen.odd.append(f"{len(task.rows) - len(pairs)} reviewed faces not found again")
         else:
@@ -145,7 +150,7 @@ class Extractor:
             pairs = [(row, int(place)) for place in found]
         for whose, place in pairs:
             at = int(faces.frame[place])
-            kept = keep(
+            kept = cut_for_storage(
                 seen.images[at],
                 faces.boxes[place],
                 faces.landmarks[place],
@@ -168,7 +173,7 @@ class Extractor:
             return None
         return np.asarray(masks)
 
-    def _store(self, task: Task, row: Row, kept: Kept) -> Row:
+    def _store(self, task: Task, row: Row, kept: StoredFace) -> Row:
         """The face as a file, and its row."""
         mine = "" if len({one.video for one in task.rows}) == 1 else f"-{row.video.split('/')[-1]}"
         suffix = "jpg" if self.way.quality else "png"

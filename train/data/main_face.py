@@ -1,8 +1,9 @@
-"""Which face of a video is the one that its label speaks of, and where it is kept.
+"""Which face of a video its label is about, and how that face is stored.
 
-A video has one label and may show several people.  With a mask video the face is the one that the
-masks cover; with a reviewer's boxes it is the face under the box; else it is the track that is
-largest over time, for real and forged videos alike, so that the choice does not tell the label.
+A video has one label and may show several people.  With a mask video the labelled face is the one
+that the masks cover.  With a reviewer's boxes it is the face under the box.  Otherwise it is the
+track that is largest over time.  That rule is the same for real and forged videos, so that the
+choice of the face does not give the label away.
 """
 
 from collections.abc import Sequence
@@ -12,19 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ralf.train.data.index import Row
-from ralf.train.forge.pixels import resize, to_u8
+from ralf.train.forge.pixels import Image, resize, to_u8
 from ralf.worker.boxes import overlap
 from ralf.worker.media.types import Faces
 
-Image = NDArray[np.uint8]
-WIDE = 1.7
-"""Kept around a face: this times the longer side of its box, so that any margin up to it can be
-cut later, and less where the picture ends."""
+STORED_MARGIN = 1.7
+"""The stored picture is this times the longer side of the face's box, so that any margin up to it
+can be cut later.  It is smaller where the picture ends."""
+SAME_FACE_IOU = 0.4
+"""From this overlap on, a found face is the one that a reviewer's box is around."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One face of one frame, as it is stored."""
+class StoredFace:
+    """One face of one frame, as `ralf data prepare` stores it."""
 
     image: Image
     frame: int
@@ -65,13 +67,13 @@ def _strongest(strength: NDArray[np.floating], tracks: NDArray[np.int64]) -> NDA
     return np.flatnonzero(tracks == int(np.argmax(total)))
 
 
-def reviewed(
+def under_reviewed_boxes(
     faces: Faces,
     numbers: NDArray[np.int64],
     rows: Sequence[Row],
     size: tuple[int, int],
 ) -> list[tuple[Row, int]]:
-    """Each reviewed face and the found one that lies on it: the same frame, IoU of 0.4 or more."""
+    """Each reviewed face with the found face that overlaps it most in the same frame."""
     height, width = size
     frame_of = numbers[faces.frame]
     pairs = []
@@ -79,20 +81,20 @@ def reviewed(
         wanted = np.array(row.box) * [width, height, width, height]
         near = np.flatnonzero(frame_of == row.frame)
         shared = overlap(faces.boxes[near], wanted)[:, 0]
-        if len(near) and shared.max() >= 0.4:
+        if len(near) and shared.max() >= SAME_FACE_IOU:
             pairs.append((row, int(near[int(np.argmax(shared))])))
     return pairs
 
 
-def keep(
+def cut_for_storage(
     image: Image, box: NDArray[np.float32], five: NDArray[np.float32], frame: int, longest: int
-) -> Kept:
+) -> StoredFace:
     """The face with its surroundings, reduced to `longest` pixels where it is larger.
 
-    Never padded: where the picture ends the crop ends, and padding comes when it is cut.
+    It is not padded where the picture ends: padding is added when the crop is cut, as in serving.
     """
     height, width = image.shape[:2]
-    middle, half = (box[:2] + box[2:]) / 2, WIDE / 2 * float((box[2:] - box[:2]).max())
+    middle, half = (box[:2] + box[2:]) / 2, STORED_MARGIN / 2 * float((box[2:] - box[:2]).max())
     x0, y0 = np.clip(np.floor(middle - half).astype(int), 0, [width - 1, height - 1])
     x1, y1 = np.clip(np.ceil(middle + half).astype(int), [x0 + 1, y0 + 1], [width, height])
     part = image[y0:y1, x0:x1]
@@ -103,7 +105,7 @@ def keep(
     scale = np.array([wide / (x1 - x0), tall / (y1 - y0)])
     moved_box = (box.reshape(2, 2) - [x0, y0]) * scale
     moved_five = (five - [x0, y0]) * scale
-    return Kept(
+    return StoredFace(
         image=np.ascontiguousarray(part),
         frame=frame,
         box=tuple(float(f"{value:.2f}") for value in moved_box.ravel()),

@@ -18,11 +18,10 @@ from PIL import Image as Picture
 from PIL import UnidentifiedImageError
 
 from ralf.train.data.index import MESHES, Index, IndexFault, Row
-from ralf.train.data.layouts_faces import PICTURES
-from ralf.train.data.layouts_packed import Store, opened
+from ralf.train.data.layouts.deepfakebench import LmdbPictures, opened
+from ralf.train.data.layouts.layout import PICTURES
 from ralf.train.forge.landmarks import FaceGeometry
-
-Image = NDArray[np.uint8]
+from ralf.train.forge.pixels import Image
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Pictures:
     def _stored_face(self, frame: Frame) -> FaceGeometry | None:
         """DeepfakeBench's landmarks; its crops are 1.3 times the face, so the box follows."""
         folder, name = frame.path.split("::")
-        five = self._store(folder).landmarks(name)
+        five = self._lmdb(folder).landmarks(name)
         if five is None:
             return None
         middle, unit = five.mean(axis=0), float(np.linalg.norm(five[1] - five[0]))
@@ -103,14 +102,14 @@ class Pictures:
     def _read(self, path: str) -> bytes:
         if "::" in path:
             folder, name = path.split("::")
-            return self._store(folder).value(name)
+            return self._lmdb(folder).value(name)
         whole = Path(path) if Path(path).is_absolute() else self.root / path
         try:
             return whole.read_bytes()
         except OSError as error:
             raise IndexFault(f"{path} cannot be read: {error.strerror}") from error
 
-    def _store(self, folder: str) -> Store:
+    def _lmdb(self, folder: str) -> LmdbPictures:
         return opened(self.root / folder)
 
     def _read_meshes(self, frames: Sequence[Frame]) -> dict[str, NDArray[np.float32]]:

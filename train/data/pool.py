@@ -13,9 +13,10 @@ import numpy as np
 from ralf.kernels.manifest import InputContract
 from ralf.train.data.crop import Cut, region
 from ralf.train.data.index import Index, IndexFault
-from ralf.train.data.pictures import Frame, Image, Pictures, frames_of
+from ralf.train.data.pictures import Frame, Pictures, frames_of
 from ralf.train.forge.families import Portrait, forge
 from ralf.train.forge.landmarks import FaceGeometry
+from ralf.train.forge.pixels import Image
 from ralf.train.recipe import FAMILIES, Data, Family
 
 PREPARED = "prepare.json"

@@ -13,25 +13,18 @@ Noise and blocks come from the generator passed in, so a table can be made again
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from ralf.train.forge.identity import uneven
-from ralf.train.forge.manipulations import LUMA, jpeg
-from ralf.train.forge.pixels import Pixels, resize, to_u8
-from ralf.train.forge.upload_damage import stepped
+from ralf.train.forge.pixels import Image, Pixels, jpeg, resize, saturated, shifted, to_u8
 from ralf.train.forge.video import recompress
 
-Image = NDArray[np.uint8]
 Apply = Callable[[Image, float, np.random.Generator], Image]
 
 
 def _saturation(image: Image, factor: float, _rng: np.random.Generator) -> Image:
     """Colour differences shrunk towards grey; 0 takes all of them."""
-    values = image.astype(np.float32)
-    luma = (values @ LUMA)[..., None]
-    faded: Pixels = luma + (values - luma) * np.float32(factor)
-    return to_u8(faded)
+    return to_u8(saturated(image.astype(np.float32), factor))
 
 
 def _contrast(image: Image, factor: float, _rng: np.random.Generator) -> Image:
@@ -93,7 +86,7 @@ def _reduced(image: Image, factor: float) -> Pixels:
 
 def _h264(image: Image, crf: float, _rng: np.random.Generator) -> Image:
     """The second frame of a clip whose first stood two pixels aside."""
-    return np.asarray(recompress([stepped(image, (2, 1)), image], crf)[1])
+    return np.asarray(recompress([shifted(image, (2, 1)), image], crf)[1])
 
 
 def _jpeg(image: Image, quality: float, _rng: np.random.Generator) -> Image:

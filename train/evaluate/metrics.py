@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
+from scipy.stats import binomtest
 
 from ralf.kernels.manifest import Aggregation, Calibration
 from ralf.worker.scores import calibrated, level
@@ -299,6 +300,12 @@ def _samples(scored: Scored, replicates: int, seed: int) -> Iterator[Floats]:
         weight = times[member].astype(np.float64)
         if weight[scored.forged].any() and weight[~scored.forged].any():
             yield weight
+
+
+def share_interval(events: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share: `events` of `of` independent trials."""
+    span = binomtest(events, of).proportion_ci(confidence, method="exact")
+    return float(span.low), float(span.high)
 
 
 def _middle(found: Sequence[float]) -> tuple[float, float]:

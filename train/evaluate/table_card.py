@@ -18,11 +18,18 @@ from dataclasses import replace
 import numpy as np
 
 from ralf.kernels.manifest import held_out_family
-from ralf.train.calibrate import interval as share_interval
 from ralf.train.data.index import Index
 from ralf.train.evaluate.conditions import CLEAN
 from ralf.train.evaluate.judge import Judge, Result, evaluate
-from ralf.train.evaluate.metrics import Scored, at_even_odds, ece, ece_by_chance, measure, together
+from ralf.train.evaluate.metrics import (
+    Scored,
+    at_even_odds,
+    ece,
+    ece_by_chance,
+    measure,
+    share_interval,
+    together,
+)
 from ralf.train.evaluate.tables import Ask, Table, _percent, _take, called_forged
 from ralf.train.recipe import FAMILIES
 from ralf.worker.scores import calibrated

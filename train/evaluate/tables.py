@@ -22,12 +22,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ralf.train.calibrate import interval as share_interval
 from ralf.train.data.index import Index, IndexFault
 from ralf.train.evaluate import papers
 from ralf.train.evaluate.conditions import CLEAN, DEEPERFORENSICS, TABLE_3, all_conditions
 from ralf.train.evaluate.judge import Judge, Result, Watch, evaluate, examples_for, result, score
-from ralf.train.evaluate.metrics import RATES, Metrics
+from ralf.train.evaluate.metrics import RATES, Metrics, share_interval
 from ralf.worker.scores import calibrated
 
 Kind = Literal[

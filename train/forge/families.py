@@ -24,14 +24,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ralf.train.forge import manipulations
 from ralf.train.forge.landmarks import FaceGeometry, Region, fill, grown
-from ralf.train.forge.pixels import Pixels, blur, grid, remap, resize, smooth_field, to_u8
+from ralf.train.forge.pixels import (
+    LUMA,
+    Image,
+    Pixels,
+    blur,
+    grid,
+    remap,
+    resize,
+    smooth_field,
+    to_u8,
+)
 from ralf.train.recipe import FAMILIES, Family
-
-Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def _as_coloured(out: Pixels, image: Image) -> Image:
     """Whole values; a grey picture stays grey, or a tint would tell what nothing else does."""
     channels = image[::4, ::4].astype(np.int16)
     grey = np.abs(channels - channels[..., 1:2]).max() <= 3
-    return to_u8(np.repeat((out @ manipulations.LUMA)[..., None], 3, axis=-1) if grey else out)
+    return to_u8(np.repeat((out @ LUMA)[..., None], 3, axis=-1) if grey else out)
 
 
 def _moved(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:

@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 
 from ralf.train.forge.landmarks import FaceGeometry, fill, grown
 from ralf.train.forge.manipulations import expression, smoothed
-from ralf.train.forge.pixels import Pixels, blur, grid, remap, smooth_field, to_u8
-
-Image = NDArray[np.uint8]
+from ralf.train.forge.pixels import Image, Pixels, blur, grid, remap, smooth_field, to_u8
 
 
 def as_another(image: Image, face: FaceGeometry, seed: int | None) -> tuple[Image, FaceGeometry]:

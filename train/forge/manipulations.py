@@ -5,26 +5,23 @@ altered picture; families.py decides how much of it is seen.  Strengths are draw
 ranges on purpose: a weak trace must be met in training as well as a strong one.
 """
 
-import io
-
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 from ralf.train.forge.landmarks import LOWER_LIP, MOUTH_CORNERS, UPPER_LIP, FaceGeometry, Points
 from ralf.train.forge.pixels import (
+    LUMA,
     Kernel,
     Pixels,
     blur,
     grid,
+    jpeg,
     remap,
     resize,
     smooth_field,
     spread,
-    to_u8,
 )
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 KERNELS: tuple[Kernel, ...] = ("nearest", "bilinear", "bicubic")
 
 
@@ -55,13 +52,6 @@ def grind(image: Pixels, rng: np.random.Generator) -> Pixels:
         return jpeg(image, int(rng.integers(30, 85)))
     grain = rng.normal(0, rng.uniform(2, 7), image.shape[:2]).astype(np.float32)
     return image + blur(grain, rng.uniform(0, 0.8))[..., None]
-
-
-def jpeg(image: Pixels, quality: int) -> Pixels:
-    """The image after a JPEG of this quality."""
-    buffer = io.BytesIO()
-    Image.fromarray(to_u8(image)).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer).convert("RGB"), np.float32)
 
 
 def shift(image: Pixels, rng: np.random.Generator) -> Pixels:

@@ -1,22 +1,27 @@
-"""Move pixels: sampling an image along a field, smooth random fields, blurs that cost little.
+"""Operations on pixels: resampling, smooth random fields, blur, saturation, JPEG.
 
-Everything that bends an image goes through `remap`, so that a portrait's animation, a forged
-face and its mask are resampled by one rule.  Images are float32 [h, w, c] or [h, w] with values
-0 to 255 (masks 0 to 1); positions are pixel centres, x before y, (0, 0) the top-left centre.
-Randomness comes from the generator that is passed in and from nowhere else.
+Everything that bends an image goes through `remap`, so that an animated portrait, a forged face
+and its mask are resampled by one rule.  Images are float32 [h, w, c] or [h, w] with values 0 to
+255 (masks 0 to 1).  Positions are pixel centres, x before y; (0, 0) is the centre of the top left
+pixel.  All randomness comes from the generator that is passed in.
 """
 
+import io
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image as Picture
 from scipy import ndimage
 
+Image = NDArray[np.uint8]
 Pixels = NDArray[np.float32]
 Kernel = Literal["nearest", "bilinear", "bicubic"]
 Edge = Literal["border", "reflection", "zeros"]
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""Weights of red, green and blue in brightness (ITU-R BT.601)."""
 
 
 def grid(height: int, width: int) -> Pixels:
@@ -61,7 +66,7 @@ def smooth_field(
 
 def spread(knots: Pixels, height: int, width: int) -> Pixels:
     """Values at coarse knots, spread smoothly over [h, w]."""
-    # Bicubic to a middling size, bilinear to the end: the same curve at a tenth of the time.
+    # Bicubic to a middle size and bilinear from there: the same curve in a tenth of the time.
     middle = resize(knots, min(48, height), min(48, width), "bicubic", antialias=False)
     return resize(middle, height, width, antialias=False)
 
@@ -89,6 +94,27 @@ def _boxes(sigma: float) -> list[int]:
     return [least] * (3 - wide) + [least + 2] * wide
 
 
-def to_u8(image: Pixels) -> NDArray[np.uint8]:
+def to_u8(image: Pixels) -> Image:
     """Rounded to whole values; out of range is clipped."""
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def saturated(image: Pixels, factor: float) -> Pixels:
+    """Colour differences multiplied by a factor; 0 makes the image grey."""
+    luma: Pixels = (image @ LUMA)[..., None]
+    coloured: Pixels = luma + (image - luma) * np.float32(factor)
+    return coloured
+
+
+def jpeg(image: Pixels, quality: int) -> Pixels:
+    """The image after a JPEG of this quality."""
+    buffer = io.BytesIO()
+    Picture.fromarray(to_u8(image)).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Picture.open(buffer).convert("RGB"), np.float32)
+
+
+def shifted(image: Image, motion: tuple[int, int]) -> Image:
+    """The image moved by whole pixels (x, y), its edge repeated."""
+    rows = np.clip(np.arange(image.shape[0]) - motion[1], 0, image.shape[0] - 1)
+    columns = np.clip(np.arange(image.shape[1]) - motion[0], 0, image.shape[1] - 1)
+    return image[rows][:, columns]

@@ -12,14 +12,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ralf.train.forge.manipulations import LUMA, jpeg
-from ralf.train.forge.pixels import Kernel, Pixels, blur, resize, to_u8
+from ralf.train.forge.pixels import (
+    Image,
+    Kernel,
+    Pixels,
+    blur,
+    jpeg,
+    resize,
+    saturated,
+    shifted,
+    to_u8,
+)
 from ralf.train.forge.video import recompress
 from ralf.train.recipe import Augment
 
-Image = NDArray[np.uint8]
 Codec = Literal["none", "jpeg", "libx264", "libx265"]
 
 
@@ -97,9 +104,7 @@ def _coloured(image: Pixels, wear: Wear) -> Pixels:
         return image
     table = (255 * (np.arange(256) / 255) ** wear.gamma).astype(np.float32)
     curved: Pixels = table[to_u8(image * np.array(wear.gain, np.float32))]
-    luma: Pixels = (curved @ LUMA)[..., None]
-    coloured: Pixels = luma + (curved - luma) * np.float32(wear.saturation)
-    return coloured
+    return saturated(curved, wear.saturation)
 
 
 def encoded(image: Image, wear: Wear) -> Image:
@@ -110,12 +115,5 @@ def encoded(image: Image, wear: Wear) -> Image:
         return to_u8(jpeg(image.astype(np.float32), round(wear.quality)))
     if wear.intra:
         return np.asarray(recompress([image], wear.quality, wear.codec)[0])
-    before = stepped(image, wear.motion)
+    before = shifted(image, wear.motion)
     return np.asarray(recompress([before, image], wear.quality, wear.codec)[1])
-
-
-def stepped(image: Image, motion: tuple[int, int]) -> Image:
-    """The picture moved aside by whole pixels, its edge repeated."""
-    rows = np.clip(np.arange(image.shape[0]) - motion[1], 0, image.shape[0] - 1)
-    columns = np.clip(np.arange(image.shape[1]) - motion[0], 0, image.shape[1] - 1)
-    return image[rows][:, columns]

@@ -18,9 +18,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from ralf.train.forge.pixels import Pixels, blur, grid, remap, resize, spread, to_u8
+from ralf.train.forge.pixels import Image, Pixels, blur, grid, remap, resize, spread, to_u8
 
-Image = NDArray[np.uint8]
 Colour = Literal["untagged", "bt709"]
 DECODERS = {"libx264": "h264", "libx265": "hevc", "libvpx-vp9": "vp9", "mpeg4": "mpeg4"}
 

@@ -45,14 +45,14 @@ EVERY = Sampling(mode="uniform", max_frames=300)
 
 
 def _clip(args: argparse.Namespace) -> Path:
-    """The clip named, or the samples' crowd; a usage error where it is not there."""
+    """The clip named, or the sample clip of six people; a usage error where there is none."""
     clip = Path(args.clip) if args.clip else SAMPLE
     if not clip.is_file():
-        print(
-            f"ralf bench: no clip at {clip}; name one, "
-            "or make the samples with: python -m ralf.train.samples",
-            file=sys.stderr,
-        )
+        if Path("demo/samples.py").is_file():
+            otherwise = "make the sample clips with: python -m demo.samples"
+        else:  # demo/ is not installed
+            otherwise = "run this in a checkout of the repository, which makes sample clips"
+        print(f"ralf bench: no clip at {clip}; name one, or {otherwise}", file=sys.stderr)
         raise SystemExit(2)
     return clip
 

@@ -1,12 +1,15 @@
-"""The sample clips: seconds of video whose truth is known, made from public-domain portraits.
+"""The sample clips: a few seconds of video each, made from public-domain portraits.
 
-`make_samples` animates and encodes the portraits of demo/portraits, some untouched, some blended
-with an altered copy of themselves before they move, so that a forged clip and its authentic twin
-share every frame's motion and every encoder setting.  truth.json says which is which.  The same
-call gives the same files.  Nothing is fetched, and no person is put on another.
+    python -m demo.samples [FOLDER]
 
-They show how a verdict reads, not how often it is right: the people and the forgeries are ones
-that the model that ships judges rightly.  How often it errs stands on its card.
+`make_samples` animates and encodes the portraits of demo/portraits.  Some stay untouched, others
+are blended with an altered copy of themselves before they move.  A forged clip and its authentic
+twin therefore share every frame's motion and every encoder setting.  truth.json says which clip is
+which.  The same call gives the same files.  Nothing is downloaded, and no person's face is put on
+another person.
+
+The clips show how a verdict reads, not how often it is right: the shipped model judges all of them
+rightly.  How often it errs stands on its card.
 """
 
 import json
@@ -21,17 +24,16 @@ from PIL import Image as Picture
 
 from ralf.train.forge.families import Portrait, forge
 from ralf.train.forge.landmarks import FaceGeometry
-from ralf.train.forge.pixels import blur, resize, to_u8
+from ralf.train.forge.pixels import Image, blur, resize, to_u8
 from ralf.train.forge.video import animate, encode
 from ralf.train.recipe import HELD_OUT, Family
 
-Image = NDArray[np.uint8]
-PORTRAITS = Path(__file__).resolve().parent.parent / "demo" / "portraits"
+PORTRAITS = Path(__file__).resolve().parent / "portraits"
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of one clip."""
+    """What a clip shows, as we made it."""
 
     file: str
     label: str
@@ -142,6 +144,6 @@ def _side_by_side(left: Image, right: Image) -> Iterator[Image]:
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1] if len(sys.argv) > 1 else "demo/out/clips")
+    where = Path(sys.argv[1]) if len(sys.argv) > 1 else PORTRAITS.parent / "out" / "clips"
     make_samples(where)
     print(make_crowd(where / "six_faces.mp4").parent)

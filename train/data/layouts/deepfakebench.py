@@ -1,10 +1,10 @@
-"""DeepfakeBench's files: one JSON a dataset, pictures loose or in an LMDB beside it.
+"""DeepfakeBench: one JSON file for each dataset, with the pictures in an LMDB beside it or loose.
 
     {DATASET: {LABEL: {SPLIT: {[COMPRESSION:] {VIDEO: {"label", "frames", "masks"}}}}}}
 
-Published files hold Windows' backslashes, some have a level for compression and some have none,
-and landmarks in an LMDB are bare integers whose width is that of the machine that wrote them:
-648 bytes are int32, 1,296 are int64, 81 points either way.
+The published files contain Windows' backslashes.  Some have a level for compression, some have
+none.  Landmarks in an LMDB are bare integers, as wide as on the machine that wrote them: 81
+points are 648 bytes of int32 or 1,296 bytes of int64.
 """
 
 import io
@@ -21,12 +21,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ralf.train.data.index import REAL, Index, IndexFault, Row, Split
+from ralf.train.data.layouts.layout import Layout
 
 POINTS = 81
 SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
-FAMILY = {"FaceForensics++": "ffpp", "DeepFakeDetection": "dfd", "Celeb-DF-v2": "celeb_df_v2"}
-FAMILY |= {"Celeb-DF-v1": "celeb_df_v1", "DFDC": "dfdc", "DFDCP": "dfdc_preview"}
+DATASETS = {
+    "FaceForensics++": "ffpp",
+    "DeepFakeDetection": "dfd",
+    "Celeb-DF-v1": "celeb_df_v1",
+    "Celeb-DF-v2": "celeb_df_v2",
+    "DFDC": "dfdc",
+    "DFDCP": "dfdc_preview",
+}
+"""Their name of a dataset → ours."""
 PEOPLE = {"ffpp": "ffpp", "celeb_df_v1": "celeb", "celeb_df_v2": "celeb", "dfd": "dfd"}
+"""Dataset → the collection that its people are named with."""
 
 
 def deepfake_bench(path: Path) -> Index:
@@ -34,20 +43,20 @@ def deepfake_bench(path: Path) -> Index:
     listed = json.loads(path.read_text())
     rows: list[Row] = []
     for name, labels in listed.items():
-        store = _store(path, name)
+        lmdb_folder = _lmdb_folder(path, name)
         for label, splits in labels.items():
             for split, videos in splits.items():
                 for compression, video, facts in _videos(videos):
-                    what = _What(name, label, split, compression, video)
-                    rows += _frames(what, facts.get("frames", []), store)
+                    what = _Video(name, label, split, compression, video)
+                    rows += _frames(what, facts.get("frames", []), lmdb_folder)
     return Index(path.parent, tuple(rows))
 
 
-class _What:
-    """Where in the JSON a video stands, and so what it is."""
+class _Video:
+    """What the place of a video in the JSON says about it."""
 
     def __init__(self, name: str, label: str, split: str, compression: str, video: str) -> None:
-        self.dataset = "ffpp" if name.startswith("FF-") else FAMILY.get(name, name.lower())
+        self.dataset = "ffpp" if name.startswith("FF-") else DATASETS.get(name, name.lower())
         self.forged = not label.lower().endswith("real")
         self.method = label if self.forged else REAL
         self.split: Split = SPLITS.get(split, "")
@@ -71,33 +80,37 @@ def _videos(level: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield from ((compression, video, facts) for video, facts in below.items())
 
 
-def _frames(what: _What, frames: list[str], store: Path | None) -> Iterator[Row]:
+def _frames(video: _Video, frames: list[str], lmdb_folder: Path | None) -> Iterator[Row]:
     for name in frames:
         clean = PurePosixPath(name.replace("\\", "/"))
         number = re.search(r"\d+$", clean.stem)
         yield Row(
-            dataset=what.dataset,
-            method=what.method,
-            compression=what.compression,
-            split=what.split,
-            video=what.video,
-            target=what.target,
-            source=what.source,
-            label=int(what.forged),
-            path=f"{store.name}::{clean}" if store else clean.as_posix().removeprefix("./"),
-            kind="lmdb" if store else "image",
+            dataset=video.dataset,
+            method=video.method,
+            compression=video.compression,
+            split=video.split,
+            video=video.video,
+            target=video.target,
+            source=video.source,
+            label=int(video.forged),
+            path=(
+                f"{lmdb_folder.name}::{clean}"
+                if lmdb_folder
+                else clean.as_posix().removeprefix("./")
+            ),
+            kind="lmdb" if lmdb_folder else "image",
             frame=int(number.group()) if number else -1,
         )
 
 
-def _store(path: Path, name: str) -> Path | None:
+def _lmdb_folder(path: Path, name: str) -> Path | None:
     """The dataset's LMDB beside the JSON, where there is one."""
     found = (path.parent / f"{each}_lmdb" for each in (name, path.stem))
     return next((folder for folder in found if (folder / "data.mdb").exists()), None)
 
 
-class Store:
-    """An LMDB of pictures, read-only; one a process, opened when first read."""
+class LmdbPictures:
+    """An LMDB of pictures, opened read-only."""
 
     def __init__(self, folder: Path) -> None:
         import lmdb
@@ -109,10 +122,11 @@ class Store:
         )
 
     def close(self) -> None:
+        """Unmap the file."""
         self._open.close()
 
     def value(self, name: str) -> bytes:
-        """The bytes under a relative path, whichever way its separators lean."""
+        """The bytes under a relative path, with slashes or backslashes."""
         backward = name.replace("/", "\\")
         tried = [f"{self.dataset}\\{name}", f"{self.dataset}\\{backward}"]
         tried += [f"{self.dataset}/{name}", name, backward]
@@ -135,15 +149,18 @@ class Store:
             return None
 
 
-def opened(folder: Path) -> Store:
-    """The store of a folder.  LMDB opens a file once a process: training and validation share it.
-    A forked process opens its own."""
+def opened(folder: Path) -> LmdbPictures:
+    """The LMDB of a folder, opened once in each process.
+
+    LMDB refuses to open a file twice in one process, and training and validation read the same
+    one.  A forked process must open its own.
+    """
     return _opened(folder.resolve(), os.getpid())
 
 
 @cache
-def _opened(folder: Path, _process: int) -> Store:
-    return Store(folder)
+def _opened(folder: Path, _process: int) -> LmdbPictures:
+    return LmdbPictures(folder)
 
 
 def five_points(stored: bytes) -> NDArray[np.float32]:
@@ -161,3 +178,15 @@ def five_points(stored: bytes) -> NDArray[np.float32]:
     # dlib's numbering: 36–41 and 42–47 the eyes, 30 the nose's tip, 48 and 54 the mouth's corners.
     five = [points[36:42].mean(axis=0), points[42:48].mean(axis=0), *points[[30, 48, 54]]]
     return np.stack(five)
+
+
+def _is_json_file(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".json"
+
+
+LAYOUT = Layout(
+    name="DeepfakeBench",
+    sign="one of its .json files, not a folder",
+    recognises=_is_json_file,
+    read=deepfake_bench,
+)
