@@ -159,7 +159,7 @@ def test_force_that_overrides_nothing_leaves_no_remark(tmp_path: Path):
 
 
 def test_a_promotion_by_somebody_else_meanwhile_is_not_overwritten(tmp_path: Path):
-    """What was weighed was weighed against another version."""
+    """The checks compared with another version."""
     one, two, three = (measured(tmp_path, auc) for auc in (0.90, 0.91, 0.905))
     promote(tmp_path, one)
 
@@ -308,7 +308,7 @@ def test_a_version_that_is_being_removed_cannot_be_held(tmp_path: Path):
     made = publish(tmp_path)
     with unused(made.path) as free:
         assert free
-        with pytest.raises(ArtifactError, match="being removed"):
+        with pytest.raises(BlockingIOError, match="being removed"):
             hold(made.path)
 
 
