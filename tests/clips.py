@@ -1,11 +1,11 @@
-"""Every video that a test looks at is made here, by PyAV's own encoders, in a few milliseconds.
+"""Makes every video that a test uses, with PyAV's own encoders, in a few milliseconds.
 
-Each frame carries its number as a row of black and white blocks, so that a test can say which frame
-a decoder gave, and a picture whose colours move, so that a wrong matrix, range or turn shows.  RGB
-becomes YUV by the textbook formula in numpy, not by swscale, which the product uses: what a test
-compares with is made another way.
+Each frame shows its number as a row of black and white blocks, so that a test can tell which frame
+a decoder returned.  Its colours move, so that a wrong matrix, range or rotation is visible.  RGB
+becomes YUV by the textbook formula in numpy.  The product uses swscale for that, so the tests
+compare its result with an independent one.
 
-`make_clip` is the general maker, `face_clip` pastes portraits; `decode_all` is the plain reference
+`make_clip` makes any clip, `face_clip` pastes portraits, `decode_all` is the plain reference
 decoder.  Broken and hostile files are in tests/hostile.py.
 """
 
@@ -22,22 +22,22 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]  # [h, w, 3] RGB
 
-os.environ.setdefault("SVT_LOG", "0")  # the AV1 encoder talks on stderr otherwise
+os.environ.setdefault("SVT_LOG", "0")  # otherwise the AV1 encoder prints on stderr
 
 BITS = 10
 BLOCK = 8
-"""Side of one block of the number, in pixels: half a chroma block of 4:2:0 twice over."""
+"""Side of one block of the number, in pixels: four chroma samples of 4:2:0."""
 MATRICES = {
     "bt601": (0.299, 0.114, 6),
     "bt709": (0.2126, 0.0722, 1),
     "bt2020": (0.2627, 0.0593, 9),
     "smpte240m": (0.212, 0.087, 7),
 }
-"""Kr, Kb and FFmpeg's number of the matrix."""
+"""Kr, Kb and FFmpeg's number of each matrix."""
 
 
 def picture(number: int, width: int = 96, height: int = 64) -> Image:
-    """One frame: smooth colours that move, its number on top, a red corner at the top left."""
+    """One frame: smooth moving colours, its number at the top, a red block at the top left."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     phase = number * 0.37
     image = np.stack(
@@ -56,7 +56,7 @@ def picture(number: int, width: int = 96, height: int = 64) -> Image:
 
 
 def number_of(pixels: Any) -> int:
-    """The number that a picture carries; takes u8 [3, h, w], upright."""
+    """Read the number in a picture; takes u8 [3, h, w], upright."""
     luma = np.asarray(pixels, dtype=np.float64)[:, 2 : BLOCK - 2].mean((0, 1))
     blocks = luma[BLOCK : BLOCK * (BITS + 1)].reshape(BITS, BLOCK)[:, 2:-2].mean(1)
     return int(sum(1 << bit for bit in range(BITS) if blocks[bit] > 128))
@@ -95,7 +95,7 @@ def yuv_frame(image: Image, pixel_format: str, matrix: str, full: bool) -> Any:
 
 
 def _fast_frame(image: Image, pixel_format: str, matrix: str, full: bool) -> Any:
-    """The same by swscale."""
+    """The same frame, made by swscale."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     out = frame.reformat(
         format=pixel_format,
@@ -108,7 +108,7 @@ def _fast_frame(image: Image, pixel_format: str, matrix: str, full: bool) -> Any
 
 
 def _options(codec: str, quality: int, gop: int, b_frames: int) -> dict[str, str]:
-    """Encoders on their fastest setting, one thread, as good as `quality` says (0 is best)."""
+    """Options for the fastest encoding in one thread; `quality` 0 is the best."""
     match codec:
         case "libx264":
             return {
@@ -160,13 +160,14 @@ def make_clip(
     metadata: dict[str, str] | None = None,
     exact: bool = True,
 ) -> Path:
-    """Write a clip; the container is the path's ending unless named.
+    """Write a clip; the path's suffix chooses the container unless `container` names it.
 
-    `pts` are in `time_base`, else frames lie 1/fps apart; `shift` moves all packets by so many
-    frames, below zero for a negative start.  `rotation` is counter-clockwise, as a player applies
-    it.  `matrix` and `full_range` are both how the picture is made and how it is tagged.
-    `audio` adds a silent track; `others` adds that many small video streams after the first.
-    Without `exact` swscale makes the YUV, ten times as fast: for big clips of faces.
+    `pts` are in `time_base`; without them frames are 1/fps apart.  `shift` moves all packets by
+    that many frames; below zero the clip starts at a negative time.  `rotation` is
+    counter-clockwise, as a player applies it.  `matrix` and `full_range` set both how the picture
+    is made and how it is tagged.  `audio` adds a silent track; `others` adds that many small video
+    streams after the first.  Without `exact` swscale makes the YUV ten times as fast, which is
+    needed for large clips of faces.
     """
     images = pictures(frames, *size) if isinstance(frames, int) else iter(frames)
     first = next(images)
@@ -231,7 +232,7 @@ def _chain(first: Image, rest: Iterable[Image]) -> Iterator[Image]:
 
 
 class _Sound:
-    """Silence beside the pictures."""
+    """A silent audio track."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -253,7 +254,7 @@ class _Sound:
 
 
 class _Small:
-    """A 32×32 video stream that nobody should look at."""
+    """A 32×32 video stream that the product must ignore."""
 
     def __init__(self, file: Any, rate: Fraction) -> None:
         self.file = file
@@ -272,7 +273,7 @@ class _Small:
 
 
 def sound_only(path: str | Path, seconds: float = 1.0, cover: bool = False) -> Path:
-    """An audio file, with a cover picture if asked for."""
+    """Write an audio file, with a cover picture if `cover` is set."""
     with av.open(str(path), "w") as file:
         sound = _Sound(file)
         art: Any = None
@@ -289,7 +290,7 @@ def sound_only(path: str | Path, seconds: float = 1.0, cover: bool = False) -> P
 
 
 def no_frames(path: str | Path) -> Path:
-    """A well-formed container whose video stream holds nothing."""
+    """Write a valid container whose video stream has no frame."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
@@ -298,7 +299,7 @@ def no_frames(path: str | Path) -> Path:
 
 
 def packet_places(path: str | Path) -> list[tuple[int, int]]:
-    """Where each video packet's payload lies in the file, and its length, in decoding order."""
+    """Offset in the file and length of each video packet, in decoding order."""
     data = Path(path).read_bytes()
     with av.open(str(path)) as file:
         packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
@@ -307,18 +308,18 @@ def packet_places(path: str | Path) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Shown:
-    """One frame as the reference decoder gives it."""
+    """One frame as the reference decoder returns it."""
 
     time_s: float
-    pixels: Image  # [3, h, w], not turned
+    pixels: Image  # [3, h, w], not rotated
     key: bool
 
 
 def decode_all(path: str | Path, stream: int = 0, **colour: Any) -> list[Shown]:
-    """Every frame, plainly: FFmpeg's own choice of demuxer, one thread, no seek.
+    """Decode every frame the plain way: FFmpeg chooses the demuxer, one thread, no seek.
 
-    Times are relative to the first frame.  `colour` goes to swscale, which otherwise follows tags.
-    A packet that does not decode is passed over, as a player does.
+    Times are relative to the first frame.  `colour` is passed to swscale, which otherwise follows
+    the tags.  A packet that does not decode is skipped, as a player skips it.
     """
     flags = av.video.reformatter.Interpolation
     kind = flags.BILINEAR | flags.ACCURATE_RND | flags.FULL_CHR_H_INT
@@ -348,10 +349,10 @@ def face_clip(
     face_height: float = 0.4,
     **encoding: Any,
 ) -> Path:
-    """Portraits moving smoothly over a soft background, side by side, up to six and more.
+    """Write a clip of portraits, side by side, that move smoothly over a soft background.
 
-    Each portrait is scaled to `face_height` of the frame's height and drifts on an ellipse inside
-    its own column, so that no two ever cover each other.  `encoding` goes to make_clip.
+    Each portrait is scaled to `face_height` of the frame's height and moves on an ellipse inside
+    its own column, so that no portrait covers another.  `encoding` is passed to make_clip.
     """
     width, height = size
     cells = len(portraits)
@@ -379,7 +380,7 @@ def face_clip(
 
 
 def _scaled(image: Image, height: int) -> Image:
-    """The image at another height, its shape kept, by swscale's area filter."""
+    """Scale the image to a height, with its aspect ratio kept, by swscale's area filter."""
     width = max(2, round(image.shape[1] * height / image.shape[0]))
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[..., :3]), format="rgb24")
     return frame.reformat(width=width, height=height, interpolation="AREA").to_ndarray()

@@ -1,4 +1,4 @@
-"""Shared fixtures: the GPU mark, a real Redis, and the random state put back after each test."""
+"""Shared fixtures: hardware marks, a real Redis, small models, and a fixed random state."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ from tests.redis_server import redis, redis_server, redis_url
 
 __all__ = ["redis", "redis_server", "redis_url"]
 
-# An example that takes long says that the machine is busy, not that anything is wrong.
+# No deadline: a slow example means a busy machine, not a fault.
 hypothesis.settings.register_profile("ralf", deadline=None)
 hypothesis.settings.load_profile("ralf")
 REQUIRE_GPU = os.environ.get("REQUIRE_GPU") == "1"
@@ -32,7 +32,7 @@ REQUIRE_RTX = os.environ.get("REQUIRE_RTX") == "1"
 
 
 def has_dali() -> bool:
-    """Whether DALI is installed; it needs no GPU to be imported."""
+    """Whether DALI is installed; importing it needs no GPU."""
     return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
@@ -53,7 +53,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_random_state() -> None:
-    """No test leaves its seed to the next."""
+    """Every test starts from the same random state."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -61,14 +61,14 @@ def _same_random_state() -> None:
 
 @pytest.fixture(autouse=True)
 def _same_log() -> Iterator[None]:
-    """A command that a test runs sets up logging for the process: the next test's is as it was."""
+    """Reset logging after each test, since a command that a test runs configures it."""
     yield
     structlog.reset_defaults()
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sums in one order: before a kill and after, here and in the processes that tests start."""
+    """Use one torch thread, so that sums have one order, also before and after a kill."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,7 +77,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one model, `tiny`: the whole network, very narrow, never trained."""
+    """A folder with one model, `tiny`: the whole network, but very narrow and never trained."""
     folder = tmp_path_factory.mktemp("models")
     made = publish_untrained(folder, name="tiny", base=4, blocks=1, size=64, golden_crops=4)
     point_to(folder, "tiny", made.version)
@@ -86,7 +86,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def eager_models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights under a manifest that trusts them and calls nearly all faces forged."""
+    """The same weights with a manifest that calls nearly all faces forged."""
     folder = tmp_path_factory.mktemp("eager")
     tiny = resolve(tiny_models, "tiny")
     trusted = {"name": "eager", "untrained": False, "thresholds": {"fpr_0.05": 0.01}}
@@ -98,13 +98,13 @@ def eager_models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def tiny_parts(tiny_models: Path) -> Parts:
-    """What the pipeline works with, around the tiny model, on one thread."""
+    """The pipeline's parts with the tiny model, on one thread."""
     return load(replace(Settings(), models_dir=str(tiny_models), threads=1), model="tiny")
 
 
 @pytest.fixture(scope="session")
 def eager_parts(eager_models: Path) -> Parts:
-    """The same around the eager model."""
+    """The pipeline's parts with the eager model."""
     return load(replace(Settings(), models_dir=str(eager_models), threads=1), model="eager")
 
 

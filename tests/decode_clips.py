@@ -1,7 +1,7 @@
-"""Clips for `ralf bench decode`, made here: python -m tests.decode_clips FOLDER
+"""Make clips for `ralf bench decode`: python -m tests.decode_clips FOLDER
 
-A textured ground slides under film grain, so that a picture costs a decoder what one from a camera
-does.  Each clip is one process; sixteen cores make them in about a minute.
+A textured background moves under film grain, so that decoding costs as much as with a camera's
+video.  Each clip is made by one process; sixteen cores make them all in about a minute.
 """
 
 import sys
@@ -18,7 +18,7 @@ from tests.clips import Image, make_clip
 
 @dataclass(frozen=True)
 class Kind:
-    """What one clip is; 21 s at 25 frames a second unless it says otherwise."""
+    """The properties of one clip; by default 21 s at 25 frames a second."""
 
     name: str
     size: tuple[int, int] = (1920, 1080)
@@ -39,7 +39,7 @@ KINDS = (
 
 
 def camera(width: int, height: int, count: int) -> Iterator[Image]:
-    """Soft shapes that slide by two pixels a frame, with grain."""
+    """Soft shapes that move by two pixels a frame, with grain."""
     random = np.random.default_rng(0)
     large = (height + 2 * count + 16, width + 2 * count + 16, 3)
     ground = gaussian_filter(random.standard_normal(large).astype(np.float32), (6, 6, 0))
@@ -67,7 +67,7 @@ def make(folder: Path, kind: Kind) -> Path:
 
 
 def main() -> None:
-    """All of them, side by side."""
+    """Make all clips in parallel."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:

@@ -1,7 +1,7 @@
-"""The programs that check a deployment: found where `make deploy-tools` puts them, or on the PATH.
+"""Finds the programs that check a deployment, where `make deploy-tools` puts them or on the PATH.
 
-`make deploy-check` runs what needs them, and there a missing one is a failure.  Elsewhere these
-tests are skipped, all but those of the examples for Node where there is one.
+`make deploy-check` runs the tests that need them, and there a missing program is a failure.  In
+other runs these tests are skipped; only the Node examples run wherever there is a Node.
 """
 
 import os
@@ -18,20 +18,20 @@ SEARCHED = os.pathsep.join([*map(str, PLACES), os.environ.get("PATH", "")])
 
 
 def tool(name: str) -> str:
-    """The program, or a skip."""
+    """The path of the program; skips the test where the program is not needed."""
     required = os.environ.get("REQUIRE_DEPLOY_TOOLS") == "1"
     if not required and name != "node":
-        pytest.skip("make deploy-check runs this")
+        pytest.skip("only make deploy-check runs this")
     found = shutil.which(name, path=SEARCHED)
     if found is None and required:
         pytest.fail(f"REQUIRE_DEPLOY_TOOLS=1, and there is no {name}; run: make deploy-tools")
     if found is None:
-        pytest.skip(f"no {name} here; make deploy-check brings it")
+        pytest.skip(f"no {name} here; make deploy-check installs it")
     return found
 
 
 def run(name: str, *arguments: str | Path, cwd: Path = ROOT) -> str:
-    """What it says; an AssertionError with it when it does not like what it sees."""
+    """Run the program and return its output; raises AssertionError with it when it fails."""
     program = tool(name)
     told = subprocess.run(
         [program, *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""Small valid documents of the contract, for tests that need one and do not care which."""
+"""Small valid documents of the contract, for tests that need any one of them."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 def a_job(name: str = "1", **fields: Any) -> Job:
-    """Job jNAME under token tNAME."""
+    """A job with the id jNAME and the token tNAME."""
     given = {
         "job_id": f"j{name}",
         "token": f"t{name}",
@@ -47,7 +47,7 @@ def a_track(
     min_faces: int = 3,
     score: float | None = None,
 ) -> Track:
-    """A track with these scores at even steps, standing still."""
+    """A track of a face that does not move, with these scores at even steps."""
     samples = tuple(
         Sample(
             time_ms=start_ms + place * step_ms,
@@ -133,10 +133,10 @@ def a_verdict(
 
 
 def an_evidence() -> Evidence:
-    """One picture."""
+    """Evidence with one picture."""
     return Evidence(pictures=(Picture(track_id="t1", time_ms=0, score=0.9, face="aGk="),))
 
 
 def a_failure(code: str = "fetch_failed", message: str = "the server answered 503") -> Failure:
-    """A named end."""
+    """A failure with a code and a message."""
     return Failure(code=code, message=message)

@@ -18,9 +18,9 @@ COLUMNS += [*BOX_COLUMNS, *FIVE_COLUMNS]
 
 
 def faces(root: Path, *, val: int = 2, forgeries: str | None = None) -> Index:
-    """A table of faces: all portraits, the last `val` of them for validation.
+    """Write a table of faces: all portraits, of which the last `val` are for validation.
 
-    `forgeries` adds a forged row for each: "copies" (the very same picture), or a blending family.
+    `forgeries` adds a forged row for each: "copies" (the same picture) or a blending family.
     """
     (root / "faces").mkdir(parents=True)
     listed = json.loads((PORTRAITS / "faces.json").read_text())

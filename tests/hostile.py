@@ -1,8 +1,8 @@
-"""Files that are broken, lie, or mean harm, each with the error that must name it.
+"""Files that are broken, contain wrong facts, or are an attack, each with the error it must cause.
 
-Made from good clips of tests/clips.py by cutting, patching boxes and flipping bits.  `REFUSED` is
-the list that probe must refuse; `BROKEN` are clips that break in the middle and must be judged on
-what can be read.  The service's tests use both.
+They are made from good clips of tests/clips.py by cutting, patching boxes and flipping bits.  The
+probe must refuse each of `REFUSED`.  `BROKEN` are clips that break in the middle; they are judged
+on the frames that can be read.  The service's tests use both.
 """
 
 import os
@@ -32,7 +32,7 @@ Maker = Callable[[Path], Path]
 
 
 def patch(path: Path, kind: bytes, offset: int, new: bytes, which: int = 0) -> Path:
-    """Overwrite bytes of an MP4's box, `offset` counted from the start of the box's body."""
+    """Overwrite bytes of an MP4 box; `offset` counts from the start of the box's body."""
     data = bytearray(path.read_bytes())
     at = -1
     for _ in range(which + 1):
@@ -70,37 +70,37 @@ def wide(path: Path) -> Path:
 
 
 def tall_lie(path: Path) -> Path:
-    """The container says 64×64, the bitstream 16384×64: no decoder may allocate it."""
+    """The container says 64×64, the bitstream 16384×64: no decoder may allocate that."""
     wide(path)
     return patch(path, b"avc1", 24, struct.pack(">HH", 64, 64), which=1)
 
 
 def zero_rate(path: Path) -> Path:
-    """Every frame at one instant: the time table's only delta is 0."""
+    """All frames have the same time: the only delta in the time table is 0."""
     make_clip(path, 24, b_frames=0)
     return patch(path, b"stts", 12, struct.pack(">I", 0))
 
 
 def lying_count(path: Path) -> Path:
-    """A sample table that promises a million frames."""
+    """A sample table that claims a million frames."""
     make_clip(path, 24)
     return patch(path, b"stsz", 8, struct.pack(">I", 1_000_000))
 
 
 def sample_bomb(path: Path) -> Path:
-    """Four milliards of one-byte samples, which FFmpeg would hold an entry each for."""
+    """Four billion one-byte samples; FFmpeg would allocate an entry for each."""
     make_clip(path, 24)
     return patch(path, b"stsz", 4, struct.pack(">II", 1, 0xFFFFFFFF))
 
 
 def encrypted(path: Path) -> Path:
-    """Common encryption marks the sample entry; nothing else is needed to know it."""
+    """Common encryption marks the sample entry; that mark alone must be enough."""
     make_clip(path, 24)
     return patch(path, b"avc1", -4, b"encv", which=1)
 
 
 def scrambled(path: Path) -> Path:
-    """MPEG-TS whose video packets say that their payload is encrypted."""
+    """MPEG-TS whose video packets are flagged as encrypted."""
     data = bytearray(make_clip(path, 24, container="mpegts").read_bytes())
     for at in range(0, len(data), 188):
         if int.from_bytes(data[at + 1 : at + 3], "big") & 0x1FFF == 0x100:
@@ -109,7 +109,7 @@ def scrambled(path: Path) -> Path:
 
 
 def playlist(path: Path) -> Path:
-    """An HLS playlist that would open another file of this machine."""
+    """An HLS playlist that would make FFmpeg open another file of this machine."""
     secret = make_clip(path.with_name("secret.ts"), 5)
     return written(
         path,
@@ -127,7 +127,7 @@ def many_streams(path: Path) -> Path:
 
 
 def hours(path: Path) -> Path:
-    """Two frames, five hours apart: the container need not be long to be too long."""
+    """Two frames, five hours apart: a small file can have a long duration."""
     return make_clip(path, [picture(0), picture(1)], pts=[0, 5 * 3600 * 25])
 
 
@@ -198,11 +198,11 @@ REFUSED: dict[str, tuple[str, Maker, type[Rejected]]] = {
     "device": ("mp4", lambda _: Path("/dev/zero"), UnreadableFile),
     "not there": ("mp4", lambda path: path, UnreadableFile),
 }
-"""What it is: the file's ending, its maker, and how it must be refused."""
+"""By name: the file's suffix, the function that makes it, and the error it must cause."""
 
 
 def cut_short(path: Path) -> Path:
-    """The index in front, the pictures cut at two thirds."""
+    """The index is at the front; the picture data is cut at two thirds."""
     data = make_clip(path, 48, container_options=FAST_START, quality=20).read_bytes()
     start = data.index(b"mdat")
     return written(path, data[: start + (len(data) - start) * 2 // 3])
@@ -214,13 +214,13 @@ def cut_matroska(path: Path) -> Path:
 
 
 def cut_transport(path: Path) -> Path:
-    """Inside a packet, as a broken connection does."""
+    """Cut inside a packet, as a broken connection cuts it."""
     data = make_clip(path, 48, quality=20).read_bytes()
     return written(path, data[: len(data) * 2 // 3 // 188 * 188 + 100])
 
 
 def overwritten(path: Path) -> Path:
-    """A sixth of the pictures, in the middle, is noise."""
+    """A sixth of the picture data, in the middle, is replaced by noise."""
     data = bytearray(make_clip(path, 48, container_options=FAST_START, quality=20).read_bytes())
     start = data.index(b"mdat")
     body = len(data) - start
@@ -230,7 +230,7 @@ def overwritten(path: Path) -> Path:
 
 
 def smeared(path: Path) -> Path:
-    """One frame's coded blocks are wrong, its header is whole: decoders paint over the hole."""
+    """One frame has a valid header and wrong coded blocks: decoders conceal the damage."""
     make_clip(path, 48, gop=12, b_frames=0, quality=20)
     data = bytearray(path.read_bytes())
     at, size = packet_places(path)[SMEARED]
@@ -240,11 +240,11 @@ def smeared(path: Path) -> Path:
 
 
 SMEARED = 27
-"""The number of the frame that `smeared` ruins."""
+"""The number of the frame that `smeared` damages."""
 
 
 def with_hidden_frames(path: Path) -> Path:
-    """VP8 of which three frames are decoded and never shown, as its alternate references are."""
+    """VP8 with three frames that are decoded but never shown, like alternate references."""
     make_clip(path, 24, codec="libvpx", gop=24)
     data = bytearray(path.read_bytes())
     for at, _ in packet_places(path)[5:14:4]:
@@ -263,7 +263,7 @@ BROKEN: dict[str, tuple[str, Maker]] = {
 
 
 def flipped(data: bytes, seed: int, count: int = 12) -> bytes:
-    """The bytes with so many bits flipped."""
+    """The bytes with `count` random bits flipped."""
     rng = np.random.default_rng(seed)
     out = bytearray(data)
     for at in rng.integers(0, len(out), count):

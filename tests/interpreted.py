@@ -1,7 +1,7 @@
-"""Triton kernels on a CPU: a process of its own, in which triton interprets instead of compiling.
+"""Run Triton kernels on a CPU, in a separate process in which Triton interprets them.
 
-Triton decides that when it is imported, and a machine with a GPU needs the compiler for the other
-tests, so the switch must not reach this process.
+Triton decides at its import whether it compiles or interprets.  On a machine with a GPU the other
+tests need the compiler, so the test process itself must not set the switch.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def _switch_on() -> None:
-    assert "triton" not in sys.modules, "too late: triton has already decided to compile"
+    assert "triton" not in sys.modules, "too late: triton was imported and will compile"
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
@@ -22,7 +22,7 @@ def _switch_on() -> None:
 
 
 class Interpreter:
-    """Runs functions of the tests' modules in that process, one after the other."""
+    """Runs functions of test modules in that process, one after the other."""
 
     def __init__(self) -> None:
         self._process = ProcessPoolExecutor(
@@ -30,7 +30,7 @@ class Interpreter:
         )
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The function's result; arguments and result are pickled."""
+        """Run the function there and return its result; arguments and result are pickled."""
         return self._process.submit(function, *arguments).result(timeout=500)
 
     def close(self) -> None:

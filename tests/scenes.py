@@ -1,4 +1,4 @@
-"""Pictures with faces that every user has: skimage's astronaut, changed and pasted together."""
+"""Pictures with faces, made by changing and pasting skimage's astronaut."""
 
 from collections.abc import Sequence
 
@@ -17,32 +17,32 @@ Picture = NDArray[np.uint8]  # [h, w, 3] RGB
 HEAD = (150, 0, 300, 210)
 """The astronaut's head and shoulders; the face itself is about 90 pixels high."""
 FACE_SHARE = 0.43
-"""Height of the face over that of HEAD."""
+"""Height of the face divided by the height of HEAD."""
 
 
 def portrait(face_px: int, variant: int = 0) -> Image.Image:
-    """The head with a face of about so many pixels, one of twelve ways to look."""
+    """The head with a face of about `face_px` pixels, in one of twelve variants."""
     head = Image.fromarray(skimage.data.astronaut()).crop(HEAD)
     scale = face_px / FACE_SHARE / head.height
     head = head.resize((round(head.width * scale), round(head.height * scale)), Image.BICUBIC)
     if variant % 2:
         head = head.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    look = variant // 2 % 6
-    if look == 1:
+    change = variant // 2 % 6
+    if change == 1:
         head = head.filter(ImageFilter.GaussianBlur(face_px / 60))
-    elif look == 2:
+    elif change == 2:
         head = ImageEnhance.Brightness(head).enhance(0.6)
-    elif look == 3:
+    elif change == 3:
         head = ImageEnhance.Color(head).enhance(0.0)
-    elif look == 4:
+    elif change == 4:
         head = ImageEnhance.Contrast(head).enhance(0.7)
-    elif look == 5:
+    elif change == 5:
         head = head.rotate(12, Image.BICUBIC, fillcolor=(90, 90, 90))
     return head
 
 
 def backdrop(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Soft colours with a little noise: nothing that looks like a face."""
+    """Soft colours with a little noise, in which no face can be found."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(40, 200, (5, 8, 3), dtype=np.uint8))
     soft = np.asarray(small.resize((width, height), Image.BICUBIC), np.float32)
@@ -51,7 +51,7 @@ def backdrop(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def scene(width: int, height: int, faces: Sequence[tuple[int, int, int]], seed: int = 0) -> Picture:
-    """A frame with portraits pasted in, all variants in turn: (x, y of the corner, face size)."""
+    """A frame with portraits pasted in, one variant after another; faces are (x, y, size)."""
     picture = backdrop(width, height, seed)
     for number, (x, y, face_px) in enumerate(faces):
         picture.paste(portrait(face_px, number + seed), (x, y))
@@ -59,7 +59,7 @@ def scene(width: int, height: int, faces: Sequence[tuple[int, int, int]], seed: 
 
 
 def frames_of(pictures: Sequence[Picture] | Picture, times_s: Sequence[float] = ()) -> Frames:
-    """Pictures as a decoder would hand them on, 25 a second unless times are given."""
+    """The pictures as a decoder would return them, at 25 a second unless times are given."""
     pixels = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
     n, _, height, width = pixels.shape
     times = np.array(times_s, np.float64) if len(times_s) else np.arange(n) / 25

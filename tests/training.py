@@ -1,4 +1,4 @@
-"""What tests train on: made faces whose forgeries carry a visible pattern, and tiny recipes."""
+"""Data and recipes for tests that train: made faces with visible forgeries, and tiny recipes."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ class MadeBatch:
 
 
 class MadeBatches:
-    """Pairs of a smooth picture and the same with a fine checkerboard; a function of the number."""
+    """Pairs of a smooth picture and the same with a checkerboard; the batch number is the seed."""
 
     def __init__(self, faces: int = 8, an_epoch: int = 4, *, only: int | None = None) -> None:
         self.faces, self.an_epoch, self.only = faces, an_epoch, only
@@ -63,7 +63,7 @@ class MadeBatches:
 
 
 class Halves:
-    """The same batches cut in two along their pairs: number n of one process is 2n and 2n + 1."""
+    """The same batches cut in two between pairs: batch n becomes batches 2n and 2n + 1."""
 
     def __init__(self, whole: MadeBatches) -> None:
         self.whole = whole
@@ -88,7 +88,7 @@ class Halves:
 
 
 class StubTrace(NamedTuple):
-    """What a RALF-like network shows."""
+    """The intermediate results of a RALF-like network."""
 
     image: Tensor
     destroyed: Tensor
@@ -99,7 +99,7 @@ class StubTrace(NamedTuple):
 
 
 class StubRalf(nn.Module):
-    """RALF's shape in a few hundred weights, without batch norm, so that means split exactly."""
+    """RALF's structure in a few hundred weights, without batch norm: means split exactly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class StubRalf(nn.Module):
 
 
 def tiny(name: str, **changes: str) -> Recipe:
-    """A recipe at 32 pixels, with random first weights, that trains in seconds."""
+    """The named recipe at 32 pixels, with random first weights, so that it trains in seconds."""
     recipe = named(name)
     if recipe.loss.kind == "ralf":
         changes = {"network.base": "4", "network.blocks": "1", "init.perceptual": "none"} | changes
@@ -136,12 +136,12 @@ def tiny(name: str, **changes: str) -> Recipe:
 
 
 def one_thread() -> None:
-    """Sums in one order, whatever the machine."""
+    """Use one torch thread, so that sums have one order on every machine."""
     torch.set_num_threads(1)
 
 
 def environment() -> dict[str, str]:
-    """For processes that tests start."""
+    """The environment of processes that tests start."""
     return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 

@@ -1,7 +1,7 @@
-"""Verdicts and evidence as the walk would make them, for tests that need no walk.
+"""Verdicts and evidence as the pipeline would make them, for tests that need no pipeline.
 
-Scores are chosen by hand and judged by ralf.worker.verdict; pictures are crops of scikit-image's
-astronaut, a public-domain portrait.
+The scores are written by hand and judged by ralf.worker.verdict.  The pictures are crops of
+scikit-image's astronaut, a public-domain portrait.
 """
 
 import base64
@@ -48,11 +48,11 @@ def scores(
     )
 
 
-def judgement(found: Scores, looked_s: Any, duration_s: float) -> Judgement:
-    """Judged by the sample's own rules."""
+def judgement(found: Scores, sampled_s: Any, duration_s: float) -> Judgement:
+    """Judge the scores by the rules above."""
     return judge_by(
         found,
-        np.asarray(looked_s, np.float64),
+        np.asarray(sampled_s, np.float64),
         width=1280,
         height=720,
         duration_s=duration_s,
@@ -63,7 +63,7 @@ def judgement(found: Scores, looked_s: Any, duration_s: float) -> Judgement:
 
 
 def verdict(judged: Judgement, *, duration_s: float = 10.0, **changes: Any) -> Verdict:
-    """The document around a judgement."""
+    """Put a judgement into a whole verdict document."""
     fields: dict[str, Any] = {
         "job_id": "job-3f9c2a1b",
         "tag": "upload 4711",
@@ -96,7 +96,7 @@ def media(duration_s: float = 10.0) -> MediaFacts:
 
 
 def made(faces: int = 40) -> Made:
-    """What a CPU worker would say."""
+    """The `made` part of a verdict from a CPU worker."""
     return Made(
         ralf="0.1.0",
         model="ralf-small",
@@ -122,39 +122,39 @@ def made(faces: int = 40) -> Made:
 
 
 def forged() -> Verdict:
-    """Two people; one is forged for a while; then nobody; then a stretch nobody looked at."""
-    looked = np.concatenate([np.arange(24) * 0.3 + 0.15, [9.6]])
+    """Two people, one forged for a while; then no face; then a part without sampled frames."""
+    sampled = np.concatenate([np.arange(24) * 0.3 + 0.15, [9.6]])
     first = scores(
-        np.interp(looked[:20], [0, 1.5, 2, 4.4, 4.8, 6], [-2.5, -2, 3.5, 5.5, -1, -2.5]),
-        time_s=looked[:20],
+        np.interp(sampled[:20], [0, 1.5, 2, 4.4, 4.8, 6], [-2.5, -2, 3.5, 5.5, -1, -2.5]),
+        time_s=sampled[:20],
     )
-    second = scores(-3 + np.sin(looked[4:18]), track=1, time_s=looked[4:18], left=800.0)
-    small = scores([2.0, 2.5], track=2, time_s=looked[8:10], left=40.0, face_px=30.0)
+    second = scores(-3 + np.sin(sampled[4:18]), track=1, time_s=sampled[4:18], left=800.0)
+    small = scores([2.0, 2.5], track=2, time_s=sampled[8:10], left=40.0, face_px=30.0)
     found = Scores.concat([first, second, small])
-    return verdict(judgement(found, looked, 10.0))
+    return verdict(judgement(found, sampled, 10.0))
 
 
 def authentic() -> Verdict:
-    """One person, plainly real."""
-    looked = np.arange(32) * 0.3125 + 0.156
-    found = scores(-3.5 + np.sin(looked * 2), time_s=looked)
-    return verdict(judgement(found, looked, 10.0))
+    """One person, clearly real."""
+    sampled = np.arange(32) * 0.3125 + 0.156
+    found = scores(-3.5 + np.sin(sampled * 2), time_s=sampled)
+    return verdict(judgement(found, sampled, 10.0))
 
 
 def undecided() -> Verdict:
-    """Two faces only: too few to say anything."""
-    looked = np.arange(32) * 0.3125 + 0.156
-    return verdict(judgement(scores([3.0, 4.0], time_s=looked[5:7]), looked, 10.0))
+    """Only two faces: too few to decide."""
+    sampled = np.arange(32) * 0.3125 + 0.156
+    return verdict(judgement(scores([3.0, 4.0], time_s=sampled[5:7]), sampled, 10.0))
 
 
 def faceless() -> Verdict:
-    """Looked and found nobody."""
-    looked = np.arange(32) * 0.3125 + 0.156
-    return verdict(judgement(Scores.none(), looked, 10.0))
+    """Frames were sampled and no face was found."""
+    sampled = np.arange(32) * 0.3125 + 0.156
+    return verdict(judgement(Scores.none(), sampled, 10.0))
 
 
 def evidence(of: Verdict, per_track: int = 5) -> Evidence:
-    """Crops of the portrait, lit a little differently each time; the strongest of each track."""
+    """Pictures of the highest scores of each track, each with another brightness."""
     pictures = []
     for track in of.tracks:
         best = sorted(track.samples, key=lambda sample: -sample.score)[:per_track]
@@ -173,7 +173,7 @@ def evidence(of: Verdict, per_track: int = 5) -> Evidence:
 
 @cache
 def face(place: int, *, heated: bool) -> str:
-    """A crop of 256 × 256 as base64 JPEG, with some heat over the mouth if asked."""
+    """A crop of 256 × 256 as base64 JPEG; `heated` paints a heat map over the mouth."""
     shift = 4 * place
     crop = astronaut()[20 + shift : 200 + shift, 134 + shift : 314 + shift].astype(np.float32)
     crop = crop * (0.85 + 0.07 * place)

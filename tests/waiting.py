@@ -1,8 +1,8 @@
-"""Waiting for something to become true: long enough for a machine that is busy with other things.
+"""Wait until a condition is true, long enough for a busy machine.
 
-A test that sleeps and then looks, or that says how soon something must be, fails on a slow machine
-though nothing is wrong.  So tests wait for what they want to see, and what must not happen in time
-is made so long that nobody waits for it (LONG_S).
+A test that sleeps for a fixed time, or that demands a result within a short time, fails on a slow
+machine although nothing is wrong.  So a test waits for the condition itself.  A delay that must not
+pass during the test is LONG_S, which is longer than any test.
 """
 
 import time
@@ -13,7 +13,7 @@ LONG_S = 600.0
 
 
 def until(true: Callable[[], object], shown: Callable[[], object] = lambda: "") -> None:
-    """Return once it is true; after PATIENCE_S the test fails, with what `shown` says."""
+    """Return when `true()` is true; after PATIENCE_S the test fails and prints `shown()`."""
     end = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < end, f"not within {PATIENCE_S} s: {shown()}"

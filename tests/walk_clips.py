@@ -1,9 +1,9 @@
-"""Clips and a model for `ralf bench pipeline`, made here: python -m tests.walk_clips FOLDER [SIDE]
+"""Make clips and a model for `ralf bench pipeline`: python -m tests.walk_clips FOLDER [SIDE]
 
-long.mp4 is what an upload looks like: 21 s of 1080p with six people, a keyframe every ten seconds.
-small/ holds what a soak walks through in turn: codecs, sizes and a turned clip without faces, two s
-each.  models/ holds an untrained model, for machines that have none: its speed is a trained one's.
-With SIDE that model is a tiny one that takes crops of so many pixels.
+long.mp4 is like a real upload: 21 s of 1080p with six people and a keyframe every ten seconds.
+small/ holds the clips that a soak repeats: several codecs and sizes and a rotated clip, two seconds
+each.  models/ holds an untrained model for machines that have none; it is as fast as a trained one.
+With SIDE that model is a tiny one for crops of SIDE pixels.
 """
 
 import sys
@@ -28,7 +28,7 @@ NAME = "untrained"
 
 
 def make(folder: Path, side: int | None = None) -> None:
-    """Everything named above."""
+    """Make the clips and the model."""
     people: list[Image] = [
         np.ascontiguousarray(one.image[: round(one.image.shape[1] * 1.1)])
         for one in portraits().values()

@@ -1,4 +1,4 @@
-"""A web server on loopback that answers just what a test says, bytes and pauses included."""
+"""A web server on loopback that answers exactly what a test tells it to, with bytes and pauses."""
 
 import contextlib
 import itertools
@@ -15,12 +15,12 @@ from typing import Any
 Piece = bytes | float
 """Bytes to send, or seconds to wait."""
 PUBLIC = "93.184.216.34"
-"""Stands for any public address; connections to it are led to the server by `leading_to`."""
+"""Stands for any public address; `leading_to` connects it to the test's server."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What came in."""
+    """A request that arrived."""
 
     method: str
     path: str
@@ -29,7 +29,7 @@ class Request:
 
 
 def reply(status: int = 200, body: bytes = b"", /, **headers: str) -> list[Piece]:
-    """A whole response; header names with _ for -."""
+    """A whole HTTP response; in header names write _ for -."""
     given = {"Content-Length": str(len(body))}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in given.items())
@@ -37,13 +37,13 @@ def reply(status: int = 200, body: bytes = b"", /, **headers: str) -> list[Piece
 
 
 def for_ever(*pieces: Piece) -> Iterator[Piece]:
-    """The pieces again and again, until the other side hangs up: whoever waits for the end of it,
-    on however slow a machine, waits in vain."""
+    """Repeat the pieces until the other side hangs up; the answer never ends by itself, so that a
+    test does not depend on the speed of the machine."""
     return itertools.cycle(pieces)
 
 
 class Web:
-    """The server's side: who connected, what was asked."""
+    """What the server saw: connections and requests."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -52,11 +52,11 @@ class Web:
 
     @property
     def url(self) -> str:
-        """Its address, without a slash at the end."""
+        """The server's address, without a slash at the end."""
         return f"http://127.0.0.1:{self.port}"
 
     def leading_to(self, seen: list[str] | None = None) -> Callable[..., socket.socket]:
-        """A connector that ends here, whatever the address: what a guard lets through, comes."""
+        """A connect function that always connects to this server, whatever address it is given."""
 
         def connect(address: str, port: int, timeout: float) -> socket.socket:
             if seen is not None:
@@ -89,7 +89,7 @@ def serving(
                         elif closing.wait(piece):
                             break
             except (OSError, ValueError):
-                pass  # the other side hung up, as it should in many of these tests
+                pass  # the other side hung up, which many of these tests expect
 
     closing = threading.Event()
 
