@@ -26,7 +26,7 @@ from ralf.kernels.artifact import ArtifactError, resolve
 from ralf.kernels.atomic_files import replace_text
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Verdict
-from ralf.worker.report import page
+from ralf.worker.page.page import page
 from ralf.worker.runtime import models_dir
 from ralf.worker.service.serve import embedded
 from ralf.worker.settings import Settings

@@ -37,7 +37,7 @@ TORCH_FREE = {
     "worker/settings.py",
     "worker/client.py",
     "worker/verdict.py",
-    "worker/report.py",
+    "worker/page/page.py",
     "kernels/manifest.py",
     "kernels/artifact.py",
     "kernels/registry.py",

@@ -21,8 +21,8 @@ from ralf.kernels.manifest import Finder
 from ralf.worker import telemetry
 from ralf.worker.contract import Evidence, EvidencePolicy, Sampling, Verdict, dump
 from ralf.worker.errors import JobError
+from ralf.worker.page.page import page
 from ralf.worker.pipeline import Ask, Partial, analyze
-from ralf.worker.report import page
 from ralf.worker.runtime import Parts, load
 from ralf.worker.settings import Settings
 from ralf.worker.wording import LABEL_WORDS, clock

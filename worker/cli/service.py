@@ -215,7 +215,7 @@ def _run_result(args: argparse.Namespace) -> int:
         print(dump(verdict), flush=True)
         if args.report:
             from ralf.kernels.atomic_files import replace_text
-            from ralf.worker.report import page  # draws with NumPy, which a backend may not have
+            from ralf.worker.page.page import page  # Jinja2: a backend may not have it
 
             kept = client.store.evidence(args.job)
             replace_text(Path(args.report), page(verdict, kept or Evidence()))

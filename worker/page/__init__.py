@@ -1,1 +1,1 @@
-"""The parts of the HTML page that ralf.worker.report puts together; text in, HTML out."""
+"""A verdict as one HTML page: page.py says what is on it, template.html how it is laid out."""

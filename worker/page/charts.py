@@ -1,21 +1,24 @@
-"""The page's three drawings as inline SVG: the score's band, the strip over time, a track's line.
+"""What the page's three drawings show: the score's scale, the strip over time, a track's line.
 
-Positions along time are percentages and heights are pixels, so the drawings stretch with the page
-without stretching their lines and patterns.  Colour is never alone: height, hatching, a dashed
-threshold and words say the same.  Blue to orange, which the colour-blind tell apart.
+Here are positions, colours and words; template.html draws them as inline SVG.  Positions along
+time are percentages and heights are pixels, so a drawing stretches with the page without
+stretching its lines and patterns.  Colour is never alone: height, hatching, a dashed threshold
+and words say the same.  Blue to orange is a pair that colour-blind people can tell apart.
 """
 
 from collections.abc import Iterator
 from itertools import groupby, pairwise
 from statistics import median
+from typing import NamedTuple
 
 from ralf.worker.contract import Segment, Threshold, Timeline, Track, Verdict
-from ralf.worker.page.markup import Html, join, tag
 from ralf.worker.wording import clock, score_text
 
 STRIP_PX = 96
 LINE_PX = 64
-PAD_PX = 5
+PADDING_PX = 5
+GAP_STEPS = 3.5
+"""Two dots further apart than so many usual steps are not joined: the face was away."""
 
 RGB = tuple[int, int, int]
 BLUE, PALE_BLUE = (33, 102, 172), (171, 205, 230)
@@ -23,12 +26,76 @@ PALE_GREY, WARM_GREY = (214, 219, 224), (228, 218, 205)
 PALE_ORANGE, ORANGE = (250, 184, 108), (179, 71, 0)
 
 
+class Span(NamedTuple):
+    """A piece of the horizontal axis, with the name of its style."""
+
+    name: str
+    x: str
+    width: str
+
+
+class Needle(NamedTuple):
+    """Where the score is on the scale."""
+
+    x: str
+    text: str
+    anchor: str
+
+
+class Scale(NamedTuple):
+    """The scale from 0 to 1, its zones and this verdict's score."""
+
+    zones: list[Span]
+    edges: list[str]
+    needle: Needle | None
+    description: str
+
+
+class Bar(NamedTuple):
+    """One bar of the strip: a run of time bins that show the same."""
+
+    x: str
+    width: str
+    y: str
+    height: str
+    fill: str
+    title: str
+
+
+class Strip(NamedTuple):
+    """The clip in time bins, each as high and as warm as its strongest face."""
+
+    bars: list[Bar]
+    threshold_y: float
+    description: str
+
+
+class Dot(NamedTuple):
+    """One sampled face."""
+
+    x: str
+    y: str
+    fill: str
+    counted: bool
+
+
+class Line(NamedTuple):
+    """One track's scores over the whole clip."""
+
+    shades: list[Span]
+    threshold_y: float
+    polylines: list[str]
+    dots: list[Dot]
+    description: str
+
+
 def heat(score: float, threshold: Threshold) -> str:
     """The score's colour: blue below the band, grey inside, orange from the threshold on."""
     low, forged_at = threshold.authentic_below, threshold.forged_at
-    if score >= forged_at:
+    label, _ = threshold.decide(score)
+    if label == "likely_forged":
         return _between(PALE_ORANGE, ORANGE, score - forged_at, 1 - forged_at)
-    if score < low:
+    if label == "likely_authentic":
         return _between(BLUE, PALE_BLUE, score, low)
     return _between(PALE_GREY, WARM_GREY, score - low, forged_at - low)
 
@@ -44,66 +111,57 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * min(max(part / whole, 0.0), 1.0):.3f}%"
 
 
-def scale(verdict: Verdict) -> Html:
-    """The band from 0 to 1: where the verdict changes, and where this score lies."""
+def scale(verdict: Verdict) -> Scale:
+    """The scale from 0 to 1: where the label changes, and where this score is."""
     low, forged_at = verdict.threshold.authentic_below, verdict.threshold.forged_at
     zones = (("authentic", 0.0, low), ("open", low, forged_at), ("forged", forged_at, 1.0))
-    drawn = [
-        tag(
-            "rect",
-            class_=f"zone {name}",
-            x=percent(start, 1),
-            width=percent(end - start, 1),
-            y=26,
-            height=10,
-        )
-        for name, start, end in zones
-    ]
-    edges = sorted({low, forged_at})
-    drawn += [
-        tag("line", class_="edge", x1=percent(at, 1), x2=percent(at, 1), y1=22, y2=40)
-        for at in edges
-    ]
-    label = f"From 0 to 1; likely forged from {forged_at:g}."
+    description, needle = f"From 0 to 1; likely forged from {forged_at:g}.", None
     if verdict.score is not None:
-        at, words = percent(verdict.score, 1), score_text(verdict.score, low, forged_at)
-        side = "start" if verdict.score < 0.15 else "end" if verdict.score > 0.85 else "middle"
-        drawn += [
-            tag("line", class_="needle", x1=at, x2=at, y1=20, y2=42),
-            tag("text", f"score {words}", class_="needle-text", x=at, y=14, text_anchor=side),
-        ]
-        label += f" This score is {words}."
-    return _drawing(44, label, *drawn)
+        text = score_text(verdict.score, low, forged_at)
+        # Near an end of the scale the text would leave the page if it were centred.
+        anchor = "start" if verdict.score < 0.15 else "end" if verdict.score > 0.85 else "middle"
+        needle = Needle(percent(verdict.score, 1), text, anchor)
+        description += f" This score is {text}."
+    return Scale(
+        zones=[
+            Span(name, percent(start, 1), percent(end - start, 1)) for name, start, end in zones
+        ],
+        edges=[percent(at, 1) for at in sorted({low, forged_at})],
+        needle=needle,
+        description=description,
+    )
 
 
-def strip(verdict: Verdict) -> Html:
-    """The clip in bins: a bar as high and as warm as its strongest face."""
-    line, threshold = verdict.timeline, verdict.threshold
-    bars = [_bar(line, start, end, threshold) for start, end in _alike(line)]
-    height = _height(threshold.forged_at, STRIP_PX)
-    mark = tag("line", class_="bar-line", x1="0%", x2="100%", y1=height, y2=height)
-    return _drawing(STRIP_PX, _strip_words(verdict), _patterns(), *bars, mark)
+def strip(verdict: Verdict) -> Strip:
+    """The clip in time bins."""
+    timeline, threshold = verdict.timeline, verdict.threshold
+    return Strip(
+        bars=[_bar(timeline, start, end, threshold) for start, end in _equal_runs(timeline)],
+        threshold_y=_height(threshold.forged_at, STRIP_PX),
+        description=_strip_words(verdict),
+    )
 
 
-def _alike(line: Timeline) -> Iterator[tuple[int, int]]:
-    """Runs of bins that look the same, from start up to but not including end."""
+def _equal_runs(timeline: Timeline) -> Iterator[tuple[int, int]]:
+    """Runs of bins that show the same, from start up to but not including end."""
     start = 0
-    for _, run in groupby(zip(line.score, line.faces, strict=True), key=_kind):
+    for _, run in groupby(zip(timeline.score, timeline.faces, strict=True), key=_shows):
         end = start + len(list(run))
         yield start, end
         start = end
 
 
-def _kind(one: tuple[float | None, int | None]) -> object:
+def _shows(one: tuple[float | None, int | None]) -> object:
     score, faces = one
-    return score if score is not None else "unseen" if faces is None else "none" if not faces else 1
+    if score is not None:
+        return score
+    return "not sampled" if faces is None else "faces" if faces else "no face"
 
 
-def _bar(line: Timeline, start: int, end: int, threshold: Threshold) -> Html:
-    score, faces = line.score[start], line.faces[start]
-    bins = len(line.faces)
-    when = f"{clock(start * line.bin_ms)} to {clock(end * line.bin_ms)}"
-    top, fill, words = 0.0, "", ""
+def _bar(timeline: Timeline, start: int, end: int, threshold: Threshold) -> Bar:
+    score, faces = timeline.score[start], timeline.faces[start]
+    bins = len(timeline.faces)
+    top = 0.0
     if score is not None:
         top, fill = _height(score, STRIP_PX), heat(score, threshold)
         words = f"score {score_text(score, threshold.forged_at)}"
@@ -113,152 +171,94 @@ def _bar(line: Timeline, start: int, end: int, threshold: Threshold) -> Html:
         fill, words = "url(#no-face)", "no face"
     else:
         fill, words = "url(#not-counted)", "faces that do not count"
-    return tag(
-        "rect",
-        tag("title", f"{when}: {words}"),
+    return Bar(
         x=percent(start, bins),
         width=percent(end - start, bins),
         y=f"{top:.1f}",
         height=f"{STRIP_PX - top:.1f}",
         fill=fill,
+        title=f"{clock(start * timeline.bin_ms)} to {clock(end * timeline.bin_ms)}: {words}",
     )
 
 
 def _height(score: float, height: int) -> float:
     """y of a score: 1 at the top, 0 just above the ground, so that a low bar is still seen."""
-    return PAD_PX + (1 - score) * (height - 2 * PAD_PX)
-
-
-def _patterns() -> Html:
-    """What fills the bins without a score; defined once, used by the legend too."""
-    hatch = tag("path", class_="hatch", d="M-2,2 l4,-4 M0,8 l8,-8 M6,10 l4,-4")
-    return tag(
-        "defs",
-        _pattern("no-face", tag("rect", class_="hatch-ground", width=8, height=8), hatch),
-        _pattern("not-sampled", tag("rect", class_="unseen", width=8, height=8)),
-        _pattern(
-            "not-counted",
-            tag("rect", class_="hatch-ground", width=8, height=8),
-            tag("circle", class_="dot", cx=4, cy=4, r=1.4),
-        ),
-    )
-
-
-def _pattern(name: str, *inside: Html) -> Html:
-    return tag("pattern", *inside, id=name, width=8, height=8, patternUnits="userSpaceOnUse")
+    return PADDING_PX + (1 - score) * (height - 2 * PADDING_PX)
 
 
 def _strip_words(verdict: Verdict) -> str:
-    line = verdict.timeline
-    scored = [(score, place) for place, score in enumerate(line.score) if score is not None]
+    timeline = verdict.timeline
+    scored = [(score, place) for place, score in enumerate(timeline.score) if score is not None]
     if not scored:
         return "No face was scored at any time."
     best, place = max(scored)
-    unseen = sum(faces is None for faces in line.faces) / len(line.faces)
+    not_sampled = sum(faces is None for faces in timeline.faces) / len(timeline.faces)
     return (
         f"Strongest score over time: {score_text(best, verdict.threshold.forged_at)} at "
-        f"{clock(place * line.bin_ms)}; {unseen:.0%} of the clip was not sampled."
+        f"{clock(place * timeline.bin_ms)}; {not_sampled:.0%} of the clip was not sampled."
     )
 
 
-def legend(threshold: Threshold) -> Html:
-    """What the strip's fills mean, in words beside a swatch of each."""
+def legend(threshold: Threshold) -> list[tuple[str, str]]:
+    """Words and fill of each kind of bar in the strip."""
     low, forged_at = threshold.authentic_below, threshold.forged_at
-    entries = [
+    band = (f"{low:g} to {forged_at:g}", heat((low + forged_at) / 2, threshold))
+    return [
         (f"at or above {forged_at:g}", heat((1 + forged_at) / 2, threshold)),
-        *(
-            [(f"{low:g} to {forged_at:g}", heat((low + forged_at) / 2, threshold))]
-            if low < forged_at
-            else []
-        ),
+        *([band] if low < forged_at else []),
         (f"below {low:g}", heat(low / 3, threshold)),
         ("no face", "url(#no-face)"),
         ("faces too small", "url(#not-counted)"),
         ("not sampled", "url(#not-sampled)"),
     ]
-    swatch = [
-        tag(
-            "li",
-            tag(
-                "svg",
-                tag("rect", width=16, height=16, fill=fill),
-                width=16,
-                height=16,
-                aria_hidden="true",
-            ),
-            words,
-        )
-        for words, fill in entries
-    ]
-    return tag("ul", *swatch, class_="legend")
 
 
-def axis(timeline: Timeline) -> Html:
-    """Five times under a drawing; tenths where the clip is short."""
+def axis(timeline: Timeline) -> list[str]:
+    """Five times under a drawing; with tenths where the clip is short."""
     span_ms = timeline.bin_ms * len(timeline.faces)
     digits = 1 if span_ms < 40_000 else 0
-    marks = [tag("span", clock(span_ms * part // 4, digits)) for part in range(5)]
-    return tag("div", *marks, class_="axis", aria_hidden="true")
+    return [clock(span_ms * part // 4, digits) for part in range(5)]
 
 
-def line(track: Track, segments: tuple[Segment, ...], verdict: Verdict) -> Html:
-    """One track's scores over the whole clip; its segments shaded, its uncounted faces hollow."""
-    span = max(len(verdict.timeline.faces) * verdict.timeline.bin_ms, 1)
+def line(track: Track, segments: list[Segment], verdict: Verdict) -> Line:
+    """One track's scores; its segments shaded, the faces that do not count hollow."""
+    span_ms = max(len(verdict.timeline.faces) * verdict.timeline.bin_ms, 1)
     threshold = verdict.threshold
-    shades = [
-        tag(
-            "rect",
-            class_="shade",
-            x=percent(segment.start_ms, span),
-            width=percent(segment.end_ms - segment.start_ms, span),
-            height=LINE_PX,
-        )
-        for segment in segments
-    ]
-    height = _height(threshold.forged_at, LINE_PX)
-    mark = tag("line", class_="bar-line", x1="0%", x2="100%", y1=height, y2=height)
-    dots = [
-        tag(
-            "circle",
-            class_="face" if sample.counted else "face small",
-            cx=percent(sample.time_ms, span),
-            cy=f"{_height(sample.score, LINE_PX):.1f}",
-            r=3,
-            fill=heat(sample.score, threshold) if sample.counted else "none",
-        )
-        for sample in track.samples
-    ]
-    words = (
-        f"{track.faces} faces from {clock(track.start_ms)} to {clock(track.end_ms)}; "
-        f"highest {score_text(track.score_max, threshold.forged_at)}."
+    return Line(
+        shades=[
+            Span(
+                "shade",
+                percent(segment.start_ms, span_ms),
+                percent(segment.end_ms - segment.start_ms, span_ms),
+            )
+            for segment in segments
+        ],
+        threshold_y=_height(threshold.forged_at, LINE_PX),
+        polylines=_polylines(track, span_ms),
+        dots=[
+            Dot(
+                x=percent(sample.time_ms, span_ms),
+                y=f"{_height(sample.score, LINE_PX):.1f}",
+                fill=heat(sample.score, threshold) if sample.counted else "none",
+                counted=sample.counted,
+            )
+            for sample in track.samples
+        ],
+        description=(
+            f"{track.faces} faces from {clock(track.start_ms)} to {clock(track.end_ms)}; "
+            f"highest {score_text(track.score_max, threshold.forged_at)}."
+        ),
     )
-    return _drawing(LINE_PX, words, *shades, mark, _polyline(track, span), *dots)
 
 
-def _polyline(track: Track, span: int) -> Html:
-    """The dots joined, but not over a time when the face was away."""
+def _polylines(track: Track, span_ms: int) -> list[str]:
+    """The dots joined by lines, but not over a time when the face was away."""
     gaps = [later.time_ms - sample.time_ms for sample, later in pairwise(track.samples)]
-    longest = 3.5 * median(gaps) if gaps else 0
+    longest = GAP_STEPS * median(gaps) if gaps else 0
     pieces: list[list[str]] = [[]]
     for place, sample in enumerate(track.samples):
         if place and gaps[place - 1] > longest:
             pieces.append([])
-        x = 1000 * sample.time_ms / span
+        x = 1000 * sample.time_ms / span_ms
         pieces[-1].append(f"{x:.1f},{_height(sample.score, LINE_PX):.1f}")
-    lines = [
-        tag("polyline", points=" ".join(points), vector_effect="non-scaling-stroke")
-        for points in pieces
-    ]
-    return tag(
-        "svg",
-        *lines,
-        class_="joined",
-        viewBox=f"0 0 1000 {LINE_PX}",
-        preserveAspectRatio="none",
-        width="100%",
-        height=LINE_PX,
-    )
-
-
-def _drawing(height: int, words: str, *inside: Html) -> Html:
-    return tag("svg", join(*inside), role="img", aria_label=words, width="100%", height=height)
+    return [" ".join(points) for points in pieces]

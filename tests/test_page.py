@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from ralf.worker.contract import Evidence, Picture, Review, SessionPart, Verdict
 from ralf.worker.page.charts import heat
-from ralf.worker.page.markup import UNSHOWABLE, data, tag
-from ralf.worker.report import NOTICE, page
+from ralf.worker.page.page import NOTICE, UNSHOWABLE, environment, page
 from ralf.worker.wording import LABEL_WORDS, clock, score_text
 from tests import verdicts
 
@@ -406,7 +405,8 @@ def test_hostile_strings_reach_the_labels_unharmed():
 @settings(deadline=None)
 def test_any_text_comes_out_as_it_went_in(words: str):
     """As content and as an attribute, but for what no page can show."""
-    seen = Reader(tag("p", words, title=words))
+    template = environment().from_string('<p title="{{ words }}">{{ words }}</p>')
+    seen = Reader(template.render(words=words))
 
     safe = UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", words)
     assert "".join(seen.inside("p")) == safe
@@ -417,7 +417,7 @@ def test_any_text_comes_out_as_it_went_in(words: str):
 @settings(deadline=None)
 def test_data_for_the_script_comes_back_and_holds_no_markup(value: Any):
     """Whatever is in it."""
-    held = data(value)
+    held = environment().from_string("{{ value | tojson }}").render(value=value)
 
     assert json.loads(held) == value
     assert not set("<>&") & set(held)
