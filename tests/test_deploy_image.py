@@ -1,4 +1,4 @@
-"""The Dockerfile and compose.yaml: what an engine would be told, read without one."""
+"""Checks the Dockerfile and compose.yaml without a container engine."""
 
 import re
 import shutil
@@ -23,11 +23,11 @@ COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 PINNED = re.compile(r"[a-z0-9./-]+:[A-Za-z0-9._-]+@sha256:[0-9a-f]{64}")
 OURS = {"ralf:cpu", "ralf:gpu", "ralf:client"}
 UNPINNED = {"nvidia/dcgm-exporter:3.3.0-3.2.0-ubuntu22.04"}
-"""Whose digest is not known here."""
+"""Images whose digest is not known here."""
 
 
 def environment(target: str) -> dict[str, str]:
-    """What the image sets."""
+    """The environment variables that the image sets."""
     values = {"PATH": "/bin"}
     for stage in dockerfile.lineage(STAGES, target):
         for step in stage.steps:
@@ -38,7 +38,7 @@ def environment(target: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_image_runs_as_nobody_checks_its_health_and_holds_no_model(target: str):
-    """Whatever the target; what is written lies under /work."""
+    """This holds for every target; all files are written under /work."""
     values = environment(target)
     user = dockerfile.last(STAGES, target, "USER")
     health = dockerfile.health_command(dockerfile.last(STAGES, target, "HEALTHCHECK"))
@@ -60,7 +60,7 @@ def test_an_image_runs_as_nobody_checks_its_health_and_holds_no_model(target: st
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_builds_is_not_in_what_ships(target: str):
-    """The last stages copy one folder, from a stage that took pip out of it."""
+    """The last stages copy one folder, from a stage that removed pip from it."""
     (copy,) = [step.text for step in STAGES[target].steps if step.word == "COPY"]
     source = copy.split()[0].removeprefix("--from=")
     installs = [step.text for step in STAGES[source].steps if step.word == "RUN"]
@@ -72,7 +72,7 @@ def test_what_builds_is_not_in_what_ships(target: str):
 
 
 def test_a_gpu_image_asks_for_decoder_and_device():
-    """Never a worker that was to have a GPU and quietly has none."""
+    """Otherwise a worker could run on the CPU of a GPU machine without any error."""
     values = environment("gpu")
 
     assert values["NVIDIA_DRIVER_CAPABILITIES"] == "video,compute,utility"
@@ -81,7 +81,7 @@ def test_a_gpu_image_asks_for_decoder_and_device():
 
 
 def test_bases_are_pinned_by_digest():
-    """The one that is not is named here."""
+    """The one exception is named in UNPINNED."""
     images = {service["image"] for service in COMPOSE["services"].values()} - OURS
 
     assert {image for image in images if not PINNED.fullmatch(image)} == UNPINNED
@@ -90,8 +90,8 @@ def test_bases_are_pinned_by_digest():
     )
 
 
-def test_what_is_copied_is_there_and_let_through():
-    """.dockerignore lets nothing through that is not named in it."""
+def test_what_is_copied_exists_and_is_not_ignored():
+    """.dockerignore excludes everything that it does not name."""
     lines = (ROOT / ".dockerignore").read_text().split("\n")
     sources = {
         source.rstrip("/")
@@ -107,7 +107,7 @@ def test_what_is_copied_is_there_and_let_through():
 
 
 def test_the_parser_refuses_what_it_does_not_know():
-    """A step that is passed over would be a proof of nothing."""
+    """If the parser skipped a step, prove_image.py would prove nothing."""
     with pytest.raises(dockerfile.NotUnderstood, match="ONBUILD"):
         dockerfile.parse("FROM x AS a\nONBUILD RUN true\n")
     stages = dockerfile.parse(
@@ -119,7 +119,7 @@ def test_the_parser_refuses_what_it_does_not_know():
 
 
 def test_hadolint_has_nothing_to_say():
-    """Its defaults."""
+    """With its default rules."""
     run("hadolint", ROOT / "Dockerfile")
 
 
@@ -128,7 +128,7 @@ def test_hadolint_has_nothing_to_say():
 
 @pytest.mark.parametrize("name", COMPOSE["services"])
 def test_a_service_is_held_tight(name: str):
-    """But the GPU's exporter, whose counters need a capability."""
+    """Except for the GPU exporter, whose counters need a capability."""
     service = COMPOSE["services"][name]
     if name == "gpu-exporter":
         assert service["cap_add"] == ["SYS_ADMIN"]
@@ -140,7 +140,7 @@ def test_a_service_is_held_tight(name: str):
 
 
 def test_each_role_gets_its_own_secrets_and_the_network_it_needs():
-    """Redis is reached from inside only; who fetches or pushes also reaches out."""
+    """Only services inside reach Redis; only those that fetch or push reach the internet."""
     services = COMPOSE["services"]
     files = {name: service.get("env_file") for name, service in services.items()}
     outside = {name for name, service in services.items() if "outside" in service["networks"]}
@@ -154,7 +154,7 @@ def test_each_role_gets_its_own_secrets_and_the_network_it_needs():
 
 
 def test_redis_is_configured_as_the_page_asks():
-    """Append-only, synced at each write, nothing evicted."""
+    """Append-only, synced at each write, without eviction."""
     lines = (DEPLOY / "redis" / "redis.conf").read_text().splitlines()
     page = (ROOT / "docs" / "redis.md").read_text()
     asked = re.findall(r"```\n(.*?)```", page, re.DOTALL)[0].splitlines()
@@ -165,7 +165,7 @@ def test_redis_is_configured_as_the_page_asks():
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Path:
-    """The folder as one who has just written the secrets has it."""
+    """A copy of deploy/ in which make_secrets.py has just run."""
     folder = tmp_path / "deploy"
     shutil.copytree(DEPLOY, folder, ignore=shutil.ignore_patterns("secrets", "__pycache__"))
     subprocess.run([sys.executable, folder / "make_secrets.py"], check=True, capture_output=True)
@@ -173,7 +173,7 @@ def deployment(tmp_path: Path) -> Path:
 
 
 def test_docker_compose_reads_every_profile(deployment: Path):
-    """Debian's 1.29, the oldest that is meant to."""
+    """Uses Debian's 1.29, the oldest version that is supported."""
     profiles = [word for name in ("cpu", "gpu", "tools") for word in ("--profile", name)]
     text = run("docker-compose", "-f", deployment / "compose.yaml", *profiles, "config")
     services: dict[str, Any] = yaml.safe_load(text)["services"]
@@ -185,14 +185,14 @@ def test_docker_compose_reads_every_profile(deployment: Path):
 
 
 def test_scripts_can_be_run_and_parse():
-    """bash -n, and the mode."""
+    """bash -n accepts them, and they are executable."""
     for script in DEPLOY.glob("*.sh"):
         subprocess.run(["bash", "-n", script], check=True)
         assert script.stat().st_mode & stat.S_IXUSR
 
 
 def test_the_proof_asks_for_root_before_it_does_anything():
-    """Or for nothing, where it is root; help is a screen."""
+    """--help works for every user and starts nothing."""
     told = subprocess.run(
         [sys.executable, DEPLOY / "prove_image.py", "--help"], capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""docs/integration.md: what it shows runs, in Python and in Node, on a real Redis."""
+"""The examples of docs/integration.md run, in Python and in Node, on a real Redis."""
 
 import ast
 import base64
@@ -29,13 +29,13 @@ URI = "https://cdn.example/42.mp4"
 
 
 def node(program: Path, *arguments: str, **environment: str) -> list[str]:
-    """A command line."""
+    """The command line that runs a Node program."""
     return [tool("node"), str(program), *arguments]
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """ralf.lua, made as the page says."""
+    """ralf.lua, made with the command on the page."""
     path = tmp_path / "ralf.lua"
     command = [sys.executable, "-m", "ralf.worker.service.store"]
     path.write_bytes(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
@@ -44,12 +44,12 @@ def script(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def address(redis: Redis) -> str:
-    """Of the test's Redis, as Node takes it."""
+    """The address of the test's Redis, in the form that the Node program takes."""
     return f"unix://{redis.connection_pool.connection_kwargs['path']}"
 
 
 def test_a_job_from_node_is_a_job_like_any_other(redis_url: str, address: str, script: Path):
-    """A worker takes it, RQ shows it, its verdict comes back, and the token stays one job."""
+    """A worker takes it, RQ lists it, its verdict is read, and its token makes no second job."""
     store = Store(connect(redis_url), Settings(redis_url=redis_url))
     command = node(SUBMIT, address, str(script), "upload-42", URI, "60")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
@@ -78,7 +78,7 @@ def test_a_job_from_node_is_a_job_like_any_other(redis_url: str, address: str, s
 def test_a_token_for_another_upload_is_a_conflict_in_node_too(
     redis_url: str, address: str, script: Path
 ):
-    """And a job that ends without a verdict says why."""
+    """And the program prints why a job ended without a verdict."""
     store = Store(connect(redis_url), Settings(redis_url=redis_url))
     first = node(SUBMIT, address, str(script), "upload-42", URI, "60")
     other = node(SUBMIT, address, str(script), "upload-42", URI + "?v=2", "1")
@@ -95,7 +95,7 @@ def test_a_token_for_another_upload_is_a_conflict_in_node_too(
 
 
 def test_the_documented_envelope_is_what_a_worker_believes():
-    """The page's JSON passes the worker's own check; another function does not."""
+    """The worker's own check accepts the JSON on the page and refuses another function."""
     (block,) = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
 
     moderate = "ralf.worker.service.jobs.moderate"
@@ -105,7 +105,7 @@ def test_the_documented_envelope_is_what_a_worker_believes():
 
 
 def test_the_python_on_the_page_parses_and_names_what_the_client_has():
-    """Every name it imports is there."""
+    """Every imported name exists."""
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         for statement in ast.walk(ast.parse(block)):
             if isinstance(statement, ast.ImportFrom):
@@ -124,7 +124,7 @@ def test_the_python_on_the_page_parses_and_names_what_the_client_has():
     ],
 )
 def test_node_believes_only_what_the_secret_signed(change: dict[str, str], code: int):
-    """Signed by the reference library; a rotated secret is one of several."""
+    """The reference library signs; a rotated secret is one of several."""
     secret, body = "whsec_" + base64.b64encode(b"k" * 32).decode(), '{"type":"verdict.ready"}'
     at = datetime.fromtimestamp(int(time.time()), UTC)
     headers = {

@@ -1,4 +1,4 @@
-"""deploy/k8s: every overlay renders, fits its schemas, and says what the service needs said."""
+"""deploy/k8s: every overlay renders, fits its schemas, and has what the service needs."""
 
 import json
 from functools import lru_cache
@@ -24,12 +24,12 @@ CUSTOM = {
 
 @lru_cache
 def text_of(overlay: str) -> str:
-    """What kustomize makes of it."""
+    """The manifests that kustomize makes of an overlay."""
     return run("kustomize", "build", DEPLOY / "k8s" / overlay)
 
 
 def rendered(overlay: str) -> list[dict[str, Any]]:
-    """Its objects."""
+    """The objects of an overlay."""
     return list(yaml.safe_load_all(text_of(overlay)))
 
 
@@ -55,7 +55,7 @@ def pods(overlay: str) -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_renders_and_fits_kubernetes_own_schemas(overlay: str, tmp_path: Path):
-    """Strictly: a field that Kubernetes does not know is refused."""
+    """The check is strict: an unknown field is refused."""
     known = [each for each in rendered(overlay) if each["kind"] not in CUSTOM]
     assert known
     path = tmp_path / f"{overlay}.yaml"
@@ -65,7 +65,7 @@ def test_an_overlay_renders_and_fits_kubernetes_own_schemas(overlay: str, tmp_pa
 
 @pytest.mark.parametrize("overlay", SERVICE)
 def test_what_kubernetes_does_not_know_fits_its_owners_interface(overlay: str):
-    """KEDA's and the Prometheus Operator's, as tests/schemas has them."""
+    """The schemas of KEDA and the Prometheus Operator are in tests/schemas."""
     custom = [each for each in rendered(overlay) if each["kind"] in CUSTOM]
     assert {each["kind"] for each in custom} == set(CUSTOM)
     for each in custom:
@@ -74,7 +74,7 @@ def test_what_kubernetes_does_not_know_fits_its_owners_interface(overlay: str):
 
 @pytest.mark.parametrize("kind", CUSTOM)
 def test_the_schemas_refuse_what_is_misspelt(kind: str):
-    """Or they would prove nothing."""
+    """Otherwise they would prove nothing."""
     document = {"apiVersion": "x", "kind": kind, "metadata": {"name": "a"}, "spec": {"nonsense": 1}}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document, CUSTOM[kind])
@@ -82,7 +82,7 @@ def test_the_schemas_refuse_what_is_misspelt(kind: str):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_is_held_tight(overlay: str):
-    """No root, no capability, no writable root, no token; memory is limited."""
+    """No root user, no capability, no writable root, no token; memory is limited."""
     for name, pod in pods(overlay):
         assert pod["automountServiceAccountToken"] is False, name
         assert pod["securityContext"]["runAsNonRoot"] is True, name
@@ -101,7 +101,7 @@ def test_every_pod_is_held_tight(overlay: str):
 
 @pytest.mark.parametrize("overlay", SERVICE)
 def test_a_worker_has_time_to_drain_and_its_models_read_only(overlay: str):
-    """The grace of the pod is longer than that of the job, and every port is declared."""
+    """The pod has more time to end than its job, and every port is declared."""
     pod = one(overlay, "Deployment", "worker")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     settings = {
@@ -127,7 +127,7 @@ def test_a_worker_has_time_to_drain_and_its_models_read_only(overlay: str):
 
 @pytest.mark.parametrize("overlay", SERVICE)
 def test_scaling_counts_what_runs_and_an_unanswered_question_is_no_zero(overlay: str):
-    """A fleet whose queue is empty and whose workers are busy must stay."""
+    """Busy workers must not be stopped because the queue is empty."""
     scaled = one(overlay, "ScaledObject", "worker")["spec"]
     work, age = scaled["triggers"]
     target = one(overlay, "Deployment", scaled["scaleTargetRef"]["name"])
@@ -144,7 +144,7 @@ def test_scaling_counts_what_runs_and_an_unanswered_question_is_no_zero(overlay:
 
 @pytest.mark.parametrize("overlay", ["gpu", "mig"])
 def test_a_gpu_pod_asks_for_one_device_and_for_its_decoders(overlay: str):
-    """Without the variable in the pod there is no libnvcuvid.so.1."""
+    """Without the variable in the pod libnvcuvid.so.1 is missing."""
     (container,) = one(overlay, "Deployment", "worker")["spec"]["template"]["spec"]["containers"]
     devices = {k: v for k, v in container["resources"]["limits"].items() if "nvidia.com" in k}
 
@@ -157,7 +157,7 @@ def test_a_gpu_pod_asks_for_one_device_and_for_its_decoders(overlay: str):
 
 @pytest.mark.parametrize("overlay", SERVICE)
 def test_pods_reach_dns_redis_and_public_addresses_and_nothing_inside(overlay: str):
-    """And only Prometheus reaches them; the janitor does not reach the internet."""
+    """Only Prometheus reaches them; the janitor does not reach the internet."""
     deny = one(overlay, "NetworkPolicy", "ralf-default-deny")["spec"]
     outside = one(overlay, "NetworkPolicy", "ralf-outside")["spec"]
     ports = [rule["ports"] for rule in deny["egress"]]
@@ -175,7 +175,7 @@ def test_pods_reach_dns_redis_and_public_addresses_and_nothing_inside(overlay: s
 
 
 def test_every_service_pod_has_a_budget_and_a_name_that_policies_select():
-    """A node that is drained takes one of each at a time."""
+    """Draining nodes stops at most one pod of each service at a time."""
     for name in ("worker", "deliverer", "janitor"):
         labels = one("cpu", "Deployment", name)["spec"]["template"]["metadata"]["labels"]
         budget = one("cpu", "PodDisruptionBudget", name)["spec"]
@@ -186,7 +186,7 @@ def test_every_service_pod_has_a_budget_and_a_name_that_policies_select():
 
 
 def test_redis_refuses_writes_before_the_kernel_kills_it():
-    """And keeps what it acknowledged."""
+    """It also keeps every write that it acknowledged."""
     (pod,) = [pod for name, pod in pods("redis") if name == "redis"]
     (config,) = [each for each in rendered("redis") if each["kind"] == "ConfigMap"]
     lines = config["data"]["redis.conf"].splitlines()
@@ -197,7 +197,7 @@ def test_redis_refuses_writes_before_the_kernel_kills_it():
 
 
 def test_an_engine_is_built_where_the_node_is_and_written_where_workers_read():
-    """The same volume, this time writable."""
+    """The volume is the workers' volume, but writable."""
     ((name, pod),) = pods("engines")
     claims = {v["name"]: v.get("persistentVolumeClaim", {}) for v in pod["volumes"]}
 

@@ -1,4 +1,4 @@
-"""deploy/redis/users.acl: each role can do its part of the service on a real Redis, and no more."""
+"""deploy/redis/users.acl: each role can do its own work on a real Redis, and nothing else."""
 
 import hashlib
 import re
@@ -34,7 +34,7 @@ ROLES = ("producer", "worker", "janitor", "deliverer", "reader")
 
 @pytest.fixture
 def secrets(tmp_path: Path) -> Path:
-    """What make_secrets.py writes."""
+    """The files that make_secrets.py writes."""
     folder = tmp_path / "secrets"
     subprocess.run([sys.executable, DEPLOY / "make_secrets.py", folder], check=True)
     return folder
@@ -42,7 +42,7 @@ def secrets(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def users(redis: Redis, secrets: Path) -> Iterator[dict[str, str]]:
-    """The test's Redis with these users; their addresses by role."""
+    """Gives the test's Redis these users; returns their addresses by role."""
     socket = redis.connection_pool.connection_kwargs["path"]
     lines = [line.split() for line in (secrets / "users.acl").read_text().splitlines()]
     for _, name, *rules in lines:
@@ -58,7 +58,7 @@ def users(redis: Redis, secrets: Path) -> Iterator[dict[str, str]]:
 
 
 def test_secrets_are_private_hashed_for_redis_and_never_overwritten(secrets: Path):
-    """Each role has a password of its own; Redis has none of them."""
+    """Each role has its own password; Redis knows only the hashes."""
     passwords = {
         role: urlsplit((secrets / f"{role}.env").read_text().split("=", 1)[1].split()[0]).password
         for role in ROLES
@@ -77,7 +77,7 @@ def test_secrets_are_private_hashed_for_redis_and_never_overwritten(secrets: Pat
 
 
 def test_each_role_does_its_part(users: dict[str, str]):
-    """Submit, cancel, watch; work; sweep; push; read: each as its own user."""
+    """Each role runs as its own user: submit, cancel, watch; work; repair; push; read."""
     with serving(lambda request: reply(204)) as web:
         base = replace(
             QUICK,
@@ -112,7 +112,7 @@ def test_each_role_does_its_part(users: dict[str, str]):
 
 
 def a_worker(settings: Settings) -> "subprocess.Popen[bytes]":
-    """With test bodies."""
+    """A worker that runs the test jobs."""
     return subprocess.Popen(
         [sys.executable, "-m", "ralf.worker.service.serve", "worker", *TESTS],
         env=as_environment(settings, {"PATH": "/usr/bin:/bin"}),
@@ -121,7 +121,7 @@ def a_worker(settings: Settings) -> "subprocess.Popen[bytes]":
 
 
 def test_a_janitor_brings_a_lost_job_back(users: dict[str, str]):
-    """Which needs more than reading: as its own user."""
+    """The repair needs writes; the rights of its own user are enough."""
     stores = {
         role: Store(connect(users[role]), QUICK) for role in ("producer", "worker", "janitor")
     }
@@ -157,15 +157,15 @@ def test_a_janitor_brings_a_lost_job_back(users: dict[str, str]):
         ("reader", "GET ralf:evidence:j1"),
     ],
 )
-def test_what_is_not_a_roles_is_refused(users: dict[str, str], role: str, command: str):
-    """By Redis, not by us."""
+def test_a_role_is_refused_what_other_roles_may_do(users: dict[str, str], role: str, command: str):
+    """Redis refuses it, not Ralf."""
     with Redis.from_url(users[role]) as redis:
         with pytest.raises((NoPermissionError, ResponseError), match=r"(?i)perm"):
             redis.execute_command(*command.split())
 
 
-def test_without_a_password_one_may_ask_whether_redis_lives_and_nothing_else(redis: Redis):
-    """What the containers' health check does."""
+def test_without_a_password_only_ping_is_allowed(redis: Redis):
+    """The health check of the container does this."""
     text = (DEPLOY / "redis" / "users.acl").read_text()
     (rules,) = re.findall(r"^user default (.*)$", text, re.MULTILINE)
     socket = redis.connection_pool.connection_kwargs["path"]

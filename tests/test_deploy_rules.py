@@ -1,4 +1,4 @@
-"""Rules, alerts, dashboard and scaling: whatever they ask for, a worker exports."""
+"""Rules, alerts, dashboard and scaling use only metrics that a worker exports."""
 
 import json
 import os
@@ -36,29 +36,29 @@ EXTERNAL = {
     "DCGM_FI_DEV_GPU_UTIL",
     "DCGM_FI_DEV_XID_ERRORS",
 }
-"""What is asked for and exported by others."""
+"""Metrics that other programs export."""
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 
 
 def dashboard_queries() -> list[str]:
-    """Every query of every panel."""
+    """Every query of the dashboard."""
     return [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
 
 
 def scaling_queries() -> list[str]:
-    """What KEDA asks Prometheus."""
+    """The queries that KEDA sends to Prometheus."""
     scaled = yaml.safe_load((DEPLOY / "k8s" / "base" / "scale.yaml").read_text())
     return [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
 
 
 def named(query: str) -> set[str]:
-    """The metrics in a query."""
+    """The names of the metrics in a query."""
     return set(re.findall(r"\b(?:ralf[_:][\w:]+|DCGM_\w+)", re.sub(r'"[^"]*"', '""', query)))
 
 
 @pytest.fixture(scope="module")
 def exported(redis_server: RedisServer) -> dict[str, set[str]]:
-    """The metrics of a worker that ran a job, by name, with the labels they were seen with."""
+    """The metrics of a worker that ran a job, by name, with their labels."""
     settings = replace(
         QUICK, redis_url=redis_server.url, redis_prefix="rules:", http_port=two_ports()
     )
@@ -88,7 +88,7 @@ def exported(redis_server: RedisServer) -> dict[str, set[str]]:
 def test_every_query_names_a_metric_that_a_worker_exports_or_a_rule_records(
     exported: dict[str, set[str]],
 ):
-    """A renamed metric would leave an alert asleep and a panel empty, without any error."""
+    """Otherwise a renamed metric would disable an alert or empty a chart without any error."""
     recorded = {rule["record"] for rule in RECORDS}
     queries = [rule["expr"] for rule in RECORDS + ALERTS] + dashboard_queries() + scaling_queries()
     assert len(queries) > 60
@@ -98,7 +98,7 @@ def test_every_query_names_a_metric_that_a_worker_exports_or_a_rule_records(
 
 
 def test_a_process_without_a_model_is_ready(redis_server: RedisServer):
-    """Or the alert on workers that are not would never end."""
+    """Otherwise the alert on workers that are not ready would never end."""
     settings = replace(QUICK, redis_url=redis_server.url, http_port=two_ports())
     janitor = subprocess.Popen(
         [sys.executable, "-m", "ralf.worker.service.serve", "janitor"],
@@ -116,13 +116,13 @@ def test_a_process_without_a_model_is_ready(redis_server: RedisServer):
 
 
 def answered(port: int) -> bool:
-    """Whether somebody listens there."""
+    """Whether a program listens on the port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_every_metric_is_shown_or_watched(exported: dict[str, set[str]]):
-    """What nobody looks at should not be exported."""
+    """A metric that no rule and no chart uses should not be exported."""
     asked = {
         n for q in [r["expr"] for r in RECORDS + ALERTS] + dashboard_queries() for n in named(q)
     }
@@ -143,7 +143,7 @@ def test_every_metric_is_shown_or_watched(exported: dict[str, set[str]]):
 def test_the_classes_of_failure_are_those_of_the_errors(
     kind: str, base: type[Exception], others: set[str]
 ):
-    """A new error is in one class, and the rules know it; a deadline is the client's own."""
+    """Each new error is in one class of the rules; a passed deadline is the client's decision."""
     (rule,) = [r for r in RECORDS if r.get("labels", {}).get("class") == kind]
     listed = re.search(r'code=~"([^"]+)"', rule["expr"])
     codes = {code for code, error in by_code().items() if issubclass(error, base)}
@@ -154,7 +154,7 @@ def test_the_classes_of_failure_are_those_of_the_errors(
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_an_alert_says_what_is_wrong_how_bad_it_is_and_where_to_read_on(alert: dict[str, Any]):
-    """The link ends at a heading of docs/operations.md."""
+    """Its link points to a heading of docs/operations.md."""
     text = (ROOT / "docs" / "operations.md").read_text()
     anchors = {
         re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
@@ -170,7 +170,7 @@ def test_an_alert_says_what_is_wrong_how_bad_it_is_and_where_to_read_on(alert: d
 
 
 def test_every_alert_has_a_test_in_which_it_fires():
-    """promtool runs them, below."""
+    """promtool runs them in the test below."""
     tests = yaml.safe_load((DEPLOY / "prometheus" / "rules_test.yaml").read_text())["tests"]
     fires = {
         case["alertname"]
@@ -183,21 +183,21 @@ def test_every_alert_has_a_test_in_which_it_fires():
 
 
 def test_the_operators_rules_are_the_same():
-    """`make rules` writes them anew."""
+    """`make rules` writes them again."""
     text = (DEPLOY / "k8s" / "base" / "prometheusrule.yaml").read_text()
 
     assert yaml.safe_load(text)["spec"]["groups"] == RULES
 
 
 def test_promtool_accepts_rules_and_configuration_and_every_alert_fires_when_it_should():
-    """Debian's promtool."""
+    """Uses Debian's promtool."""
     run("promtool", "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
     run("promtool", "check", "rules", DEPLOY / "prometheus" / "rules.yaml")
     run("promtool", "test", "rules", DEPLOY / "prometheus" / "rules_test.yaml")
 
 
 def test_the_queries_of_the_dashboard_and_of_the_scaling_parse(tmp_path: Path):
-    """As rules, since promtool reads no dashboards."""
+    """They are checked as rules, since promtool cannot read dashboards."""
     queries = dashboard_queries() + scaling_queries()
     rules = [{"record": f"q:{n}", "expr": query} for n, query in enumerate(queries)]
     path = tmp_path / "queries.yaml"

@@ -1,10 +1,10 @@
-"""Read verdicts from the stream as one of a group: each goes to one consumer, none is lost.
+"""Read verdicts from the stream as a member of a group: each goes to one consumer, none is lost.
 
     python docs/examples/stream_consumer.py redis://127.0.0.1:6379/0 --group review --name a
 
-Prints one JSON line an entry.  An entry is acknowledged after its effect; one whose consumer died
-in between is claimed by another after a minute and seen again, so let the effect be keyed by
-job_id.  With --drain it stops when nothing is left.
+Prints one JSON line for each entry.  An entry is acknowledged after its effect.  If a consumer dies
+in between, another consumer claims the entry after a minute and handles it again, so make the
+effect idempotent by job_id.  With --drain it stops when no entry is left.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 
 
 def entries(redis: Any, stream: str, group: str, name: str, idle_ms: int) -> Iterator[Any]:
-    """(id, fields) for ever: first what others left behind, then what is new; None: nothing yet."""
+    """Yield (id, fields) for ever: first what dead consumers left, then new ones; None if none."""
     try:
         redis.xgroup_create(stream, group, id="0", mkstream=True)
     except ResponseError as error:
@@ -31,19 +31,19 @@ def entries(redis: Any, stream: str, group: str, name: str, idle_ms: int) -> Ite
 
 
 def handle(entry: dict[str, Any]) -> None:
-    """Your effect."""
+    """Put your effect here."""
     print(json.dumps(entry), flush=True)
 
 
 def main() -> None:
-    """Consume until interrupted."""
+    """Consume entries until interrupted."""
     parser = argparse.ArgumentParser(description="Consume Ralf's verdicts.")
     parser.add_argument("redis", help="URL of the service's Redis")
     parser.add_argument("--stream", default="ralf:verdicts")
     parser.add_argument("--group", default="review")
-    parser.add_argument("--name", default="a", help="this consumer's, unlike the others'")
-    parser.add_argument("--idle-ms", type=int, default=60_000, help="claim what idles so long")
-    parser.add_argument("--drain", action="store_true", help="stop when nothing is left")
+    parser.add_argument("--name", default="a", help="this consumer's name, unique in its group")
+    parser.add_argument("--idle-ms", type=int, default=60_000, help="claim after this time")
+    parser.add_argument("--drain", action="store_true", help="stop when no entry is left")
     options = parser.parse_args()
     with Redis.from_url(options.redis, decode_responses=True) as redis:
         for found in entries(redis, options.stream, options.group, options.name, options.idle_ms):
@@ -52,7 +52,7 @@ def main() -> None:
                     return
                 continue
             number, fields = found
-            if fields:  # an entry that was trimmed away has none
+            if fields:  # an entry that was trimmed from the stream has none
                 handle({**fields, "data": json.loads(fields["data"])})
             redis.xack(options.stream, options.group, number)
 

@@ -1,10 +1,10 @@
-// Submit an upload and wait for its verdict, with nothing but Node and Redis' own protocol.
+// Submit an upload and wait for its verdict, in Node without any package, over Redis' own protocol.
 //
 //     python -m ralf.worker.service.store > ralf.lua
 //     node docs/examples/submit.mjs redis://USER:PASSWORD@HOST:6379/0 ralf.lua TOKEN URI [SECONDS]
 //
-// Also unix:///path?username=…&password=… . Prints one JSON line: how the submission went, then the
-// verdict. The same token and URI give the same job, from however many machines.
+// The address may also be unix:///path?username=…&password=… . Prints one JSON line about the
+// submission, then one with the verdict. The same token and URI give the same job on every machine.
 import { createHash, randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
 import net from "node:net";
@@ -12,7 +12,7 @@ import net from "node:net";
 const PREFIX = process.env.RALF_REDIS_PREFIX ?? "ralf:";
 const FUNCTION = "ralf.worker.service.jobs.moderate";
 
-// One connection, one question at a time.
+// One connection; one command at a time.
 class Redis {
   constructor(address) {
     const url = new URL(address);
@@ -24,7 +24,7 @@ class Redis {
     this.buffer = Buffer.alloc(0);
     this.socket.on("data", (bytes) => {
       this.buffer = Buffer.concat([this.buffer, bytes]);
-      this.look?.();
+      this.read?.();
     });
     this.socket.on("error", (error) => this.fail?.(error));
     this.socket.on("close", () => this.fail?.(new Error("Redis closed the connection")));
@@ -43,14 +43,14 @@ class Redis {
     this.socket.write(Buffer.concat(pieces));
     const answer = await new Promise((resolve, reject) => {
       this.fail = reject;
-      this.look = () => {
-        const read = parse(this.buffer, 0);
-        if (!read) return;
-        this.buffer = this.buffer.subarray(read.end);
-        this.look = this.fail = undefined;
-        resolve(read.value);
+      this.read = () => {
+        const found = parse(this.buffer, 0);
+        if (!found) return;
+        this.buffer = this.buffer.subarray(found.end);
+        this.read = this.fail = undefined;
+        resolve(found.value);
       };
-      this.look();
+      this.read();
     });
     if (answer instanceof Error) throw answer;
     return answer;
@@ -62,7 +62,7 @@ class Redis {
   }
 }
 
-// RESP2: {value, end}, or undefined while more must come.
+// Parse RESP2: returns {value, end}, or undefined while the answer is incomplete.
 function parse(buffer, from) {
   const line = buffer.indexOf("\r\n", from);
   if (line < 0) return undefined;
@@ -88,7 +88,7 @@ function parse(buffer, from) {
       }
       return { value: values, end };
     }
-    default: throw new Error(`not an answer of Redis: ${text}`);
+    default: throw new Error(`not a Redis answer: ${text}`);
   }
 }
 
@@ -123,7 +123,7 @@ async function result(redis, id, seconds) {
     }
     await new Promise((wake) => setTimeout(wake, 200));
   }
-  throw new Error(`job ${id} did not end within ${seconds} s; it goes on`);
+  throw new Error(`job ${id} did not end within ${seconds} s; it is still running`);
 }
 
 const [address, file, token, uri, seconds = "600"] = process.argv.slice(2);

@@ -1,8 +1,8 @@
-// Whether a webhook is from Ralf: Standard Webhooks 1.0, with nothing but Node.
+// Check that a webhook is from Ralf: Standard Webhooks 1.0, in Node without any package.
 //
 //     WEBHOOK_SECRETS="whsec_…" node docs/examples/verify.mjs < request.json
 //
-// reads {"headers": {…}, "body": "…"} and exits 0 where one of the secrets signed it, else 1.
+// Reads {"headers": {…}, "body": "…"}; exits 0 when one of the secrets signed it, else 1.
 import { createHmac, timingSafeEqual } from "node:crypto";
 import { readFileSync } from "node:fs";
 

@@ -1,10 +1,10 @@
-"""A webhook receiver: check the signature, take each message once, answer fast.
+"""A webhook receiver: check the signature, handle each message once, answer fast.
 
     WEBHOOK_SECRETS="whsec_…" python docs/examples/webhook_receiver.py --port 8080
 
-Prints one JSON line for each new message.  Several secrets, separated by spaces, are all accepted:
-so a secret is rotated.  Ids that were seen are kept in a SQLite file, so that a push which is
-repeated, even after a restart, has no second effect.  Put TLS before it.
+Prints one JSON line for each new message.  It accepts every secret in the list, separated by
+spaces, which is how a secret is rotated.  It keeps the ids it has seen in a SQLite file, so that a
+repeated message has no second effect, not even after a restart.  Put a TLS proxy before it.
 """
 
 import argparse
@@ -19,25 +19,25 @@ MOST_BYTES = 65536
 
 
 def verified(secrets: list[str], body: bytes, headers: dict[str, str]) -> bool:
-    """Whether one of the secrets made one of the signatures, less than five minutes ago."""
+    """Whether one of the secrets signed this body less than five minutes ago."""
     for secret in secrets:
         try:
             Webhook(secret).verify(body, headers, json_parse=False)
-        except (WebhookVerificationError, ValueError):  # ValueError: headers that are no signature
+        except (WebhookVerificationError, ValueError):  # ValueError: malformed headers
             continue
         return True
     return False
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """One push."""
+    """Handles one webhook."""
 
     secrets: list[str]
     seen: sqlite3.Connection
     timeout = 10
 
     def do_POST(self) -> None:
-        """2xx says that the message is ours now; anything else, and it comes again."""
+        """Answer 2xx once the message is stored; after any other answer it is sent again."""
         size = self.headers.get("Content-Length", "")
         if not size.isdigit() or int(size) > MOST_BYTES:
             self._answer(413)
@@ -47,7 +47,7 @@ class Receiver(BaseHTTPRequestHandler):
         if not verified(self.secrets, body, headers):
             self._answer(401)
             return
-        with self.seen:  # one transaction: the id is kept only if the effect was made
+        with self.seen:  # one transaction: the id is stored only if the effect succeeded
             new = self.seen.execute(
                 "insert or ignore into seen values (?)", (headers["webhook-id"],)
             ).rowcount
@@ -61,20 +61,20 @@ class Receiver(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Only messages are printed."""
+        """Print no access log, only messages."""
 
 
 def handle(message: dict[str, object]) -> None:
-    """Your effect. The message is thin: get the verdict by its job_id where you need all of it."""
+    """Put your effect here.  The message is short: read the whole verdict by its job_id."""
     print(json.dumps(message), flush=True)
 
 
 def main() -> None:
-    """Serve until interrupted."""
+    """Serve webhooks until interrupted."""
     parser = argparse.ArgumentParser(description="Receive Ralf's webhooks.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--seen", default="seen.sqlite", help="where ids are kept")
+    parser.add_argument("--seen", default="seen.sqlite", help="the file that keeps the ids")
     options = parser.parse_args()
     Receiver.secrets = os.environ["WEBHOOK_SECRETS"].split()
     Receiver.seen = sqlite3.connect(options.seen)
