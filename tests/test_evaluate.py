@@ -25,7 +25,7 @@ from ralf.train.evaluate.judge import (
     score,
     write_videos,
 )
-from ralf.train.evaluate.metrics import Scored, measure, together
+from ralf.train.evaluate.metrics import Scored, concatenated, measure
 from ralf.train.evaluate.table_aggregation import spread
 from ralf.train.evaluate.tables import KINDS, Ask, Table, table
 from ralf.train.forge.clips import Wanted, make_clips
@@ -313,7 +313,7 @@ def test_the_cards_figures_are_those_of_the_scores(carded):
     expected = roc_auc_score(each.scored.forged, each.scored.logit)
     at_each = [made.results[place].scored.pooled(JUDGE.aggregation) for place in (-2, -1)]
     pooled = at_each[0]
-    every = together(at_each)
+    every = concatenated(at_each)
     seen = every.where(np.array([video[1] != "boundary" for video in every.video]))
 
     assert roc_auc_score(seen.forged, seen.logit) == made.figures["sharp"]["clip any auc seen"][0]

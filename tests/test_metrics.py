@@ -1,4 +1,4 @@
-"""Figures against scikit-learn, and the mistakes that others' evaluations make."""
+"""Figures against their definitions and scikit-learn, and mistakes that other evaluations make."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,7 @@ from scipy.stats import beta
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import (
     accuracy_score,
-    average_precision_score,
     brier_score_loss,
-    roc_auc_score,
     roc_curve,
 )
 
@@ -22,11 +20,11 @@ from ralf.train.evaluate.metrics import (
     at_even_odds,
     auc,
     average_precision,
+    bootstrap_interval,
     brier,
     ece,
     ece_by_chance,
     eer,
-    interval,
     measure,
     reliability,
     share_interval,
@@ -45,19 +43,42 @@ def arrays(found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array(forged), np.array(score), np.array(weight, float)
 
 
-@given(rows)
-def test_ranking_is_scikit_learns(found):
-    """AUC and AP, with ties and with weights."""
-    forged, score, weight = arrays(found)
+def auc_by_pairs(forged, score, weight) -> float:
+    """Every forged row against every real one: who scores higher; ties count half."""
+    above = np.sign(score[forged][:, None] - score[~forged][None]) / 2 + 0.5
+    both = weight[forged][:, None] * weight[~forged][None]
+    return float((above * both).sum() / both.sum())
 
-    assert pytest.approx(roc_auc_score(forged, score)) == auc(forged, score)
-    assert pytest.approx(roc_auc_score(forged, score, sample_weight=weight)) == auc(
+
+def precision_by_threshold(forged, score, weight) -> float:
+    """Precision at each threshold, weighed by the recall that the threshold adds."""
+    total, before = 0.0, 0.0
+    for threshold in sorted(set(score), reverse=True):
+        called = score >= threshold
+        if not weight[called].sum():
+            continue
+        recall = weight[called & forged].sum() / weight[forged].sum()
+        total += (recall - before) * weight[called & forged].sum() / weight[called].sum()
+        before = recall
+    return total
+
+
+@given(rows)
+def test_ranking_is_that_of_the_definitions(found):
+    """AUC and AP, with ties and with weights, by loops that share no code with them."""
+    forged, score, weight = arrays(found)
+    ones = np.ones(len(score))
+
+    assert pytest.approx(auc_by_pairs(forged, score, ones), abs=1e-12) == auc(forged, score)
+    assert pytest.approx(auc_by_pairs(forged, score, weight), abs=1e-12) == auc(
         forged, score, weight
     )
-    assert pytest.approx(average_precision_score(forged, score)) == average_precision(forged, score)
-    assert pytest.approx(
-        average_precision_score(forged, score, sample_weight=weight)
-    ) == average_precision(forged, score, weight)
+    assert pytest.approx(precision_by_threshold(forged, score, ones), abs=1e-12) == (
+        average_precision(forged, score)
+    )
+    assert pytest.approx(precision_by_threshold(forged, score, weight), abs=1e-12) == (
+        average_precision(forged, score, weight)
+    )
 
 
 @given(rows)
@@ -212,8 +233,8 @@ def test_intervals_are_wider_by_video_than_by_frame():
     videos = np.repeat(np.arange(20), 20)
     forged = videos % 2 == 1
     logit = forged + rng.normal(0, 1.5, 20)[videos] + rng.normal(0, 0.1, 400)
-    by_video = interval(scored(logit, forged, None, videos.tolist()), auc, replicates=300)
-    by_frame = interval(scored(logit, forged), auc, replicates=300)
+    by_video = bootstrap_interval(scored(logit, forged, None, videos.tolist()), auc, replicates=300)
+    by_frame = bootstrap_interval(scored(logit, forged), auc, replicates=300)
     inside = auc(forged, logit)
 
     assert by_video[0] < inside < by_video[1]
@@ -226,7 +247,7 @@ def test_an_interval_covers_the_truth(seed):
     """For two normals a unit apart the AUC is 0.76."""
     rng = np.random.default_rng(seed)
     forged = np.arange(400) % 2 == 1
-    low, high = interval(scored(rng.normal(forged, 1), forged), auc, replicates=200)
+    low, high = bootstrap_interval(scored(rng.normal(forged, 1), forged), auc, replicates=200)
 
     assert low - 0.03 < 0.7602 < high + 0.03
 

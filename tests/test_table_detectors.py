@@ -17,7 +17,7 @@ from ralf.kernels.manifest import InputContract, Sampling
 from ralf.kernels.networks import build
 from ralf.train.data.index import Index
 from ralf.train.evaluate.judge import Judge, evaluate, of_network
-from ralf.train.evaluate.metrics import Scored, auc, interval, paired_interval
+from ralf.train.evaluate.metrics import Scored, auc, bootstrap_interval, paired_bootstrap_interval
 from ralf.train.evaluate.table_detectors import CANNOT, everyone
 from ralf.train.evaluate.tables import Ask, table
 from ralf.train.recipe import HELD_OUT, Recipe
@@ -168,22 +168,22 @@ def test_a_difference_on_the_same_faces_is_surer_than_two_figures():
     rng = np.random.default_rng(0)
     base = rng.normal(0, 1, 60) + np.tile([0.0, 0.8], 30)
     one, other = scored(base), scored(base + rng.normal(0, 0.05, 60))
-    low, high = paired_interval(one, other, auc, replicates=300)
-    wide = interval(one, auc, replicates=300)
+    low, high = paired_bootstrap_interval(one, other, auc, replicates=300)
+    wide = bootstrap_interval(one, auc, replicates=300)
 
     assert low <= auc(one.forged, one.logit) - auc(other.forged, other.logit) <= high
     assert high - low < (wide[1] - wide[0]) / 4
-    assert (0.0, 0.0) == paired_interval(one, one, auc, replicates=20)
+    assert (0.0, 0.0) == paired_bootstrap_interval(one, one, auc, replicates=20)
 
 
 def test_models_that_saw_other_faces_cannot_be_paired():
     """Nor one class alone have an interval."""
     one = scored(np.zeros(60))
     with pytest.raises(ValueError, match="same faces in the same order"):
-        paired_interval(one, one.where(np.arange(60) < 58), auc)
+        paired_bootstrap_interval(one, one.where(np.arange(60) < 58), auc)
     reals = one.where(~one.forged)
 
-    assert np.isnan(paired_interval(reals, reals, auc)).all()
+    assert np.isnan(paired_bootstrap_interval(reals, reals, auc)).all()
 
 
 def asked_by(

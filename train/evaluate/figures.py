@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ralf.kernels.dct import dct2
-from ralf.train.evaluate.metrics import Scored, auc, curve, reliability
+from ralf.train.evaluate.metrics import Scored, auc, bootstrap_weights, reliability, roc
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX"
@@ -80,24 +80,17 @@ def spectrum_figure(real: Tensor, forged: Tensor) -> Figure:
 def roc_figure(found: Scored, replicates: int = 200, seed: int = 0) -> Figure:
     """The ROC and the middle 95 % of its bootstraps by cluster."""
     at = np.linspace(0, 1, 201)
-    numbers: dict[Any, int] = {}
-    member = np.array([numbers.setdefault(name, len(numbers)) for name in found.cluster])
-    rng, curves = np.random.default_rng(seed), []
-    for _ in range(replicates):
-        drawn = rng.integers(0, len(numbers), len(numbers))
-        weight = np.bincount(drawn, minlength=len(numbers))[member].astype(float)
-        if weight[found.forged].any() and weight[~found.forged].any():
-            roc = curve(found.forged, found.logit, weight)
-            curves.append(np.interp(at, roc.fpr, roc.tpr))
-    whole = curve(found.forged, found.logit)
+    curves = [
+        np.interp(at, *roc(found.forged, found.logit, weight))
+        for weight in bootstrap_weights(found, replicates, seed)
+    ]
+    fpr, tpr = roc(found.forged, found.logit)
     figure = _figure()
     axes = figure.subplots()
     if curves:
         low, high = np.quantile(curves, [0.025, 0.975], axis=0)
         axes.fill_between(at, low, high, color=PALETTE[5], alpha=0.4, label="95 %, by video")
-    axes.plot(
-        whole.fpr, whole.tpr, color=PALETTE[0], label=f"AUC {auc(found.forged, found.logit):.4f}"
-    )
+    axes.plot(fpr, tpr, color=PALETTE[0], label=f"AUC {auc(found.forged, found.logit):.4f}")
     axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
     axes.set(xlabel="reals called forged", ylabel="forgeries caught", xlim=(0, 1), ylim=(0, 1.005))
     axes.legend(loc="lower right", frameon=False)

@@ -1,13 +1,14 @@
 """How good scores are: ranking, errors at fixed rates, calibration; by frame and by video.
 
 Every figure is of P(forged) or of the logit, with 1 = forged.  Ranking figures (AUC, EER, AP, TPR
-at a rate) care only about order; ECE and Brier need probabilities.  A video's score is its frames'
-pooled by the worker's own rule (worker.scores.level).  Videos are told apart by dataset, method,
-compression and name: `000_003` of two manipulations are two videos.
+at a rate) depend only on the order of the scores and come from scikit-learn's curves.  ECE and
+Brier need probabilities; ECE is ours because scikit-learn's bins take no weights.  A video's score
+is pooled from its frames by the worker's own rule (worker.scores.level).  A video is identified by
+dataset, method, compression and name: `000_003` of two manipulations are two videos.
 
 Intervals are bootstrapped by cluster, not by frame: frames of one video are not independent, and
-neither are a face and the forgeries blended from it.  One class alone has no ranking: NaN, and
-never 0.5.  Checked against scikit-learn.
+neither are a face and the forgeries blended from it.  One class alone has no ranking: its figures
+are NaN, never 0.5.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import binomtest
+from sklearn.metrics import auc as area_under
+from sklearn.metrics import average_precision_score, roc_curve
 
 from ralf.kernels.manifest import Aggregation, Calibration
 from ralf.worker.scores import calibrated, level
@@ -24,76 +27,63 @@ from ralf.worker.scores import calibrated, level
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 RATES = (0.001, 0.01, 0.05)
-"""False-positive rates at which the true-positive rate is told."""
+"""False-positive rates at which the true-positive rate is reported."""
 UNCALIBRATED = Calibration()
 Figure = Callable[[Bools, Floats, Floats], float]
 
 
-@dataclass(frozen=True)
-class Curve:
-    """The ROC at every threshold that changes it, from nothing called forged to everything."""
+def roc(forged: Bools, score: Floats, weight: Floats | None = None) -> tuple[Floats, Floats]:
+    """False and true positive rates at every threshold; NaN where a class is missing.
 
-    fpr: Floats
-    tpr: Floats
-    threshold: Floats
-    """Scores at or above it are called forged."""
-    forged_weight: Floats
-    """Weight of the forged at or above each threshold."""
-    weight: Floats
-    """Weight of all at or above each threshold."""
+    Weights count a row several times or, with 0, not at all.
+    """
+    if not _has_both(forged, weight):
+        return np.array([np.nan]), np.array([np.nan])
+    # Without its collinear points a curve has the same area, but not the same rates to choose from.
+    fpr, tpr, _ = roc_curve(forged, score, sample_weight=weight, drop_intermediate=False)
+    return fpr, tpr
 
 
-def curve(forged: Bools, score: Floats, weight: Floats | None = None) -> Curve:
-    """The ROC, equal scores taken together; weights count a row several times or not at all."""
-    weight = np.ones(len(score)) if weight is None else weight
-    order = np.argsort(-score, kind="stable")
-    score, forged, weight = score[order], forged[order], weight[order]
-    last = np.flatnonzero(np.r_[np.diff(score) != 0, True]) if len(score) else np.zeros(0, int)
-    hits = np.r_[0.0, np.cumsum(weight * forged)[last]]
-    everything = np.r_[0.0, np.cumsum(weight)[last]]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        alarms = everything - hits
-        return Curve(
-            alarms / alarms[-1], hits / hits[-1], np.r_[np.inf, score[last]], hits, everything
-        )
+def _has_both(forged: Bools, weight: Floats | None) -> bool:
+    """scikit-learn warns and gives a figure where one class is missing; we give NaN."""
+    counted = forged if weight is None else forged[weight > 0]
+    return bool(counted.any() and not counted.all())
 
 
 def auc(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
     """The chance that a forged one scores above a real one; ties count half."""
-    roc = curve(forged, score, weight)
-    return float(np.trapezoid(roc.tpr, roc.fpr))
+    fpr, tpr = roc(forged, score, weight)
+    return float("nan") if np.isnan(fpr).any() else float(area_under(fpr, tpr))
 
 
 def eer(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
-    """Where as many reals are called forged as forgeries are missed, between two thresholds."""
-    roc = curve(forged, score, weight)
-    gap = roc.fpr - (1 - roc.tpr)
+    """The equal error rate: as many reals are called forged as forgeries are missed.
+
+    Interpolated between the two thresholds around it.
+    """
+    fpr, tpr = roc(forged, score, weight)
+    gap = fpr - (1 - tpr)
     if np.isnan(gap).any():
         return float("nan")
     after = int(np.argmax(gap >= 0))
     if after == 0:
-        return float(roc.fpr[0])
+        return float(fpr[0])
     before = after - 1
     share = -gap[before] / (gap[after] - gap[before])
-    return float(roc.fpr[before] + share * (roc.fpr[after] - roc.fpr[before]))
+    return float(fpr[before] + share * (fpr[after] - fpr[before]))
 
 
 def average_precision(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
-    """Precision, averaged over the recall that each threshold adds."""
-    roc = curve(forged, score, weight)
-    if np.isnan(roc.tpr).any():
+    """Precision, averaged over the recall that each threshold adds; NaN without forgeries."""
+    if not (forged if weight is None else forged[weight > 0]).any():
         return float("nan")
-    seen = roc.weight[1:] > 0
-    precision = roc.forged_weight[1:][seen] / roc.weight[1:][seen]
-    return float(np.sum(np.diff(roc.tpr)[seen] * precision))
+    return float(average_precision_score(forged, score, sample_weight=weight))
 
 
 def tpr_at(forged: Bools, score: Floats, rate: float, weight: Floats | None = None) -> float:
     """The most forgeries caught by a threshold that calls at most `rate` of the reals forged."""
-    roc = curve(forged, score, weight)
-    if np.isnan(roc.fpr).any() or np.isnan(roc.tpr).any():
-        return float("nan")
-    return float(roc.tpr[roc.fpr <= rate + 1e-12].max())
+    fpr, tpr = roc(forged, score, weight)
+    return float("nan") if np.isnan(fpr).any() else float(tpr[fpr <= rate + 1e-12].max())
 
 
 def accuracy(forged: Bools, probability: Floats, at: float = 0.5) -> float:
@@ -120,7 +110,7 @@ def reliability(
 
 
 def ece(forged: Bools, probability: Floats, bins: int = 15, weight: Floats | None = None) -> float:
-    """Expected calibration error: how far said and true lie apart, weighted by bin."""
+    """Expected calibration error: how far the stated and the true share differ, weighted by bin."""
     if not len(forged):
         return float("nan")
     said, true, number = reliability(forged, probability, bins, weight)
@@ -131,9 +121,10 @@ def ece(forged: Bools, probability: Floats, bins: int = 15, weight: Floats | Non
 def ece_by_chance(
     probability: Floats, bins: int = 15, *, weight: Floats | None = None, replicates: int = 200
 ) -> float:
-    """The calibration error to expect of such rows if every probability were true.
+    """The calibration error that chance alone gives such rows, were every probability true.
 
-    Rows that weigh more say no more: as many are drawn, by weight, as their weights are worth.
+    A row of double weight is no more evidence than one row.  So rows are drawn by weight, and as
+    many of them as the weights are worth (the effective sample size).
     """
     rng = np.random.default_rng(0)
     said = np.broadcast_to(probability, (replicates, len(probability)))
@@ -146,13 +137,13 @@ def ece_by_chance(
 
 
 def at_even_odds(forged: Bools) -> Floats:
-    """A weight for each row, such that the reals together weigh what the forgeries do."""
+    """A weight for each row, so that all reals together weigh as much as all forgeries."""
     return np.where(forged, 0.5 / max(1, forged.sum()), 0.5 / max(1, (~forged).sum()))
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Judged faces or videos: one row each."""
+    """Scores of faces or videos, one row each, with what is known of them."""
 
     logit: Floats
     forged: Bools
@@ -188,12 +179,12 @@ class Scored:
         return tuple(sorted(found))
 
     def against_all_reals(self, method: str) -> "Scored":
-        """One way of forging beside every real face."""
+        """One way of forging together with every real face."""
         own = np.array([video[1] == method for video in self.video], bool)
         return self.where(own | ~self.forged)
 
     def pooled(self, aggregation: Aggregation) -> "Scored":
-        """One row a video, its level by the worker's rule."""
+        """One row for each video, its score pooled by the worker's rule."""
         rows: dict[tuple[str, str, str, str], list[int]] = {}
         for row, video in enumerate(self.video):
             rows.setdefault(video, []).append(row)
@@ -208,7 +199,7 @@ class Scored:
         )
 
 
-def together(parts: Sequence[Scored]) -> Scored:
+def concatenated(parts: Sequence[Scored]) -> Scored:
     """All their rows, one after another."""
     return Scored(
         np.concatenate([part.logit for part in parts]),
@@ -246,7 +237,7 @@ def measure(
     """Every figure, and the 95 % interval of the AUC."""
     forged, logit = scored.forged, scored.logit
     probability = calibrated(logit, calibration) if len(scored) else expit(logit)
-    low, high = interval(scored, auc, replicates=replicates)
+    low, high = bootstrap_interval(scored, auc, replicates=replicates)
     return Metrics(
         real=int((~forged).sum()),
         forged=int(forged.sum()),
@@ -262,34 +253,36 @@ def measure(
     )
 
 
-def interval(
+def bootstrap_interval(
     scored: Scored, figure: Figure, *, replicates: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """The middle 95 % of a figure over samples of clusters; NaN with one class or one cluster."""
     found = [
-        figure(scored.forged, scored.logit, weight) for weight in _samples(scored, replicates, seed)
+        figure(scored.forged, scored.logit, weight)
+        for weight in bootstrap_weights(scored, replicates, seed)
     ]
-    return _middle(found)
+    return middle_95(found)
 
 
-def paired_interval(
+def paired_bootstrap_interval(
     one: Scored, other: Scored, figure: Figure, *, replicates: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The middle 95 % of how far a figure of `one` lies above that of `other` on the same rows.
+    """The middle 95 % of the difference of a figure between two models on the same rows.
 
-    Both are drawn together, so that what is hard for all models does not count as a difference.
+    Both models get the same samples.  Faces that are hard for all models then do not widen the
+    interval of their difference.
     """
     if one.video != other.video or one.cluster != other.cluster:
         raise ValueError("two models can be paired only on the same faces in the same order")
     found = [
         figure(one.forged, one.logit, weight) - figure(other.forged, other.logit, weight)
-        for weight in _samples(one, replicates, seed)
+        for weight in bootstrap_weights(one, replicates, seed)
     ]
-    return _middle(found)
+    return middle_95(found)
 
 
-def _samples(scored: Scored, replicates: int, seed: int) -> Iterator[Floats]:
-    """How often each row is drawn, sample after sample; none with one class or one cluster."""
+def bootstrap_weights(scored: Scored, replicates: int, seed: int) -> Iterator[Floats]:
+    """How often each row is drawn in each sample; no samples with one class or one cluster."""
     _, member = np.unique(_numbered(scored.cluster), return_inverse=True)
     clusters = int(member.max()) + 1 if len(scored) else 0
     if clusters < 2 or scored.forged.all() or not scored.forged.any():
@@ -308,7 +301,8 @@ def share_interval(events: int, of: int, confidence: float = 0.95) -> tuple[floa
     return float(span.low), float(span.high)
 
 
-def _middle(found: Sequence[float]) -> tuple[float, float]:
+def middle_95(found: Sequence[float]) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles; NaN of nothing."""
     if not found:
         return float("nan"), float("nan")
     low, high = np.quantile(found, [0.025, 0.975])

@@ -24,11 +24,11 @@ from ralf.train.evaluate.judge import Judge, Result, evaluate
 from ralf.train.evaluate.metrics import (
     Scored,
     at_even_odds,
+    concatenated,
     ece,
     ece_by_chance,
     measure,
     share_interval,
-    together,
 )
 from ralf.train.evaluate.tables import Ask, Table, _percent, _take, called_forged
 from ralf.train.recipe import FAMILIES
@@ -63,7 +63,7 @@ def card(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
             videos.append(each.scored.pooled(judge.aggregation))
             _figures(figures, f"clip {rate}", videos[-1], judge, ask)
         if len(videos) > 1:
-            _figures(figures, "clip any", together(videos), judge, ask)
+            _figures(figures, "clip any", concatenated(videos), judge, ask)
         if len(stills.where(split=CHECK, label=0)):
             for condition in ask.conditions or CONDITIONS:
                 _false_positives(figures, judge, stills, ask, condition)

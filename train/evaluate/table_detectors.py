@@ -25,7 +25,7 @@ from ralf.kernels.manifest import held_out_family
 from ralf.train.data.index import Index
 from ralf.train.evaluate.conditions import CLEAN
 from ralf.train.evaluate.judge import Judge, examples_for, result, scored
-from ralf.train.evaluate.metrics import Metrics, Scored, auc, measure, paired_interval
+from ralf.train.evaluate.metrics import Metrics, Scored, auc, measure, paired_bootstrap_interval
 from ralf.train.evaluate.tables import Ask, Table, _auc
 from ralf.train.recipe import FAMILIES
 
@@ -178,7 +178,7 @@ def _compared(
         return Part(
             measure(one, judge.calibration, replicates=replicates, threshold=judge.threshold),
             auc(one.forged, one.logit) - auc(other.forged, other.logit),
-            *paired_interval(one, other, auc, replicates=replicates),
+            *paired_bootstrap_interval(one, other, auc, replicates=replicates),
         )
 
     seen, unseen = families
