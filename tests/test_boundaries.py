@@ -1,9 +1,10 @@
-"""The rooms' arrows and the heavy libraries' owners, read from the imports themselves."""
+"""Which file may import which, and which file owns a heavy library, read from the imports."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,19 @@ TORCH_FREE = {
 }
 
 
-def sources() -> list[Path]:
-    """Every Python file of the three rooms and the tests."""
-    return sorted(
-        path for room in (*ROOMS, "tests") for path in (ROOT / room).rglob("*.py") if path.is_file()
-    )
+PROGRAMS = ("worker/cli/", "worker/chaos/", "worker/bench/")
+"""Programs around the worker: they may import all of it, and no other file imports them."""
+PROGRAMS_IMPORTED = {
+    # Only a process started with `--bodies test` loads the test jobs.
+    ("worker/service/jobs.py", "worker/chaos/bodies.py"),
+    ("ralf/__main__.py", "worker/cli/main.py"),
+}
+
+
+def sources(*rooms: str) -> list[Path]:
+    """Every Python file of the rooms; by default of the three rooms and the tests."""
+    rooms = rooms or (*ROOMS, "tests")
+    return sorted(path for room in rooms for path in (ROOT / room).rglob("*.py") if path.is_file())
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -68,6 +77,48 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             if node.module:
                 yield node.lineno, node.module
                 yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def imported_files(text: str) -> set[str]:
+    """The files of ours that the code imports when it runs, inside functions and by name too.
+
+    What stands under `if TYPE_CHECKING` is only for the type checker.
+    """
+    found: set[str | None] = set()
+    nodes: list[ast.AST] = [ast.parse(text)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            nodes += node.orelse
+            continue
+        nodes += ast.iter_child_nodes(node)
+        match node:
+            case ast.Import(names=names):
+                found |= {file_of(alias.name) for alias in names}
+            case ast.ImportFrom(module=str(module), names=names):
+                found |= {file_of(f"{module}.{alias.name}") or file_of(module) for alias in names}
+            case ast.Call(args=[ast.Constant(value=str(module)), *_]) if "import_module" in (
+                ast.unparse(node.func)
+            ):
+                found.add(file_of(module))
+    return {name for name in found if name}
+
+
+def file_of(module: str) -> str | None:
+    """The file of a module of ours; None for other modules and for names inside a module."""
+    if not module.startswith("ralf."):
+        return None
+    name = module.removeprefix("ralf.").replace(".", "/")
+    return next((f for f in (f"{name}.py", f"{name}/__init__.py") if (ROOT / f).is_file()), None)
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The files of one import circle; [] when there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def faults() -> Iterator[str]:
@@ -99,6 +150,49 @@ def test_every_import_follows_the_rooms():
     found = list(faults())
 
     assert found == []
+
+
+def test_every_import_of_a_program_comes_from_a_program():
+    """Commands, chaos and benches use the worker; the worker does not need them."""
+    found = {
+        (name, imported)
+        for path in (*sources(*ROOMS), *(ROOT / "ralf").glob("*.py"))
+        if not (name := path.relative_to(ROOT).as_posix()).startswith(PROGRAMS)
+        for imported in imported_files(path.read_text())
+        if imported.startswith(PROGRAMS)
+    }
+
+    assert found == PROGRAMS_IMPORTED
+
+
+def test_the_search_for_circles_sees_every_kind_of_import():
+    """At the top, inside a function, by name; but nothing that only a type checker reads."""
+    text = """
+from typing import TYPE_CHECKING
+import ralf.kernels.dct
+if TYPE_CHECKING:
+    from ralf.kernels import engine
+else:
+    from ralf.kernels import manifest
+def later():
+    from ralf.worker.errors import JobError
+    import_module("ralf.worker.service.jobs")
+"""
+    assert imported_files(text) == {
+        "kernels/dct.py",
+        "kernels/manifest.py",
+        "worker/errors.py",
+        "worker/service/jobs.py",
+    }
+    assert sorted(set(circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}))) == ["b", "c"]
+    assert circle({"a": {"b"}, "b": {"c"}}) == []
+
+
+def test_every_import_rule_names_files_that_exist():
+    """Otherwise a renamed file would lose its rule without notice."""
+    named = TORCH_FREE.union(*OWNERS.values())
+
+    assert sorted(name for name in named if not (ROOT / name).is_file()) == []
 
 
 def test_the_walk_over_imports_sees_something():
