@@ -12,6 +12,7 @@ from ralf.worker.client import (
     QueueUnavailable,
     Submission,
     TimedOut,
+    UnreadableDocument,
     connect,
     request,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "QueueUnavailable",
     "Submission",
     "TimedOut",
+    "UnreadableDocument",
     "connect",
     "request",
 ]

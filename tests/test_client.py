@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import jsonschema
@@ -18,6 +19,7 @@ from ralf.worker.client import (
     NotFound,
     QueueUnavailable,
     TimedOut,
+    UnreadableDocument,
     connect,
     request,
 )
@@ -49,6 +51,15 @@ def client(redis_url):
 def store(redis) -> Store:
     """The worker's side."""
     return Store(redis, Settings())
+
+
+def rewrite(store: Store, redis: Redis, job_id: str, change: Callable[[str], str]) -> None:
+    """Change a stored verdict as another version of Ralf would have written it."""
+    key = store.key("verdict", job_id)
+    before = redis.get(key).decode()
+    after = change(before)
+    assert after != before
+    redis.set(key, after, keepttl=True)
 
 
 class TestSubmit:
@@ -150,6 +161,23 @@ class TestResult:
 
         assert client.result(job_id) == a_verdict()
         assert client.evidence(job_id) == an_evidence()
+
+    def test_a_verdict_of_the_next_version_is_read(self, client, store, redis):
+        """Workers are upgraded before backends, and may add fields."""
+        job_id = client.submit(URI, token="u").job_id
+        store.end(claim(store), a_verdict())
+        rewrite(store, redis, job_id, lambda text: text.replace('{"schema"', '{"new":1,"schema"'))
+
+        assert client.result(job_id) == a_verdict()
+
+    def test_a_verdict_that_cannot_be_read_is_a_client_error(self, client, store, redis):
+        """Not pydantic's error: every error of the client is a ClientError."""
+        job_id = client.submit(URI, token="u").job_id
+        store.end(claim(store), a_verdict())
+        rewrite(store, redis, job_id, lambda text: text.replace("ralf.verdict/1", "ralf.verdict/2"))
+
+        with pytest.raises(UnreadableDocument, match=r"Verdict cannot be read \(schema"):
+            client.result(job_id)
 
     def test_it_says_that_the_job_has_not_ended(self, client):
         """And how to wait."""

@@ -84,7 +84,8 @@ def test_the_wheel_carries_every_file_that_the_code_reads(installed: Path):
 
 def test_the_installed_command_runs_outside_a_checkout(installed: Path, tmp_path: Path):
     """`python -m ralf` and the child's module are found in the wheel."""
-    code = "import runpy, sys; sys.argv = ['ralf', '--version']; runpy.run_module('ralf')"
+    start = "runpy.run_module('ralf', run_name='__main__')"
+    code = f"import runpy, sys; sys.argv = ['ralf', '--version']; {start}"
     stopped = "import ralf.worker.service.child_process as c; print(c._ROOT)"
 
     with pytest.raises(subprocess.CalledProcessError):  # a guard: the check below can fail

@@ -76,6 +76,10 @@ class QueueUnavailable(ClientError):
     """Redis does not answer, or takes nothing."""
 
 
+class UnreadableDocument(ClientError):
+    """What is stored is not a document that this version knows."""
+
+
 class NotFound(ClientError):
     """No such job, or it is no longer kept."""
 
@@ -267,12 +271,12 @@ class Client:
         """The rolling verdict of a stream's segments."""
         with self._reaching():
             stored = self.store.hash(self.store.key("session", tenant, session_id))
-        if "verdict" not in stored:
-            raise NotFound(
-                f"no segment of session {session_id!r} of tenant {tenant!r} has ended yet, or its "
-                f"last was more than {self.store.settings.session_ttl_s // 3600} h ago"
-            )
-        return SessionVerdict.model_validate_json(stored["verdict"])
+            if "verdict" in stored:
+                return SessionVerdict.model_validate_json(stored["verdict"])
+        raise NotFound(
+            f"no segment of session {session_id!r} of tenant {tenant!r} has ended yet, or its "
+            f"last was more than {self.store.settings.session_ttl_s // 3600} h ago"
+        )
 
     def watch_session(
         self, session_id: str, *, tenant: str = "default", timeout: float | None = None
@@ -323,9 +327,16 @@ class Client:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Redis' errors as the client's."""
+        """Errors of Redis and of the documents read from it as the client's."""
         try:
             yield
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UnreadableDocument(
+                f"the stored {fault.title} cannot be read ({where}: {first['msg']}): a version of "
+                "Ralf that does not fit this client wrote it; use the workers' version here"
+            ) from fault
         except exceptions.ResponseError as fault:
             if "used memory > 'maxmemory'" not in str(fault):  # Redis 6 has no class for it
                 raise

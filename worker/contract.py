@@ -3,17 +3,30 @@
 Job in, Verdict and Evidence out, a stream's SessionVerdict, and a person's Review: JSON documents
 with a `schema` name, exported to docs/ as JSON Schema by `python -m ralf.worker.contract`.
 Boxes are fractions of the displayed frame; times are whole milliseconds of the stream's own
-clock; every score is P(forged), 0 to 1.  Unknown fields are refused on the way in.
+clock; every score is P(forged), 0 to 1.
+
+A Job with an unknown field is refused, because a typo must not become a default.  In every other
+document an unknown field is ignored: workers are upgraded before backends, so a backend must be
+able to read what a newer worker writes.
 Imports no torch: ralf.worker.client needs this file.
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from ralf.kernels.manifest import Sampling as ModelSampling
 from ralf.kernels.manifest import Strict, Unit
@@ -27,6 +40,14 @@ Priority = Literal["high", "default"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired", "quarantined"]
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "expired", "quarantined"})
 Label = Literal["likely_forged", "likely_authentic", "inconclusive", "no_faces"]
+
+
+class Output(BaseModel):
+    """A document that Ralf writes: frozen; a field that a newer Ralf added is ignored."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", allow_inf_nan=False, populate_by_name=True
+    )
 
 
 class Span(Strict):
@@ -54,7 +75,6 @@ class Media(Strict):
     uri: Annotated[str, Field(min_length=1, max_length=4096)]
     sha256: Sha256 | None = None
     size_bytes: Annotated[int, Field(ge=0)] | None = None
-    content_type: Annotated[str, Field(max_length=200)] | None = None
 
 
 class Callback(Strict):
@@ -85,6 +105,25 @@ class SessionPart(Strict):
     offset_ms: Milliseconds
     """Where the segment starts on the stream's clock."""
     last: bool = False
+
+
+def _drop_unknown(model: type[BaseModel], value: object) -> object:
+    """The value without the fields that the model does not have."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: part for name, part in value.items() if name in model.model_fields}
+
+
+def _sampling_used(value: object) -> object:
+    kept = _drop_unknown(Sampling, value)
+    if isinstance(kept, dict) and isinstance(spans := kept.get("spans"), list | tuple):
+        kept["spans"] = [_drop_unknown(Span, span) for span in spans]
+    return kept
+
+
+# A Job's parts that other documents repeat: strict in the Job, lenient there.
+SamplingUsed = Annotated[Sampling, BeforeValidator(_sampling_used)]
+PartOfSession = Annotated[SessionPart, BeforeValidator(partial(_drop_unknown, SessionPart))]
 
 
 class EarlyStop(Strict):
@@ -120,7 +159,7 @@ class Job(Strict):
     submitted_at: AwareDatetime
 
 
-class Progress(Strict):
+class Progress(Output):
     """What a running job has done so far."""
 
     stage: Literal["queued", "fetch", "probe", "analyze", "finish"]
@@ -132,7 +171,7 @@ class Progress(Strict):
     """The score of what has been seen so far."""
 
 
-class Box(Strict):
+class Box(Output):
     """Fractions of the displayed frame."""
 
     left: Unit
@@ -141,7 +180,7 @@ class Box(Strict):
     bottom: Unit
 
 
-class Sample(Strict):
+class Sample(Output):
     """One face in one frame."""
 
     time_ms: Milliseconds
@@ -155,7 +194,7 @@ class Sample(Strict):
     """False: too small to count."""
 
 
-class Track(Strict):
+class Track(Output):
     """One face followed through the clip."""
 
     track_id: str
@@ -172,7 +211,7 @@ class Track(Strict):
     samples: tuple[Sample, ...]
 
 
-class Segment(Strict):
+class Segment(Output):
     """A stretch of one track at or above the threshold."""
 
     start_ms: Milliseconds
@@ -182,7 +221,7 @@ class Segment(Strict):
     peak_ms: Milliseconds
 
 
-class Timeline(Strict):
+class Timeline(Output):
     """The clip in equal bins: its strongest score, None where nothing was scored."""
 
     bin_ms: int
@@ -191,7 +230,7 @@ class Timeline(Strict):
     """0: looked and found none; None: not sampled."""
 
 
-class Threshold(Strict):
+class Threshold(Output):
     """The policy that decided."""
 
     policy: str
@@ -209,7 +248,7 @@ class Threshold(Strict):
         return "inconclusive", f"between {self.authentic_below:g} and {self.forged_at:g}"
 
 
-class MediaFacts(Strict):
+class MediaFacts(Output):
     """What the file is."""
 
     sha256: Sha256
@@ -227,7 +266,7 @@ class MediaFacts(Strict):
     colour: str
 
 
-class Made(Strict):
+class Made(Output):
     """What the verdict was made with."""
 
     ralf: str
@@ -242,7 +281,7 @@ class Made(Strict):
     device: str
     decoder: str
     colour_policy: str
-    sampling: Sampling
+    sampling: SamplingUsed
     finder: dict[str, Any]
     calibration: dict[str, Any]
     aggregation: dict[str, Any]
@@ -255,14 +294,14 @@ class Made(Strict):
     attempt: int = 1
 
 
-class Verdict(Strict):
+class Verdict(Output):
     """What Ralf says about one upload."""
 
     schema_: Literal["ralf.verdict/1"] = Field("ralf.verdict/1", alias="schema")
     job_id: JobId | None = None
     tag: str | None = None
     tenant: str | None = None
-    session: SessionPart | None = None
+    session: PartOfSession | None = None
     label: Label
     score: Unit | None
     """Calibrated P(forged) of the video; None with no_faces, and where no track may decide."""
@@ -280,7 +319,7 @@ class Verdict(Strict):
     finished_at: datetime
 
 
-class Failure(Strict):
+class Failure(Output):
     """How a job ended without a verdict."""
 
     code: str
@@ -288,7 +327,7 @@ class Failure(Strict):
     attempts: int = 1
 
 
-class Picture(Strict):
+class Picture(Output):
     """One piece of evidence: a face, and where its residual is strong."""
 
     track_id: str
@@ -300,14 +339,14 @@ class Picture(Strict):
     """The residual drawn over the face; JPEG, base64."""
 
 
-class Evidence(Strict):
+class Evidence(Output):
     """The pictures of one verdict; the page reads these two documents and nothing else."""
 
     schema_: Literal["ralf.evidence/1"] = Field("ralf.evidence/1", alias="schema")
     pictures: tuple[Picture, ...] = ()
 
 
-class FaceAt(Strict):
+class FaceAt(Output):
     """Where a reviewed face is, so that it can be cut again from the file."""
 
     time_ms: Milliseconds
@@ -315,7 +354,7 @@ class FaceAt(Strict):
     box: Box
 
 
-class TrackReview(Strict):
+class TrackReview(Output):
     """What a person says of one track."""
 
     track_id: str
@@ -331,7 +370,7 @@ class TrackReview(Strict):
     faces: tuple[FaceAt, ...]
 
 
-class Review(Strict):
+class Review(Output):
     """A reviewer's labels for one verdict, as the page saves them and training reads them."""
 
     schema_: Literal["ralf.review/1"] = Field("ralf.review/1", alias="schema")
@@ -348,21 +387,21 @@ class Review(Strict):
     reviewed_at: AwareDatetime
 
 
-class Gap(Strict):
+class Gap(Output):
     """Segment numbers that never came, both ends included."""
 
     first: int
     last: int
 
 
-class FailedSegment(Strict):
+class FailedSegment(Output):
     """A segment whose job ended without a verdict."""
 
     number: int
     code: str
 
 
-class SessionTrack(Strict):
+class SessionTrack(Output):
     """One face followed through a stream, across the borders of its segments."""
 
     track_id: str
@@ -377,7 +416,7 @@ class SessionTrack(Strict):
     segments: tuple[int, ...]
 
 
-class SessionVerdict(Strict):
+class SessionVerdict(Output):
     """What Ralf says about a stream so far: all its segments folded by number."""
 
     schema_: Literal["ralf.session/1"] = Field("ralf.session/1", alias="schema")
@@ -405,12 +444,12 @@ class SessionVerdict(Strict):
     warnings: tuple[str, ...] = ()
 
 
-def dump(document: Strict) -> str:
+def dump(document: BaseModel) -> str:
     """The document as JSON, its schema name included, no spaces."""
     return document.model_dump_json(by_alias=True)
 
 
-DOCUMENTS: dict[str, type[Strict]] = {
+DOCUMENTS: dict[str, type[BaseModel]] = {
     "job": Job,
     "verdict": Verdict,
     "evidence": Evidence,
@@ -421,18 +460,18 @@ DOCUMENTS: dict[str, type[Strict]] = {
 
 def schemas() -> dict[str, str]:
     """File name → JSON Schema of each document, as text that is the same each time."""
-    return {
-        f"{name}.schema.json": json.dumps(
-            {
-                "$schema": "https://json-schema.org/draft/2020-12/schema",
-                **document.model_json_schema(by_alias=True),
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
-        + "\n"
-        for name, document in DOCUMENTS.items()
-    }
+    found = {}
+    for name, document in DOCUMENTS.items():
+        schema = document.model_json_schema(by_alias=True)
+        if document is not Job:
+            # Sampling and Span are strict in a Job; here, too, a newer Ralf may add to them.
+            for part in schema.get("$defs", {}).values():
+                if part.get("additionalProperties") is False:
+                    del part["additionalProperties"]
+        whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+        text = json.dumps(whole, indent=2, ensure_ascii=False)
+        found[f"{name}.schema.json"] = f"{text}\n"
+    return found
 
 
 def write_schemas(folder: Path) -> list[Path]:
