@@ -1,22 +1,34 @@
 """Calibration against scikit-learn and by hand; thresholds by their definition."""
 
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
-from ralf.kernels.manifest import Calibration
+from ralf.kernels.manifest import Calibration, InputContract
+from ralf.train import calibrate as calibrate_module
 from ralf.train.calibrate import (
     CalibrationError,
-    at_false_alarms,
+    at_false_positives,
     at_misses,
     calibrate,
+    calibrate_on_split,
     fit,
     nll,
     probability,
 )
+from ralf.train.data.index import Index, Row
+from ralf.train.data.pool import Pool
+from ralf.train.evaluate.judge import Judge, score
+from ralf.train.evaluate.metrics import share_interval
+from tests.faces_on_disk import faces
 
 
 def made(n: int, m: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +114,7 @@ def test_the_threshold_by_hand():
     """Of 40 reals two may be called forged: between the second and the third highest."""
     real = np.arange(40) / 100
 
-    found = at_false_alarms(real, 0.05)
+    found = at_false_positives(real, 0.05)
 
     assert found.score == pytest.approx((0.37 + 0.38) / 2)
     assert (found.rate, found.faces) == (0.05, 40)
@@ -110,7 +122,7 @@ def test_the_threshold_by_hand():
 
 def test_with_too_few_reals_none_may_pass():
     """1 % of 50 is less than one face: above the highest, half-way to 1."""
-    found = at_false_alarms(np.linspace(0, 0.6, 50), 0.01)
+    found = at_false_positives(np.linspace(0, 0.6, 50), 0.01)
 
     assert found.score == pytest.approx(0.8)
     assert (found.rate, found.supported) == (0.0, False)
@@ -121,25 +133,123 @@ def test_five_expected_alarms_support_a_threshold():
     """121 reals support 5 % and not 1 %; 500 support 1 %."""
     some, many = np.random.default_rng(0).random(121), np.random.default_rng(0).random(500)
 
-    assert [at_false_alarms(some, rate).supported for rate in (0.05, 0.01)] == [True, False]
-    assert at_false_alarms(many, 0.01).supported
+    assert [at_false_positives(some, rate).supported for rate in (0.05, 0.01)] == [True, False]
+    assert at_false_positives(many, 0.01).supported
 
 
 def test_the_same_faces_under_three_conditions_are_no_new_evidence():
     """Scores count three times, the interval and its support once."""
     scores, forged = made(60, 60, seed=2)
     once = calibrate(scores, forged, fitted_on="x")
+    thrice = np.tile(scores, 3), np.tile(forged, 3)
 
-    found = calibrate(np.tile(scores, 3), np.tile(forged, 3), fitted_on="x", times=3)
+    found = calibrate(*thrice, fitted_on="x", person=[*range(120)] * 3)
 
     for name, threshold in found.thresholds.items():
         assert (threshold.faces, threshold.supported) == (60, False), name
         assert threshold.interval == pytest.approx(once.thresholds[name].interval), name
-    assert (
-        calibrate(np.tile(scores, 3), np.tile(forged, 3), fitted_on="x")
-        .thresholds["fpr_0.05"]
-        .supported
+    assert calibrate(*thrice, fitted_on="x").thresholds["fpr_0.05"].supported
+
+
+def test_people_are_counted_apart_in_reals_and_forgeries():
+    """120 people once real and forged in nine ways: 120 forged people, not 1080."""
+    scores, forged = made(1080, 120, seed=3)
+    person = [number % 120 for number in range(1080)] + [*range(120)]
+
+    found = calibrate(scores, forged, fitted_on="x", person=person).thresholds
+
+    assert {120} == {each.faces for each in found.values()}
+    assert (found["fpr_0.05"].supported, found["fpr_0.01"].supported) == (True, False)
+    low = found["low"]
+    assert low.interval == pytest.approx(share_interval(round(low.rate * 120), 120))
+
+
+def test_a_number_of_videos_that_people_do_not_divide_counts_people():
+    """Ten reals of six people are six, where dividing and rounding down says ten."""
+    scores, forged = made(10, 10, seed=5)
+    person = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3] * 2
+
+    found = calibrate(scores, forged, fitted_on="x", person=person).thresholds
+
+    assert {6} == {each.faces for each in found.values()}
+    assert found["fpr_0.05"].interval[1] == pytest.approx(1 - 0.025 ** (1 / 6))
+
+
+def test_a_split_is_calibrated_by_people_whatever_videos_compressions_and_conditions(
+    tmp_path: Path,
+):
+    """Six real videos of four people and three forged ones of two, each under two conditions."""
+    index = split_of(
+        tmp_path,
+        ("real", "ann", "v0", ""), ("real", "ann", "v1", ""), ("real", "bob", "v2", ""),
+        ("real", "cat", "v3", ""), ("real", "", "v4", "c23"), ("real", "", "v4", "c40"),
+        ("swap", "ann", "f0", ""), ("mouth", "ann", "f1", ""), ("swap", "bob", "f2", ""),
+    )  # fmt: skip
+
+    found, reals = calibrate_on_split(
+        by_brightness(), index, "val", conditions=("clean", "jpeg=95", "clean")
     )
+
+    assert "val: clean,jpeg=95" == found.calibration.fitted_on
+    people = {name: each.faces for name, each in found.thresholds.items()}
+    assert {"fpr_0.01": 4, "fpr_0.05": 4, "low": 2} == people
+    assert 6 == len(reals)
+    assert (reals < found.thresholds["fpr_0.05"].score).all()
+
+
+def split_of(root: Path, *videos: tuple[str, str, str, str]) -> Index:
+    """Pictures by method, person, video and compression; forged ones are brighter."""
+    rows = []
+    for number, (method, person, video, compression) in enumerate(videos):
+        forged = method != "real"
+        level = (180 if forged else 60) + 3 * number
+        path = f"{method}_{video}_{compression}.png"
+        Image.fromarray(np.full((32, 32, 3), level, np.uint8)).save(root / path)
+        rows.append(
+            Row(
+                dataset="made",
+                method=method,
+                compression=compression,
+                split="val",
+                video=video,
+                target=person and f"made:{person}",
+                label=int(forged),
+                path=path,
+                kind="image",
+            )
+        )
+    return Index(root, tuple(rows))
+
+
+def by_brightness(size: int = 32) -> Judge:
+    """Calls bright pictures forged."""
+    return Judge(
+        name="brightness",
+        score=lambda crops: (crops.float().mean((1, 2, 3)) - 120) / 20,
+        input=InputContract(size=size),
+    )
+
+
+def test_every_family_forges_every_frame_of_a_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two families in turn would make two videos of one frame each, beside a real one of two."""
+    index = faces(tmp_path / "d", val=2).where(split="val")
+    index = replace(
+        index, rows=tuple(replace(row, video="v", target="d:ann", frame=n)
+                          for n, row in enumerate(index)),
+    )  # fmt: skip
+    pooled = []
+    monkeypatch.setattr(
+        calibrate_module, "score", lambda *asked: pooled.append(score(*asked)) or pooled[-1]
+    )
+    monkeypatch.setattr(Pool, "forgery", lambda self, frame, image, *_: 255 - image // 8)
+
+    found, _ = calibrate_on_split(by_brightness(64), index, "val", families=("self_blend", "mouth"))
+
+    frames = Counter(video[1] for video in pooled[0].video)
+    assert {"real": 2, "self_blend": 2, "mouth": 2} == frames
+    assert {1} == {each.faces for each in found.thresholds.values()}
 
 
 @given(
@@ -150,7 +260,7 @@ def test_a_threshold_keeps_its_rate_and_could_not_be_lower(real: list[int], rate
     """Ties and all: the next real score below would let too many pass."""
     scores = np.array(real) / 31
 
-    found = at_false_alarms(scores, rate)
+    found = at_false_positives(scores, rate)
 
     assert 0 <= found.score <= 1
     assert (scores >= found.score).mean() <= rate + 1e-12
@@ -176,7 +286,7 @@ def test_the_low_band_gives_up_no_more_than_its_share(forged: list[int], at_most
 
 def test_scores_that_saturate_still_make_a_threshold():
     """A real face at exactly 1 bars every score; the rate found says that it was not held."""
-    found = at_false_alarms(np.array([1.0, 1.0, 0.2]), 0.1)
+    found = at_false_positives(np.array([1.0, 1.0, 0.2]), 0.1)
 
     assert found.score == 1.0
     assert found.rate == pytest.approx(2 / 3)

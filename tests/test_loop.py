@@ -32,7 +32,7 @@ from ralf.train.loop.run_log import Journal
 from ralf.train.loop.step import Stepper
 from ralf.train.loop.validate import look
 from ralf.train.losses.objective import Moment, Objective
-from ralf.train.publish import publish
+from ralf.train.publish import publish_run
 from ralf.train.recipe import Optimiser, Recipe, Schedule
 from tests.training import Halves, MadeBatch, MadeBatches, StubRalf, environment, tiny
 
@@ -613,7 +613,7 @@ def test_a_run_may_go_on_from_anothers_weights(tmp_path: Path):
 def test_a_run_may_go_on_from_a_published_version(tmp_path: Path):
     """What ships is as good a beginning as its run, up to its FP16; damaged, it is refused."""
     ended = classifier_run(tmp_path / "first")
-    version = publish(tmp_path / "first", "small", tmp_path / "models").path
+    version = publish_run(tmp_path / "first", "small", tmp_path / "models").path
 
     whole = make_network(tiny("small_classifier", **{"init.network": str(version)})).state_dict()
     part = make_network(tiny("ralf_small", **{"init.backbone": str(version)})).state_dict()

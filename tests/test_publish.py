@@ -12,11 +12,12 @@ from ralf.__main__ import main
 from ralf.kernels.artifact import Artifact, golden, open_artifact, versions
 from ralf.kernels.engine import load as load_engine
 from ralf.kernels.networks import build
+from ralf.kernels.untrained import patterns
 from ralf.train.calibrate import calibrate, restored
 from ralf.train.card import Portion, portions, without_places
 from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, judged, load, weights
 from ralf.train.loop.loop import Options, train
-from ralf.train.publish import Told, made_crops, publish, recalibrate
+from ralf.train.publish import GOLDEN_CROPS, PublishDetails, publish_run, recalibrate
 from ralf.train.recipes import named
 from tests.training import MadeBatches, tiny
 
@@ -33,9 +34,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return where
 
 
-def published(run: Path, models: Path, **told: object) -> Artifact:
+def published(run: Path, models: Path, **details: object) -> Artifact:
     """As ralf-small."""
-    return publish(run, "ralf-small", models, Told(**told))  # type: ignore[arg-type]
+    return publish_run(run, "ralf-small", models, PublishDetails(**details))  # type: ignore[arg-type]
 
 
 def test_the_engine_gives_the_checkpoints_logits(run: Path, tmp_path: Path):
@@ -195,9 +196,9 @@ def test_golden_crops_may_come_from_the_caller(run: Path, tmp_path: Path):
 
 def test_made_crops_are_always_the_same_and_no_two_alike():
     """Else a republished model would be a new version."""
-    one = made_crops(32)
+    one = patterns(GOLDEN_CROPS, 32)
 
-    assert np.array_equal(one, made_crops(32))
+    assert np.array_equal(one, patterns(GOLDEN_CROPS, 32))
     assert len(one) == len(np.unique(one.reshape(len(one), -1), axis=0))
 
 

@@ -16,7 +16,7 @@ from ralf.kernels.networks import build
 from ralf.kernels.registry import point_to
 from ralf.train.loop.checkpoint import LAST, judged, load, weights
 from ralf.train.loop.loop import Options, train
-from ralf.train.publish import publish
+from ralf.train.publish import publish_run
 from ralf.train.recipe import Recipe
 from ralf.train.recipes import RECIPES
 from ralf.worker.contract import Sampling
@@ -105,7 +105,7 @@ def test_a_recipe_goes_from_a_batch_to_a_served_logit(
     assert 11 == reached
     assert same_tensors(tmp_path / "whole" / LAST, tmp_path / "killed" / LAST)
 
-    artifact = publish(tmp_path / "killed", "made", tmp_path / "models")
+    artifact = publish_run(tmp_path / "killed", "made", tmp_path / "models")
     point_to(tmp_path / "models", "made", artifact.version)
     found = served(tmp_path / "models", clip_of_two, capsys)
     own = expected(tmp_path / "killed", clip_of_two)

@@ -15,10 +15,10 @@ from ralf.__main__ import main
 from ralf.kernels import artifact as models
 from ralf.kernels import registry
 from ralf.kernels.atomic_files import hold
-from ralf.train import retrain, retrain_steps
+from ralf.train import resumable, retrain, trainings
 from ralf.train.loop import loop
-from ralf.train.retrain import Journal, Step, Stopped, plan, walk
-from ralf.train.retrain_order import targets_of
+from ralf.train.publish import targets_of
+from ralf.train.resumable import Step, StepsDone, Stopped, do_steps, outlook
 from tests.test_train_cli import TINY
 from tests.training import MadeBatches
 
@@ -128,13 +128,13 @@ def test_killed_inside_and_after_each_step_it_comes_to_the_same_bits(
 ):
     """Training goes on from its checkpoint; no step that is on record is done again."""
     with monkeypatch.context() as patch:
-        patch.setattr(retrain_steps, "Batches", killing_at(5))
+        patch.setattr(trainings, "Batches", killing_at(5))
         with pytest.raises(Killed):
             desk.type()
     for number, name in enumerate(STEPS):
         for when in ("inside", "after"):
             with monkeypatch.context() as patch:
-                patch.setattr(retrain_steps, "steps", dying(name, when))
+                patch.setattr(retrain, "steps", dying(name, when))
                 with pytest.raises(Killed):
                     desk.type()
             # what was killed after its work, before its record, is done once more
@@ -153,7 +153,7 @@ def test_killed_inside_and_after_each_step_it_comes_to_the_same_bits(
 
 def killing_at(number: int) -> Any:
     """Batches that end the process when that one is asked for."""
-    real = retrain_steps.Batches
+    real = trainings.Batches
 
     class Killing(real):  # type: ignore[misc,valid-type]
         def __getitem__(self, asked: int) -> Any:
@@ -166,7 +166,7 @@ def killing_at(number: int) -> Any:
 
 def dying(name: str, when: str) -> Any:
     """The walk, dead before that step's work or between its work and its record."""
-    real = retrain_steps.steps
+    real = retrain.steps
 
     def steps(order: Any) -> list[Step]:
         return [replace(s, work=work(s)) if s.name == name else s for s in real(order)]
@@ -249,21 +249,25 @@ def chain(counts: dict[str, int], **asks: Any) -> list[Step]:
 def test_another_question_repeats_its_step_and_what_follows(tmp_path: Path):
     """And nothing before it; the plan says so beforehand."""
     counts: dict[str, int] = {}
-    done = walk(chain(counts), tmp_path, lambda text: None)
+    done = do_steps(chain(counts), tmp_path, lambda text: None)
     assert {"a": {"after": []}, "b": {"after": ["a"]}, "c": {"after": ["a", "b"]}} == done
     asked = chain(counts, b="another")
 
-    assert [True, False, False] == [known for _, known in plan(asked, tmp_path)]
-    walk(asked, tmp_path, lambda text: None)
+    assert [True, False, False] == [known for _, known in outlook(asked, tmp_path)]
+    do_steps(asked, tmp_path, lambda text: None)
     assert {"a": 1, "b": 2, "c": 2} == counts
 
 
 def test_what_is_no_longer_there_is_made_again_with_what_follows(tmp_path: Path):
     """A version that somebody removed."""
     counts: dict[str, int] = {}
-    walk(chain(counts), tmp_path, lambda text: None)
+    do_steps(chain(counts), tmp_path, lambda text: None)
     first, second, third = chain(counts)
-    walk([first, replace(second, there=lambda facts: False), third], tmp_path, lambda text: None)
+    do_steps(
+        [first, replace(second, still_there=lambda facts: False), third],
+        tmp_path,
+        lambda text: None,
+    )
 
     assert {"a": 1, "b": 2, "c": 2} == counts
 
@@ -277,8 +281,8 @@ def test_a_step_that_stops_leaves_those_before_it_done(tmp_path: Path):
 
     first, second, third = chain(counts)
     with pytest.raises(Stopped, match=r"asked: more\n  came: less\n  to go on: try"):
-        walk([first, replace(second, work=stop), third], tmp_path, lambda text: None)
-    walk(chain(counts), tmp_path, lambda text: None)
+        do_steps([first, replace(second, work=stop), third], tmp_path, lambda text: None)
+    do_steps(chain(counts), tmp_path, lambda text: None)
 
     assert {"a": 1, "b": 1, "c": 1} == counts
 
@@ -295,16 +299,14 @@ def test_killed_while_the_journal_is_written_it_holds_the_old_or_the_new(
             for name in ("fsync", "replace"):
                 patch.setattr(os, name, counted(getattr(os, name), left))
             try:
-                walk(chain(counts), run, lambda text: None)
+                do_steps(chain(counts), run, lambda text: None)
             except Killed:
                 pass
             else:
                 break
-        known = [
-            name for name, (_, done) in zip("abc", plan(chain(counts), run), strict=True) if done
-        ]
+        known = [step.name for step, done in outlook(chain(counts), run) if done]
         before = dict(counts)
-        walk(chain(counts), run, lambda text: None)
+        do_steps(chain(counts), run, lambda text: None)
         assert all(counts[name] == before.get(name, 0) + (name not in known) for name in "abc")
     assert number > 6
 
@@ -325,8 +327,8 @@ def test_two_do_not_work_in_one_folder(tmp_path: Path):
     """The second is told, at once."""
     held = hold(tmp_path)
     try:
-        with pytest.raises(retrain.Busy, match="another process retrains"):
-            walk(chain({}), tmp_path, lambda text: None)
+        with pytest.raises(resumable.FolderBusy, match="another process retrains"):
+            do_steps(chain({}), tmp_path, lambda text: None)
     finally:
         os.close(held)
 
@@ -336,7 +338,7 @@ def test_a_journal_that_is_none_is_refused(tmp_path: Path):
     (tmp_path / "retrain.json").write_text('{"schema": "ralf.model/1"}')
 
     with pytest.raises(ValueError, match="remove it and every step but the training"):
-        Journal(tmp_path)
+        StepsDone(tmp_path)
 
 
 def test_targets_are_known_by_name_and_in_order(monkeypatch: pytest.MonkeyPatch):

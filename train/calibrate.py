@@ -1,20 +1,24 @@
-"""What a score means: temperature and shift by likelihood, thresholds by false alarms.
+"""What a score means: temperature and shift by likelihood, thresholds by false-positive rates.
 
-A logit becomes P(forged) = sigmoid((logit − shift) / temperature), fitted on a split that chose
-nothing else, with both classes weighing alike (a score then speaks at even odds, whatever the
-split's share of forgeries).  Targets are Platt's, (n + 1) / (n + 2) in place of 1, so that a
-hundred faces, perfectly parted, do not make certainty.
+A logit becomes P(forged) = sigmoid((logit − shift) / temperature).  Both are fitted on a split that
+chose nothing else.  Both classes weigh alike in the fit, so a score speaks at even odds, whatever
+the split's share of forgeries.  The targets are Platt's, (n + 1) / (n + 2) in place of 1, so that a
+hundred faces which are perfectly separated do not make certainty.
 
-A threshold is for scores at or above it.  `fpr_0.05` is where at most 5 % of the reals seen
-are called forged; beside it stand the rate found, its 95 % interval (Clopper–Pearson), and whether
-the split is large enough to support it: five expected false alarms, the least at which that
-interval means anything.  `low` is the score below which 5 % of the forgeries seen fall: below it
-a video is called authentic, between the two nothing is.
+A threshold decides about scores at or above it.  At `fpr_0.05`, at most 5 % of the split's real
+videos are called forged.  Beside it stand the rate found, its 95 % interval (Clopper-Pearson),
+and whether the split is large enough to support it: five expected false positives, the least at
+which the interval says anything.  Below `low` lie 5 % of the split's forgeries: a video below it is
+called authentic, and one between the two thresholds is inconclusive.
 
-It refuses one class alone, logits that are not finite, and scores that rank the wrong way round.
+`calibrate_on_split` scores a split as a verdict does, one pooled logit a video, and counts people.
+Nothing here writes a model: ralf.train.publish does.
 """
 
+import csv
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +27,18 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from ralf.kernels.manifest import Calibration
+from ralf.train.data.evaluation_set import Example
+from ralf.train.data.index import Index
+from ralf.train.evaluate.judge import Judge, examples_for, score
 from ralf.train.evaluate.metrics import at_even_odds, share_interval
+from ralf.train.recipe import seen_families
 
 Floats = NDArray[np.float64]
-FPRS = (0.01, 0.05)
+FALSE_POSITIVE_RATES = (0.01, 0.05)
 MISSED = 0.05
-"""Share of forgeries that the band `low` gives up."""
-EXPECTED = 5.0
+"""Share of forgeries that may lie below the threshold `low`."""
+SUPPORTING_FALSE_POSITIVES = 5.0
+"""Expected number from which on a split supports a threshold."""
 
 
 class CalibrationError(ValueError):
@@ -46,12 +55,13 @@ class Threshold:
     interval: tuple[float, float]
     """95 %, of the rate."""
     faces: int
+    """How many people the rate was measured on."""
     supported: bool
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """All that calibrating found."""
+    """What calibrating found."""
 
     calibration: Calibration
     thresholds: dict[str, Threshold]
@@ -69,7 +79,7 @@ class Calibrated:
 
 
 def restored(calibration: Calibration, facts: dict[str, Any]) -> Calibrated:
-    """What `facts` tell, whole again."""
+    """The Calibrated that gave these `facts`."""
     thresholds = {
         name: Threshold(**{**each, "interval": tuple(each["interval"])})
         for name, each in facts["thresholds"].items()
@@ -83,23 +93,109 @@ def calibrate(
     *,
     fitted_on: str,
     shift: bool = True,
-    times: int = 1,
+    person: Sequence[Hashable] | None = None,
 ) -> Calibrated:
-    """Calibration and thresholds from the scores of one split.
+    """Calibration and thresholds from one split: a logit, a label and a person for each video.
 
-    `times`: how often each video stands there, once under every condition.  The same video seen
-    again is no new evidence: intervals and support count it once.
+    Without `person` each row is somebody else.
     """
     calibration = fit(logit, forged, fitted_on=fitted_on, shift=shift)
     score = probability(logit, calibration)
     forged = np.asarray(forged, bool)
-    thresholds = {f"fpr_{rate:g}": at_false_alarms(score[~forged], rate, times) for rate in FPRS}
+    reals, forgeries = _people(forged, person)
+    thresholds = {
+        f"fpr_{rate:g}": at_false_positives(score[~forged], rate, reals)
+        for rate in FALSE_POSITIVE_RATES
+    }
     lowest = min(threshold.score for threshold in thresholds.values())
-    thresholds["low"] = at_misses(score[forged], MISSED, at_most=lowest, times=times)
+    thresholds["low"] = at_misses(score[forged], MISSED, at_most=lowest, people=forgeries)
     plain = Calibration()
     return Calibrated(
         calibration, thresholds, nll(logit, forged, plain), nll(logit, forged, calibration)
     )
+
+
+def _people(
+    forged: NDArray[np.bool_], person: Sequence[Hashable] | None
+) -> tuple[int | None, int | None]:
+    """How many people stand among the reals, and how many among the forgeries.
+
+    The classes are counted apart: with nine families, each person is forged nine times and real
+    once, and nine forgeries of one person say little more about others than one does.
+    """
+    if person is None:
+        return None, None
+    seen: tuple[set[Hashable], set[Hashable]] = (set(), set())
+    for who, is_forged in zip(person, forged, strict=True):
+        seen[bool(is_forged)].add(who)
+    return len(seen[False]), len(seen[True])
+
+
+def calibrate_on_table(path: Path, fitted_on: str, *, shift: bool = True) -> Calibrated:
+    """From a CSV of logits and labels (1 = forged), one row for each track or video."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"logit", "label"} <= rows[0].keys():
+        raise CalibrationError(f"{path} should be a CSV with columns logit and label (1 = forged)")
+    logit = np.array([float(row["logit"]) for row in rows])
+    forged = np.array([row["label"] for row in rows]) == "1"
+    return calibrate(logit, forged, fitted_on=fitted_on or path.name, shift=shift)
+
+
+def calibrate_on_split(
+    judge: Judge,
+    index: Index,
+    split: str,
+    *,
+    families: Sequence[str] = (),
+    conditions: Sequence[str] = ("clean",),
+    fitted_on: str = "",
+    shift: bool = True,
+) -> tuple[Calibrated, Floats]:
+    """Calibrate a model on a split; with it, the real videos' scores under the first condition.
+
+    Every frame of a real video is forged by every family, and a video's frames are pooled as a
+    verdict pools them: if the families took turns by frame, a forged "video" would be a single
+    frame, beside reals of eight.
+    """
+    conditions = list(dict.fromkeys(filter(None, conditions)))
+    if not conditions:
+        raise ValueError("--conditions should name at least one, as clean,h264=30")
+    families = tuple(families) or families_to_blend(judge, index, split)
+    logits: list[Floats] = []
+    forged: list[NDArray[np.bool_]] = []
+    people: list[Hashable] = []
+    for condition in conditions:
+        examples = examples_for(judge, index, split, families=families, condition=condition)
+        videos = score(judge, examples).pooled(judge.aggregation)
+        who = {item.video: person_of(item) for item in examples.items}
+        logits.append(videos.logit)
+        forged.append(videos.forged)
+        people += [who[video] for video in videos.video]
+    found = calibrate(
+        np.concatenate(logits),
+        np.concatenate(forged),
+        fitted_on=fitted_on or f"{split}: {','.join(conditions)}",
+        shift=shift,
+        person=people,
+    )
+    return found, probability(logits[0], found.calibration)[~forged[0]]
+
+
+def person_of(item: Example) -> Hashable:
+    """Whose face it shows; the video, where the data names nobody.
+
+    Compression and method are left out: one video encoded twice shows the same person.
+    """
+    row = item.frame.row
+    return row.target or (row.dataset, row.video)
+
+
+def families_to_blend(judge: Judge, index: Index, split: str) -> tuple[str, ...]:
+    """The families trained on where the split has no forgeries of its own; else none."""
+    if len(index.where(split=split, label=1)):
+        return ()
+    return seen_families(judge.trained)
 
 
 def probability(logit: Floats, calibration: Calibration) -> Floats:
@@ -158,31 +254,38 @@ def fit(
     return Calibration(temperature=1 / slope, shift=-offset / slope, fitted_on=fitted_on)
 
 
-def at_false_alarms(real: Floats, rate: float, times: int = 1) -> Threshold:
+def at_false_positives(real: Floats, rate: float, people: int | None = None) -> Threshold:
     """The lowest score at or above which at most `rate` of the reals lie, half-way to the next."""
     ordered = np.sort(np.asarray(real, np.float64))[::-1]
     allowed = int(np.floor(rate * len(ordered) + 1e-9))
-    # ordered[allowed] must fall below; equal scores fall with it.
+    # ordered[allowed] must lie below the threshold, and all that equal it do too.
     barred = ordered[allowed] if allowed < len(ordered) else -np.inf
     above = int((ordered > barred).sum())
     next_up = ordered[above - 1] if above else 1.0
     score = 0.0 if np.isneginf(barred) else _between(float(barred), float(next_up))
     alarms = int((ordered >= score).sum())
-    return _threshold(score, alarms, len(ordered), rate, times)
+    return _threshold(score, alarms, len(ordered), rate, people)
 
 
-def at_misses(forged: Floats, rate: float, *, at_most: float = 1.0, times: int = 1) -> Threshold:
+def at_misses(
+    forged: Floats, rate: float, *, at_most: float = 1.0, people: int | None = None
+) -> Threshold:
     """The highest score, not above `at_most`, below which at most `rate` of forgeries lie."""
     ordered = np.sort(np.asarray(forged, np.float64))
     allowed = int(np.floor(rate * len(ordered) + 1e-9))
     score = min(float(ordered[min(allowed, len(ordered) - 1)]), at_most)
-    return _threshold(score, int((ordered < score).sum()), len(ordered), rate, times)
+    return _threshold(score, int((ordered < score).sum()), len(ordered), rate, people)
 
 
-def _threshold(score: float, events: int, of: int, rate: float, times: int) -> Threshold:
-    faces = of // times
-    span = share_interval(min(round(events / times), faces), faces)
-    return Threshold(score, events / of, span, faces, faces * rate >= EXPECTED)
+def _threshold(score: float, events: int, of: int, rate: float, people: int | None) -> Threshold:
+    """The rate is of all videos; interval and support count each person once.
+
+    The same person seen again, in another video or under another condition, is no new evidence of
+    how often other people are called forged.
+    """
+    people = of if people is None else people
+    span = share_interval(min(round(events * people / of), people), people)
+    return Threshold(score, events / of, span, people, people * rate >= SUPPORTING_FALSE_POSITIVES)
 
 
 def _between(low: float, high: float) -> float:

@@ -1,8 +1,8 @@
 """A model's card: what it was trained on, how well it does, where it fails; a page of Markdown.
 
-Everything on it comes from the checkpoint, the index and the figures that were measured; what was
-not measured is said to be missing.  Of each collection the card names the licence where this
-project knows it, and says plainly where it does not.
+Everything on it comes from the checkpoint, the index and the figures that were measured.  The card
+says so where something was not measured.  It names the licence of each collection where this
+project knows it, and says so where it does not.
 """
 
 import dataclasses
@@ -19,13 +19,15 @@ from ralf.train.recipe_text import differences
 from ralf.train.recipes import RECIPES
 
 
-class Row(Protocol):
-    """What the card reads of a row of the index."""
+class CountedRow(Protocol):
+    """What the card reads from a row of the index."""
 
-    dataset: str
-    method: str
-    split: str
-    label: int
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def split(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Portion:
     count: int
 
 
-def portions(rows: Iterable[Row]) -> tuple[Portion, ...]:
+def portions(rows: Iterable[CountedRow]) -> tuple[Portion, ...]:
     """The index, counted."""
     counts = Counter((row.dataset, row.method, row.split) for row in rows)
     return tuple(Portion(*key, count) for key, count in sorted(counts.items()))
@@ -51,8 +53,9 @@ def card(
     *,
     golden_source: str,
     failures: Sequence[str] = (),
+    forced: str = "",
 ) -> str:
-    """The card's text."""
+    """The card's text; `forced` tells of an earlier version that was promoted past a check."""
     trained = manifest.trained
     sections = {
         f"# {manifest.name}": _summary(manifest, recipe),
@@ -62,9 +65,9 @@ def card(
         "## Where it fails": _failures(recipe, failures),
         "## Not for": (
             "Deciding alone about a person. A score is one piece of evidence for a reviewer; the "
-            "page shows where to look. It says nothing of sound, text, or whole made-up scenes."
+            "page shows where to look. It says nothing about sound, text, or generated scenes."
         ),
-        "## How it was made": _made(recipe, trained, golden_source),
+        "## How it was made": _made(recipe, trained, golden_source, forced),
     }
     return "\n\n".join(f"{title}\n\n{text.strip()}" for title, text in sections.items()) + "\n"
 
@@ -77,7 +80,7 @@ def _summary(manifest: Manifest, recipe: Recipe) -> str:
         f"Network `{manifest.network.build}` ({dimensions}); recipe `{recipe.name}`; "
         f"crops of {manifest.input.size} px, {how}."
     )
-    return f"**Untrained: it knows nothing.**\n\n{text}" if manifest.untrained else text
+    return f"**Untrained: its scores mean nothing.**\n\n{text}" if manifest.untrained else text
 
 
 def _trained_on(recipe: Recipe, data: Sequence[Portion], trained: Mapping[str, Any]) -> str:
@@ -106,7 +109,7 @@ def _figures(manifest: Manifest) -> str:
 
 
 def _flat(metrics: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str, str]]:
-    """Figures as rows; three numbers are a value and its interval."""
+    """Figures as rows of name, value, interval; three numbers are a value and its interval."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name} ")
@@ -152,7 +155,7 @@ def _failures(recipe: Recipe, failures: Sequence[str]) -> str:
 
 
 def without_places(recipe: Recipe) -> Recipe:
-    """First weights by their files' or runs' names: where they lay is nobody's business."""
+    """First weights by the names of their files or runs alone: paths may hold a user's name."""
     init = recipe.init
     names = {
         field: ",".join(Path(part).name for part in value.split(","))
@@ -162,7 +165,7 @@ def without_places(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, init=dataclasses.replace(init, **names))
 
 
-def _made(recipe: Recipe, trained: Mapping[str, Any], golden_source: str) -> str:
+def _made(recipe: Recipe, trained: Mapping[str, Any], golden_source: str, forced: str) -> str:
     facts = {
         "steps": trained.get("steps"),
         "faces seen": trained.get("faces"),
@@ -174,4 +177,5 @@ def _made(recipe: Recipe, trained: Mapping[str, Any], golden_source: str) -> str
     made = RECIPES.get(recipe.name)
     changed = differences(made(), without_places(recipe)) if made else []
     lines += [f"- changed from `{recipe.name}`: {each}" for each in changed]
+    lines += [f"- {forced}"] if forced else []
     return "\n".join([*lines, "", "Why the recipe is so:", *(f"- {note}" for note in recipe.notes)])

@@ -1,32 +1,35 @@
-"""Several published models become one that judges by the mean of what they say.
+"""Several published models become one that judges by the mean of their scores.
 
-The members' weights go in as they are, each with its calibration; the mean is calibrated anew.
-What comes out is a model like any other: it is verified, promoted, built and served the same way.
+The members' weights are taken as they are, each with its calibration; the mean gets a calibration
+of its own.  The ensemble is a model like any other: it is verified, promoted, built and served the
+same way.
 
-It refuses members whose crops are not cut alike, since one crop is shown to all of them, or whose
-faces are not pooled alike.
+It refuses members whose crops are cut in different ways, since all of them score the same crop, and
+members whose faces are pooled in different ways.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from ralf.kernels.artifact import Artifact, golden
-from ralf.kernels.artifact import publish as write_artifact
+from ralf.kernels.artifact import publish as write_version
 from ralf.kernels.engine_torch import pack, restore
 from ralf.kernels.manifest import Manifest, Network, held_out_family
 from ralf.kernels.networks import build
 from ralf.train.calibrate import Calibrated
+from ralf.train.evaluate.judge import Judge, of_network
 from ralf.train.publish import with_calibration
 from ralf.train.recipe_text import differences
 
 
 class EnsembleError(ValueError):
-    """These models cannot judge as one."""
+    """These models cannot make one ensemble."""
 
 
-def drafted(members: Sequence[Artifact], name: str) -> tuple[Manifest, nn.Module]:
+def draft_ensemble(members: Sequence[Artifact], name: str) -> tuple[Manifest, nn.Module]:
     """The ensemble's manifest, uncalibrated, and its network with the members' weights."""
     if len(members) < 2:
         raise EnsembleError(f"an ensemble has two members or more, got {len(members)}")
@@ -72,15 +75,22 @@ def publish_ensemble(
     members: Sequence[Artifact], name: str, models: Path, calibrated: Calibrated | None = None
 ) -> Artifact:
     """The ensemble as a new version of the named model; golden crops are the first member's."""
-    manifest, network = drafted(members, name)
+    manifest, network = draft_ensemble(members, name)
     crops = golden(members[0]).crops
     draft, files = pack(network, with_calibration(manifest, calibrated), crops)
     text = _card(draft, members)
-    return write_artifact(models, draft, {**files, "card.md": text.encode()})
+    return write_version(models, draft, {**files, "card.md": text.encode()})
+
+
+def judge_of_members(members: Sequence[Artifact], name: str) -> Judge:
+    """The ensemble before it is published, to calibrate it by."""
+    manifest, network = draft_ensemble(members, name)
+    judge = of_network(name, network, manifest.input)
+    return replace(judge, aggregation=manifest.aggregation, trained=manifest.trained)
 
 
 def refuse_unlike(one: Artifact, other: Artifact) -> None:
-    """EnsembleError where two models do not see the same crops or pool them otherwise."""
+    """EnsembleError where two models cut crops or pool faces in different ways."""
     for what in ("input", "aggregation"):
         unlike = differences(getattr(one.manifest, what), getattr(other.manifest, what))
         if unlike:
@@ -105,13 +115,16 @@ def _card(draft: Manifest, members: Sequence[Artifact]) -> str:
     ]
     about = (
         "Scores faces by the mean of several detectors. What each was trained on, how well it does "
-        "and where it fails stands on its own card; this one is no better understood than they are."
+        "and where it fails is on its own card; nothing more is known about their mean."
     )
     formula = f"sigmoid((logit − {fitted.shift:.4g}) / {fitted.temperature:.4g})"
     lines = [
         f"# {draft.name}",
         "",
-        *(["**Untrained: a member knows nothing, so neither does this.**", ""] * draft.untrained),
+        *(
+            ["**Untrained: a member was never trained, so these scores mean nothing.**", ""]
+            * draft.untrained
+        ),
         about,
         "",
         "| member | network | temperature | shift | fitted on |",

@@ -1,37 +1,48 @@
-"""A run becomes a model: judged weights in FP16, golden crops, calibration, figures, a card.
+"""A run becomes a model: judged weights in FP16, golden crops, calibration, figures and a card.
 
-The weights are those that validation chose (best.safetensors), or the last where there was no
-validation.  They are loaded strictly, halved, loaded again, and run in FP32 on the golden crops:
-what golden.npz holds is said by the very bytes that are published.  Recalibrating publishes the
-same weights under a new version.  Publishing promotes nothing.
+The weights are those that validation chose, or the last where there was no validation.  They are
+loaded strictly, halved, loaded again, and run in FP32 on the golden crops: the logits in golden.npz
+are computed from the very bytes that are published.  Recalibrating publishes the same weights as a
+new version.  Publishing promotes nothing: ralf.kernels.registry checks and does.
 
-It refuses a run without a checkpoint, weights that do not fit or do not fit into FP16, and golden
-crops of another size.
+It refuses a run without a checkpoint, weights that do not fit the network or FP16, and golden crops
+of another size.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ralf.kernels.artifact import Artifact
-from ralf.kernels.artifact import publish as write_artifact
+from ralf.kernels import registry
+from ralf.kernels.artifact import Artifact, open_artifact
+from ralf.kernels.artifact import publish as write_version
+from ralf.kernels.engine import pick_device
 from ralf.kernels.engine_torch import pack
 from ralf.kernels.manifest import Aggregation, Manifest, Reference
 from ralf.kernels.networks import build
-from ralf.train.calibrate import Calibrated
+from ralf.kernels.untrained import patterns
+from ralf.train.calibrate import Calibrated, CalibrationError, restored
 from ralf.train.card import Portion, card
+from ralf.train.data.evaluation_set import Examples
+from ralf.train.data.index import Index, IndexFault
 from ralf.train.loop.checkpoint import judged, load, weights
 
-GOLDEN = 32
-"""Crops in golden.npz."""
+GOLDEN_CROPS = 32
+PATTERNS = "made patterns, no person"
+Target = Literal["cpu", "rtx-aot", "torch-tensorrt"]
+"""What must be able to run the model: `cpu` needs nothing built, `rtx-aot` is a plan made without a
+GPU, `torch-tensorrt` one made and proven on the GPU at hand."""
+TARGETS: tuple[Target, ...] = ("cpu", "rtx-aot", "torch-tensorrt")
 
 
 @dataclass(frozen=True)
-class Told:
+class PublishDetails:
     """What the publisher knows and the checkpoint does not."""
 
     calibrated: Calibrated | None = None
@@ -41,21 +52,23 @@ class Told:
     failures: Sequence[str] = ()
     aggregation: Aggregation = field(default_factory=Aggregation)
     golden: NDArray[np.uint8] | None = None
-    """u8 [n, 3, s, s], from data that may ship; None: made pictures."""
-    golden_source: str = "made pictures, no person"
+    """u8 [n, 3, s, s], from data that may ship; None: patterns that show nobody."""
+    golden_source: str = PATTERNS
     targets: tuple[str, ...] = ("cpu",)
-    """Where it is to run; promotion asks for each one's engine."""
+    """Where the model is to run; promotion asks for an engine for each."""
     reference: Reference | None = None
-    """How scores are spread, for drift."""
+    """How scores are spread, to notice drift."""
 
 
-def publish(run: Path, name: str, models: Path, told: Told | None = None) -> Artifact:
-    """A run's best weights as a new version of the named model."""
-    told = told or Told()
+def publish_run(
+    run: Path, name: str, models: Path, details: PublishDetails | None = None
+) -> Artifact:
+    """A run's judged weights as a new version of the named model."""
+    details = details or PublishDetails()
     checkpoint = load(judged(run))
     recipe = checkpoint.recipe
     size = recipe.data.input.size
-    crops = told.golden if told.golden is not None else made_crops(size)
+    crops = patterns(GOLDEN_CROPS, size) if details.golden is None else details.golden
     if crops.shape[1:] != (3, size, size):
         raise ValueError(f"golden crops should be [n, 3, {size}, {size}], got {crops.shape}")
     network = build(recipe.network.build, **recipe.network.dimensions)
@@ -65,10 +78,10 @@ def publish(run: Path, name: str, models: Path, told: Told | None = None) -> Art
         network=recipe.network,
         input=recipe.data.input,
         files={},
-        aggregation=told.aggregation,
-        metrics={**checkpoint.metrics, **told.metrics},
-        targets=told.targets,
-        reference=told.reference,
+        aggregation=details.aggregation,
+        metrics={**checkpoint.metrics, **details.metrics},
+        targets=details.targets,
+        reference=details.reference,
         trained={
             "recipe": recipe.name,
             "steps": checkpoint.state.step,
@@ -79,9 +92,16 @@ def publish(run: Path, name: str, models: Path, told: Told | None = None) -> Art
             "commit": checkpoint.commit,
         },
     )
-    draft, files = pack(network, with_calibration(draft, told.calibrated), crops)
-    text = card(draft, recipe, told.data, golden_source=told.golden_source, failures=told.failures)
-    return write_artifact(models, draft, {**files, "card.md": text.encode()})
+    draft, files = pack(network, with_calibration(draft, details.calibrated), crops)
+    text = card(
+        draft,
+        recipe,
+        details.data,
+        golden_source=details.golden_source,
+        failures=details.failures,
+        forced=forced_promotion(models, name),
+    )
+    return write_version(models, draft, {**files, "card.md": text.encode()})
 
 
 def recalibrate(artifact: Artifact, models: Path, calibrated: Calibrated) -> Artifact:
@@ -89,18 +109,20 @@ def recalibrate(artifact: Artifact, models: Path, calibrated: Calibrated) -> Art
     draft = with_calibration(artifact.manifest, calibrated)
     fitted = draft.calibration
     text = artifact.read("card.md").decode().rstrip("\n")
+    forced = forced_promotion(models, artifact.name)
     lines = [
         f"## Recalibrated from {artifact.version}",
         "",
-        f"Fitted on {fitted.fitted_on}; it replaces what is said above.",
+        f"Fitted on {fitted.fitted_on}; this replaces what is said above.",
         f"- temperature {fitted.temperature:.4g}, shift {fitted.shift:.4g}",
         *(f"- `{name}` {score:.4f}" for name, score in sorted(draft.thresholds.items())),
+        *([f"- {forced}"] if forced else []),
     ]
     files: dict[str, bytes | Path] = {
         name: artifact.read(name) for name in artifact.manifest.files if name != "card.md"
     }
     amended = f"{text}\n\n" + "\n".join(lines) + "\n"
-    return write_artifact(models, draft, files | {"card.md": amended.encode()})
+    return write_version(models, draft, files | {"card.md": amended.encode()})
 
 
 def with_calibration(draft: Manifest, calibrated: Calibrated | None) -> Manifest:
@@ -116,20 +138,92 @@ def with_calibration(draft: Manifest, calibrated: Calibrated | None) -> Manifest
     )
 
 
-def made_crops(size: int, count: int = GOLDEN) -> NDArray[np.uint8]:
-    """Pictures of no one, the same each time: soft blobs, every second one with a fine pattern.
+def forced_promotion(models: Path, name: str) -> str:
+    """A sentence for the card where the promoted version was forced past a check; else empty.
 
-    Enough to prove an engine; crops of faces from data that may ship prove it where it matters.
+    A card is sealed before its own version is promoted, so it cannot speak of itself.  But the
+    checks compare each version with the promoted one, and one that was forced sets the bar low.
     """
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:size, 0:size] / size
-    crops = np.empty((count, 3, size, size), np.uint8)
-    for number in range(count):
-        wave = rng.uniform(0.5, 4, (3, 2)) * 2 * np.pi
-        phase = rng.uniform(0, 2 * np.pi, 3)
-        soft = 128 + 70 * np.sin(
-            wave[:, 0, None, None] * x + wave[:, 1, None, None] * y + phase[:, None, None]
-        )
-        fine = rng.normal(0, 12, (3, size, size)) if number % 2 else 0.0
-        crops[number] = np.clip(soft + fine, 0, 255).round()
-    return crops
+    happened = registry.events(models / name)
+    if not happened or not happened[-1].remark.startswith("forced past"):
+        return ""
+    last = happened[-1]
+    return f"the version to be replaced, {last.version}, was itself {last.remark}"
+
+
+def calibration_of(version: Path) -> Calibrated:
+    """What calibrating a published version found, with its intervals."""
+    artifact = open_artifact(version)
+    if "calibration" not in artifact.manifest.metrics:
+        raise CalibrationError(f"{artifact.label} was never calibrated: `ralf calibrate` does it")
+    return restored(artifact.manifest.calibration, artifact.manifest.metrics["calibration"])
+
+
+def figures_in(path: Path) -> dict[str, Any]:
+    """Figures by name: a plain object, or what `ralf evaluate --table card --out` wrote."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    if "title" not in found:
+        return found
+    # A card's figures are numbers or threes of numbers; those of other tables are nested.
+    models = [
+        each
+        for each in found["figures"].values()
+        if not any(isinstance(value, dict) for value in each.values())
+    ]
+    if len(models) != 1:
+        raise ValueError(f"{path} should hold one model's card, it holds {len(models)}")
+    flat: dict[str, Any] = models[0]
+    return flat
+
+
+def golden_faces(run: Path, index: Index, datasets: Sequence[str]) -> tuple[NDArray[np.uint8], str]:
+    """Sixteen reals and sixteen forgeries of the named collections, evenly from all there are."""
+    kept = Index(index.root, tuple(row for row in index if row.dataset in datasets))
+    if not len(kept):
+        have = sorted({row.dataset for row in index})
+        raise IndexFault(f"no rows of {', '.join(datasets)} (have: {', '.join(have)})")
+    data = load(judged(run)).recipe.data
+    split = "val" if len(kept.where(split="val")) else kept.rows[0].split
+    examples = Examples(kept, data, split)
+    chosen = []
+    for forged in (False, True):
+        items = [item for item in examples.items if item.forged == forged]
+        count = min(len(items), GOLDEN_CROPS // 2)
+        chosen += [items[place * len(items) // count] for place in range(count)]
+    crops: NDArray[np.uint8] = torch.stack([examples.crop(item) for item in chosen]).numpy()
+    return crops, f"{', '.join(datasets)}, split {split or 'unnamed'}"
+
+
+def targets_of(names: str, device: str) -> tuple[Target, ...]:
+    """From `all` (what this machine can build for) or a list as `cpu,rtx-aot`."""
+    from ralf.kernels.build import available
+
+    if names == "all":
+        here = available()
+        return tuple(t for t in TARGETS if t == "cpu" or (t in here and _has_device(t, device)))
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    chosen = tuple(target for target in TARGETS if target in found)
+    if not chosen or len(chosen) != len(set(found)):
+        raise ValueError(f"--targets takes all, or some of {', '.join(TARGETS)}; got {names!r}")
+    return chosen
+
+
+def _has_device(target: Target, device: str) -> bool:
+    return target != "torch-tensorrt" or pick_device(device).type == "cuda"
+
+
+def declared_targets(targets: Sequence[Target], device: str) -> tuple[str, ...]:
+    """The targets as the manifest names them; promotion asks for an engine for each."""
+    found: list[str] = []
+    for target in targets:
+        if target == "rtx-aot":
+            from ralf.kernels.build_rtx import architectures
+
+            found += architectures()
+        elif target == "torch-tensorrt":
+            from ralf.kernels.engine_trt import facts
+
+            found.append(f"{facts(pick_device(device)).architecture}-verified")
+        else:
+            found.append(target)
+    return tuple(dict.fromkeys(found))

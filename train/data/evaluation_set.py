@@ -7,6 +7,7 @@ A condition (evaluate/conditions.py) is put on real and forged alike, before the
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -144,3 +145,32 @@ class Examples:
             image = self.pool.forgery(item.frame, image, face, item.family, rng)
         worn = perturb(image, self.condition, np.random.default_rng(int.from_bytes(seed, "big")))
         return cut.take(worn, face)
+
+
+KEPT_BYTES = 2 * 1024**3
+"""Validation crops up to this size are made once and kept."""
+
+
+def validation_batches(index: Index, data: Data) -> "Examples | KeptBatches | None":
+    """The validation split, kept in memory where it fits; None where there is none."""
+    if not len(index.where(split="val")):
+        print("ralf: no rows with split val: the last weights will be kept", file=sys.stderr)
+        return None
+    examples = Examples(index, data, "val")
+    size = data.input.size
+    fits = len(examples.items) * 3 * size * size <= KEPT_BYTES
+    return KeptBatches(examples) if fits else examples
+
+
+class KeptBatches:
+    """Batches that are made when they are first asked for, and then kept."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.names = examples.names
+        self._examples = examples
+        self._made: list[Batch] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._made:
+            self._made = list(self._examples)
+        return iter(self._made)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ralf.kernels.artifact import ArtifactError, resolve
 from ralf.kernels.engine import load as load_engine
 from ralf.kernels.engine import pick_device
-from ralf.kernels.manifest import Aggregation, Calibration, InputContract
+from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Manifest
 from ralf.kernels.networks import build
 from ralf.train.data.evaluation_set import Examples
 from ralf.train.data.index import Index
@@ -63,16 +63,20 @@ def judge_of(spec: str, models: Path, *, device: str = "cpu") -> Judge:
         artifact = resolve(models, spec)
     except ArtifactError as error:
         raise ArtifactError(f"{error} (a folder of `ralf train` would do too)") from error
-    manifest = artifact.manifest
     engine = load_engine(artifact, device, precision="fp32")
+    judge = of_manifest(artifact.label, engine, artifact.manifest)
+    return replace(judge, network=getattr(engine, "network", None))
+
+
+def of_manifest(name: str, score: Score, manifest: Manifest) -> Judge:
+    """What scores crops, judged as its manifest says."""
     return Judge(
-        name=f"{manifest.name}@{artifact.version}",
-        score=engine,
+        name=name,
+        score=score,
         input=manifest.input,
         calibration=manifest.calibration,
         aggregation=manifest.aggregation,
         threshold=manifest.thresholds.get(manifest.policy, 0.5),
-        network=getattr(engine, "network", None),
         trained=manifest.trained,
     )
 

@@ -148,6 +148,11 @@ def judged(run: Path) -> Path:
     raise CheckpointError(f"no {BEST} and no {LAST} in {run}: is it a folder of `ralf train`?")
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether the folder holds weights that could be published."""
+    return any((run / name).is_file() for name in (BEST, LAST))
+
+
 def weights(checkpoint: Checkpoint) -> dict[str, Any]:
     """The judged weights: the moving average where the file has one beside the network."""
     return checkpoint.part("average") or checkpoint.part("network")
