@@ -1,0 +1,93 @@
+"""The documents are true about files and commands: links, the README's table and tree, `ralf …`."""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ralf.train.cli import commands as train
+from ralf.worker.cli.main import parser
+from ralf.worker.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "demo/portraits/*.md")
+    for path in ROOT.glob(pattern)
+)
+ROOMS = ("kernels", "worker", "train")
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a page, made from its headings as code hosts make them."""
+    return {
+        re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_local_link_leads_to_a_file_and_a_heading(page: Path):
+    """Links to other sites are not followed."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in headings(path.read_text()), f"{page.name} links to {target}"
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words after `ralf` in each command line of the text, in code blocks and code spans."""
+    code = re.findall(r"(?s:```[^\n]*\n(.*?)```)|(?m:^ {4}(.*)$)|`([^`\n]+)`", text)
+    for block in map("".join, code):
+        for line in block.splitlines():
+            for command in re.split(r"[|;&]", line.split(" #")[0].split("  or ")[0]):
+                before = r"(?:[A-Z_]+=\S+ +|docker compose .*--rm +)*"
+                if found := re.fullmatch(rf"\s*{before}ralf +([a-z].*)", command):
+                    yield found[1].split()
+
+
+def choices(of: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The subcommands of a parser, by name."""
+    found = [a for a in of._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(found[0].choices) if found else {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_command_on_a_page_exists_with_its_options(page: Path):
+    """A renamed subcommand or option would leave a reader with a usage error."""
+    for words in commands(page.read_text()):
+        here = parser([train])
+        rest = list(words)
+        while rest and rest[0] != "…" and (inside := choices(here)):
+            assert rest[0] in inside, f"{page.name} says: ralf {' '.join(words)}"
+            here = inside[rest.pop(0)]
+        known = {option for action in here._actions for option in action.option_strings}
+        given = {word.split("=")[0] for word in rest if word.startswith("--")}
+        assert given <= known, f"{page.name} says: ralf {' '.join(words)}"
+
+
+def test_the_search_for_commands_sees_them():
+    """A search that finds nothing would always pass."""
+    text = "Run `ralf scan a.mp4`.\n\n    RALF_X=1 ralf worker --high 1 & ralf deliver  # text\n"
+
+    assert list(commands(text)) == [["scan", "a.mp4"], ["worker", "--high", "1"], ["deliver"]]
+    assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 50
+
+
+def test_every_setting_and_make_target_on_a_page_exists():
+    """Settings refuses an unknown RALF_ name, so a page must not show one."""
+    text = "".join(page.read_text() for page in PAGES)
+    settings = {f"RALF_{field.name.upper()}" for field in dataclasses.fields(Settings)}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+    assert set(re.findall(r"\bRALF_[A-Z][A-Z_]*[A-Z]\b", text)) - settings == set()
+    assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
