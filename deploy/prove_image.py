@@ -204,7 +204,7 @@ def free_port() -> int:
 @contextmanager
 def a_redis(folder: Path, users: Path) -> Iterator[int]:
     """Run a Redis with the users of make_secrets.py; yields its port."""
-    from ralf.worker.service.serve import redis_server
+    from ralf.worker.service.processes import redis_server
 
     port = free_port()
     options = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", "aclfile": users}

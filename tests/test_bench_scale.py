@@ -8,7 +8,7 @@ import pytest
 
 from ralf.worker.bench import scale
 from ralf.worker.bench.scale import Turn, record
-from ralf.worker.service.processes import FleetFailed
+from ralf.worker.service.processes import ProcessFailed
 
 
 def test_the_record_tells_what_more_workers_add():
@@ -40,10 +40,10 @@ def test_linearity_and_the_bound_of_the_cores_are_arithmetic():
 
 
 def started_all_but_workers(add: Callable[..., Any]) -> Callable[..., Any]:
-    """A fleet's `add` that forgets the workers."""
+    """A supervisor's `add` that forgets the workers."""
 
-    def added(fleet: Any, role: str, *arguments: str) -> Any:
-        return None if role == "worker" else add(fleet, role, *arguments)
+    def added(supervisor: Any, role: str, *arguments: str) -> Any:
+        return None if role == "worker" else add(supervisor, role, *arguments)
 
     return added
 
@@ -51,7 +51,7 @@ def started_all_but_workers(add: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_group_that_does_not_come_up_is_an_error(monkeypatch: pytest.MonkeyPatch):
     """Not a wait without an end.  None is started: a quick one might be up at the first look."""
     monkeypatch.setattr(scale, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(scale.Fleet, "add", started_all_but_workers(scale.Fleet.add))
+    monkeypatch.setattr(scale.Supervisor, "add", started_all_but_workers(scale.Supervisor.add))
 
-    with pytest.raises(FleetFailed, match="1 workers did not come up"):
+    with pytest.raises(ProcessFailed, match="1 workers did not come up"):
         record((1,), {"empty": 1}, turns=1)

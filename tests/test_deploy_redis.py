@@ -19,7 +19,7 @@ from ralf.worker.contract import Callback
 from ralf.worker.service.deliver import Deliverer, Outbox
 from ralf.worker.service.health import queue_counts
 from ralf.worker.service.janitor import Janitor
-from ralf.worker.service.serve import as_environment
+from ralf.worker.service.processes import as_environment
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.deploy_tools import DEPLOY, ROOT
@@ -114,7 +114,7 @@ def test_each_role_does_its_part(users: dict[str, str]):
 def a_worker(settings: Settings) -> "subprocess.Popen[bytes]":
     """A worker that runs the test jobs."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ralf.worker.service.serve", "worker", *TESTS],
+        [sys.executable, "-m", "ralf", "worker", *TESTS],
         env=as_environment(settings, {"PATH": "/usr/bin:/bin"}),
         cwd=ROOT,
     )

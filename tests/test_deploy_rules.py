@@ -16,13 +16,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ralf.worker.chaos import bodies
 from ralf.worker.errors import Crashed, Interrupted, Rejected, by_code
-from ralf.worker.service.serve import as_environment
+from ralf.worker.service.processes import as_environment
 from ralf.worker.service.store import Store, connect
 from tests.deploy_tools import DEPLOY, ROOT, run
 from tests.documents import a_job
 from tests.redis_server import RedisServer
-from tests.test_crew import two_ports
 from tests.test_rq_worker import QUICK, TESTS, until
+from tests.test_worker_group import two_ports
 from tests.web import get
 
 RULES = yaml.safe_load((DEPLOY / "prometheus" / "rules.yaml").read_text())["groups"]
@@ -64,7 +64,7 @@ def exported(redis_server: RedisServer) -> dict[str, set[str]]:
     )
     store = Store(connect(redis_server.url), settings)
     worker = subprocess.Popen(
-        [sys.executable, "-m", "ralf.worker.service.serve", "worker", *TESTS],
+        [sys.executable, "-m", "ralf", "worker", *TESTS],
         env=as_environment(settings, os.environ),
         cwd=ROOT,
     )
@@ -101,7 +101,7 @@ def test_a_process_without_a_model_is_ready(redis_server: RedisServer):
     """Otherwise the alert on workers that are not ready would never end."""
     settings = replace(QUICK, redis_url=redis_server.url, http_port=two_ports())
     janitor = subprocess.Popen(
-        [sys.executable, "-m", "ralf.worker.service.serve", "janitor"],
+        [sys.executable, "-m", "ralf", "janitor"],
         env=as_environment(settings, os.environ),
         cwd=ROOT,
     )

@@ -23,7 +23,7 @@ from ralf.kernels import registry
 from ralf.kernels.artifact import Artifact
 from ralf.kernels.manifest import Calibration
 from ralf.worker.contract import Job, Media, Sampling, Verdict
-from ralf.worker.service.serve import as_environment
+from ralf.worker.service.processes import as_environment
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
@@ -143,7 +143,7 @@ def site(
     )
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ralf.worker.service.serve", "worker"],
+            [sys.executable, "-m", "ralf", "worker"],
             env=as_environment(settings, os.environ | {"OMP_NUM_THREADS": "1"}),
             cwd=ROOT,
             stderr=log,

@@ -29,9 +29,9 @@ from ralf.worker.chaos.proof import pid_of
 from ralf.worker.contract import Job, Media
 from ralf.worker.service import jobs
 from ralf.worker.service.child_process import Link
+from ralf.worker.service.processes import as_environment
 from ralf.worker.service.records import Status
 from ralf.worker.service.rq_worker import Horse
-from ralf.worker.service.serve import as_environment
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
@@ -175,7 +175,7 @@ def a_worker(
 ) -> "subprocess.Popen[bytes]":
     """A worker with test bodies, as a supervisor starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ralf.worker.service.serve", "worker", *TESTS, *arguments],
+        [sys.executable, "-m", "ralf", "worker", *TESTS, *arguments],
         env=as_environment(settings, os.environ),
         cwd=ROOT,
         stderr=stderr,

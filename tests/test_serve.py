@@ -18,7 +18,7 @@ from redis import Redis
 from ralf.worker.chaos import bodies
 from ralf.worker.contract import Media
 from ralf.worker.service.health import Health, queue_counts, serving_at
-from ralf.worker.service.serve import DidNotStart, as_environment, embedded
+from ralf.worker.service.processes import ProcessFailed, as_environment, embedded
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from ralf.worker.telemetry import Metrics
@@ -135,10 +135,10 @@ def test_embedded_dies_with_whoever_started_it():
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
-def test_a_part_that_does_not_start_says_so(tmp_path: Path):
+def test_a_process_that_does_not_start_says_so(tmp_path: Path):
     """And what was started before it is stopped."""
     settings = replace(QUICK, models_dir=str(tmp_path), model="absent")
-    with pytest.raises(DidNotStart, match="ended with 5"):
+    with pytest.raises(ProcessFailed, match="ended with 5"):
         with embedded(settings, deliver=False):
             pass
 
@@ -147,7 +147,7 @@ def test_a_janitor_alone_sweeps_and_stops_on_sigterm(redis_url: str):
     """`ralf janitor`: a put-off job comes back without any worker."""
     settings = replace(QUICK, redis_url=redis_url)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ralf.worker.service.serve", "janitor"],
+        [sys.executable, "-m", "ralf", "janitor"],
         env=as_environment(settings, os.environ),
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
@@ -252,12 +252,12 @@ def test_a_second_sigterm_while_the_process_ends_does_not_make_it_a_death(redis_
     assert ended(process) == 0
 
 
-def test_embedded_tells_which_part_has_fallen():
+def test_embedded_tells_which_part_has_ended():
     """Whoever runs it can stop instead of serving nobody."""
     with embedded(QUICK, bodies="test", deliver=False) as service:
-        well = service.fallen()
+        well = service.ended()
         os.kill(service.pids["worker"], signal.SIGKILL)
-        until(lambda: service.fallen() != "")
+        until(lambda: service.ended() != "")
 
         assert well == ""
-        assert service.fallen() == "the worker ended with -9"
+        assert service.ended() == "worker-0 ended with -9"

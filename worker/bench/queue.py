@@ -34,7 +34,7 @@ from ralf.worker.client import Client, request
 from ralf.worker.contract import Failure, Job
 from ralf.worker.service import jobs
 from ralf.worker.service.child_process import Link
-from ralf.worker.service.processes import Fleet, redis_alone
+from ralf.worker.service.processes import Supervisor, redis_alone
 from ralf.worker.service.rq_worker import Horse
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
@@ -60,11 +60,11 @@ def run_queue(args: argparse.Namespace) -> int:
 def record(count: int, *, turns: int, latency_jobs: int, crowd: int) -> Record:
     """Measure with `count` jobs a turn."""
     before = machine()
-    with own_redis() as fleet:
-        running = _run(fleet.settings, count, turns)
-        enqueuing = _enqueue(fleet.settings, count, turns)
-        waits = _latency(fleet, latency_jobs)
-        served = _fairness(fleet.settings, crowd)
+    with own_redis() as supervisor:
+        running = _run(supervisor.settings, count, turns)
+        enqueuing = _enqueue(supervisor.settings, count, turns)
+        waits = _latency(supervisor, latency_jobs)
+        served = _fairness(supervisor.settings, crowd)
     ran = {name: timing(spent) for name, spent in running.items()}
     queued = {name: timing(spent) for name, spent in enqueuing.items()}
     latency = timing(waits)
@@ -105,7 +105,7 @@ def _ratio(timings: Mapping[str, Timing], above: str, below: str) -> float:
 
 
 @contextmanager
-def own_redis() -> Iterator[Fleet]:
+def own_redis() -> Iterator[Supervisor]:
     """A Redis of the bench's own, and quiet logs."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ralf-bench-")))
@@ -230,11 +230,11 @@ def _enqueue(settings: Settings, count: int, turns: int) -> dict[str, list[float
 # latency
 
 
-def _latency(fleet: Fleet, count: int) -> list[float]:
+def _latency(supervisor: Supervisor, count: int) -> list[float]:
     """Seconds from submit() to the verdict, with a worker that has nothing else to do."""
-    fleet.add("worker", "worker", "--bodies", "test")
-    fleet.tend()
-    client = Client(connect(fleet.settings.redis_url), fleet.settings)
+    supervisor.add("worker", "--bodies", "test")
+    supervisor.tend()
+    client = Client(connect(supervisor.settings.redis_url), supervisor.settings)
     client.store.function = TRIVIAL
     rng, spent = random.Random(0), []
     try:
@@ -247,7 +247,7 @@ def _latency(fleet: Fleet, count: int) -> list[float]:
             spent.append(time.perf_counter() - start)
     finally:
         client.close()
-        fleet.stop("worker")
+        supervisor.stop("worker")
     return spent
 
 

@@ -28,7 +28,7 @@ from ralf.kernels.bench.record import Record, machine, timing
 from ralf.worker.bench.queue import own_redis
 from ralf.worker.chaos import bodies
 from ralf.worker.client import request
-from ralf.worker.service.processes import Fleet, FleetFailed
+from ralf.worker.service.processes import ProcessFailed, Supervisor
 from ralf.worker.service.procfs import cpu
 from ralf.worker.service.store import Store, connect
 
@@ -53,7 +53,7 @@ class Turn:
 class Group:
     """Some warm workers on a queue of their own."""
 
-    fleet: Fleet
+    supervisor: Supervisor
     store: Store
 
     def take(self, load: Load, count: int, redis_pid: int) -> Turn:
@@ -64,8 +64,8 @@ class Group:
             for n in range(count)
         ]
         pids = [redis_pid]
-        for post in self.fleet.of("worker"):
-            pids += [post.pid, self.fleet.child_of(post)]
+        for worker in self.supervisor.of("worker"):
+            pids += [worker.pid, self.supervisor.child_of(worker)]
         before = sum(map(cpu, pids))
         self.store.submit(made, function=bodies.PREFIX + body)
         verdicts = self.store.key("verdicts")
@@ -84,20 +84,22 @@ class Group:
             rows = pipe.execute()
         odd = [row for row in rows if row[:2] != [b"succeeded", b"1"]]
         if odd:
-            raise FleetFailed(f"{len(odd)} jobs did not go the plain way, one of them: {odd[0]}")
+            raise ProcessFailed(f"{len(odd)} jobs did not go the plain way, one of them: {odd[0]}")
         return min(float(row[2]) for row in rows), max(float(row[3]) for row in rows)
 
 
 @contextmanager
-def _group(fleet: Fleet, workers: int) -> Iterator[Group]:
+def _group(supervisor: Supervisor, workers: int) -> Iterator[Group]:
     """So many workers, each with its child loaded, that serve only this group's queue."""
-    folder = fleet.folder / f"group-{workers}"
+    folder = supervisor.folder / f"group-{workers}"
     folder.mkdir()
-    # work_dir stays the fleet's: a path to a socket must be short
-    own = Fleet(replace(fleet.settings, redis_prefix=f"scale{workers}:"), folder)
+    # work_dir stays the supervisor's: a path to a socket must be short
+    own = Supervisor(
+        replace(supervisor.settings, redis_prefix=f"scale{workers}:"), folder, logged=True
+    )
     store = Store(connect(own.settings.redis_url), own.settings)
     for _ in range(workers):
-        own.add("worker", "worker", "--bodies", "test")
+        own.add("worker", "--bodies", "test")
     try:
         own.tend()
 
@@ -116,7 +118,7 @@ def _wait(true: Callable[[], bool], fault: str) -> None:
     end = time.monotonic() + PATIENCE_S
     while not true():
         if time.monotonic() > end:
-            raise FleetFailed(f"{fault} within {PATIENCE_S:g} s")
+            raise ProcessFailed(f"{fault} within {PATIENCE_S:g} s")
         time.sleep(0.02)
 
 
@@ -131,9 +133,9 @@ def record(workers: tuple[int, ...], counts: Mapping[Load, int], *, turns: int) 
     """Measure each load with each number of workers, in turns; the first turn warms up."""
     before = machine()
     taken: dict[Load, dict[int, list[Turn]]] = {load: {n: [] for n in workers} for load in counts}
-    with own_redis() as fleet, ExitStack() as stack:
-        redis_pid = fleet.of("redis")[0].pid
-        groups = {n: stack.enter_context(_group(fleet, n)) for n in workers}
+    with own_redis() as supervisor, ExitStack() as stack:
+        redis_pid = supervisor.of("redis")[0].pid
+        groups = {n: stack.enter_context(_group(supervisor, n)) for n in workers}
         for turn in range(-1, turns):
             for load, count in counts.items():
                 for n, group in groups.items():

@@ -1,6 +1,6 @@
 """`ralf chaos`: a real service under load is hurt at random, and then proves that nothing was lost.
 
-It starts all of it by itself: a Redis with an append-only file (fleet.py says why `always`), two or
+It starts all of it by itself: a Redis with an append-only file (durable: see processes.py), two or
 more workers with test bodies, a janitor, a deliverer, and a webhook receiver on loopback.  An
 uploader submits (uploader.py), a storm kills (storm.py), and when every job has ended the service
 is stopped and the proof is made (proof.py).  The figures are one JSON document on stdout; exit 1
@@ -23,8 +23,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from ralf.worker.chaos.receiver import Receiver
 from ralf.worker.chaos.storm import Storm, Tempo, Watch, Wound
 from ralf.worker.chaos.uploader import Uploader, priorities
 from ralf.worker.client import Client
-from ralf.worker.service.processes import NO_REDIS, Fleet, running
+from ralf.worker.contract import Priority
+from ralf.worker.service.processes import Supervisor, redis_alone
 from ralf.worker.service.store import PRIORITIES, Store, connect
 from ralf.worker.settings import Settings
 
@@ -61,6 +62,8 @@ CALM_SHARE = 0.75
 """When so many jobs have ended, and all was sent, the storm is over and the rest may end."""
 TURN_S = 0.05
 TELL_S = 5.0
+NO_REDIS = 5
+"""Exit status of a process that could not reach Redis when it started."""
 
 
 @dataclass(frozen=True)
@@ -144,22 +147,46 @@ def chaos(plan: Plan) -> dict[str, Any]:
             stretch=STRETCH if plan.default_timings else 1.0,
             seed=plan.seed,
         )
-        fleet = stack.enter_context(
-            running(settings, folder, workers=priorities(plan.workers), share=plan.share)
+        supervisor = stack.enter_context(
+            _service(settings, folder, workers=priorities(plan.workers), share=plan.share)
         )
         stack.callback(uploader.stop)
-        return Run(plan, fleet, uploader, receiver).to_the_end(stack)
+        return Run(plan, supervisor, uploader, receiver).to_the_end(stack)
+
+
+@contextmanager
+def _service(
+    settings: Settings, folder: Path, *, workers: Mapping[Priority, int], share: bool
+) -> Iterator[Supervisor]:
+    """A durable Redis, workers with test bodies, a janitor and a deliverer; stopped in any case.
+
+    share: the default workers have one child, which runs two jobs at a time.
+    """
+    with redis_alone(settings, folder, durable=True) as supervisor:
+        for priority, count in workers.items():
+            arguments = ["--bodies", "test", "--priority", priority]
+            shared = folder / "shared" if share and priority == "default" else None
+            if shared is not None:
+                arguments += ["--capacity", "2"]
+            for _ in range(count):
+                supervisor.add("worker", *arguments, shared=shared)
+        supervisor.add("janitor")
+        supervisor.add("deliverer")
+        supervisor.tend()
+        yield supervisor
 
 
 class Run:
     """The loop of one run, and what it leaves."""
 
-    def __init__(self, plan: Plan, fleet: Fleet, uploader: Uploader, receiver: Receiver) -> None:
-        self.plan, self.fleet = plan, fleet
+    def __init__(
+        self, plan: Plan, supervisor: Supervisor, uploader: Uploader, receiver: Receiver
+    ) -> None:
+        self.plan, self.supervisor = plan, supervisor
         self.uploader, self.receiver = uploader, receiver
-        self.store = Store(connect(fleet.settings.redis_url, attempts=0), fleet.settings)
+        self.store = Store(connect(supervisor.settings.redis_url, attempts=0), supervisor.settings)
         self.storm = Storm(
-            fleet, self.store, plan.tempo, seed=plan.seed, pushing=lambda: receiver.busy
+            supervisor, self.store, plan.tempo, seed=plan.seed, pushing=lambda: receiver.busy
         )
         self.watch = Watch(self.store, self.storm)
         self.began = time.monotonic()
@@ -176,8 +203,8 @@ class Run:
         self._until(self._settled, storming=False)
         took = time.monotonic() - self.began
         self.uploader.stop()
-        self.fleet.stop("worker", "janitor", "deliverer")
-        self.fleet.wait_for_redis()
+        self.supervisor.stop("worker", "janitor", "deliverer")
+        self.supervisor.wait_for_redis()
         self._look_at_processes()
         asked = self.uploader.asked()
         sightings = [*self.uploader.sightings, *self.watch.ends.values()]
@@ -190,7 +217,7 @@ class Run:
     def _until(self, over: Any, *, storming: bool) -> None:
         end = self.began + 60.0 * self.plan.minutes
         while True:
-            self.fleet.tend()
+            self.supervisor.tend()
             ids = [one.answers[0] for one in self.uploader.asked()]
             try:
                 if storming:
@@ -240,9 +267,9 @@ class Run:
             return f"{unended} jobs to end"
         if counts.outbox:
             return f"{counts.outbox} pushes to send"
-        here = sum(1 for post in self.fleet.of("worker") if post.pid)
+        here = sum(1 for process in self.supervisor.of("worker") if process.pid)
         known = sum(counts.workers.values())
-        if not known == here == len(self.fleet.of("worker")):
+        if not known == here == len(self.supervisor.of("worker")):
             return f"{here} workers run, {known} are registered"
         books = [f"rq:wip:{self.store.queue(p)}" for p in PRIORITIES]
         books += [f"rq:queue:{self.store.queue(p)}:intermediate" for p in PRIORITIES]
@@ -250,23 +277,23 @@ class Run:
 
     def _look_at_processes(self) -> None:
         """Ends that nobody caused, stubborn ones, tracebacks, folders of the dead."""
-        for post in self.fleet.posts:
-            if post.role == "redis":
+        for process in self.supervisor.processes:
+            if process.role == "redis":
                 continue
-            status = post.process.returncode if post.process is not None else None
+            status = process.exit_code
             if status not in (0, NO_REDIS, -signal.SIGKILL):
-                self.wrong.append(f"{post.name} left with status {status} when told to stop")
-        for name in self.fleet.stubborn:
+                self.wrong.append(f"{process.name} left with status {status} when told to stop")
+        for name in self.supervisor.killed:
             self.wrong.append(f"{name} did not stop within its grace")
-        for end in self.fleet.surprises:
+        for end in self.supervisor.unexpected:
             if end.status != NO_REDIS:
                 self.wrong.append(f"{end.name} ended by itself with {end.status}: {end.log}")
-        for log in sorted(self.fleet.folder.glob("*.log")):
+        for log in sorted(self.supervisor.folder.glob("*.log")):
             text = log.read_text(errors="replace")
             for found in re.finditer(r"Traceback \(most recent call last\)", text):
                 shown = text[found.start() : found.start() + 1500]
                 self.wrong.append(f"{log.stem} logged a traceback: {shown}")
-        left = sorted(path.name for path in (self.fleet.folder / "work").iterdir())
+        left = sorted(path.name for path in (self.supervisor.folder / "work").iterdir())
         if left:
             self.wrong.append(f"folders of dead workers are left: {left}")
 
@@ -287,7 +314,7 @@ class Run:
             "jobs": dict(Counter(job.asked.kind for job in jobs)),
             "ends": dict(ends),
             "blows": dict(self.storm.blows),
-            "starts": {post.name: post.starts for post in self.fleet.posts},
+            "starts": {process.name: process.starts for process in self.supervisor.processes},
             "found_s": _by_blow(self.storm.wounds, "found_s"),
             "recovery_s": _by_blow(self.storm.wounds, "recovered_s"),
             "redis_down_s": _spread(self.watch.redis_down_s),

@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 
 from ralf.worker.chaos.proof import Sighting, pid_of
 from ralf.worker.contract import ENDED
-from ralf.worker.service.processes import Fleet, Post
+from ralf.worker.service.processes import Process, Supervisor
 from ralf.worker.service.store import PRIORITIES, Store, decoded
 
 Blow = Literal["child", "parent", "pause", "drain", "deliverer", "janitor", "redis"]
@@ -75,22 +75,22 @@ class Storm:
 
     def __init__(
         self,
-        fleet: Fleet,
+        supervisor: Supervisor,
         store: Store,
         tempo: Tempo,
         *,
         seed: int,
         pushing: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._fleet, self._store, self._tempo = fleet, store, tempo
+        self._supervisor, self._store, self._tempo = supervisor, store, tempo
         self._pushing = pushing
         self._random = random.Random(seed)
         self._next = time.monotonic() + tempo.gap_s
         self._round: list[Blow] = list(WEIGHTS)
         self._random.shuffle(self._round)
         self._wanted: Blow | None = None
-        self._paused: tuple[float, Post] | None = None
-        self._second: tuple[float, Post] | None = None
+        self._paused: tuple[float, Process] | None = None
+        self._second: tuple[float, Process] | None = None
         self.blows: Counter[str] = Counter()
         self.struck: set[int] = set()
         """Workers whose death, or whose child's, was ours."""
@@ -116,16 +116,16 @@ class Storm:
         """What is due of earlier blows: wake the paused one, press the draining one."""
         now = time.monotonic()
         if self._paused is not None and now >= self._paused[0]:
-            self._fleet.signal(self._paused[1], signal.SIGCONT)
+            self._supervisor.signal(self._paused[1], signal.SIGCONT)
             self._paused = None
         if self._second is not None and now >= self._second[0]:
-            self._fleet.signal(self._second[1], signal.SIGTERM)
+            self._supervisor.signal(self._second[1], signal.SIGTERM)
             self._second = None
 
     def calm(self) -> None:
         """The last blow has fallen; nobody stays paused."""
         if self._paused is not None:
-            self._fleet.signal(self._paused[1], signal.SIGCONT)
+            self._supervisor.signal(self._paused[1], signal.SIGCONT)
             self._paused = None
 
     def _chosen(self) -> Blow:
@@ -134,57 +134,57 @@ class Storm:
         return self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
 
     def _strike(self, blow: Blow) -> bool:
-        fleet, away = self._fleet, self._random.uniform(0.0, self._tempo.process_down_s)
+        supervisor, away = self._supervisor, self._random.uniform(0.0, self._tempo.process_down_s)
         match blow:
             case "redis":
                 down = self._random.uniform(0.0, self._tempo.redis_down_s)
                 if self._random.random() < LONG_OUTAGES:
-                    down += fleet.settings.heartbeat_ttl_s
-                return fleet.signal(fleet.of("redis")[0], signal.SIGKILL, empty_s=down)
+                    down += supervisor.settings.heartbeat_ttl_s
+                return supervisor.signal(supervisor.of("redis")[0], signal.SIGKILL, away_s=down)
             case "deliverer" | "janitor":
                 if blow == "deliverer" and not self._pushing() and self._random.random() < PATIENCE:
                     return False
-                post = self._random.choice(fleet.of(blow))
-                return fleet.signal(post, signal.SIGKILL, empty_s=away)
+                worker = self._random.choice(supervisor.of(blow))
+                return supervisor.signal(worker, signal.SIGKILL, away_s=away)
             case "drain":
                 return self._drain(away)
             case _:
                 return self._hurt_worker(blow, away)
 
     def _drain(self, away: float) -> bool:
-        posts = self._up()
-        if not posts:
+        workers = self._up()
+        if not workers:
             return False
-        post = self._random.choice(posts)
+        worker = self._random.choice(workers)
         if self._random.random() < 0.4:
-            self._second = (time.monotonic() + 1.2, post)
-        return self._fleet.signal(post, signal.SIGTERM, empty_s=away)
+            self._second = (time.monotonic() + 1.2, worker)
+        return self._supervisor.signal(worker, signal.SIGTERM, away_s=away)
 
     def _hurt_worker(self, blow: Blow, away: float) -> bool:
         """A worker in the middle of a job, if there is one."""
-        held, posts = self._held(), self._up()
-        posts_by_pid = {post.pid: post for post in posts}
-        busy = [post for post in posts if post.pid in held]
-        if not posts or (not busy and self._random.random() < PATIENCE):
+        held, workers = self._held(), self._up()
+        by_pid = {worker.pid: worker for worker in workers}
+        busy = [worker for worker in workers if worker.pid in held]
+        if not workers or (not busy and self._random.random() < PATIENCE):
             return False
-        post = self._random.choice(busy or posts)
-        at, hurt = time.time(), [post]
+        worker = self._random.choice(busy or workers)
+        at, hurt = time.time(), [worker]
         if blow == "child":
-            hurt = self._fleet.sharing(post)
+            hurt = [other for other in self._supervisor.of("worker") if _share(worker, other)]
             self.struck.update(other.pid for other in hurt)
-            if not self._kill(self._fleet.child_of(post)):
+            if not self._kill(self._supervisor.child_of(worker)):
                 return False
         elif blow == "parent":
-            self.struck.add(post.pid)
-            self._fleet.signal(post, signal.SIGKILL, empty_s=away)
+            self.struck.add(worker.pid)
+            self._supervisor.signal(worker, signal.SIGKILL, away_s=away)
         elif self._paused is None:
-            self.struck.add(post.pid)
-            self._fleet.signal(post, signal.SIGSTOP)
-            lease = self._fleet.settings.heartbeat_ttl_s
-            self._paused = (time.monotonic() + self._random.uniform(0.8, 1.6) * lease, post)
+            self.struck.add(worker.pid)
+            self._supervisor.signal(worker, signal.SIGSTOP)
+            lease = self._supervisor.settings.heartbeat_ttl_s
+            self._paused = (time.monotonic() + self._random.uniform(0.8, 1.6) * lease, worker)
         else:
             return False
-        pids = {pid for pid, known in posts_by_pid.items() if known in hurt}
+        pids = {pid for pid, known in by_pid.items() if known in hurt}
         for pid in pids & held.keys():
             job_id, attempt = held[pid]
             self.wounds.append(Wound(blow, job_id, attempt, at))
@@ -199,7 +199,7 @@ class Storm:
             return False
         return True
 
-    def _up(self) -> list[Post]:
+    def _up(self) -> list[Process]:
         """Workers that are registered, running and not told to stop."""
         known = set()
         for priority in PRIORITIES:
@@ -207,9 +207,9 @@ class Storm:
             known |= {pid_of(decoded(member)) for member in members}
         paused = self._paused[1] if self._paused else None
         return [
-            post
-            for post in self._fleet.of("worker")
-            if post.pid in known and not post.leaving and post is not paused
+            worker
+            for worker in self._supervisor.of("worker")
+            if worker.pid in known and not worker.stopping and worker is not paused
         ]
 
     def _held(self) -> dict[int, tuple[str, int]]:
@@ -223,6 +223,11 @@ class Storm:
                 if worker:
                     held[pid_of(decoded(worker))] = (job_id, int(attempt))
         return held
+
+
+def _share(worker: Process, other: Process) -> bool:
+    """Whether one loses its child with the other's."""
+    return other is worker or (worker.shared is not None and other.shared == worker.shared)
 
 
 class Watch:

@@ -273,6 +273,10 @@ def _worker(subparsers: Any) -> None:
     worker.add_argument(
         "--shadow-share", type=float, metavar="SHARE", help="instead of RALF_SHADOW_SHARE"
     )
+    # For chaos, benches and tests: functions that crash or hang on purpose instead of the model.
+    worker.add_argument(
+        "--bodies", choices=("moderate", "test"), default="moderate", help=argparse.SUPPRESS
+    )
     _redis(worker)
     _model(worker)
     worker.set_defaults(run=_reaching(_run_worker))
@@ -286,6 +290,7 @@ def _run_worker(args: argparse.Namespace) -> int:
     return run_worker(
         _settings(args),
         args.priority,
+        bodies=args.bodies,
         shared=args.shared,
         capacity=args.capacity or 1,
         burst=args.burst,
@@ -294,7 +299,7 @@ def _run_worker(args: argparse.Namespace) -> int:
 
 
 def _run_parents(args: argparse.Namespace) -> int:
-    from ralf.worker.service.crew import run_crew
+    from ralf.worker.service.worker_group import run_group
 
     alone = args.burst or args.max_jobs or args.shared
     if not 0 <= args.high <= args.parents or args.parents < 1 or alone:
@@ -306,7 +311,7 @@ def _run_parents(args: argparse.Namespace) -> int:
         return 2
     rest = args.parents - args.high
     priorities = ["high"] * args.high + [args.priority] * rest
-    return run_crew(_settings(args), priorities, capacity=args.capacity)
+    return run_group(_settings(args), priorities, capacity=args.capacity, bodies=args.bodies)
 
 
 def _serve(subparsers: Any) -> None:
@@ -327,16 +332,16 @@ def _run_serve(args: argparse.Namespace) -> int:
     import threading
 
     from ralf.worker.errors import Infrastructure
-    from ralf.worker.service.serve import embedded
+    from ralf.worker.service.processes import embedded
 
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with embedded(_settings(args), data=args.data) as running:
         print(f"ralf: serving; RALF_REDIS_URL={running.redis_url}", file=sys.stderr, flush=True)
         while not stop.wait(0.5):
-            fallen = running.fallen()
-            if fallen:
-                raise Infrastructure(f"{fallen}; what it said is above")
+            ended = running.ended()
+            if ended:
+                raise Infrastructure(f"{ended}; its messages are above")
     return 0
 
 

