@@ -21,8 +21,8 @@ from ralf.worker.chaos import bodies
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Media, SessionPart, Verdict
 from ralf.worker.service.deliver import Outbox
+from ralf.worker.service.processes import embedded
 from ralf.worker.service.records import Status
-from ralf.worker.service.serve import embedded
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
