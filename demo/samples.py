@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Picture
 
-from ralf.train.forge.families import Portrait, forge
+from ralf.train.forge.families import Family, Portrait, forge
 from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.pixels import Image, blur, resize, to_u8
 from ralf.train.forge.video import animate, encode
-from ralf.train.recipe import HELD_OUT, Family
+from ralf.train.recipe import HELD_OUT
 
 PORTRAITS = Path(__file__).resolve().parent / "portraits"
 

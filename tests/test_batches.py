@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy import ndimage
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import roc_auc_score
@@ -18,10 +19,10 @@ from ralf.train.data.crop import Cut, region
 from ralf.train.data.evaluation_set import Examples
 from ralf.train.data.index import Index, IndexFault
 from ralf.train.data.pictures import Pictures, frames_of
+from ralf.train.forge.families import FAMILIES
 from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.upload_damage import Wear, draw, put_on
-from ralf.train.recipe import FAMILIES, Augment, Data
-from ralf.train.recipe_text import RecipeError
+from ralf.train.recipe import Augment, Data
 from ralf.worker.media.crops import cut_one
 from tests.faces_on_disk import faces
 
@@ -145,7 +146,7 @@ def test_balanced_batches_take_real_and_forged_apart(copies):
 
 def test_a_forgery_on_disk_stands_beside_its_own_target(copies):
     """Same person, same moment, same cut: here the same picture."""
-    batches = Batches(copies, data(augment=replace(PLAIN, flip=0.5, margins=(1.2, 1.4))))
+    batches = Batches(copies, data(augment=PLAIN.replaced(flip=0.5, margins=(1.2, 1.4))))
     batch = batches[0]
 
     assert torch.allclose(batch.crops[:4].float(), batch.crops[4:].float(), atol=30)
@@ -192,7 +193,7 @@ def test_margins_are_drawn_and_crops_jitter_about_the_face(reals):
 
 def test_both_halves_of_a_pair_wear_the_same(copies):
     """The same picture called real and forged comes out the same, whatever it went through."""
-    batches = Batches(copies, data(augment=replace(HARD, noise=0.0), batch=16))
+    batches = Batches(copies, data(augment=HARD.replaced(noise=0.0), batch=16))
     for number in range(4):
         batch = batches[number]
 
@@ -301,7 +302,7 @@ def test_flipping_mirrors_pixels_and_points():
 def test_the_recipes_chances_are_what_is_drawn():
     """Over many draws each wear comes as often as the recipe says."""
     rng = np.random.default_rng(0)
-    wears = [draw(replace(HARD, jpeg=0.3), rng, face_px=200) for _ in range(3000)]
+    wears = [draw(HARD.replaced(jpeg=0.3), rng, face_px=200) for _ in range(3000)]
     share = {
         "flip": np.mean([wear.flip for wear in wears]),
         "h264": np.mean([wear.codec.startswith("lib") for wear in wears]),
@@ -478,6 +479,32 @@ def test_a_box_outside_the_picture_is_refused():
         region(np.zeros((50, 40, 3), np.uint8), outside, Cut(SMALL))
 
 
+@pytest.mark.parametrize("pairing", ["paired", "balanced"])
+def test_the_held_out_family_is_never_made(reals, pairing: str):
+    """Nor stands one in for it: held out, self_blend is not what a swap without donor becomes."""
+    recipe = data(families=("self_blend", "swap", "inner"), held_out="self_blend", pairing=pairing)
+    batches = Batches(reals, recipe, seed=3)
+    names = {batches.names[number] for n in range(6) for number in batches[n].family if number >= 0}
+
+    assert {"swap", "inner"} == names
+    assert "inner" == batches.pool.alone
+    assert {"swap", "inner"} == {item.family for item in Examples(reals, recipe, "val").items} - {
+        None
+    }
+
+
+def test_the_held_out_family_is_left_out_from_disk_too(reals):
+    """Made clips carry their family as their method; validation while training leaves it out."""
+    rows = tuple(replace(row, label=1, method="swap", video=row.video + "f") for row in reals)
+    both = Index(reals.root, reals.rows + rows)
+    recipe = data(families=("inner",), held_out="swap", blended_share=0.0)
+
+    assert not Batches(both, recipe, allow_leaks=True).pool.forged
+    assert "swap" not in {item.method for item in Examples(both, recipe, "val").items}
+    asked = Examples(both, recipe, "val", families=())
+    assert "swap" in {item.method for item in asked.items}
+
+
 def test_families_are_drawn_by_the_recipes_shares(reals):
     """Six to one, within what chance allows; without shares, alike."""
     families = ("smooth", "inner")
@@ -493,5 +520,5 @@ def test_families_are_drawn_by_the_recipes_shares(reals):
 @pytest.mark.parametrize("shares", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, 2.0, 3.0)])
 def test_shares_that_fit_no_families_are_refused(shares):
     """One above 0 for each family."""
-    with pytest.raises(RecipeError, match=r"data\.shares should be 2 numbers above 0"):
+    with pytest.raises(ValidationError, match=r"data\.shares should be 2 numbers above 0"):
         data(families=("smooth", "inner"), shares=shares)

@@ -722,7 +722,7 @@ def test_a_loss_with_a_rival_must_say_who_steps_it(tmp_path: Path):
     """The protocol's one joint that could be forgotten."""
 
     class Half(Objective):
-        def look(self, crops: Tensor) -> Any:
+        def run(self, crops: Tensor) -> Any:
             return self.network(crops)
 
         def rival(self, seen: Any, batch: Any) -> Tensor | None:

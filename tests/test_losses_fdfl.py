@@ -4,12 +4,18 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from ralf.kernels.networks import build
-from ralf.train.losses.fdfl import FdflObjective, centre_loss, single_centre_loss, triplet_loss
+from ralf.train.losses.fdfl import (
+    FdflLoss,
+    FdflObjective,
+    centre_loss,
+    single_centre_loss,
+    triplet_loss,
+)
 from ralf.train.losses.objective import Moment, OneClass, objective
-from ralf.train.recipe import FdflLoss, RecipeError
 from tests.training import MadeBatches, tiny
 
 MOMENT = Moment(step=0, epoch=0, epochs=1, progress=0.0)
@@ -146,7 +152,7 @@ def test_every_shape_trains_beside_cross_entropy(shape: str, learnt: list[tuple[
     """The paper's loss and those it is compared with; only a centre is learnt."""
     judged = made(shape)
     batch = MadeBatches()[0]
-    terms = judged.terms(judged.look(batch.crops), batch, MOMENT)
+    terms = judged.terms(judged.run(batch.crops), batch, MOMENT)
     terms.total.backward()
     parts = dict(terms.parts)
     cross = parts.pop("bce")
@@ -162,11 +168,11 @@ def test_a_centre_starts_at_the_first_batchs_faces(shape: str):
     """Natural ones first, forged ones too where there are two; later batches do not move it so."""
     judged = made(shape)
     first, second = MadeBatches()[0], MadeBatches()[1]
-    seen = judged.look(first.crops)
+    seen = judged.run(first.crops)
     judged.terms(seen, first, MOMENT)
     means = [seen.embedding[~first.forged].mean(0), seen.embedding[first.forged].mean(0)]
     placed = judged.centre.detach().clone()
-    judged.terms(judged.look(second.crops), second, MOMENT)
+    judged.terms(judged.run(second.crops), second, MOMENT)
 
     torch.testing.assert_close(placed, torch.stack(means[: len(placed)]).detach())
     assert torch.equal(placed, judged.centre)
@@ -177,10 +183,10 @@ def test_a_resumed_run_keeps_its_centre():
     """What the checkpoint holds is not placed anew."""
     judged, resumed = made("single_centre"), made("single_centre")
     batch = MadeBatches()[0]
-    judged.terms(judged.look(batch.crops), batch, MOMENT)
+    judged.terms(judged.run(batch.crops), batch, MOMENT)
     resumed.load_state_dict(judged.state_dict())
     other = MadeBatches()[1]
-    resumed.terms(resumed.look(other.crops), other, MOMENT)
+    resumed.terms(resumed.run(other.crops), other, MOMENT)
 
     assert torch.equal(judged.centre, resumed.centre)
 
@@ -190,7 +196,7 @@ def test_as_published_the_centre_starts_at_standard_normals():
     judged = made("single_centre", "random")
     before = judged.centre.detach().clone()
     batch = MadeBatches()[0]
-    judged.terms(judged.look(batch.crops), batch, MOMENT)
+    judged.terms(judged.run(batch.crops), batch, MOMENT)
 
     assert before.std().item() == pytest.approx(1, abs=0.1)
     assert torch.equal(before, judged.centre)
@@ -198,7 +204,7 @@ def test_as_published_the_centre_starts_at_standard_normals():
 
 def test_nonsense_is_refused_when_the_loss_is_made():
     """By name."""
-    with pytest.raises(RecipeError, match=r"loss\.margin should be from 0"):
+    with pytest.raises(ValidationError, match=r"margin\s+Input should be .* or equal to 0"):
         FdflLoss(margin=-1)
-    with pytest.raises(RecipeError, match=r"loss\.weight"):
+    with pytest.raises(ValidationError, match=r"weight\s+Input should be a finite number"):
         FdflLoss(weight=float("nan"))

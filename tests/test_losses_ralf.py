@@ -13,22 +13,25 @@ from torch import Tensor, nn
 
 from ralf.kernels.dct import dct2
 from ralf.kernels.networks import build
-from ralf.train.losses.discriminator import Discriminator, adversarial_loss, discriminator_loss
 from ralf.train.losses.objective import Moment, cross_entropy, objective
 from ralf.train.losses.perceptual import CONVS, ENDS, perceptual
 from ralf.train.losses.ralf import (
     PERCEPTUAL_WEIGHTS,
     Centre,
+    Discriminator,
+    RalfLoss,
     RalfObjective,
+    adversarial_loss,
     alpha,
     band_weights,
     contrastive_loss,
+    discriminator_loss,
     embedding_loss,
     frequency_loss,
     pixel_loss,
     unnormalised,
 )
-from ralf.train.recipe import RalfLoss, RecipeError
+from ralf.train.recipe_text import RecipeError
 from tests.training import MadeBatches, StubRalf, tiny
 
 MOMENT = Moment(step=5, epoch=1, epochs=4, progress=0.25)
@@ -401,7 +404,7 @@ def test_the_total_is_the_weighted_sum(ralf: RalfObjective):
     """L_C + .1 (L_1 + L_freq + .1 L_adv) + α .1 L_emb + .1 L_con."""
     batch = MadeBatches()[0]
 
-    terms = ralf.terms(ralf.look(batch.crops), batch, MOMENT)
+    terms = ralf.terms(ralf.run(batch.crops), batch, MOMENT)
 
     part = {name: value.item() for name, value in terms.parts.items()}
     assert {"bce", "l1", "freq", "adv", "emb", "con"} == part.keys()
@@ -444,7 +447,7 @@ def test_a_terms_gradient_reaches_its_parts_and_no_others(ralf: RalfObjective, t
     """Also not the discriminator, nor the extractor."""
     batch = MadeBatches()[0]
 
-    ralf.terms(ralf.look(batch.crops), batch, MOMENT).parts[term].backward()
+    ralf.terms(ralf.run(batch.crops), batch, MOMENT).parts[term].backward()
 
     reached = {
         name.split(".")[0]
@@ -461,7 +464,7 @@ def test_the_real_networks_embedding_loss_stops_at_its_encoder():
     made = objective(recipe, build(recipe.network.build, **recipe.network.dimensions))
     batch = MadeBatches()[0]
 
-    terms = made.terms(made.look(batch.crops), batch, MOMENT)
+    terms = made.terms(made.run(batch.crops), batch, MOMENT)
     terms.parts["emb"].backward(retain_graph=True)
     reached = {name for name, p in made.network.named_parameters() if p.grad is not None}
     terms.total.backward()
@@ -478,7 +481,7 @@ def test_the_real_networks_embedding_loss_stops_at_its_encoder():
 def test_the_rivals_gradient_reaches_the_rival_alone(ralf: RalfObjective):
     """The reconstructor must not learn to be caught."""
     batch = MadeBatches()[0]
-    seen = ralf.look(batch.crops)
+    seen = ralf.run(batch.crops)
 
     loss = ralf.rival(seen, batch)
     assert loss is not None
@@ -498,9 +501,9 @@ def test_a_weight_of_zero_leaves_the_term_out(weight: str, part: str):
     made = objective(tiny("ralf", **{weight: "0"}), StubRalf())
     batch = MadeBatches()[0]
 
-    assert part not in made.terms(made.look(batch.crops), batch, MOMENT).parts
+    assert part not in made.terms(made.run(batch.crops), batch, MOMENT).parts
     if weight == "weight_adv":
-        assert made.rival(made.look(batch.crops), batch) is None
+        assert made.rival(made.run(batch.crops), batch) is None
         assert made.rival_optimiser() is None
 
 

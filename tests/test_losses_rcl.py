@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from ralf.kernels.networks import build
@@ -17,13 +18,13 @@ from ralf.train.losses.objective import Moment, OneClass, objective
 from ralf.train.losses.rcl import (
     Centre,
     Draws,
+    RclLoss,
     RclObjective,
     fused_negatives,
     made_positives,
     margin_loss,
     mine,
 )
-from ralf.train.recipe import RclLoss, RecipeError
 from tests.training import MadeBatches, environment, tiny
 
 MOMENT = Moment(step=3, epoch=0, epochs=1, progress=0.0)
@@ -163,6 +164,7 @@ def test_the_centre_follows_natural_faces_on_the_sphere():
 RANKED = """
 import sys
 import torch
+from pydantic import ValidationError
 from ralf.train.losses.rcl import Centre
 from ralf.train.loop.distributed import joined
 with joined(torch.device("cpu")) as ranks:
@@ -210,7 +212,7 @@ def test_it_trains_network_and_projection_together():
     """One joint backward; the centre is no parameter, and lies in the checkpoint."""
     judged = made()
     batch = MadeBatches()[0]
-    terms = judged.terms(judged.look(batch.crops), batch, MOMENT)
+    terms = judged.terms(judged.run(batch.crops), batch, MOMENT)
     terms.total.backward()
     parts = terms.parts
 
@@ -253,7 +255,7 @@ def test_a_batch_of_one_class_is_refused():
     """There is nothing to keep apart."""
     judged = made()
     batch = MadeBatches()[0]
-    seen = judged.look(batch.crops)
+    seen = judged.run(batch.crops)
     object.__setattr__(batch, "forged", torch.ones(8).bool())
 
     with pytest.raises(OneClass, match="got 0 and 8"):
@@ -264,7 +266,7 @@ def test_autocast_leaves_it_in_fp32():
     """Cosines at a temperature of a tenth would lose two digits in bf16."""
     judged = made()
     batch = MadeBatches()[0]
-    seen = judged.look(batch.crops)
+    seen = judged.run(batch.crops)
     plain = judged.terms(seen, batch, MOMENT).parts["con"]
     judged.centre.total.zero_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -275,7 +277,7 @@ def test_autocast_leaves_it_in_fp32():
 
 def test_nonsense_is_refused_when_the_loss_is_made():
     """By name."""
-    with pytest.raises(RecipeError, match=r"loss\.temperature should be above 0"):
+    with pytest.raises(ValidationError, match=r"temperature\s+Input should be greater than 0"):
         RclLoss(temperature=0)
-    with pytest.raises(RecipeError, match=r"loss\.hard should be 1 or more"):
+    with pytest.raises(ValidationError, match=r"hard\s+Input should be greater than or equal to 1"):
         RclLoss(hard=0)

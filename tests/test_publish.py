@@ -233,7 +233,7 @@ def test_the_card_names_first_weights_by_their_file_alone():
         network="/home/ann/runs/one,/home/ann/runs/two",
     )
 
-    shown = without_places(replace(recipe, init=init))
+    shown = without_places(recipe.replaced(init=init))
 
     assert shown.init.backbone == "lite0.safetensors"
     assert shown.init.network == "one,two"

@@ -1,6 +1,5 @@
 """Data and recipes for tests that train: made faces with visible forgeries, and tiny recipes."""
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -147,4 +146,4 @@ def environment() -> dict[str, str]:
 
 def renamed(recipe: Recipe, name: str) -> Recipe:
     """The recipe under another name."""
-    return dataclasses.replace(recipe, name=name)
+    return recipe.replaced(name=name)

@@ -5,7 +5,6 @@ says so where something was not measured.  It names the licence of each collecti
 project knows it, and says so where it does not.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def _trained_on(recipe: Recipe, data: Sequence[Portion], trained: Mapping[str, A
     lines += [f"| {p.dataset} | {p.method} | {p.split or '–'} | {p.count} |" for p in data]
     licences = {p.dataset: licence_of(p.dataset) for p in data}
     lines += ["", "Licences:", *(f"- {name}: {text}" for name, text in sorted(licences.items()))]
-    families = ", ".join(recipe.data.families)
+    families = ", ".join(recipe.data.trained_families)
     if families:
         lines += ["", f"Forgeries made from the reals by blending: {families}."]
     if families and (unseen := held_out_family(trained)) is not None:
@@ -159,10 +158,10 @@ def without_places(recipe: Recipe) -> Recipe:
     init = recipe.init
     names = {
         field: ",".join(Path(part).name for part in value.split(","))
-        for field, value in dataclasses.asdict(init).items()
+        for field, value in init.model_dump().items()
         if value is not None
     }
-    return dataclasses.replace(recipe, init=dataclasses.replace(init, **names))
+    return recipe.replaced(init=init.replaced(**names))
 
 
 def _made(recipe: Recipe, trained: Mapping[str, Any], golden_source: str, forced: str) -> str:

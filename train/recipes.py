@@ -7,29 +7,19 @@ marked: [S] second-hand notes, [R] from memory, [X] not to be had; each with a w
 notes of a recipe go onto the card of the model it makes.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 from ralf.kernels.manifest import InputContract, Network, Sampling
-from ralf.train.recipe import (
-    FAMILIES,
-    HELD_OUT,
-    Augment,
-    BceLoss,
-    Data,
-    FdflLoss,
-    Optimiser,
-    RalfLoss,
-    RclLoss,
-    Recipe,
-    Schedule,
-)
-from ralf.train.recipe_text import RecipeError, override
+from ralf.train.forge.families import FAMILIES, REGISTRY
+from ralf.train.losses.fdfl import FdflLoss
+from ralf.train.losses.objective import BceLoss
+from ralf.train.losses.ralf import RalfLoss
+from ralf.train.losses.rcl import RclLoss
+from ralf.train.recipe import HELD_OUT, Augment, Data, Optimiser, Recipe, Schedule
+from ralf.train.recipe_text import RecipeError
 
-BLENDED = tuple(family for family in FAMILIES if family != HELD_OUT)
-"""The families that ours train on; the held-out one judges what generalises."""
-SHARES = (3.0, 2.0, 3.0, 1.5, 1.0, 1.5, 0.7, 1.5, 0.5)
-"""How often each is drawn: those that real forgers' traces resemble most, and those still hard."""
+SHARES = tuple(REGISTRY[family].share for family in FAMILIES)
+"""How often each family is drawn, as its function in train/forge/families.py says."""
 
 PAPER_NOTES = (
     "L_freq takes the authors' magnitudes; equation 5 is loss.freq=difference.",
@@ -96,7 +86,7 @@ def ralf() -> Recipe:
         name="ralf",
         network=Network(build="ralf", base=32, blocks=8, backbone="xception", size=256),
         loss=RalfLoss(),
-        data=Data(families=BLENDED, shares=SHARES, held_out=HELD_OUT, augment=OUR_AUGMENT),
+        data=Data(families=FAMILIES, shares=SHARES, held_out=HELD_OUT, augment=OUR_AUGMENT),
         optimiser=Optimiser(lr=2e-4, weight_decay=1e-4, norm_momentum=0.05, norms="running"),
         schedule=Schedule(epochs=40, patience=10),
         notes=OUR_NOTES,
@@ -105,8 +95,7 @@ def ralf() -> Recipe:
 
 def ralf_small() -> Recipe:
     """The same network, narrower: runs on two CPU cores and weighs about 9 MB in FP16."""
-    return dataclasses.replace(
-        ralf(),
+    return ralf().replaced(
         name="ralf_small",
         network=Network(
             build="ralf", base=16, blocks=4, backbone="tf_efficientnet_lite0", size=256
@@ -125,35 +114,26 @@ def ralf_small() -> Recipe:
 def ralf_small_cpu() -> Recipe:
     """ralf_small with a reconstructor that two CPU cores can train: what ships (train/model.sh)."""
     small = ralf_small()
-    return override(
-        dataclasses.replace(
-            small,
-            network=small.network.model_copy(update={"base": 8, "blocks": 2, "sees": "both"}),
-            notes=(
-                *small.notes,
-                "No L_con: VGG would take a quarter of the faces that the time allows.",
-                "It begins from small_classifier's weights: 450 steps are too few for both.",
-                "sees=both: the crop beside the residual, so that it begins as that classifier.",
-                "The last weights: 242 clean stills of the val split are too few to choose by.",
-            ),
+    return small.replaced(
+        name="ralf_small_cpu",
+        network=small.network.model_copy(update={"base": 8, "blocks": 2, "sees": "both"}),
+        loss=small.loss.replaced(weight_con=0.0, con_patch=64),
+        data=small.data.replaced(batch=16),
+        optimiser=small.optimiser.replaced(ema=0.99),
+        schedule=small.schedule.replaced(steps=450, evaluate_every=4, select="last"),
+        notes=(
+            *small.notes,
+            "No L_con: VGG would take a quarter of the faces that the time allows.",
+            "It begins from small_classifier's weights: 450 steps are too few for both.",
+            "sees=both: the crop beside the residual, so that it begins as that classifier.",
+            "The last weights: 242 clean stills of the val split are too few to choose by.",
         ),
-        {
-            "name": "ralf_small_cpu",
-            "data.batch": "16",
-            "loss.weight_con": "0",
-            "loss.con_patch": "64",
-            "optimiser.ema": "0.99",
-            "schedule.steps": "450",
-            "schedule.evaluate_every": "4",
-            "schedule.select": "last",
-        },
     )
 
 
 def small_classifier() -> Recipe:
     """ralf_small's classifier alone: same backbone, data and budget; what RALF must beat."""
-    return dataclasses.replace(
-        ralf_small(),
+    return ralf_small().replaced(
         name="small_classifier",
         network=Network(build="classifier", backbone="tf_efficientnet_lite0", size=256),
         loss=BceLoss(),
@@ -193,8 +173,7 @@ FDFL_NOTES = (
 
 def fdfl() -> Recipe:
     """FDFL on the product's data: pixels and block frequencies, single-center loss."""
-    return dataclasses.replace(
-        ralf(),
+    return ralf().replaced(
         name="fdfl",
         network=Network(build="fdfl", backbone="xception", size=256, fusion="gate"),
         loss=FdflLoss(),
@@ -204,8 +183,7 @@ def fdfl() -> Recipe:
 
 def fdfl_small() -> Recipe:
     """FDFL around ralf_small's backbone: 3.8 M parameters, 2 GFLOP a face."""
-    return dataclasses.replace(
-        ralf_small(),
+    return ralf_small().replaced(
         name="fdfl_small",
         network=Network(build="fdfl", backbone="tf_efficientnet_lite0", size=256, fusion="gate"),
         loss=FdflLoss(),
@@ -224,12 +202,11 @@ RCL_NOTES = (
 def rcl() -> Recipe:
     """The RCL-inspired detector: a plain classifier, trained around natural faces' centre."""
     full = ralf()
-    return dataclasses.replace(
-        full,
+    return full.replaced(
         name="rcl",
         network=Network(build="classifier", backbone="xception", size=256),
         loss=RclLoss(),
-        data=dataclasses.replace(full.data, pairing="kindred"),
+        data=full.data.replaced(pairing="kindred"),
         notes=RCL_NOTES,
     )
 
@@ -237,12 +214,11 @@ def rcl() -> Recipe:
 def rcl_small() -> Recipe:
     """The same with ralf_small's backbone: small_classifier's network and cost."""
     small = ralf_small()
-    return dataclasses.replace(
-        small,
+    return small.replaced(
         name="rcl_small",
         network=Network(build="classifier", backbone="tf_efficientnet_lite0", size=256),
         loss=RclLoss(),
-        data=dataclasses.replace(small.data, pairing="kindred"),
+        data=small.data.replaced(pairing="kindred"),
         notes=RCL_NOTES,
     )
 

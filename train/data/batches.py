@@ -24,11 +24,12 @@ from ralf.train.data.crop import Cut, region
 from ralf.train.data.index import Index, IndexFault
 from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
+from ralf.train.forge.families import FAMILIES, Family
 from ralf.train.forge.identity import as_another
 from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.pixels import Image
 from ralf.train.forge.upload_damage import Wear, draw, put_on
-from ralf.train.recipe import FAMILIES, Data, Family
+from ralf.train.recipe import Data
 
 REAL = -1
 """The family of a real face."""
@@ -80,10 +81,12 @@ class Batches:
     ) -> None:
         refuse_leaks(index, allowed=allow_leaks)
         self.data, self.seed = data, seed
-        self.pool = Pool(index, data, split, ram_bytes=ram_bytes)
+        # What is held out is left out from disk too: made clips carry their family as their method.
+        left = index.without_forgeries(data.held_out)
+        self.pool = Pool(left, data, split, ram_bytes=ram_bytes)
         self._real = tuple(len(frames) for frames in self.pool.real)
         self._forged = tuple(len(frames) for frames in self.pool.forged)
-        self._families: tuple[Family, ...] = _known(data.families)
+        self._families: tuple[Family, ...] = _known(data.trained_families)
         share = dict(zip(data.families, data.shares, strict=True)) if data.shares else {}
         self._edges = np.cumsum([share.get(family, 1.0) for family in self._families])
         if not self._families and not self._forged:

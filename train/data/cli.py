@@ -143,7 +143,8 @@ def _only(pairs: list[str]) -> dict[str, object]:
 def _clips(args: argparse.Namespace) -> int:
     from ralf.train.data.layouts import read_all
     from ralf.train.forge.clips import INDEX, Wanted, make_clips
-    from ralf.train.recipe import FAMILIES, HELD_OUT
+    from ralf.train.forge.families import FAMILIES
+    from ralf.train.recipe import HELD_OUT
 
     seen = tuple(family for family in FAMILIES if family != HELD_OUT)
     bar = _Bar()
@@ -190,7 +191,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ralf.train.data.layouts import read_all
     from ralf.train.evaluate.judge import judge_of, write_videos
     from ralf.train.evaluate.tables import Ask, table
-    from ralf.train.recipe import FAMILIES
+    from ralf.train.forge.families import FAMILIES
 
     models = models_folder(args.judged_in)
     judges = [judge_of(spec, models, device=args.device) for spec in args.models]

@@ -22,7 +22,8 @@ from ralf.train.data.index import Index, IndexFault
 from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
 from ralf.train.evaluate.conditions import CLEAN, parse, perturb
-from ralf.train.recipe import FAMILIES, Data, Family
+from ralf.train.forge.families import FAMILIES, Family
+from ralf.train.recipe import Data
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,11 @@ class Examples:
         real frame in turn, or all.  `limit` keeps the first so many videos of each class."""
         parse(condition)
         self.data, self.condition, self.batch = data, condition, batch
+        if families is None:
+            # As the recipe trains: validation must not choose weights by what is held out.
+            families, index = data.trained_families, index.without_forgeries(data.held_out)
         self.pool = Pool(index, data, split, ram_bytes=ram_bytes)
-        wanted = data.families if families is None else families
+        wanted = families
         if unknown := set(wanted) - set(FAMILIES):
             raise IndexFault(f"no family {sorted(unknown)}; known: {', '.join(FAMILIES)}")
         self.families = tuple(family for family in FAMILIES if family in wanted)

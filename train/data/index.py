@@ -141,6 +141,11 @@ class Index:
         )
         return Index(self.root, tuple(kept), self.notes)
 
+    def without_forgeries(self, method: str | None) -> "Index":
+        """The rows but for forgeries made in this way; all rows for None."""
+        kept = (row for row in self.rows if not row.label or row.method != method)
+        return Index(self.root, tuple(kept), self.notes)
+
     @property
     def sha256(self) -> str:
         """The same whatever the order of rows and the place of the root."""

@@ -14,10 +14,10 @@ from ralf.kernels.manifest import InputContract
 from ralf.train.data.crop import Cut, region
 from ralf.train.data.index import Index, IndexFault
 from ralf.train.data.pictures import Frame, Pictures, frames_of
-from ralf.train.forge.families import Portrait, forge
+from ralf.train.forge.families import FAMILIES, REGISTRY, Family, Portrait, forge
 from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.pixels import Image
-from ralf.train.recipe import FAMILIES, Data, Family
+from ralf.train.recipe import Data
 
 PREPARED = "prepare.json"
 """Beside an index that `ralf data prepare` made: how."""
@@ -67,6 +67,12 @@ class Pool:
         everything = [frame for frames in (*self.real, *self.forged) for frame in frames]
         self.pictures = Pictures(index, everything, ram_bytes=ram_bytes)
         self.size = data.input.size
+        self.alone = next(
+            name
+            for name, family in REGISTRY.items()
+            if not family.needs_donor and name != data.held_out
+        )
+        """The family that stands in where nobody can be the donor; never the one held out."""
 
     def number(self, method: str) -> int:
         """The family's number."""
@@ -110,8 +116,9 @@ class Pool:
         rng: np.random.Generator,
     ) -> Image:
         """A pseudo-forgery of the region; with nobody to swap with, of the face itself."""
-        donor = self.donor(frame, face, rng) if family == "swap" else None
-        made: Family = "self_blend" if family == "swap" and donor is None else family
+        needed = REGISTRY[family].needs_donor
+        donor = self.donor(frame, face, rng) if needed else None
+        made = self.alone if needed and donor is None else family
         return forge(image, face, made, rng, donor=donor)[0]
 
 

@@ -31,7 +31,7 @@ from ralf.train.evaluate.metrics import (
     share_interval,
 )
 from ralf.train.evaluate.tables import Ask, Table, _percent, _take, called_forged
-from ralf.train.recipe import FAMILIES
+from ralf.train.forge.families import FAMILIES
 from ralf.worker.scores import calibrated
 
 Figures = dict[str, list[float] | float]

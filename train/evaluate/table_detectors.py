@@ -27,7 +27,7 @@ from ralf.train.evaluate.conditions import CLEAN
 from ralf.train.evaluate.judge import Judge, examples_for, result, scored
 from ralf.train.evaluate.metrics import Metrics, Scored, auc, measure, paired_bootstrap_interval
 from ralf.train.evaluate.tables import Ask, Table, _auc
-from ralf.train.recipe import FAMILIES
+from ralf.train.forge.families import FAMILIES
 
 CONDITIONS = ("h264=40", "jpeg=50", "blur:2")
 TIMED = 8

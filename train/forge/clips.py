@@ -25,8 +25,9 @@ import numpy as np
 from ralf.train.data.index import Index, IndexFault, Row
 from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
+from ralf.train.forge.families import FAMILIES, Family
 from ralf.train.forge.video import animate, encode
-from ralf.train.recipe import FAMILIES, Data, Family
+from ralf.train.recipe import Data
 
 INDEX = "index.csv"
 FPS = 12.5

@@ -1,26 +1,19 @@
 """Pseudo-forgeries from real faces: what a forger's tool leaves behind, without the forger.
 
-A forged face is an altered copy of a face blended into the picture it came from.  Whatever made
-the copy, two things remain: inside and outside disagree in colour, sharpness or noise, and the
-mask that joins them has a border.  `forge` makes both, from one real image (or two, for `swap`),
-by one of several families; each can be asked for alone, so that one may be held out.
+A forged face is an altered copy of a face, blended into the picture that it came from.  Whatever
+tool made the copy, two things remain: the inside and the outside differ in colour, sharpness or
+noise, and the mask that joins them has a border.  `forge` makes both from one real image (from two
+for `swap`).
 
-    self_blend  the face, its statistics shifted and slightly moved, over itself
-    inner       the same between brows and mouth only
-    swap        another person's face, warped onto this one and matched in colour
-    mouth       the mouth opened, closed or widened, as lip-sync and reenactment do
-    eyes        brows and lids moved
-    reenact     the whole expression moved
-    resample    the face through a small size and back, as an autoencoder draws it
-    smooth      skin without its texture
-    spectrum    the periodic traces of transposed convolution
-    boundary    an ellipse joined by bands of frequency: unlike the rest, so kept to judge by
+To add a family, write one function with the decorator `family` in this file.  Its name is the
+family's name; the decorator says how often recipes draw it and which part of the face it replaces.
+The order of the functions is part of the recipes and of the batches: add new ones at the end.
 
 Everything random comes from the generator passed in: the same state gives the same forgery.
-It refuses an unknown family, and a swap without a donor.
+`forge` refuses an unknown family, and a family that needs a donor without one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +31,9 @@ from ralf.train.forge.pixels import (
     smooth_field,
     to_u8,
 )
-from ralf.train.recipe import FAMILIES, Family
+
+Family = str
+"""The name of one of FAMILIES."""
 
 
 @dataclass(frozen=True)
@@ -49,67 +44,117 @@ class Portrait:
     face: FaceGeometry
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a family's function gets."""
+
+    image: Pixels  # f32 [h, w, 3], 0 to 255
+    face: FaceGeometry
+    rng: np.random.Generator
+    donor: Portrait | None
+    """Another person; never None for a family that needs one."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a family returns that joins its copy to the picture by itself."""
+
+    image: Pixels
+    mask: Pixels  # f32 [h, w], 0 to 1
+
+
+Make = Callable[[Task], Pixels | Joined]
+
+
+@dataclass(frozen=True)
+class ForgeryFamily:
+    """One way of making pseudo-forgeries."""
+
+    name: Family
+    share: float
+    """How often recipes draw it, beside the other families' shares."""
+    region: Mapping[Region, float]
+    """The parts of the face that it may replace, each with its probability."""
+    needs_donor: bool
+    either_side: bool
+    """Whether the picture around the face may be altered in place of the face."""
+    make: Make
+
+
+REGISTRY: dict[Family, ForgeryFamily] = {}
+
+
+def family(
+    share: float = 1.0,
+    region: Region | Mapping[Region, float] = "face",
+    *,
+    needs_donor: bool = False,
+    either_side: bool = False,
+) -> Callable[[Make], Make]:
+    """Register a function as the family of its name.
+
+    The function returns the altered copy of the whole picture, and `forge` blends the region of it
+    into the original; or it returns a Joined, and `region` is not used.
+    """
+    regions: Mapping[Region, float] = {region: 1.0} if isinstance(region, str) else region
+
+    def register(make: Make) -> Make:
+        name = make.__name__
+        REGISTRY[name] = ForgeryFamily(name, share, regions, needs_donor, either_side, make)
+        return make
+
+    return register
+
+
+def refuse_unknown(name: str) -> str:
+    """The name itself if there is a family of that name, else a ValueError that lists all names."""
+    if name not in REGISTRY:
+        raise ValueError(f"family should be one of {', '.join(REGISTRY)}; got {name!r}")
+    return name
+
+
 def forge(
     image: Image,
     face: FaceGeometry,
-    family: Family,
+    name: Family,
     rng: np.random.Generator,
     *,
     donor: Portrait | None = None,
 ) -> tuple[Image, Pixels]:
     """A forged copy of the image, and how much of each pixel is forged: f32 [h, w], 0 to 1."""
-    if family not in FAMILIES:
-        raise ValueError(f"family should be one of {', '.join(FAMILIES)}; got {family!r}")
+    made_by = REGISTRY[refuse_unknown(name)]
+    if made_by.needs_donor and donor is None:
+        raise ValueError(f"a {name} needs a donor: pass donor=Portrait(image, face)")
     target = image.astype(np.float32)
-    if family == "boundary":
-        out, mask = _banded(target, face, rng)
-        return _as_coloured(out, image), mask
-    if family == "swap":
-        if donor is None:
-            raise ValueError("a swap needs a donor: pass donor=Portrait(image, face)")
-        source = manipulations.wear(donor.image.astype(np.float32), donor.face, target, face, rng)
-    else:
-        source = _MAKE[family](target, face, rng)
-    mask = _mask(face, _region(family, rng), image.shape[:2], rng)
-    if family == "self_blend" and rng.random() < 0.5:
-        # Either side of the border may be the odd one; the picture around it then carries it.
+    source = made_by.make(Task(target, face, rng, donor))
+    if isinstance(source, Joined):
+        return _as_coloured(source.image, image), source.mask
+    mask = _mask(face, _drawn_region(made_by.region, rng), image.shape[:2], rng)
+    if made_by.either_side and rng.random() < 0.5:
+        # The mask then shows the original face in altered surroundings: a detector must not learn
+        # that the odd side of a border is always the inside.
         source, target = target, manipulations.shift(target, rng)
     return _as_coloured(target + (source - target) * mask[..., None], image), mask
 
 
+def _drawn_region(regions: Mapping[Region, float], rng: np.random.Generator) -> Region:
+    """One of the regions, by their probabilities; a single one costs no random number."""
+    first, *others = regions
+    if not others:
+        return first
+    drawn = rng.random()
+    for region, probability in regions.items():
+        if drawn < probability:
+            return region
+        drawn -= probability
+    return others[-1]
+
+
 def _as_coloured(out: Pixels, image: Image) -> Image:
-    """Whole values; a grey picture stays grey, or a tint would tell what nothing else does."""
+    """Whole values; a grey picture stays grey, or a tint alone would tell that it is forged."""
     channels = image[::4, ::4].astype(np.int16)
     grey = np.abs(channels - channels[..., 1:2]).max() <= 3
     return to_u8(np.repeat((out @ LUMA)[..., None], 3, axis=-1) if grey else out)
-
-
-def _moved(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
-    """A shifted copy of the face, a little displaced and bent."""
-    return manipulations.displace(manipulations.shift(image, rng), face, rng)
-
-
-_MAKE: dict[str, Callable[[Pixels, FaceGeometry, np.random.Generator], Pixels]] = {
-    "self_blend": _moved,
-    "inner": _moved,
-    "mouth": manipulations.speak,
-    "eyes": manipulations.look,
-    "reenact": manipulations.act,
-    "resample": manipulations.redraw,
-    "smooth": manipulations.polish,
-    "spectrum": manipulations.upsample,
-}
-
-
-def _region(family: Family, rng: np.random.Generator) -> Region:
-    """Which part of the face the family replaces."""
-    if family == "mouth":
-        return "mouth" if rng.random() < 0.4 else "lower"
-    if family in ("inner", "eyes"):
-        return "eyes" if family == "eyes" else "inner"
-    if family == "reenact":
-        return "inner" if rng.random() < 0.4 else "face"
-    return "face"
 
 
 def _mask(
@@ -132,11 +177,77 @@ def _mask(
     return resize(soft * np.float32(opacity), size[0], size[1], antialias=False)
 
 
-def _banded(target: Pixels, face: FaceGeometry, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
-    """The held-out family: an ellipse, not a hull; bands of a pyramid, not one feather."""
+# The families.  A share is larger where real forgers' tools leave the same traces, and where
+# detectors that we trained still missed many.
+
+
+@family(share=3.0, either_side=True)
+def self_blend(task: Task) -> Pixels:
+    """The face over itself, its statistics shifted and slightly moved."""
+    return manipulations.displace(manipulations.shift(task.image, task.rng), task.face, task.rng)
+
+
+@family(share=2.0, region="inner")
+def inner(task: Task) -> Pixels:
+    """As self_blend, between brows and mouth only."""
+    return manipulations.displace(manipulations.shift(task.image, task.rng), task.face, task.rng)
+
+
+@family(share=3.0, needs_donor=True)
+def swap(task: Task) -> Pixels:
+    """Another person's face, warped onto this one and matched in colour."""
+    assert task.donor is not None
+    source = task.donor.image.astype(np.float32)
+    return manipulations.transplant(source, task.donor.face, task.image, task.face, task.rng)
+
+
+@family(share=1.5, region={"mouth": 0.4, "lower": 0.6})
+def mouth(task: Task) -> Pixels:
+    """The mouth opened, closed or widened, as lip-sync and reenactment do."""
+    return manipulations.move_mouth(task.image, task.face, task.rng)
+
+
+@family(share=1.0, region="eyes")
+def eyes(task: Task) -> Pixels:
+    """Brows and lids moved."""
+    return manipulations.move_eyes(task.image, task.face, task.rng)
+
+
+@family(share=1.5, region={"inner": 0.4, "face": 0.6})
+def reenact(task: Task) -> Pixels:
+    """The whole expression moved."""
+    return manipulations.move_expression(task.image, task.face, task.rng)
+
+
+@family(share=0.7)
+def resample(task: Task) -> Pixels:
+    """The face through a small size and back, as an autoencoder draws it."""
+    return manipulations.redraw(task.image, task.face, task.rng)
+
+
+@family(share=1.5)
+def smooth(task: Task) -> Pixels:
+    """Skin without its texture."""
+    return manipulations.smooth_skin(task.image, task.face, task.rng)
+
+
+@family(share=0.5)
+def spectrum(task: Task) -> Pixels:
+    """The periodic traces of transposed convolution."""
+    return manipulations.upsample(task.image, task.face, task.rng)
+
+
+@family(share=1.0)
+def boundary(task: Task) -> Joined:
+    """An ellipse, not a hull; joined band by band of a pyramid, not by one feather.
+
+    It is made in another way than the others on purpose: our recipes hold it out, to judge by what
+    was not trained on.
+    """
+    target, face, rng = task.image, task.face, task.rng
     height, width = target.shape[:2]
     source = manipulations.displace(manipulations.tint(target, rng), face, rng)
-    source = manipulations.grind(source, rng)
+    source = manipulations.change_texture(source, rng)
     left, top, right, bottom = face.box
     reach = np.array([right - left, bottom - top], np.float32) / 2 * rng.uniform(0.75, 1.0)
     middle = np.array([left + right, top + bottom], np.float32) / 2
@@ -152,4 +263,7 @@ def _banded(target: Pixels, face: FaceGeometry, rng: np.random.Generator) -> tup
         out += (b - low_b) + ((a - low_a) - (b - low_b)) * m[..., None]
         a, b, m = low_a, low_b, blur(m, sigma)
     out += b + (a - b) * m[..., None]
-    return out, blur(mask, 2.0 ** (levels - 1))
+    return Joined(out, blur(mask, 2.0 ** (levels - 1)))
+
+
+FAMILIES: tuple[Family, ...] = tuple(REGISTRY)

@@ -7,6 +7,7 @@ ranges on purpose: a weak trace must be met in training as well as a strong one.
 
 import numpy as np
 from scipy import ndimage
+from scipy.interpolate import RBFInterpolator
 
 from ralf.train.forge.landmarks import LOWER_LIP, MOUTH_CORNERS, UPPER_LIP, FaceGeometry, Points
 from ralf.train.forge.pixels import (
@@ -36,7 +37,7 @@ def tint(image: Pixels, rng: np.random.Generator) -> Pixels:
     return coloured
 
 
-def grind(image: Pixels, rng: np.random.Generator) -> Pixels:
+def change_texture(image: Pixels, rng: np.random.Generator) -> Pixels:
     """Another sharpness, noise or compression than the picture around it."""
     kind = rng.integers(5)
     if kind == 0:
@@ -58,7 +59,7 @@ def shift(image: Pixels, rng: np.random.Generator) -> Pixels:
     """Colour, or sharpness, or both, moved away from the original's."""
     kind = rng.random()
     out = tint(image, rng) if kind < 0.75 else image
-    return grind(out, rng) if kind > 0.4 else out
+    return change_texture(out, rng) if kind > 0.4 else out
 
 
 def displace(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
@@ -84,31 +85,18 @@ def morph(image: Pixels, before: Points, after: Points, scale: float) -> Pixels:
 
 
 def _spline(before: Points, after: Points, height: int, width: int, scale: float) -> Pixels:
-    """Where to look, relative to each pixel: [h, w, 2]."""
+    """Where each pixel comes from, relative to itself: [h, w, 2]."""
     rows, columns = min(32, height), min(32, width)
     y = (np.arange(rows) + 0.5) * height / rows - 0.5
     x = (np.arange(columns) + 0.5) * width / columns - 0.5
     cells = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2) / scale
-    knots = after.astype(np.float64) / scale
     pull = (before - after).astype(np.float64)
-    n = len(knots)
-    system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = _plate(knots, knots) + 1e-3 * np.eye(n)
-    system[:n, n:] = np.c_[np.ones(n), knots]
-    system[n:, :n] = system[:n, n:].T
-    weights = np.linalg.solve(system, np.r_[pull, np.zeros((3, 2))])
-    field = _plate(cells, knots) @ weights[:n] + np.c_[np.ones(len(cells)), cells] @ weights[n:]
-    return spread(field.reshape(rows, columns, 2).astype(np.float32), height, width)
+    # A little smoothing, so that two knots that nearly coincide do not tear the picture.
+    plate = RBFInterpolator(after.astype(np.float64) / scale, pull, smoothing=1e-3)
+    return spread(plate(cells).reshape(rows, columns, 2).astype(np.float32), height, width)
 
 
-def _plate(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The thin plate's kernel r² log r between two sets of points."""
-    square = ((a[:, None] - b[None]) ** 2).sum(axis=-1)
-    kernel: np.ndarray = 0.5 * square * np.log(square + 1e-9)
-    return kernel
-
-
-def wear(
+def transplant(
     donor: Pixels,
     donor_face: FaceGeometry,
     target: Pixels,
@@ -125,10 +113,10 @@ def wear(
     if meshes:
         before, after = before[::9], after[::9]  # 52 points say as much as 468
     field = _spline(before, after, height, width, face.eye_distance)
-    worn = remap(donor, grid(height, width) + field, "bicubic")
+    moved = remap(donor, grid(height, width) + field, "bicubic")
     left, top, right, bottom = np.clip(face.box, 0, [width, height, width, height]).astype(int)
     inside = (slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1)))
-    return _match(worn, worn[inside], target[inside], rng.uniform(0.7, 1.0))
+    return _match(moved, moved[inside], target[inside], rng.uniform(0.7, 1.0))
 
 
 def _match(image: Pixels, mine: Pixels, wanted: Pixels, amount: float) -> Pixels:
@@ -183,7 +171,7 @@ def _drawn(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixel
     return shift(image, rng) if kind < 0.8 else blur(image, rng.uniform(0.4, 1.0))
 
 
-def speak(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+def move_mouth(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """The mouth in another position."""
     mouth, hold = _mouth(face), np.concatenate([_ring(face), face.five[:3]])
     before = np.concatenate([mouth, hold])
@@ -191,7 +179,7 @@ def speak(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels
     return _drawn(morph(image, before, after, face.eye_distance), face, rng)
 
 
-def look(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+def move_eyes(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """Eyes and brows moved, each a little on its own."""
     unit, down = face.eye_distance, _down(face)
     across = np.array([down[1], -down[0]], np.float32)
@@ -205,7 +193,7 @@ def look(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     return _drawn(morph(image, before, after.astype(np.float32), unit), face, rng)
 
 
-def act(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+def move_expression(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """The whole expression moved: mouth, nose, eyes."""
     moves = expression(face, *image.shape[:2], rng, eyes=0.035)
     return _drawn(remap(image, grid(*image.shape[:2]) + moves), face, rng)
@@ -214,7 +202,7 @@ def act(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
 def expression(
     face: FaceGeometry, height: int, width: int, rng: np.random.Generator, *, eyes: float
 ) -> Pixels:
-    """Where to look for another expression: [h, w, 2], nothing far from the face."""
+    """Where each pixel of another expression comes from: [h, w, 2]; 0 far from the face."""
     unit = face.eye_distance
     mouth, upper = _mouth(face), face.five[:3]
     before = np.concatenate([mouth, upper, _ring(face)])
@@ -248,7 +236,7 @@ def smoothed(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pix
     return image + (out - image) * np.float32(rng.uniform(0.5, 1.0))
 
 
-def polish(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+def smooth_skin(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """Smooth skin, as generators draw it."""
     out = smoothed(image, face, rng)
     if rng.random() < 0.5:  # generators lay one regular texture over the skin

@@ -117,7 +117,7 @@ class Stepper:
     ) -> dict[str, Tensor]:
         """Forward and both backward passes of one batch; its terms, detached."""
         with self._cast(), self.quick:
-            seen = self.objective.look(batch.crops)
+            seen = self.objective.run(batch.crops)
             rival = self.objective.rival(seen, batch)
         parts: dict[str, Tensor] = {}
         if rival is not None:

@@ -22,10 +22,11 @@ no such loss and is refused: a term left out would be a bias that nobody sees.
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from ralf.train.loop.distributed import here
@@ -36,9 +37,26 @@ from ralf.train.losses.objective import (
     Terms,
     cross_entropy,
     exact,
+    feature_width,
     refuse_one_class,
 )
-from ralf.train.recipe import FdflLoss, Recipe
+from ralf.train.recipe import Loss, Recipe
+
+
+class FdflLoss(Loss):
+    """FDFL's: cross entropy, and a loss that gives the features a shape."""
+
+    kind: Literal["fdfl"] = "fdfl"
+    shape: Literal["single_centre", "centre", "triplet", "none"] = "single_centre"
+    """single_centre is the paper's; the others are what it is compared with there."""
+    weight: Annotated[float, Field(ge=0, le=1e6)] = 0.5
+    """λ, of the shaping loss. [R]"""
+    centre: Literal["faces", "random"] = "faces"
+    """Where a centre starts: at the first batch's faces of its class, or, as published, at
+    standard normals."""
+    margin: Annotated[float, Field(ge=0, le=1e3)] = 0.3
+    """m, in roots of the features' number: how much farther forged faces lie than natural ones
+    (single_centre), or than the nearest of the same class (triplet)."""
 
 
 def single_centre_loss(features: Tensor, forged: Tensor, centre: Tensor, margin: float) -> Tensor:
@@ -69,6 +87,7 @@ def triplet_loss(features: Tensor, forged: Tensor, margin: float) -> Tensor:
 class FdflObjective(Objective):
     """Over a network whose trace(crops) gives embedding and logit."""
 
+    options = FdflLoss
     placed: Tensor
 
     def __init__(self, recipe: Recipe, network: nn.Module) -> None:
@@ -78,10 +97,10 @@ class FdflObjective(Objective):
         self.centre: nn.Parameter | None = None
         if self.loss.shape in ("single_centre", "centre"):
             count = 2 if self.loss.shape == "centre" else 1
-            self.centre = nn.Parameter(torch.randn(count, self.network.backbone.width))
+            self.centre = nn.Parameter(torch.randn(count, feature_width(network)))
             self.register_buffer("placed", torch.tensor(self.loss.centre == "random"))
 
-    def look(self, crops: Tensor) -> Any:
+    def run(self, crops: Tensor) -> Any:
         """Embedding and logit."""
         return self.network.trace(crops)
 

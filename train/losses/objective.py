@@ -1,26 +1,28 @@
 """What the loop asks of a loss, whatever the detector; and the plainest one.
 
-The loop knows nothing of a detector's losses.  It shows an Objective each batch in three moves:
+The loop knows nothing of a detector's losses.  It calls an Objective three times for each batch:
 
-    seen   = objective.look(crops)              one forward pass, with gradients
-    rival  = objective.rival(seen, batch)       what an opponent (a discriminator) learns, or None
-    terms  = objective.terms(seen, batch, at)   what the network learns: named parts and their sum
+    seen   = objective.run(crops)               one forward pass, with gradients
+    rival  = objective.rival(seen, batch)       the loss of an opponent (a discriminator), or None
+    terms  = objective.terms(seen, batch, at)   the network's loss: named parts and their sum
 
-The rival's optimiser steps between the second and the third, so the network always meets the
-opponent as it is now.  Whatever an objective owns (opponents, centres) lies in its state_dict
+The opponent's optimiser steps between the second and the third, so the network is always judged by
+the opponent as it is now.  Whatever an objective owns (opponents, centres) lies in its state_dict
 and so in the checkpoint.  Labels: forged is True, logits are of P(forged).
 """
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ralf.train.recipe import BceLoss, Recipe
+from ralf.train import losses
+from ralf.train.recipe import Loss, Recipe
+from ralf.train.recipe_text import RecipeError
 
 
 class Batch(Protocol):
@@ -70,6 +72,9 @@ class Terms:
 class Objective(nn.Module):
     """A detector's loss."""
 
+    options: ClassVar[type[Loss]] = Loss
+    """What a recipe may say of this loss."""
+
     def __init__(self, recipe: Recipe, network: nn.Module) -> None:
         super().__init__()
         self.recipe = recipe
@@ -81,7 +86,7 @@ class Objective(nn.Module):
         """The network in training."""
         return self._network[0]
 
-    def look(self, crops: Tensor) -> Any:
+    def run(self, crops: Tensor) -> Any:
         """All that the terms need, from one forward pass."""
         raise NotImplementedError
 
@@ -105,10 +110,20 @@ class Objective(nn.Module):
         """Called after the last step of each epoch."""
 
 
+class BceLoss(Loss):
+    """Binary cross entropy alone: for plain classifiers."""
+
+    kind: Literal["bce"] = "bce"
+    smoothing: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Targets become smoothing/2 and 1 − smoothing/2."""
+
+
 class BceObjective(Objective):
     """Binary cross entropy of a plain classifier."""
 
-    def look(self, crops: Tensor) -> Tensor:
+    options = BceLoss
+
+    def run(self, crops: Tensor) -> Tensor:
         """The logits."""
         return self.network(crops)
 
@@ -145,17 +160,17 @@ def exact(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-OBJECTIVES = {
-    "bce": ("ralf.train.losses.objective", "BceObjective"),
-    "ralf": ("ralf.train.losses.ralf", "RalfObjective"),
-    "fdfl": ("ralf.train.losses.fdfl", "FdflObjective"),
-    "rcl": ("ralf.train.losses.rcl", "RclObjective"),
-}
-"""By the kind of the recipe's loss."""
+def feature_width(network: Any) -> int:
+    """How many features the network's backbone gives; refused where it has no backbone."""
+    backbone = getattr(network, "backbone", None)
+    if not isinstance(getattr(backbone, "width", None), int):
+        raise RecipeError(
+            f"this loss shapes the features of network.backbone, and {type(network).__name__} has "
+            "no backbone with a width: choose another loss or another network"
+        )
+    return int(backbone.width)
 
 
 def objective(recipe: Recipe, network: nn.Module) -> Objective:
     """The objective that the recipe's loss names."""
-    module, name = OBJECTIVES[recipe.loss.kind]
-    made: Objective = getattr(importlib.import_module(module), name)(recipe, network)
-    return made
+    return losses.find(recipe.loss.kind)(recipe, network)

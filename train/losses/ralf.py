@@ -16,23 +16,73 @@ its terms zero, not NaN.  Distances are in FP32 whatever the network runs in.
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ralf.kernels.dct import dct2
 from ralf.train.loop.distributed import here
-from ralf.train.losses.discriminator import Discriminator, adversarial_loss, discriminator_loss
 from ralf.train.losses.objective import Batch, Moment, Objective, Terms, cross_entropy
 from ralf.train.losses.perceptual import perceptual
-from ralf.train.recipe import RalfLoss, Recipe
+from ralf.train.recipe import Loss, Positive, Recipe, Share
+
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 PERCEPTUAL_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 BANDS = ((1, 1e-4), (8, 1e-2), (128, 1.0), (320, 10.0))
 """W by the sum of both indices at 256²: below 1, below 8, …; the rest weighs LAST."""
 LAST = 100.0
+
+
+class RalfLoss(Loss):
+    """The loss of RALF, equations 2 to 12 of the paper."""
+
+    kind: Literal["ralf"] = "ralf"
+    weight_rec: Weight = 0.1
+    weight_freq: Weight = 1.0
+    weight_adv: Weight = 0.1
+    weight_emb: Weight = 0.1
+    weight_con: Weight = 0.1
+    freq: Literal["difference", "magnitude"] = "difference"
+    """difference: |W(F(x~) − F(x))|, equation 5; magnitude: |W|F(x~)| − W|F(x)||, their code."""
+    freq_scale: Literal["unnormalised", "ortho"] = "unnormalised"
+    """The scale of the coefficients that weight_freq speaks of."""
+    freq_weighted: bool = True
+    """False: W is one everywhere (a row of the paper's Table 4)."""
+    radius_real: Annotated[float, Field(ge=0)] = 0.05
+    radius_forged: float = 1.5
+    centre: Literal["epoch", "step"] = "step"
+    """When the centre of real faces moves: once an epoch to their mean, or each step a little."""
+    centre_momentum: Share = 0.99
+    """Only for centre=step."""
+    centre_sums_forged: bool = False
+    """The upload's bug: the sum runs over all faces, the count over the real ones only."""
+    centre_keeps_graph: bool = False
+    """The upload's other bug: sums are not detached, so each step's graph lives for the epoch."""
+    alpha: Literal["epoch", "step", "one"] = "step"
+    """How the weight of the embedding loss grows from 0 to 1: by whole epochs, by steps, not."""
+    perceptual: Literal["vgg19", "vgg16"] = "vgg19"
+    con_pairs: bool = True
+    """Equation 6 for each real and the forgery made from it; False: of the two batch means."""
+    con_eps: Share = 1e-3
+    """Keeps the ratio of equation 6 finite where a forgery is reconstructed well."""
+    con_patch: Annotated[int, Field(ge=16)] | None = None
+    """Side of the square that equation 6 is taken on, at a place drawn each step; None: all."""
+    rival_lr: Positive = 2e-4
+    """The discriminator's own Adam."""
+    rival_betas: tuple[float, float] = (0.5, 0.999)
+
+    @model_validator(mode="after")
+    def _radii_ascend(self) -> Self:
+        if not self.radius_real < self.radius_forged:
+            raise ValueError(
+                f"loss.radius_real {self.radius_real} should be below "
+                f"loss.radius_forged {self.radius_forged}"
+            )
+        return self
 
 
 def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
@@ -105,6 +155,17 @@ def contrastive_loss(
     return weights @ (moved[:, ~forged].mean(1) / (moved[:, forged].mean(1) + eps))
 
 
+def discriminator_loss(on_real: Tensor, on_rebuilt: Tensor) -> Tensor:
+    """Equation 7 on logits of "is a real photograph"; no reals: their half is zero."""
+    real = F.softplus(-on_real).sum() / max(1, on_real.numel())
+    return real + F.softplus(on_rebuilt).mean()
+
+
+def adversarial_loss(on_rebuilt: Tensor) -> Tensor:
+    """Equation 8: every reconstruction should pass for real."""
+    return F.softplus(-on_rebuilt).mean()
+
+
 def alpha(how: str, moment: Moment) -> float:
     """The growing weight of L_emb: 0 while the centre means nothing yet."""
     if how == "epoch":
@@ -153,9 +214,45 @@ class Centre(nn.Module):
             self.total, self.count = torch.zeros_like(total), torch.zeros_like(count)
 
 
+class Discriminator(nn.Module):
+    """RALF's opponent in training: tells photographs of real faces from reconstructions.
+
+    DCGAN's: 4×4 convolutions of stride 2, 8 to 256 channels at 256², then one logit.
+
+    Its logit is of "is a real photograph", the one place where real is the positive answer,
+    because equations 7 and 8 are written so.  It is thrown away after training.
+    [R] No batch norm on the first layer, as DCGAN's authors advise.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = 3
+        for level in range(max(1, int(math.log2(size / 4)))):
+            wider = min(8 * 2**level, 256)
+            layers.append(nn.Conv2d(width, wider, 4, stride=2, padding=1, bias=level == 0))
+            layers += [nn.BatchNorm2d(wider)] if level else []
+            layers.append(nn.LeakyReLU(0.2))
+            width = wider
+        self.body = nn.Sequential(*layers, nn.Conv2d(width, 1, 4))
+        self.apply(_dcgan_init)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [m] of "is a real photograph"."""
+        return self.body(images).float().flatten(1).mean(1)
+
+
+def _dcgan_init(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d):
+        nn.init.normal_(layer.weight, 0.0, 0.02)
+    elif isinstance(layer, nn.BatchNorm2d):
+        nn.init.normal_(layer.weight, 1.0, 0.02)
+
+
 class RalfObjective(Objective):
     """Equation 12 over a network whose trace(crops) gives image, rebuilt, embedding and logit."""
 
+    options = RalfLoss
     weights: Tensor
 
     def __init__(self, recipe: Recipe, network: nn.Module) -> None:
@@ -186,7 +283,7 @@ class RalfObjective(Objective):
         self.network.train(training)
         return int(width)
 
-    def look(self, crops: Tensor) -> Any:
+    def run(self, crops: Tensor) -> Any:
         """The network's trace."""
         return self.network.trace(crops)
 

@@ -30,10 +30,11 @@ carry gradient to the faces they are made of.  What is drawn (β, λ, γ) is a f
 a resumed run draws the same.  All of it is FP32.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from ralf.train.loop.distributed import here
@@ -44,9 +45,32 @@ from ralf.train.losses.objective import (
     Terms,
     cross_entropy,
     exact,
+    feature_width,
     refuse_one_class,
 )
-from ralf.train.recipe import RclLoss, Recipe
+from ralf.train.recipe import Count, Loss, Positive, Recipe, Share
+
+
+class RclLoss(Loss):
+    """Of the RCL-inspired detector; this file's head says what each figure does."""
+
+    kind: Literal["rcl"] = "rcl"
+    weight: Annotated[float, Field(ge=0, le=1e6)] = 0.2
+    """Of the contrastive part, beside cross entropy. [X]"""
+    weight_kindred: Annotated[float, Field(ge=0, le=1e6)] = 0.5
+    """Of forgeries as anchors, beside natural faces as anchors. [X]"""
+    width: Annotated[int, Field(ge=2)] = 128
+    """Numbers a face is projected to; the projection is for training alone."""
+    temperature: Positive = 0.1
+    margin: Annotated[float, Field(ge=0, le=2)] = 0.2
+    """By how much, in cosine, a positive must be nearer than it needs to be. [X]"""
+    hard: Count = 5
+    """Natural faces farthest from their centre, and forgeries nearest to it, that are mined."""
+    beyond: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """Hard positives are pushed up to this share farther from the centre."""
+    fused: Share = 0.5
+    """Hard negatives keep at least this share of themselves; the rest is the centre."""
+    centre_momentum: Share = 0.99
 
 
 class Centre(nn.Module):
@@ -131,18 +155,20 @@ def margin_loss(
 class RclObjective(Objective):
     """Over a network whose trace(crops) gives embedding and logit."""
 
+    options = RclLoss
+
     def __init__(self, recipe: Recipe, network: nn.Module) -> None:
         super().__init__(recipe, network)
         assert isinstance(recipe.loss, RclLoss)
         self.loss = recipe.loss
-        wide = self.network.backbone.width
+        wide = feature_width(network)
         # Contrastive learning judges a projection, so that the features keep what it throws away.
         self.project = nn.Sequential(
             nn.Linear(wide, wide // 4), nn.ReLU(), nn.Linear(wide // 4, self.loss.width)
         )
         self.centre = Centre(self.loss.width, self.loss.centre_momentum)
 
-    def look(self, crops: Tensor) -> Any:
+    def run(self, crops: Tensor) -> Any:
         """Embedding and logit."""
         return self.network.trace(crops)
 
