@@ -1,7 +1,6 @@
 """From a run to a model: the engine says what the checkpoint's weights say."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -227,8 +226,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path):
 def test_the_card_names_first_weights_by_their_file_alone():
     """Where they lay on the trainer's machine is nobody's business."""
     recipe = named("ralf_small")
-    init = replace(
-        recipe.init,
+    init = recipe.init.replaced(
         backbone="/home/ann/weights/lite0.safetensors",
         network="/home/ann/runs/one,/home/ann/runs/two",
     )
