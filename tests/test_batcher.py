@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ralf.kernels.artifact import Artifact
 from ralf.kernels.engine import EngineError, Precision
-from ralf.worker.batcher import SHARE, Batcher, behind
+from ralf.worker.batcher import SHARE, Batcher, engine_behind
 from ralf.worker.contract import Sampling
 from ralf.worker.errors import Cancelled
 from ralf.worker.media.decode_pyav import PyavDecoder
@@ -208,7 +208,7 @@ def test_it_says_of_itself_what_the_engine_says(tiny_parts: Parts):
 
     assert isinstance(one, Batcher)
     assert (one.name, one.precision, one.device) == (other.name, other.precision, other.device)
-    assert behind(one) is other is behind(other)
+    assert engine_behind(one) is other is engine_behind(other)
 
 
 # with whole walks

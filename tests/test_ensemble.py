@@ -22,8 +22,8 @@ from ralf.kernels.networks import build
 from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import patterns, settle
 from ralf.train.ensemble import EnsembleError, publish_ensemble
-from ralf.worker.ensemble import Panel
-from ralf.worker.scores import Scores, strongest
+from ralf.worker.ensemble import FaceScorer
+from ralf.worker.scores import Scores, video_score
 from ralf.worker.verdict import judge
 from tests.faces_on_disk import faces
 
@@ -143,16 +143,16 @@ def test_the_command_publishes_and_scan_lists_each_detectors_score(
 ):
     """A detector's score in the verdict is what it would have said alone."""
     names = list(NETWORKS)
-    command = ["ensemble", *names, "--name", "panel", "--models", str(models), "--promote"]
+    command = ["ensemble", *names, "--name", "mean-of-three", "--models", str(models), "--promote"]
     assert 0 == main(command)
     told = capsys.readouterr()
-    artifact = resolve(models, "panel")
+    artifact = resolve(models, "mean-of-three")
     verdicts = {}
-    for name in ("panel", *names):
+    for name in ("mean-of-three", *names):
         scan = ["scan", str(clip_of_two), "--model", name, "--models", str(models), "--json"]
         assert 0 == main([*scan, "--quiet", "--device", "cpu", "--max-frames", "3"])
         verdicts[name] = json.loads(capsys.readouterr().out)
-    made = verdicts["panel"]["made"]
+    made = verdicts["mean-of-three"]["made"]
 
     assert str(artifact.path) == told.out.strip()
     assert "centre@" in told.err and "not calibrated" in told.err and "forest@" not in told.err
@@ -237,13 +237,13 @@ class Plan:
 def test_an_engine_that_gives_the_mean_alone_is_told_of(models: Path):
     """No list is better than a guessed one; a single detector needs none."""
     trio, forest = resolve(models, "trio"), members_of(models)[0]
-    panel = Panel(Plan(trio))
+    scorer = FaceScorer(Plan(trio))
 
-    assert [0, 1] == panel(torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)).tolist()
-    assert {} == panel.scores(Scores.none(), Aggregation())
-    assert "detectors_unlisted: trt gives the ensemble's mean alone" == panel.unlisted
-    assert Panel(Plan(forest)).unlisted is None
-    assert Panel(load_engine(trio, "cpu")).unlisted is None
+    assert [0, 1] == scorer(torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)).tolist()
+    assert {} == scorer.member_scores(Scores.none(), Aggregation())
+    assert "detectors_unlisted: trt gives the ensemble's mean alone" == scorer.warning
+    assert FaceScorer(Plan(forest)).warning is None
+    assert FaceScorer(load_engine(trio, "cpu")).warning is None
 
 
 def scores(logits: list[float], tracks: list[int], sides: list[int]) -> Scores:
@@ -270,4 +270,4 @@ def test_the_strongest_score_is_the_verdicts(rows: list[tuple[float, int, int]])
     manifest = Manifest(name="m", network=Network(build="ralf"), files={})
     said = judge(found, found.time_s, width=640, height=360, duration_s=60.0, manifest=manifest)
 
-    assert said.score == strongest(found, manifest.calibration, manifest.aggregation)
+    assert said.score == video_score(found, manifest.calibration, manifest.aggregation)

@@ -188,6 +188,6 @@ class Batcher:
                 self._waiting.remove(request)
 
 
-def behind(engine: Engine) -> Engine:
-    """The engine itself, where a Batcher stands before it: what explains is not batched."""
+def engine_behind(engine: Engine) -> Engine:
+    """The engine itself, without the Batcher before it: explaining is not batched."""
     return engine.engine if isinstance(engine, Batcher) else engine

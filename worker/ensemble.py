@@ -1,8 +1,8 @@
-"""An ensemble's members in a verdict: what each detector alone would say of the video.
+"""Scores crops; for an ensemble it also keeps what each of its detectors alone would decide.
 
-The mean of the members judges; what each of them said of every face is kept beside it, and judged
-by the same rule: the level of the strongest track that may decide.  An engine that gives the mean
-alone, as a plan does, has nothing to list, and the verdict says so.
+The mean of the members decides.  Beside it each member's own logits are kept, and turned into a
+score of the video by the same rule: the level of the strongest track that may decide.  An engine
+that gives only the mean, as a TensorRT plan does, has no members to list, and the verdict says so.
 """
 
 from dataclasses import replace
@@ -14,25 +14,25 @@ from torch import Tensor
 from ralf.kernels.engine import Engine
 from ralf.kernels.engine_torch import TorchEngine
 from ralf.kernels.manifest import Aggregation, Calibration
-from ralf.worker.batcher import behind
-from ralf.worker.scores import Scores, strongest
+from ralf.worker.batcher import engine_behind
+from ralf.worker.scores import Scores, video_score
 
-SAME = Calibration()
-"""Members' logits come calibrated."""
+NO_CALIBRATION = Calibration()
+"""Members' logits are calibrated already."""
 
 
-class Panel:
-    """One walk's scoring: logits to judge by, and what each member of an ensemble said."""
+class FaceScorer:
+    """Scores one walk's crops, and keeps the logits of an ensemble's members."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        inner = behind(engine)
+        inner = engine_behind(engine)
         self._ensemble = inner if isinstance(inner, TorchEngine) and inner.detectors else None
-        self._said: list[NDArray[np.float32]] = []
+        self._members: list[NDArray[np.float32]] = []
 
     @property
-    def unlisted(self) -> str | None:
-        """A warning where an ensemble's members cannot be listed."""
+    def warning(self) -> str | None:
+        """Where an ensemble's members cannot be listed, the warning that says so."""
         if self._ensemble or self.engine.artifact.manifest.network.build != "ensemble":
             return None
         return f"detectors_unlisted: {self.engine.name} gives the ensemble's mean alone"
@@ -41,17 +41,17 @@ class Panel:
         """Crops u8 [m, 3, s, s] → logits [m]."""
         if self._ensemble is None:
             return self.engine(crops).numpy().astype(np.float32)
-        said = self._ensemble.members(crops)
-        self._said.append(said.numpy())
-        return said.mean(1).numpy()
+        logits = self._ensemble.members(crops)
+        self._members.append(logits.numpy())
+        return logits.mean(1).numpy()
 
-    def scores(self, scores: Scores, aggregation: Aggregation) -> dict[str, float]:
-        """The video's score by each member; the rows are those of all calls, in their order."""
-        if self._ensemble is None or not self._said:
+    def member_scores(self, scores: Scores, aggregation: Aggregation) -> dict[str, float]:
+        """The video's score by each member; `scores` has one row for each crop scored so far."""
+        if self._ensemble is None or not self._members:
             return {}
-        by_member = np.concatenate(self._said).T
+        by_member = np.concatenate(self._members).T
         found = (
-            (name, strongest(replace(scores, logit=said), SAME, aggregation))
-            for name, said in zip(self._ensemble.detectors, by_member, strict=True)
+            (name, video_score(replace(scores, logit=logits), NO_CALIBRATION, aggregation))
+            for name, logits in zip(self._ensemble.detectors, by_member, strict=True)
         )
         return {name: score for name, score in found if score is not None}

@@ -1,14 +1,14 @@
 """The pictures behind a verdict: the strongest faces of each track, and where they differ.
 
 Crops are kept as they were scored, a bounded number per track.  The residual is the network's own
-|x − rebuilt|, smoothed and laid over the face in one colour; all pictures of a verdict share one
-scale, so that a quiet face stays quiet beside a loud one.
+|x − rebuilt|, smoothed and drawn over the face in one colour.  All pictures of a verdict share one
+scale, so that a face with a weak residual looks weak beside one with a strong residual.
 """
 
 import base64
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,15 +20,15 @@ from torch import Tensor
 from ralf.worker.contract import Picture
 
 PER_TRACK = 5
-QUALITY = 85
-QUIET = 8 / 255
-"""A residual below this everywhere is drawn as nothing rather than stretched to full heat."""
+JPEG_QUALITY = 85
+WEAK = 8 / 255
+"""Residuals that are all below this are not stretched to full colour: they show no finding."""
 HEAT = np.array([230, 97, 1], np.float32)  # orange reads on every skin and to the colour-blind
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A crop worth showing."""
+class KeptFace:
+    """A crop to show beside the verdict."""
 
     track: int
     time_s: float
@@ -36,21 +36,21 @@ class Kept:
     crop: Tensor  # u8 [3, s, s]
 
 
-class Gallery:
-    """Keeps the strongest few crops of each track as they stream by."""
+class StrongestFaces:
+    """Keeps the few crops of each track that score highest."""
 
     def __init__(self, per_track: int = PER_TRACK) -> None:
         self.per_track = per_track
-        self._kept: dict[int, list[Kept]] = {}
+        self._kept: dict[int, list[KeptFace]] = {}
 
-    def offer(
+    def add(
         self,
         tracks: NDArray[np.int64],
         times_s: NDArray[np.float64],
         logits: NDArray[np.float32],
         crops: Tensor,
     ) -> None:
-        """Look at a chunk's crops; those stronger than what is kept replace it."""
+        """Take a chunk's crops; those that score higher replace the lowest that are kept."""
         for row in np.argsort(-logits, kind="stable"):
             track = int(tracks[row])
             if track < 0:
@@ -58,27 +58,27 @@ class Gallery:
             kept = self._kept.setdefault(track, [])
             if len(kept) == self.per_track and logits[row] <= kept[-1].logit:
                 continue
+            # A copy, because a view would keep the whole chunk's crops in memory.
             crop = crops[row].to("cpu", copy=True)
-            candidate = Kept(track, float(times_s[row]), float(logits[row]), crop)
+            candidate = KeptFace(track, float(times_s[row]), float(logits[row]), crop)
             kept.append(candidate)
-            kept.sort(key=lambda item: (-item.logit, item.time_s))
+            kept.sort(key=lambda face: (-face.logit, face.time_s))
             del kept[self.per_track :]
 
-    def of(self, tracks: Iterable[int]) -> list[Kept]:
+    def of_tracks(self, tracks: Iterable[int]) -> list[KeptFace]:
         """The kept crops of these tracks, strongest first within each."""
-        kept = [item for track in tracks for item in self._kept.get(track, [])]
-        return [replace(item, crop=item.crop.cpu()) for item in kept]
+        return [face for track in tracks for face in self._kept.get(track, [])]
 
 
 def jpeg(image: NDArray[np.uint8]) -> str:
     """[h, w, 3] u8 → base64 JPEG."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY)
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def pictures(
-    kept: list[Kept], names: dict[int, str], scores: list[float], residuals: Tensor | None
+    kept: list[KeptFace], names: dict[int, str], scores: list[float], residuals: Tensor | None
 ) -> tuple[Picture, ...]:
     """Faces with, where the network can explain, the residual drawn over them.
 
@@ -86,12 +86,12 @@ def pictures(
     """
     heats = _heats(residuals) if residuals is not None and len(kept) else [None] * len(kept)
     made = []
-    for item, score, heat in zip(kept, scores, heats, strict=True):
-        face = item.crop.permute(1, 2, 0).contiguous().numpy()
+    for one, score, heat in zip(kept, scores, heats, strict=True):
+        face = one.crop.permute(1, 2, 0).contiguous().numpy()
         made.append(
             Picture(
-                track_id=names[item.track],
-                time_ms=round(item.time_s * 1000),
+                track_id=names[one.track],
+                time_ms=round(one.time_s * 1000),
                 score=score,
                 face=jpeg(face),
                 residual=None if heat is None else jpeg(_overlay(face, heat)),
@@ -105,7 +105,8 @@ def _heats(residuals: Tensor) -> list[NDArray[np.float32]]:
     flat = residuals.detach().to(torch.float32).mean(1).numpy()  # [k, s, s]
     sigma = flat.shape[-1] / 64
     smooth = [gaussian_filter(one, sigma) for one in flat]
-    top = max(QUIET, *(float(np.quantile(one, 0.995)) for one in smooth))
+    # Not the maximum: one bright pixel would make all the others pale.
+    top = max(WEAK, *(float(np.quantile(one, 0.995)) for one in smooth))
     return [np.clip(one / top, 0, 1).astype(np.float32) for one in smooth]
 
 

@@ -1,10 +1,14 @@
 """START HERE: a video file in, a verdict out.
 
-    probe → decode → find → score → judge
+    probe → sample → decode → find faces → track → crop → score → judge
+    media/  media/   media/   media/       media/  media/ kernels/ verdict.py
 
-The walk streams: one chunk of frames at a time goes through every stage, so memory is bounded by
-Settings.chunk_bytes whatever the clip's length, and after each chunk there is a Partial: how far
-it is, and what would be said of what was seen so far.  Whoever drives the walk may stop it there.
+One chunk of frames at a time goes through every stage, so memory is bounded by
+Settings.chunk_bytes however long the clip is.  After each chunk the caller gets a Partial: how far
+the walk is, and the verdict on the frames so far.  The caller may stop the walk there.
+
+`analyze` runs a walk to its end.  `walk` is the same as a generator, for callers that must answer
+between two chunks.  _Walk holds one clip's state; read `walk` and `_Walk.process` first.
 """
 
 import hashlib
@@ -22,7 +26,7 @@ from numpy.typing import NDArray
 
 from ralf import __version__
 from ralf.kernels.engine_torch import explainer
-from ralf.worker.batcher import behind
+from ralf.worker.batcher import engine_behind
 from ralf.worker.contract import (
     EarlyStop,
     Evidence,
@@ -34,38 +38,38 @@ from ralf.worker.contract import (
     Sampling,
     Verdict,
 )
-from ralf.worker.ensemble import Panel
+from ralf.worker.ensemble import FaceScorer
 from ralf.worker.errors import BadRequest
-from ralf.worker.evidence import Gallery, pictures
+from ralf.worker.evidence import StrongestFaces, pictures
 from ralf.worker.media.crops import cut
 from ralf.worker.media.probe import probe
 from ralf.worker.media.sampling import plan, thinning
 from ralf.worker.media.tracks import Tracker
-from ralf.worker.media.types import Clip, Faces, Frames, Probe
+from ralf.worker.media.types import Clip, Frames, Probe
 from ralf.worker.runtime import Parts
 from ralf.worker.verdict import Judgement, Scores, calibrated, judge
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is wanted of one walk; every field has the model's own default."""
+    """The options of one walk; by default the model's own."""
 
     sampling: Sampling | None = None
     max_tracks: int = 16
     evidence: EvidencePolicy = field(default_factory=EvidencePolicy)
     stop_early: EarlyStop | None = None
     sha256: str | None = None
-    """Of the file, where the fetcher has it already."""
+    """The file's hash, where the fetcher has computed it already."""
     job: Job | None = None
     attempt: int = 1
     probed: Probe | None = None
-    """Where the caller has looked at the file already; it is not looked at twice."""
+    """The file's facts, where the caller has probed it already."""
     spent_ms: Mapping[str, float] = field(default_factory=dict)
-    """Stages that were over before the walk began, such as fetch."""
+    """Times of stages that ended before the walk began, such as fetch."""
 
     @classmethod
     def of(cls, job: Job, *, attempt: int = 1, sha256: str | None = None) -> "Ask":
-        """What this job asks."""
+        """The options of a job."""
         return cls(
             sampling=job.sampling,
             max_tracks=job.max_tracks,
@@ -79,22 +83,22 @@ class Ask:
 
 @dataclass(frozen=True)
 class Partial:
-    """Where a walk stands after one chunk."""
+    """How far a walk is after one chunk."""
 
     progress: Progress
     duration_s: float
     verdict: Callable[[], Verdict] = field(repr=False)
-    """What would be said of what was seen so far; computed only when called."""
+    """Computes the verdict on the frames so far."""
 
 
 def analyze(
-    path: Path,
+    path: str | Path,
     parts: Parts,
     *,
     ask: Ask = Ask(),
     progress: Callable[[Partial], None] | None = None,
 ) -> tuple[Verdict, Evidence]:
-    """Walk the clip to its end; `progress` is called after each chunk and may raise Cancelled."""
+    """Judge a clip; `progress` is called after each chunk and may raise Cancelled to stop."""
     steps = walk(path, parts, ask)
     while True:
         try:
@@ -111,23 +115,22 @@ def analyze(
 
 
 def walk(
-    path: Path, parts: Parts, ask: Ask = Ask()
+    path: str | Path, parts: Parts, ask: Ask = Ask()
 ) -> Generator[Partial, None, tuple[Verdict, Evidence]]:
-    """The same, a chunk at a time; closing the generator releases everything it holds."""
-    state = _Walk(path, parts, ask)
-    for frames in state.chunks():
-        state.look(frames)
-        yield Partial(state.progress(), state.probe.duration_s, lambda: state.verdict(partial=True))
-        if state.settled():
+    """The same, one chunk at a time; closing the generator closes the file and frees the memory."""
+    clip = _Walk(Path(path), parts, ask)
+    for frames in clip.chunks():
+        clip.process(frames)
+        yield Partial(clip.progress(), clip.probe.duration_s, lambda: clip.verdict(partial=True))
+        if clip.may_stop_early():
             break
-    with state.timed("judge"):
-        state.judged()
-    verdict = state.verdict(partial=state.stopped_early)
-    return verdict, state.evidence(verdict)
+    with clip.timed("judge"):
+        clip.judgement()
+    return clip.verdict(partial=clip.stopped_early), clip.evidence()
 
 
 class _Walk:
-    """One clip's walk: what has been seen, and how long each stage took."""
+    """One clip's state: the scores so far, the warnings, and how long each stage took."""
 
     def __init__(self, path: Path, parts: Parts, ask: Ask) -> None:
         self.parts, self.ask = parts, ask
@@ -143,35 +146,40 @@ class _Walk:
                 f"(RALF_MAX_FRAMES), got {self.sampling.max_frames}"
             )
         self.clip = Clip(self.probe, self.sampling)
-        self.warnings: dict[str, None] = dict.fromkeys(self.probe.warnings)  # ordered, once each
+        self.total = len(plan(self.clip))
+        self.tracker = Tracker(max_tracks=min(ask.max_tracks, parts.settings.max_tracks))
+        self.scorer = FaceScorer(parts.engine)
+        self.scores = Scores.none()
+        self.strongest_faces = StrongestFaces()
+        self.sampled_s: list[NDArray[np.float64]] = []
+        self.asked = self.decoded = self.replaced = 0
+        # Dicts as ordered sets: each warning and each decoder is listed once.
+        self.warnings: dict[str, None] = dict.fromkeys(self.probe.warnings)
+        self.decoders: dict[str, None] = {}
+        self.stopped_early = False
+        self._judgement: Judgement | None = None
+        self._warn_of_settings()
+
+    def _warn_of_settings(self) -> None:
+        """Say where this walk differs from the one that the model was calibrated with."""
         if self.manifest.untrained:
             self.warn("untrained_model: these weights were never trained; the score means nothing")
-        if self.sampling != parts.default_sampling:
+        if self.sampling != self.parts.default_sampling:
             self.warn("uncalibrated_sampling: the model was calibrated with another sampling")
         if (thinned := thinning(self.clip)) is not None:
             self.warn(thinned)
-        if parts.finder_changed:
+        if self.parts.finder_changed:
             self.warn("uncalibrated_finder: the model was calibrated with another finder setting")
-        self.tracker = Tracker(max_tracks=min(ask.max_tracks, parts.settings.max_tracks))
-        self.gallery = Gallery()
-        self.panel = Panel(parts.engine)
-        if (unlisted := self.panel.unlisted) is not None:
-            self.warn(unlisted)
-        self.scores = Scores.none()
-        self.looked: list[NDArray[np.float64]] = []
-        self.asked = self.decoded = self.replaced = 0
-        self.decoders: dict[str, None] = {}  # ordered, once each
-        self.total = len(plan(self.clip))
-        self.stopped_early = False
-        self._judged: Judgement | None = None
+        if (no_members := self.scorer.warning) is not None:
+            self.warn(no_members)
 
     def warn(self, text: str) -> None:
-        """Say it once."""
+        """Add a warning to the verdict, once."""
         self.warnings.setdefault(text)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the block's wall time to its stage."""
+        """Add the block's wall time to its stage."""
         start = time.perf_counter()
         try:
             yield
@@ -180,7 +188,7 @@ class _Walk:
             self.stages_ms[stage] = round(self.stages_ms.get(stage, 0.0) + spent, 3)
 
     def chunks(self) -> Iterator[Frames]:
-        """The decoder's chunks, its time counted."""
+        """The decoder's chunks, with the time that decoding took."""
         frames = self.parts.decoder.decode([self.clip])
         try:
             while True:
@@ -190,84 +198,83 @@ class _Walk:
                     return
                 yield chunk
         finally:
+            # A generator that is stopped in the middle must let go of the open file now.
             close = getattr(frames, "close", None)
             if close is not None:
                 close()
 
-    def look(self, frames: Frames) -> None:
-        """Find the chunk's faces, score them, and remember what is needed to judge."""
-        self._judged = None
-        self.asked, self.decoded = frames.asked, self.decoded + len(frames)
-        self.replaced += frames.replaced
-        if len(frames):
-            self.decoders.setdefault(frames.decoder)
-        self.looked.append(frames.times_s)
-        for text in frames.warnings:
-            self.warn(text)
-        if not len(frames):  # a decoder's last word on frames that were lost
+    def process(self, frames: Frames) -> None:
+        """One chunk through every stage: find its faces, track them, score them."""
+        self._judgement = None
+        self._count(frames)
+        if not len(frames):  # the decoder only reports frames that were lost
             return
         with self.timed("find"):
             faces = self.parts.finder.find(frames)
             tracks = self.tracker.update(frames, faces)
         if self.tracker.overflowed:
             self.warn(f"too_many_tracks: only {self.tracker.max_tracks} faces are followed")
-        known = tracks >= 0
-        if not known.any():
+        followed = tracks >= 0
+        if not followed.any():
             return
-        faces, tracks = _chosen(faces, known), tracks[known]
+        faces, tracks = faces.take(followed), tracks[followed]
         with self.timed("cut"):
             crops = cut(frames, faces, self.manifest.input)
         with self.timed("score"):
-            logits = self.panel(crops)
+            logits = self.scorer(crops)
         times = frames.times_s[faces.frame]
         sides = faces.boxes[:, 2:] - faces.boxes[:, :2]
-        self.scores = Scores.concat(
-            [
-                self.scores,
-                Scores(
-                    time_s=times,
-                    frame=frames.indices[faces.frame],
-                    box=faces.boxes,
-                    face_px=sides.min(1),
-                    confidence=faces.confidence,
-                    track=tracks,
-                    logit=logits,
-                ),
-            ]
+        new = Scores(
+            time_s=times,
+            frame=frames.indices[faces.frame],
+            box=faces.boxes,
+            face_px=sides.min(1),
+            confidence=faces.confidence,
+            track=tracks,
+            logit=logits,
         )
+        self.scores = Scores.concat([self.scores, new])
         if self.ask.evidence.thumbnails:
-            self.gallery.offer(tracks, times, logits, crops)
+            self.strongest_faces.add(tracks, times, logits, crops)
 
-    def judged(self) -> Judgement:
-        """The judgement on all that was seen so far."""
-        if self._judged is None:
-            self._judged = judge(
+    def _count(self, frames: Frames) -> None:
+        """Note which frames were sampled, and what went wrong with them."""
+        self.asked = frames.asked
+        self.decoded += len(frames)
+        self.replaced += frames.replaced
+        self.sampled_s.append(frames.times_s)
+        if len(frames):
+            self.decoders.setdefault(frames.decoder)
+        for text in frames.warnings:
+            self.warn(text)
+
+    def judgement(self) -> Judgement:
+        """The judgement on all frames so far; computed once per chunk."""
+        if self._judgement is None:
+            found = judge(
                 self.scores,
-                looked_s=np.concatenate([*self.looked, np.zeros(0)]),
+                np.concatenate([*self.sampled_s, np.zeros(0)]),
                 width=self.probe.width,
                 height=self.probe.height,
                 duration_s=self.probe.duration_s,
                 manifest=self.manifest,
                 max_tracks=self.tracker.max_tracks,
             )
-            if self.manifest.untrained:
-                self._judged = undecided(self._judged)
-        return self._judged
+            self._judgement = without_decision(found) if self.manifest.untrained else found
+        return self._judgement
 
-    def settled(self) -> bool:
-        """Whether the job's own policy allows to stop here."""
+    def may_stop_early(self) -> bool:
+        """Whether the job's own policy allows to stop here; the verdict then says so."""
         stop = self.ask.stop_early
         if stop is None or self.asked >= self.total:
             return False
-        judgement = self.judged()
+        found = self.judgement()
         self.stopped_early = (
-            judgement.score is not None
-            and judgement.score >= stop.score
+            found.score is not None
+            and found.score >= stop.score
             and any(
-                track.decisive
-                and track.score == judgement.score
-                and track.faces >= stop.after_faces
-                for track in judgement.tracks
+                track.decisive and track.score == found.score and track.faces >= stop.after_faces
+                for track in found.tracks
             )
         )
         if self.stopped_early:
@@ -282,63 +289,64 @@ class _Walk:
             frames_done=self.asked,
             frames_total=self.total,
             faces=len(self.scores),
-            score=self.judged().score,
+            score=self.judgement().score,
         )
 
     def verdict(self, *, partial: bool) -> Verdict:
-        """The document."""
-        judgement, job = self.judged(), self.ask.job
+        """The verdict on all frames so far."""
+        found, job = self.judgement(), self.ask.job
         return Verdict(
             job_id=job.job_id if job else None,
             tag=job.tag if job else None,
             tenant=job.tenant if job else None,
             session=job.session if job else None,
-            label=judgement.label,
-            score=judgement.score,
-            reason=judgement.reason,
-            threshold=judgement.threshold,
-            tracks=judgement.tracks,
-            segments=judgement.segments,
-            timeline=judgement.timeline,
+            label=found.label,
+            score=found.score,
+            reason=found.reason,
+            threshold=found.threshold,
+            tracks=found.tracks,
+            segments=found.segments,
+            timeline=found.timeline,
             media=media_facts(self.probe, self.sha256),
             made=self._made(),
-            warnings=(*self.warnings, *judgement.warnings),
+            warnings=(*self.warnings, *found.warnings),
             partial=partial,
             finished_at=datetime.now(UTC),
         )
 
-    def evidence(self, verdict: Verdict) -> Evidence:
-        """The strongest faces of each track that the verdict shows."""
-        names = self.judged().track_names
-        kept = self.gallery.of(names)
+    def evidence(self) -> Evidence:
+        """Pictures of the strongest faces of each track that the verdict lists."""
+        names = self.judgement().track_names
+        kept = self.strongest_faces.of_tracks(names)
         if not kept:
             return Evidence()
         residuals = None
-        engine = explainer(behind(self.parts.engine))
+        engine = explainer(engine_behind(self.parts.engine))
         if engine is not None and engine.explains and self.ask.evidence.residuals:
-            residuals = engine.explain(torch.stack([item.crop for item in kept])).residual
-        logits = np.array([item.logit for item in kept], np.float32)
+            residuals = engine.explain(torch.stack([face.crop for face in kept])).residual
+        logits = np.array([face.logit for face in kept], np.float32)
         scores = calibrated(logits, self.manifest.calibration).tolist()
         return Evidence(pictures=pictures(kept, names, scores, residuals))
 
     def _made(self) -> Made:
-        artifact, engine, settings = self.parts.artifact, self.parts.engine, self.manifest
+        """Model, engine, settings, counts and times: enough to make the verdict again."""
+        artifact, engine, manifest = self.parts.artifact, self.parts.engine, self.manifest
         return Made(
             ralf=__version__,
-            model=settings.name,
+            model=manifest.name,
             version=artifact.version,
             manifest_sha256=artifact.manifest_sha256,
-            weights_sha256=settings.files["weights.safetensors"],
-            detectors=self.panel.scores(self.scores, settings.aggregation),
+            weights_sha256=manifest.files["weights.safetensors"],
+            detectors=self.scorer.member_scores(self.scores, manifest.aggregation),
             engine=engine.name,
             precision=engine.precision,
             device=engine.device,
             decoder="+".join(self.decoders) or self.parts.decoder.name,
-            colour_policy=settings.input.colour,
+            colour_policy=manifest.input.colour,
             sampling=self.sampling,
             finder=self.parts.finder_settings.model_dump(),
-            calibration=settings.calibration.model_dump(),
-            aggregation=settings.aggregation.model_dump(),
+            calibration=manifest.calibration.model_dump(),
+            aggregation=manifest.aggregation.model_dump(),
             frames_asked=self.asked,
             frames_decoded=self.decoded - self.replaced,
             frames_replaced=self.replaced,
@@ -349,8 +357,8 @@ class _Walk:
         )
 
 
-def undecided(judgement: Judgement) -> Judgement:
-    """The same numbers, deciding nothing: the model was never trained."""
+def without_decision(judgement: Judgement) -> Judgement:
+    """The same scores, but no track decides: the model was never trained."""
     if judgement.label == "no_faces":
         return judgement
     why = {"decisive": False, "reason": "the model was never trained"}
@@ -363,15 +371,6 @@ def undecided(judgement: Judgement) -> Judgement:
     )
 
 
-def _chosen(faces: Faces, keep: NDArray[np.bool_]) -> Faces:
-    return Faces(
-        boxes=faces.boxes[keep],
-        landmarks=faces.landmarks[keep],
-        confidence=faces.confidence[keep],
-        frame=faces.frame[keep],
-    )
-
-
 def file_sha256(path: Path) -> str:
     """SHA-256 of the file's bytes."""
     with path.open("rb") as file:
@@ -379,7 +378,7 @@ def file_sha256(path: Path) -> str:
 
 
 def media_facts(found: Probe, sha256: str) -> MediaFacts:
-    """What the verdict says of the file."""
+    """The file's facts for the verdict."""
     return MediaFacts(
         sha256=sha256,
         size_bytes=found.size_bytes,

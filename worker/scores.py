@@ -114,7 +114,7 @@ def calibrated(logits: Reals, calibration: Calibration) -> Floats:
     return rounded
 
 
-def strongest(scores: Scores, calibration: Calibration, aggregation: Aggregation) -> float | None:
+def video_score(scores: Scores, calibration: Calibration, aggregation: Aggregation) -> float | None:
     """A video's score: of its strongest track with faces enough to decide; None without one."""
     counted = scores.face_px >= aggregation.min_face_px
     tracks = [scores.logit[counted & (scores.track == one)] for one in np.unique(scores.track)]

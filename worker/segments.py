@@ -1,7 +1,8 @@
-"""When: what each look at a clip speaks for, the stretches that look forged, the clip in bins.
+"""When the forgery is in the clip: the segments of each track, and the clip in time bins.
 
-A look is one sampled frame.  It speaks for the time half-way to its neighbours, but for no more
-than REACH_S either side: a sparse sampling leaves time that nobody looked at, and says so.
+Each sampled frame stands for the time until half-way to its neighbours, but for no more than
+REACH_S on either side.  So where few frames are sampled, some time is covered by no frame, and the
+timeline says that it was not sampled.
 """
 
 import math
@@ -15,25 +16,25 @@ from ralf.worker.contract import Segment, Timeline
 from ralf.worker.scores import Floats, Ints, Reals, Scores, calibrated
 
 REACH_S = 1.0
-BRIDGE = 3.5
-"""A face unseen for more than so many usual steps ends its segment."""
+GAP_STEPS = 3.5
+"""A face that is away for more than so many usual steps ends its segment."""
 MAX_BINS = 240
 BINS_MS = (100, 200, 250, 500, 1000, 2000, 5000, 10_000, 15_000, 30_000, 60_000)
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
-    """The scores in time order, and the looks they came from, on one clock of milliseconds."""
+class ScoredFrames:
+    """The scores in order of time and the sampled frames they came from, in milliseconds."""
 
     scores: Scores
     time_ms: Ints  # [m]
     probability: Floats  # [m]
     counted: NDArray[np.bool_]  # [m] large enough
-    looks_ms: Ints  # [n] sorted, no two alike
-    starts_ms: Floats  # [n] what each look speaks for
+    frames_ms: Ints  # [n] the sampled frames, sorted, no two alike
+    starts_ms: Floats  # [n] the time that each frame stands for
     ends_ms: Floats  # [n]
     step_ms: float
-    """The usual distance of two looks."""
+    """The usual distance of two sampled frames."""
     duration_ms: int
     calibration: Calibration
 
@@ -41,29 +42,29 @@ class Record:
     def of(
         cls,
         scores: Scores,
-        looked_s: Reals,
+        sampled_s: Reals,
         duration_s: float,
         calibration: Calibration,
         min_face_px: int,
-    ) -> "Record":
+    ) -> "ScoredFrames":
         left = scores.box[:, 0]
         order = np.lexsort((scores.logit, scores.track, left, scores.frame, scores.time_s))
         scores = scores.take(order)
         time_ms = milliseconds(scores.time_s)
-        looks = np.unique(np.concatenate([milliseconds(np.asarray(looked_s)), time_ms]))
-        duration = max(milliseconds(np.array([duration_s]))[0], looks.max(initial=0))
-        gaps = np.diff(looks).astype(np.float64)
+        frames = np.unique(np.concatenate([milliseconds(np.asarray(sampled_s)), time_ms]))
+        duration = max(milliseconds(np.array([duration_s]))[0], frames.max(initial=0))
+        gaps = np.diff(frames).astype(np.float64)
         reach = 1000 * REACH_S
         half = np.minimum(gaps / 2, reach)
-        first, last = looks[:1], looks[-1:]
+        first, last = frames[:1], frames[-1:]
         return cls(
             scores=scores,
             time_ms=time_ms,
             probability=calibrated(scores.logit, calibration),
             counted=scores.face_px >= min_face_px,
-            looks_ms=looks,
-            starts_ms=looks - np.concatenate([np.minimum(first, reach), half]),
-            ends_ms=looks + np.concatenate([half, np.minimum(duration - last, reach)]),
+            frames_ms=frames,
+            starts_ms=frames - np.concatenate([np.minimum(first, reach), half]),
+            ends_ms=frames + np.concatenate([half, np.minimum(duration - last, reach)]),
             step_ms=float(np.median(gaps)) if len(gaps) else 2 * reach,
             duration_ms=int(duration),
             calibration=calibration,
@@ -76,37 +77,38 @@ def milliseconds(seconds: Reals) -> Ints:
     return whole
 
 
-def segments_of(name: str, votes: Ints, record: Record, forged_at: float) -> list[Segment]:
+def segments_of(name: str, votes: Ints, scored: ScoredFrames, forged_at: float) -> list[Segment]:
     """Stretches where at least two of three neighbouring faces are at or above the threshold.
 
     That is the median of three, and at an end the lower of the two: a lone high face makes no
     segment and a lone low one breaks none.  Only faces of the same unbroken presence are
     neighbours.
     """
-    times = record.time_ms[votes]
-    parted = np.flatnonzero(np.diff(times) > BRIDGE * record.step_ms) + 1
+    times = scored.time_ms[votes]
+    splits = np.flatnonzero(np.diff(times) > GAP_STEPS * scored.step_ms) + 1
     found = []
-    for rows in np.split(votes, parted):
-        logits = record.scores.logit[rows]
+    for rows in np.split(votes, splits):
+        logits = scored.scores.logit[rows]
         padded = np.concatenate([[-np.inf], logits, [-np.inf]])
+        # A missing neighbour counts as low, so a segment at an end needs two high faces there too.
         smooth = np.median(np.stack([padded[:-2], logits, padded[2:]]), axis=0)
-        hot = calibrated(smooth, record.calibration) >= forged_at
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], hot.astype(np.int8), [0]])))
+        forged = calibrated(smooth, scored.calibration) >= forged_at
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], forged.astype(np.int8), [0]])))
         for start, end in edges.reshape(-1, 2):
-            found.append(_segment(name, rows[start:end], smooth[start:end], record))
+            found.append(_segment(name, rows[start:end], smooth[start:end], scored))
     return found
 
 
-def _segment(name: str, rows: Ints, smooth: Reals, record: Record) -> Segment:
-    first, last = np.searchsorted(record.looks_ms, record.time_ms[rows[[0, -1]]])
-    start = int(record.starts_ms[first])
-    stands = math.fsum(smooth) / len(smooth)
+def _segment(name: str, rows: Ints, smooth: Reals, scored: ScoredFrames) -> Segment:
+    first, last = np.searchsorted(scored.frames_ms, scored.time_ms[rows[[0, -1]]])
+    start = int(scored.starts_ms[first])
+    mean = math.fsum(smooth) / len(smooth)
     return Segment(
         start_ms=start,
-        end_ms=max(start + 1, int(record.ends_ms[last])),
+        end_ms=max(start + 1, int(scored.ends_ms[last])),
         track_id=name,
-        score=float(calibrated(np.array([stands]), record.calibration)[0]),
-        peak_ms=int(record.time_ms[rows[np.argmax(record.scores.logit[rows])]]),
+        score=float(calibrated(np.array([mean]), scored.calibration)[0]),
+        peak_ms=int(scored.time_ms[rows[np.argmax(scored.scores.logit[rows])]]),
     )
 
 
@@ -118,20 +120,20 @@ def _bin_ms(duration_ms: int) -> int:
     return minutes * BINS_MS[-1]
 
 
-def timeline_of(record: Record) -> Timeline:
-    """Each look colours the bin it falls in and those whose middle it speaks for."""
-    size = _bin_ms(record.duration_ms)
-    bins = max(1, math.ceil(record.duration_ms / size))
-    best = np.full(len(record.looks_ms), -1.0)
-    look = np.searchsorted(record.looks_ms, record.time_ms)
-    np.maximum.at(best, look[record.counted], record.probability[record.counted])
-    seen = np.bincount(look, minlength=len(best))
+def timeline_of(scored: ScoredFrames) -> Timeline:
+    """Each sampled frame counts in its own bin, and in those whose middle it stands for."""
+    size = _bin_ms(scored.duration_ms)
+    bins = max(1, math.ceil(scored.duration_ms / size))
+    best = np.full(len(scored.frames_ms), -1.0)
+    frame = np.searchsorted(scored.frames_ms, scored.time_ms)
+    np.maximum.at(best, frame[scored.counted], scored.probability[scored.counted])
+    seen = np.bincount(frame, minlength=len(best))
     score = np.full(bins, -1.0)
     faces = np.full(bins, -1, np.int64)
-    for place, time_ms in enumerate(record.looks_ms):
+    for place, time_ms in enumerate(scored.frames_ms):
         own = min(int(time_ms // size), bins - 1)
-        first = min(own, math.ceil(record.starts_ms[place] / size - 0.5))
-        last = max(own, math.floor(record.ends_ms[place] / size - 0.5))
+        first = min(own, math.ceil(scored.starts_ms[place] / size - 0.5))
+        last = max(own, math.floor(scored.ends_ms[place] / size - 0.5))
         part = slice(first, min(last, bins - 1) + 1)
         score[part] = np.maximum(score[part], best[place])
         faces[part] = np.maximum(faces[part], seen[place])

@@ -2,15 +2,15 @@
 
     face logits ─▶ a level per track ─▶ calibrated ─▶ video = strongest decisive track ─▶ label
 
-What a level is, and why more forged evidence never lowers it, stands in worker/scores.py; the
-maximum over tracks keeps that, since a further face or track only enters a maximum.
+worker/scores.py says what a level is, and why more forged evidence never lowers it.  The maximum
+over tracks keeps that property: another track can only raise a maximum.
 
 A track with fewer than min_faces counted faces has no score and may not decide.  Where no track
-may, the video is `inconclusive` and has no score: a number from one tiny face would be taken for
-more than it is.
+may decide, the video is `inconclusive` and has no score, because readers would trust a number from
+one tiny face too much.
 
-Pure: numpy and the contract.  The order of the rows means nothing, so the Scores of many segments
-of one stream can be put together (`Scores.concat`) and judged again.
+Only numpy and the contract are needed here.  The order of the rows does not matter, so the Scores
+of many segments of one stream can be joined (`Scores.concat`) and judged again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ import numpy as np
 from ralf.kernels.manifest import Aggregation, Calibration, Manifest
 from ralf.worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
 from ralf.worker.scores import Ints, Reals, Scores, calibrated, level
-from ralf.worker.segments import Record, segments_of, timeline_of
+from ralf.worker.segments import ScoredFrames, segments_of, timeline_of
 from ralf.worker.wording import score_text
 
 __all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "threshold_for"]
@@ -65,7 +65,7 @@ def threshold_for(thresholds: Mapping[str, float], policy: str) -> Threshold:
 
 def judge(
     scores: Scores,
-    looked_s: Reals,
+    sampled_s: Reals,
     *,
     width: int,
     height: int,
@@ -73,14 +73,14 @@ def judge(
     manifest: Manifest,
     max_tracks: int = MAX_TRACKS,
 ) -> Judgement:
-    """Judge a clip by what its model's manifest says; looked_s are the times of all sampled frames.
+    """Judge a clip by its model's manifest; sampled_s are the times of all sampled frames.
 
     The boxes of the scores are in pixels of a frame of width × height.  Every track is judged;
     the max_tracks strongest are listed.
     """
     judgement = judge_by(
         scores,
-        looked_s,
+        sampled_s,
         width=width,
         height=height,
         duration_s=duration_s,
@@ -97,7 +97,7 @@ def judge(
 
 def judge_by(
     scores: Scores,
-    looked_s: Reals,
+    sampled_s: Reals,
     *,
     width: int,
     height: int,
@@ -108,45 +108,45 @@ def judge_by(
     max_tracks: int = MAX_TRACKS,
 ) -> Judgement:
     """The same from the parts of a manifest."""
-    record = Record.of(scores, looked_s, duration_s, calibration, aggregation.min_face_px)
-    sightings = [
-        _Sighting.of(f"t{place}", rows, record, aggregation)
-        for place, rows in enumerate(_by_first_appearance(record.scores), 1)
+    scored = ScoredFrames.of(scores, sampled_s, duration_s, calibration, aggregation.min_face_px)
+    tracks = [
+        _TrackScore.of(f"t{place}", rows, scored, aggregation)
+        for place, rows in enumerate(_by_first_appearance(scored.scores), 1)
     ]
-    label, score, reason = _decide(sightings, threshold, len(record.looks_ms))
+    label, score, reason = _decide(tracks, threshold, len(scored.frames_ms))
     segments = [
         segment
-        for sighting in sightings
-        if sighting.score is not None
-        for segment in segments_of(sighting.name, sighting.votes, record, threshold.forged_at)
+        for track in tracks
+        if track.score is not None
+        for segment in segments_of(track.name, track.votes, scored, threshold.forged_at)
     ]
-    listed = _strongest(sightings, [s.rank for s in sightings], max_tracks)
+    listed = _strongest(tracks, [track.rank for track in tracks], max_tracks)
     kept = _strongest(segments, [s.score for s in segments], MAX_SEGMENTS)
     return Judgement(
         label=label,
         score=score,
         reason=reason,
         threshold=threshold,
-        tracks=tuple(sighting.track(record, width, height) for sighting in listed),
+        tracks=tuple(track.document(scored, width, height) for track in listed),
         segments=tuple(sorted(kept, key=lambda s: (s.start_ms, s.track_id))),
-        timeline=timeline_of(record),
+        timeline=timeline_of(scored),
         warnings=(
-            *_small_warnings(record, aggregation),
-            *_undecided_warnings(sightings, record, label, threshold),
-            *_bound_warnings("tracks", len(listed), len(sightings)),
+            *_small_warnings(scored, aggregation),
+            *_undecided_warnings(tracks, scored, label, threshold),
+            *_bound_warnings("tracks", len(listed), len(tracks)),
             *_bound_warnings("segments", len(kept), len(segments)),
         ),
-        track_names={int(record.scores.track[s.rows[0]]): s.name for s in listed},
+        track_names={int(scored.scores.track[s.rows[0]]): s.name for s in listed},
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Sighting:
-    """One track while it is judged."""
+class _TrackScore:
+    """One track's rows, its score, and why it may not decide."""
 
     name: str
     rows: Ints
-    """Of the record, in time order."""
+    """Rows of ScoredFrames, in time order."""
     votes: Ints
     """Those of its rows that count."""
     score: float | None
@@ -158,43 +158,43 @@ class _Sighting:
         cls,
         name: str,
         rows: Ints,
-        record: Record,
+        scored: ScoredFrames,
         aggregation: Aggregation,
-    ) -> "_Sighting":
-        votes = rows[record.counted[rows]]
+    ) -> "_TrackScore":
+        votes = rows[scored.counted[rows]]
         score, reason = None, None
         if len(votes) >= aggregation.min_faces:
-            stands = level(record.scores.logit[votes], aggregation)
-            score = float(calibrated(np.array([stands]), record.calibration)[0])
+            mean = level(scored.scores.logit[votes], aggregation)
+            score = float(calibrated(np.array([mean]), scored.calibration)[0])
         else:
             reason = _too_little(len(rows), len(votes), aggregation)
-        return cls(name, rows, votes, score, float(record.probability[rows].max()), reason)
+        return cls(name, rows, votes, score, float(scored.probability[rows].max()), reason)
 
     @property
     def rank(self) -> float:
         """Decisive tracks come before the others, each by strength."""
         return self.score_max - 1 if self.score is None else self.score + 1
 
-    def track(self, record: Record, width: int, height: int) -> Track:
+    def document(self, scored: ScoredFrames, width: int, height: int) -> Track:
         """The track as the contract has it, its samples thinned to what may be listed."""
         return Track(
             track_id=self.name,
-            start_ms=int(record.time_ms[self.rows[0]]),
-            end_ms=int(record.time_ms[self.rows[-1]]),
+            start_ms=int(scored.time_ms[self.rows[0]]),
+            end_ms=int(scored.time_ms[self.rows[-1]]),
             faces=len(self.rows),
             score=self.score,
             score_max=self.score_max,
             decisive=self.score is not None,
             reason=self.reason,
             samples=tuple(
-                _sample(record, row, width, height)
-                for row in _thinned(self.rows, record.scores.logit)
+                _sample(scored, row, width, height)
+                for row in _thinned(self.rows, scored.scores.logit)
             ),
         )
 
 
 def _by_first_appearance(scores: Scores) -> list[Ints]:
-    """The rows of each track; the record's order puts two that begin together left to right."""
+    """The rows of each track; two tracks that begin together are ordered left to right."""
     _, first = np.unique(scores.track, return_index=True)
     return [np.flatnonzero(scores.track == scores.track[row]) for row in np.sort(first)]
 
@@ -211,11 +211,11 @@ def _thinned(rows: Ints, logit: Reals) -> list[int]:
     return [int(part[np.argmax(logit[part])]) for part in parts]
 
 
-def _sample(record: Record, row: int, width: int, height: int) -> Sample:
-    scores = record.scores
+def _sample(scored: ScoredFrames, row: int, width: int, height: int) -> Sample:
+    scores = scored.scores
     left, top, right, bottom = np.clip(scores.box[row] / (width, height, width, height), 0, 1)
     return Sample(
-        time_ms=int(record.time_ms[row]),
+        time_ms=int(scored.time_ms[row]),
         frame=int(scores.frame[row]),
         box=Box(
             left=round(float(left), 5),
@@ -225,8 +225,8 @@ def _sample(record: Record, row: int, width: int, height: int) -> Sample:
         ),
         face_px=round(float(scores.face_px[row])),
         confidence=round(float(np.clip(scores.confidence[row], 0, 1)), 4),
-        score=float(record.probability[row]),
-        counted=bool(record.counted[row]),
+        score=float(scored.probability[row]),
+        counted=bool(scored.counted[row]),
     )
 
 
@@ -242,16 +242,16 @@ def _count(number: int, noun: str) -> str:
 
 
 def _decide(
-    sightings: Sequence[_Sighting], threshold: Threshold, looks: int
+    tracks: Sequence[_TrackScore], threshold: Threshold, frames: int
 ) -> tuple[Label, float | None, str]:
     """The label, the score and the sentence that says what decided."""
-    if not looks:
+    if not frames:
         return "inconclusive", None, "No frame could be looked at."
-    if not sightings:
-        return "no_faces", None, f"No face was found in {_count(looks, 'frame')}."
-    decisive = [(s.score, s) for s in sightings if s.score is not None]
+    if not tracks:
+        return "no_faces", None, f"No face was found in {_count(frames, 'frame')}."
+    decisive = [(s.score, s) for s in tracks if s.score is not None]
     if not decisive:
-        best = max(sightings, key=lambda s: len(s.votes))
+        best = max(tracks, key=lambda s: len(s.votes))
         return "inconclusive", None, f"No face can decide: {best.name} has {best.reason}."
     score, strongest = max(decisive, key=lambda pair: pair[0])
     who = (
@@ -260,32 +260,32 @@ def _decide(
         else f"{strongest.name}, the only track that counts,"
     )
     label, why = threshold.decide(score)
-    scored = score_text(score, threshold.forged_at, threshold.authentic_below)
+    points = score_text(score, threshold.forged_at, threshold.authentic_below)
     over = _count(len(strongest.votes), "face")
-    return label, score, f"{who} scored {scored} over {over}: {why}."
+    return label, score, f"{who} scored {points} over {over}: {why}."
 
 
-def _small_warnings(record: Record, aggregation: Aggregation) -> list[str]:
-    small = int((~record.counted).sum())
+def _small_warnings(scored: ScoredFrames, aggregation: Aggregation) -> list[str]:
+    small = int((~scored.counted).sum())
     if not small:
         return []
-    faces, least = _count(len(record.counted), "face"), aggregation.min_face_px
+    faces, least = _count(len(scored.counted), "face"), aggregation.min_face_px
     return [f"small_faces: {small} of {faces} are smaller than {least} px and did not count"]
 
 
 def _undecided_warnings(
-    sightings: Sequence[_Sighting], record: Record, label: Label, threshold: Threshold
+    tracks: Sequence[_TrackScore], scored: ScoredFrames, label: Label, threshold: Threshold
 ) -> list[str]:
     """An authentic verdict must not hide a short track that looks forged."""
     if label != "likely_authentic":
         return []
     return [
-        f"undecided_track: {s.name} reaches {record.probability[s.votes].max():.3f} but may not "
+        f"undecided_track: {s.name} reaches {scored.probability[s.votes].max():.3f} but may not "
         f"decide: {s.reason}"
-        for s in sightings
+        for s in tracks
         if s.score is None
         and len(s.votes)
-        and record.probability[s.votes].max() >= threshold.forged_at
+        and scored.probability[s.votes].max() >= threshold.forged_at
     ][:MAX_TRACKS]
 
 

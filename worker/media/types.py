@@ -134,6 +134,15 @@ class Faces:
     def __repr__(self) -> str:
         return f"Faces({len(self)} in {len(np.unique(self.frame))} frames)"
 
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Faces":
+        """Only these faces, in this order."""
+        return Faces(
+            boxes=self.boxes[rows],
+            landmarks=self.landmarks[rows],
+            confidence=self.confidence[rows],
+            frame=self.frame[rows],
+        )
+
     @classmethod
     def none(cls) -> "Faces":
         """No face in the chunk."""
