@@ -17,7 +17,7 @@ import pytest
 from redis import Redis
 from standardwebhooks import Webhook
 
-from ralf.worker.chaos.proof import Asked, Sighting, delivery_id, doubled, pid_of, prove
+from ralf.worker.chaos.proof import Asked, SeenEnd, delivery_id, doubled, pid_of, prove
 from ralf.worker.chaos.receiver import Receipt, Receiver
 from ralf.worker.chaos.uploader import KINDS, mix
 from ralf.worker.contract import Callback, State, Verdict
@@ -53,8 +53,8 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.timeout(660)
-def test_thirty_jobs_under_fire_end_once_each(folder: Path):
-    """Every kind of blow falls, every job ends, nothing is wrong, nothing is left."""
+def test_thirty_jobs_end_once_each_despite_every_fault(folder: Path):
+    """Every kind of fault is injected, every job ends, nothing is wrong, nothing is left."""
     arguments = ("--jobs", "30", "--workers", "3", "--seed", "11", "--minutes", "10")
     with chaos(folder, *arguments) as run:
         out, said = run.communicate(timeout=LONG_S)
@@ -112,7 +112,7 @@ class World:
         self.redis = redis
         self.store = Store(redis, replace(Settings(), webhook_secrets=(f"default={SECRET}",)))
         self.receipts: list[Receipt] = []
-        self.seen: list[Sighting] = []
+        self.seen: list[SeenEnd] = []
         callback = Callback(url="http://127.0.0.1:1/hook")
         jobs = [a_job(name, callback=callback) for name in "123"]
         self.asked = [
@@ -135,9 +135,9 @@ class World:
             self.receipts.append(Receipt(1.0, delivery.id, body, True, "taken"))
             deliverer.outbox.delivered(delivery.id)
 
-    def wrong(self, struck: frozenset[int] = frozenset()) -> list[str]:
+    def wrong(self, hit: frozenset[int] = frozenset()) -> list[str]:
         """What the proof finds."""
-        return prove(self.store, self.asked, self.receipts, seen=self.seen, struck=struck)
+        return prove(self.store, self.asked, self.receipts, seen=self.seen, hit=hit)
 
 
 def verdict_of(job_id: str) -> Verdict:
@@ -182,7 +182,7 @@ def _end_otherwise(world: World) -> None:
 def _change_after_the_end(world: World) -> None:
     status = world.store.status("j1")
     assert status is not None
-    world.seen.append(Sighting("j1", "succeeded", status.ended_at))
+    world.seen.append(SeenEnd("j1", "succeeded", status.ended_at))
     world.redis.hset("ralf:job:j1", "ended_at", "5.0")
 
 
@@ -285,7 +285,7 @@ def test_the_proof_finds_the_harm(world: World, harm: Callable[[World], None], f
 
 
 def test_a_crash_that_the_run_caused_is_no_blame(world: World):
-    """The worker's pid is among the struck."""
+    """The worker's pid is among the hit."""
     _blame(world)
 
     assert world.wrong(frozenset({77})) == []
@@ -309,18 +309,20 @@ def test_the_proof_computes_the_id_that_the_store_gives(redis: Redis, state: Sta
 # the receiver and the mix
 
 
-def test_the_receiver_writes_down_signs_and_moods():
-    """A right signature and a wrong one; a moody address gives in after so many moods."""
+def test_the_receiver_records_signatures_and_refuses_some_pushes():
+    """A right signature and a wrong one; the unreliable address takes it after some refusals."""
     settings = replace(
         Settings(),
         webhook_secrets=(f"default={SECRET}",),
         allow_private_addresses=True,
         webhook_timeout_s=0.5,
     )
-    receiver = Receiver(SECRET, moods=2, stall_s=0.6, seed=1)
+    receiver = Receiver(SECRET, refusals=2, stall_s=0.6, seed=1)
     with receiver.listening():
         for number in range(12):
-            push(replace(settings, fetch_ports=receiver.ports), receiver.moody, f"msg_{number}")
+            push(
+                replace(settings, fetch_ports=receiver.ports), receiver.unreliable, f"msg_{number}"
+            )
         bad = replace(settings, webhook_secrets=(f"default={other_secret()}",))
         push(replace(bad, fetch_ports=receiver.ports), receiver.steady, "msg_bad")
     receipts = receiver.receipts

@@ -1,15 +1,15 @@
-"""The proof that nothing was lost: what was asked, held against Redis and the receiver's log.
+"""The proof that nothing was lost: what was asked is compared with Redis and the receiver's log.
 
 Every check gives sentences about what is wrong; none means proven.
 
     tokens       one job for each token, whoever submitted it how often; each has ended, with one
                  verdict or one named failure, as its kind may end
-    ends         one entry in the verdict stream for each job, saying what its state says; an end
-                 that somebody saw is the end that is there
-    blame        a well-behaved job carries no crash that nobody caused, but those in company
-    deliveries   for each callback at least one push that was taken, under the id that the end
-                 determines, one body for each id, each signature right; none that nobody asked for
-    leftovers    no list, registry, lease or worker's record holds anything
+    ends         one entry in the verdict stream for each job, with the state that the job has; an
+                 end that was seen during the run has not changed since
+    blame        a well-behaved job has no crash of its own except those that the run caused
+    deliveries   for each callback at least one push that was taken, under the id that follows from
+                 the end, one body for each id, each signature right; no push without a callback
+    leftovers    every list, registry and lease is empty, and no worker is registered
 
 Only reads, with a store of its own, after the service has stopped.
 """
@@ -46,8 +46,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Sighting:
-    """A job that somebody saw ended."""
+class SeenEnd:
+    """A job that was seen to have ended, and how."""
 
     job_id: str
     state: State
@@ -68,14 +68,17 @@ def prove(
     asked: Sequence[Asked],
     receipts: Sequence[Receipt],
     *,
-    seen: Iterable[Sighting] = (),
-    struck: Collection[int] = (),
+    seen: Iterable[SeenEnd] = (),
+    hit: Collection[int] = (),
 ) -> list[str]:
-    """Everything that is wrong; `struck` are the pids of workers that were killed or lost a child
-    to the run, `seen` the ends that were observed on the way."""
+    """Everything that is wrong, as sentences.
+
+    `hit` are the pids of workers that the run killed, paused, or whose child it killed; `seen` are
+    ends that were read during the run.
+    """
     wrong, found = _tokens(store, asked)
     wrong += _ends(store, found, seen)
-    wrong += _blame(found, struck)
+    wrong += _blame(found, hit)
     wrong += _deliveries(found, receipts)
     wrong += leftovers(store)
     return wrong
@@ -133,7 +136,7 @@ def _verdict_fits(name: str, status: Status, verdict: Verdict | None) -> Iterato
         yield f"{name} has a verdict and a failure"
 
 
-def _ends(store: Store, found: Mapping[str, Ended], seen: Iterable[Sighting]) -> Iterator[str]:
+def _ends(store: Store, found: Mapping[str, Ended], seen: Iterable[SeenEnd]) -> Iterator[str]:
     entries: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _, fields in store.redis.xrange(store.key("verdicts")):
         if fields[b"type"] in (b"verdict.ready", b"verdict.failed"):
@@ -156,10 +159,10 @@ def _ends(store: Store, found: Mapping[str, Ended], seen: Iterable[Sighting]) ->
             )
 
 
-def _blame(found: Mapping[str, Ended], struck: Collection[int]) -> Iterator[str]:
+def _blame(found: Mapping[str, Ended], hit: Collection[int]) -> Iterator[str]:
     for job_id, job in found.items():
         for crash in job.crashes if job.asked.innocent else ():
-            if crash["alone"] and pid_of(crash["worker"]) not in struck:
+            if crash["alone"] and pid_of(crash["worker"]) not in hit:
                 yield (
                     f"job {job_id} ({job.asked.kind}) is blamed for {crash['code']} in "
                     f"{crash['worker']}, to which nothing was done: {crash['message']}"
@@ -224,7 +227,7 @@ def doubled(receipts: Sequence[Receipt]) -> int:
 
 
 def leftovers(store: Store) -> list[str]:
-    """What still lies where only unended jobs, running workers and unsent pushes may."""
+    """Entries where only unended jobs, running workers and unsent pushes may have some."""
     ours = ["pending:*", "turn:*", "waiting:*", "running:*", "due", "deadlines", "popped"]
     ours += ["outbox", "delivery:*", "dead", "endpoints:disabled", "sessions:changed"]
     rq = ["rq:workers", "rq:worker:*", "rq:suspended", "rq:finished:*", "rq:failed:*"]

@@ -1,9 +1,9 @@
-"""A platform's webhook receiver as chaos needs it: it writes everything down and is moody.
+"""The platform's webhook receiver of a chaos run: it records every push, and fails some of them.
 
-It listens twice on loopback.  What is pushed to the steady address is taken at once; the moody one
+It listens on two ports of loopback.  The steady one takes every push at once; the unreliable one
 answers some pushes with 500 and lets others run into the pusher's timeout, each delivery at most
-`moods` times, so that it gets through in the end.  Every push is checked as the standard says and
-kept: when it came, its id, its body, whether its signature is right, what was answered.
+`refusals` times, so that it gets through in the end.  Every push is checked as the standard says
+and kept: when it came, its id, its body, whether its signature is right, what was answered.
 """
 
 import random
@@ -19,10 +19,10 @@ from typing import Literal
 from standardwebhooks import Webhook, WebhookVerificationError
 
 Answer = Literal["taken", "failed", "stalled"]
-MOODY_SHARE = 0.4
-"""Of the pushes that may be refused still, so many are."""
-THINK_S = 0.1
-"""It takes up to so long over a push: a deliverer may be killed just then."""
+REFUSED_SHARE = 0.4
+"""Of the pushes that may still be refused, this share is."""
+DELAY_S = 0.1
+"""It takes up to this long over a push, so that a deliverer may be killed in between."""
 MOST_BYTES = 1 << 20
 
 
@@ -39,17 +39,17 @@ class Receipt:
 
 
 class Receiver:
-    """The log of one run, filled by the servers' threads."""
+    """The pushes of one run, recorded by the servers' threads."""
 
-    def __init__(self, secret: str, *, moods: int, stall_s: float, seed: int = 0) -> None:
+    def __init__(self, secret: str, *, refusals: int, stall_s: float, seed: int = 0) -> None:
         self._hook = Webhook(secret)
-        self._moods, self._stall_s = moods, stall_s
+        self._refusals, self._stall_s = refusals, stall_s
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._refused: Counter[str] = Counter()
         self._receipts: list[Receipt] = []
         self._open = 0
-        self.steady = self.moody = ""
+        self.steady = self.unreliable = ""
         """The addresses, while it is `listening`."""
         self.ports: tuple[int, ...] = ()
 
@@ -61,7 +61,7 @@ class Receiver:
 
     @property
     def busy(self) -> bool:
-        """Whether a push is written down and not yet answered."""
+        """Whether a push is recorded and not yet answered."""
         with self._lock:
             return self._open > 0
 
@@ -69,49 +69,51 @@ class Receiver:
     def listening(self) -> Iterator["Receiver"]:
         """Both addresses are up while the block runs."""
         with ExitStack() as stack:
-            steady = stack.enter_context(_serving(self, moody=False))
-            moody = stack.enter_context(_serving(self, moody=True))
+            steady = stack.enter_context(_serving(self, unreliable=False))
+            unreliable = stack.enter_context(_serving(self, unreliable=True))
             self.steady = f"http://127.0.0.1:{steady}/hook"
-            self.moody = f"http://127.0.0.1:{moody}/hook"
-            self.ports = (steady, moody)
+            self.unreliable = f"http://127.0.0.1:{unreliable}/hook"
+            self.ports = (steady, unreliable)
             yield self
 
-    def take(self, message_id: str, headers: dict[str, str], body: bytes, *, moody: bool) -> Answer:
-        """Write a push down, and say how it is to be answered."""
+    def take(
+        self, message_id: str, headers: dict[str, str], body: bytes, *, unreliable: bool
+    ) -> Answer:
+        """Record a push, and decide how to answer it."""
         signed = True
         try:
             self._hook.verify(body.decode(), headers)
         except (WebhookVerificationError, ValueError):
             signed = False
         with self._lock:
-            answer = self._mood(message_id) if moody else "taken"
+            answer = self._answer_of(message_id) if unreliable else "taken"
             self._receipts.append(
                 Receipt(time.time(), message_id, body.decode(errors="replace"), signed, answer)
             )
         return answer
 
-    def think(self, answer: Answer) -> None:
-        """What a receiver does before it answers; or for longer than the pusher waits."""
+    def delay(self, answer: Answer) -> None:
+        """Wait before the answer: a moment, or longer than the deliverer waits."""
         with self._lock:
             self._open += 1
-        time.sleep(self._stall_s if answer == "stalled" else self._random.uniform(0.0, THINK_S))
+        time.sleep(self._stall_s if answer == "stalled" else self._random.uniform(0.0, DELAY_S))
         with self._lock:
             self._open -= 1
 
-    def _mood(self, message_id: str) -> Answer:
-        if self._refused[message_id] >= self._moods or self._random.random() > MOODY_SHARE:
+    def _answer_of(self, message_id: str) -> Answer:
+        if self._refused[message_id] >= self._refusals or self._random.random() > REFUSED_SHARE:
             return "taken"
         self._refused[message_id] += 1
         return self._random.choice(("failed", "failed", "stalled"))
 
 
 @contextmanager
-def _serving(receiver: Receiver, *, moody: bool) -> Iterator[int]:
+def _serving(receiver: Receiver, *, unreliable: bool) -> Iterator[int]:
     class Handler(BaseHTTPRequestHandler):
         timeout = 10.0
 
         def do_POST(self) -> None:
-            # A pusher that was killed in the middle of its push is what all this is about.
+            # A deliverer may be killed in the middle of its push: then nothing is recorded.
             with suppress(OSError):
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(min(length, MOST_BYTES))
@@ -120,14 +122,15 @@ def _serving(receiver: Receiver, *, moody: bool) -> Iterator[int]:
 
         def _answer(self, body: bytes) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}
-            answer = receiver.take(headers.get("webhook-id", ""), headers, body, moody=moody)
-            receiver.think(answer)
+            message_id = headers.get("webhook-id", "")
+            answer = receiver.take(message_id, headers, body, unreliable=unreliable)
+            receiver.delay(answer)
             self.send_response(200 if answer == "taken" else 500)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Silent; the receipts are the log."""
+            """Silent: the receipts are the log."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

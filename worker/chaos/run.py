@@ -1,14 +1,14 @@
-"""`ralf chaos`: a real service under load is hurt at random, and then proves that nothing was lost.
+"""`ralf chaos`: kill parts of a real service under load, then prove that nothing was lost.
 
-It starts all of it by itself: a Redis with an append-only file (durable: see processes.py), two or
-more workers with test bodies, a janitor, a deliverer, and a webhook receiver on loopback.  An
-uploader submits (uploader.py), a storm kills (storm.py), and when every job has ended the service
-is stopped and the proof is made (proof.py).  The figures are one JSON document on stdout; exit 1
-when anything is wrong, with what.
+It starts all of it by itself: a Redis with an append-only file, two or more workers with test
+bodies, a janitor, a deliverer, and a webhook receiver on loopback.  An uploader submits jobs
+(uploader.py), faults are injected (faults.py), and when every job has ended the service is stopped
+and the proof is made (proof.py).  The figures are one JSON document on stdout; it exits with 1 when
+something is wrong, and says what.
 
 Timings are shortened so that a run takes minutes (SHORT); `--default-timings` runs with those of
-production, which takes longer.  Who is struck follows the seed, but not to the microsecond:
-the same seed is the same mix of jobs and blows, not the same run.
+production, which takes longer.  Which process is hit follows the seed, but not to the microsecond:
+the same seed gives the same mix of jobs and faults, not the same run.
 
 Nothing of the environment is used but the path; all is bounded by --minutes and cleaned at the end,
 on Ctrl-C and SIGTERM too.
@@ -31,9 +31,9 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from ralf.worker.chaos.faults import AffectedJob, FaultInjector, JobWatcher, Rates
 from ralf.worker.chaos.proof import doubled, ended_jobs, prove
 from ralf.worker.chaos.receiver import Receiver
-from ralf.worker.chaos.storm import Storm, Tempo, Watch, Wound
 from ralf.worker.chaos.uploader import Uploader, priorities
 from ralf.worker.client import Client
 from ralf.worker.contract import Priority
@@ -54,12 +54,12 @@ SHORT: dict[str, Any] = {
     "webhook_delays_s": (0.3, *(1.0,) * 20),
 }
 """Settings of a run that takes minutes."""
-BRIEF = Tempo(gap_s=1.2, redis_down_s=2.0, process_down_s=0.5)
-LONG = Tempo(gap_s=10.0, redis_down_s=15.0, process_down_s=5.0)
+BRIEF = Rates(gap_s=1.2, redis_down_s=2.0, process_down_s=0.5)
+LONG = Rates(gap_s=10.0, redis_down_s=15.0, process_down_s=5.0)
 STRETCH = 10.0
-"""With the timings of production the jobs are longer too, or no blow would hit one."""
-CALM_SHARE = 0.75
-"""When so many jobs have ended, and all was sent, the storm is over and the rest may end."""
+"""With the timings of production the jobs are longer too, or no fault would hit one."""
+ENDED_SHARE = 0.75
+"""When this share of the jobs has ended, and all were sent, no more faults come."""
 TURN_S = 0.05
 TELL_S = 5.0
 NO_REDIS = 5
@@ -78,8 +78,8 @@ class Plan:
     share: bool = False
 
     @property
-    def tempo(self) -> Tempo:
-        """All kinds of blows should fall while there is work."""
+    def rates(self) -> Rates:
+        """With few jobs faults come sooner: all kinds should come while there is work."""
         if self.default_timings:
             return LONG
         return replace(BRIEF, gap_s=min(BRIEF.gap_s, max(0.5, 0.02 * self.jobs)))
@@ -121,7 +121,7 @@ def chaos(plan: Plan) -> dict[str, Any]:
         base = replace(Settings(), **timing)
         receiver = Receiver(
             secret,
-            moods=1 if plan.default_timings else 2,
+            refusals=1 if plan.default_timings else 2,
             stall_s=base.webhook_timeout_s + 0.5,
             seed=plan.seed,
         )
@@ -151,7 +151,7 @@ def chaos(plan: Plan) -> dict[str, Any]:
             _service(settings, folder, workers=priorities(plan.workers), share=plan.share)
         )
         stack.callback(uploader.stop)
-        return Run(plan, supervisor, uploader, receiver).to_the_end(stack)
+        return Run(plan, supervisor, uploader, receiver).run(stack)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def _service(
 
 
 class Run:
-    """The loop of one run, and what it leaves."""
+    """The loop of one run, and its figures."""
 
     def __init__(
         self, plan: Plan, supervisor: Supervisor, uploader: Uploader, receiver: Receiver
@@ -185,77 +185,79 @@ class Run:
         self.plan, self.supervisor = plan, supervisor
         self.uploader, self.receiver = uploader, receiver
         self.store = Store(connect(supervisor.settings.redis_url, attempts=0), supervisor.settings)
-        self.storm = Storm(
-            supervisor, self.store, plan.tempo, seed=plan.seed, pushing=lambda: receiver.busy
+        self.faults = FaultInjector(
+            supervisor, self.store, plan.rates, seed=plan.seed, pushing=lambda: receiver.busy
         )
-        self.watch = Watch(self.store, self.storm)
+        self.watch = JobWatcher(self.store, self.faults)
         self.began = time.monotonic()
         self.wrong: list[str] = []
         self.waits_for = ""
         self._told = self.began
 
-    def to_the_end(self, stack: ExitStack) -> dict[str, Any]:
-        """Storm, calm, stop, prove, count."""
+    def run(self, stack: ExitStack) -> dict[str, Any]:
+        """Inject faults, let the rest end, stop, prove, count."""
         stack.callback(self.store.redis.close)
         self.uploader.start()
-        self._until(self._stormed, storming=True)
-        self.storm.calm()
-        self._until(self._settled, storming=False)
+        self._run_until(self._injected_all, injecting=True)
+        self.faults.end()
+        self._run_until(self._settled, injecting=False)
         took = time.monotonic() - self.began
         self.uploader.stop()
         self.supervisor.stop("worker", "janitor", "deliverer")
         self.supervisor.wait_for_redis()
-        self._look_at_processes()
+        self._check_processes()
         asked = self.uploader.asked()
-        sightings = [*self.uploader.sightings, *self.watch.ends.values()]
+        seen_ends = [*self.uploader.seen_ends, *self.watch.ends.values()]
         self.wrong += prove(
-            self.store, asked, self.receiver.receipts, seen=sightings, struck=self.storm.struck
+            self.store, asked, self.receiver.receipts, seen=seen_ends, hit=self.faults.hit
         )
         self.wrong += self.uploader.wrong
         return self._figures(took)
 
-    def _until(self, over: Any, *, storming: bool) -> None:
+    def _run_until(self, over: Any, *, injecting: bool) -> None:
         end = self.began + 60.0 * self.plan.minutes
         while True:
             self.supervisor.tend()
             ids = [one.answers[0] for one in self.uploader.asked()]
             try:
-                if storming:
-                    self.storm.turn()
+                if injecting:
+                    self.faults.step()
                 else:
-                    self.storm.relent()
-                self.watch.look(ids)
+                    self.faults.finish_started()
+                self.watch.read(ids)
                 if over():
                     return
             except RedisError:
                 pass
-            self._tell(storming)
+            self._tell(injecting)
             if time.monotonic() > end:
-                if not storming:
+                if not injecting:
                     self.wrong.append(f"not settled within {self.plan.minutes:g} minutes")
                 return
             time.sleep(TURN_S)
 
-    def _tell(self, storming: bool) -> None:
-        """Where the run stands, for whoever waits for it."""
+    def _tell(self, injecting: bool) -> None:
+        """Print where the run stands."""
         if time.monotonic() - self._told < TELL_S:
             return
         self._told = time.monotonic()
-        weather = "storm" if storming else "calm"
+        phase = "injecting faults" if injecting else "waiting for the rest"
         print(
-            f"ralf: chaos: {self._told - self.began:.0f} s, {weather}: "
+            f"ralf: chaos: {self._told - self.began:.0f} s, {phase}: "
             f"{len(self.watch.ends)} of {self.plan.jobs} ended, {self.waits_for}; "
-            + ", ".join(f"{count} {blow}" for blow, count in sorted(self.storm.blows.items())),
+            + ", ".join(
+                f"{count} {fault}" for fault, count in sorted(self.faults.injected.items())
+            ),
             file=sys.stderr,
             flush=True,
         )
 
-    def _stormed(self) -> bool:
-        ended = len(self.watch.ends) >= CALM_SHARE * self.plan.jobs
-        return self.uploader.done and ended and self.storm.all_blown
+    def _injected_all(self) -> bool:
+        ended = len(self.watch.ends) >= ENDED_SHARE * self.plan.jobs
+        return self.uploader.done and ended and self.faults.all_injected
 
     def _settled(self) -> bool:
-        """All has ended and been pushed, and Redis has forgotten the dead."""
+        """Whether all jobs have ended and been pushed, and Redis lists only workers that run."""
         self.waits_for = self._unsettled()
         return not self.waits_for
 
@@ -275,8 +277,8 @@ class Run:
         books += [f"rq:queue:{self.store.queue(p)}:intermediate" for p in PRIORITIES]
         return ", ".join(f"{book} to be empty" for book in books if redis.exists(book))
 
-    def _look_at_processes(self) -> None:
-        """Ends that nobody caused, stubborn ones, tracebacks, folders of the dead."""
+    def _check_processes(self) -> None:
+        """Unexpected ends, processes that did not stop, tracebacks, folders that were left."""
         for process in self.supervisor.processes:
             if process.role == "redis":
                 continue
@@ -307,16 +309,16 @@ class Run:
             "seed": self.plan.seed,
             "timings": "default" if self.plan.default_timings else "short",
             "settings": {} if self.plan.default_timings else SHORT,
-            "tempo": asdict(self.plan.tempo),
+            "tempo": asdict(self.plan.rates),
             "appendfsync": "always",
             "workers": self.plan.workers,
             "shared_child": self.plan.share,
             "jobs": dict(Counter(job.asked.kind for job in jobs)),
             "ends": dict(ends),
-            "blows": dict(self.storm.blows),
+            "blows": dict(self.faults.injected),
             "starts": {process.name: process.starts for process in self.supervisor.processes},
-            "found_s": _by_blow(self.storm.wounds, "found_s"),
-            "recovery_s": _by_blow(self.storm.wounds, "recovered_s"),
+            "found_s": _by_fault(self.faults.affected, "found_s"),
+            "recovery_s": _by_fault(self.faults.affected, "recovered_s"),
             "redis_down_s": _spread(self.watch.redis_down_s),
             "attempts": attempts,
             "retries": attempts - ran,
@@ -334,10 +336,10 @@ class Run:
         }
 
 
-def _by_blow(wounds: Sequence[Wound], name: str) -> dict[str, Any]:
-    kinds = {"all": wounds}
-    for blow in sorted({wound.blow for wound in wounds}):
-        kinds[blow] = [wound for wound in wounds if wound.blow == blow]
+def _by_fault(affected: Sequence[AffectedJob], name: str) -> dict[str, Any]:
+    kinds = {"all": affected}
+    for fault in sorted({job.fault for job in affected}):
+        kinds[fault] = [job for job in affected if job.fault == fault]
     return {
         kind: _spread([s for w in some if (s := getattr(w, name)) is not None])
         for kind, some in kinds.items()

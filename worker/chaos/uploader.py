@@ -1,4 +1,4 @@
-"""A platform's backend as chaos needs it: it submits, submits again, cancels, and never gives up.
+"""The platform's backend of a chaos run: it submits, submits again, cancels, and never gives up.
 
 Jobs are test bodies of many kinds (bodies.py), some that must end badly.  Each is sent through
 ralf.client under its own token.  A submission that raised QueueUnavailable is sent again with the
@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 from ralf.worker.chaos import bodies
-from ralf.worker.chaos.proof import Asked, Sighting
+from ralf.worker.chaos.proof import Asked, SeenEnd
 from ralf.worker.chaos.receiver import Receiver
 from ralf.worker.client import Client, IdempotencyConflict, QueueUnavailable, request
 from ralf.worker.contract import ENDED, Callback, Job, Priority
@@ -72,8 +72,8 @@ def mix(count: int, rng: random.Random) -> list[str]:
 
 
 @dataclass
-class Wish:
-    """One token on its way."""
+class Upload:
+    """One token, its job and what was answered."""
 
     job: Job
     kind: str
@@ -99,11 +99,11 @@ class Uploader:
         self._seconds, self._stretch = seconds, stretch
         self._random = random.Random(seed)
         self._stop = threading.Event()
-        self._wishes = [self._wish(n, k) for n, k in enumerate(mix(count, self._random))]
-        self._cancels: list[tuple[float, Wish]] = []
+        self._uploads = [self._made(n, k) for n, k in enumerate(mix(count, self._random))]
+        self._cancels: list[tuple[float, Upload]] = []
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
         self.facts: Counter[str] = Counter()
-        self.sightings: list[Sighting] = []
+        self.seen_ends: list[SeenEnd] = []
         self.wrong: list[str] = []
 
     def start(self) -> None:
@@ -125,18 +125,18 @@ class Uploader:
         """Every token that was answered so far."""
         return [
             Asked(
-                wish.job.token,
-                wish.kind,
-                frozenset(KINDS[wish.kind].ends),
-                KINDS[wish.kind].innocent,
-                wish.job.callback is not None,
-                tuple(wish.answers),
+                upload.job.token,
+                upload.kind,
+                frozenset(KINDS[upload.kind].ends),
+                KINDS[upload.kind].innocent,
+                upload.job.callback is not None,
+                tuple(upload.answers),
             )
-            for wish in self._wishes
-            if wish.answers
+            for upload in self._uploads
+            if upload.answers
         ]
 
-    def _wish(self, number: int, name: str) -> Wish:
+    def _made(self, number: int, name: str) -> Upload:
         kind, rng = KINDS[name], self._random
         job = request(
             f"https://media.example/{number}.mp4",
@@ -145,7 +145,7 @@ class Uploader:
             tenant=rng.choice(TENANTS),
             priority=rng.choices(("default", "high"), (0.7, 0.3))[0],
         )
-        return Wish(job, name, bodies.PREFIX + kind.body, [])
+        return Upload(job, name, bodies.PREFIX + kind.body, [])
 
     def _between(self, least: float, most: float) -> float:
         return self._stretch * self._random.uniform(least, most)
@@ -153,7 +153,7 @@ class Uploader:
     def _run(self) -> None:
         """Batches at even steps, cancels as they come due, some tokens once more."""
         try:
-            batches = [self._wishes[i : i + BATCH] for i in range(0, len(self._wishes), BATCH)]
+            batches = [self._uploads[i : i + BATCH] for i in range(0, len(self._uploads), BATCH)]
             pause = self._seconds / len(batches)
             for batch in batches:
                 self._send(batch)
@@ -165,35 +165,35 @@ class Uploader:
             if not self._stop.is_set():
                 self.wrong.append(f"the client raised {type(error).__name__}: {error}")
 
-    def _send(self, batch: list[Wish]) -> None:
-        for body in dict.fromkeys(wish.body for wish in batch):
-            same = [wish for wish in batch if wish.body == body]
-            for wish in same:
-                wish.job = self._with_callback(self._with_deadline(wish))
+    def _send(self, batch: list[Upload]) -> None:
+        for body in dict.fromkeys(upload.body for upload in batch):
+            same = [upload for upload in batch if upload.body == body]
+            for upload in same:
+                upload.job = self._with_callback(self._with_deadline(upload))
             self._submit(same)
-            for wish in same:
-                if KINDS[wish.kind].cancelled:
-                    self._cancels.append((time.monotonic() + self._between(0.0, 2.5), wish))
+            for upload in same:
+                if KINDS[upload.kind].cancelled:
+                    self._cancels.append((time.monotonic() + self._between(0.0, 2.5), upload))
 
-    def _with_deadline(self, wish: Wish) -> Job:
-        if not KINDS[wish.kind].deadline:
-            return wish.job
+    def _with_deadline(self, upload: Upload) -> Job:
+        if not KINDS[upload.kind].deadline:
+            return upload.job
         moment = datetime.now(UTC) + timedelta(seconds=self._between(0.2, 6.0))
-        return wish.job.model_copy(update={"deadline": moment})
+        return upload.job.model_copy(update={"deadline": moment})
 
     def _with_callback(self, job: Job) -> Job:
         url = self._random.choices(
-            (self._receiver.steady, self._receiver.moody, ""), (0.65, 0.25, 0.1)
+            (self._receiver.steady, self._receiver.unreliable, ""), (0.65, 0.25, 0.1)
         )[0]
         return job.model_copy(update={"callback": Callback(url=url)}) if url else job
 
-    def _submit(self, wishes: list[Wish]) -> None:
+    def _submit(self, uploads: list[Upload]) -> None:
         def send() -> None:
-            self._client.store.function = wishes[0].body
-            self.facts["submissions"] += len(wishes)
-            anew = [_anew(wish.job) for wish in wishes]
-            for wish, made in zip(wishes, self._client.submit_many(anew), strict=True):
-                wish.answers.append(made.job_id)
+            self._client.store.function = uploads[0].body
+            self.facts["submissions"] += len(uploads)
+            anew = [_anew(upload.job) for upload in uploads]
+            for upload, made in zip(uploads, self._client.submit_many(anew), strict=True):
+                upload.answers.append(made.job_id)
                 self._saw(made.job_id, made.state)
                 self.facts["repeats_answered"] += made.existing
 
@@ -201,12 +201,12 @@ class Uploader:
 
     def _send_again(self) -> None:
         """A token that is known, from a second server of the platform; or its misuse."""
-        sent = [wish for wish in self._wishes if wish.answers]
-        for wish in self._random.sample(sent, min(len(sent), 1)):
+        sent = [upload for upload in self._uploads if upload.answers]
+        for upload in self._random.sample(sent, min(len(sent), 1)):
             if self._random.random() < 0.7:
-                self._submit([wish])
+                self._submit([upload])
                 continue
-            other = _anew(wish.job.model_copy(update={"tag": "another body"}))
+            other = _anew(upload.job.model_copy(update={"tag": "another body"}))
             try:
                 self._reach(lambda other=other: self._client.submit_many([other]))  # type: ignore[misc]
                 self.wrong.append(f"token {other.token} was taken with another body")
@@ -227,7 +227,7 @@ class Uploader:
 
     def _saw(self, job_id: str, state: str) -> None:
         if state in ENDED:
-            self.sightings.append(Sighting(job_id, state))  # type: ignore[arg-type]
+            self.seen_ends.append(SeenEnd(job_id, state))  # type: ignore[arg-type]
 
     def _reach(self, do: Callable[[], T]) -> T:
         """The same again for as long as the queue does not answer."""

@@ -1,16 +1,16 @@
-"""Who is hurt next, how, and how long each hurt job took to get well.
+"""Inject faults into running processes, and measure how soon each affected job recovers.
 
     child      kill -9 of a worker's child, mostly in the middle of a job
     parent     kill -9 of a worker; its child dies with it
-    pause      a worker stands still until its lease is over, and wakes with a job that is not its
+    pause      SIGSTOP of a worker until its lease is over; it goes on with a job it has lost
     drain      SIGTERM, sometimes a second one soon after
     deliverer  kill -9, mostly while a push waits for its answer
-    janitor    kill -9 of the one that stands alone; each worker has one too
-    redis      kill -9; it comes back with its append-only file
+    janitor    kill -9 of the janitor process; each worker has a janitor thread too
+    redis      kill -9; it starts again with its append-only file
 
-Every kind comes once before the first comes twice.  A wound is a job whose process was killed; it
-is found when it waits for a worker again and has recovered when it runs again or has ended.  Times
-are Redis' own (started_at, ended_at), on the same machine's clock as the blows.
+Every kind comes once before the first comes twice.  An affected job is one whose process was
+killed.  It is found when it waits for a worker again, and has recovered when it runs again or has
+ended.  Times are Redis' own (started_at, ended_at); Redis and the faults use one machine's clock.
 """
 
 import os
@@ -24,13 +24,13 @@ from typing import Any, Literal
 
 from redis.exceptions import RedisError
 
-from ralf.worker.chaos.proof import Sighting, pid_of
+from ralf.worker.chaos.proof import SeenEnd, pid_of
 from ralf.worker.contract import ENDED
 from ralf.worker.service.processes import Process, Supervisor
 from ralf.worker.service.store import PRIORITIES, Store, decoded
 
-Blow = Literal["child", "parent", "pause", "drain", "deliverer", "janitor", "redis"]
-WEIGHTS: Mapping[Blow, float] = {
+Fault = Literal["child", "parent", "pause", "drain", "deliverer", "janitor", "redis"]
+WEIGHTS: Mapping[Fault, float] = {
     "child": 0.30,
     "parent": 0.22,
     "pause": 0.08,
@@ -39,18 +39,18 @@ WEIGHTS: Mapping[Blow, float] = {
     "janitor": 0.05,
     "redis": 0.12,
 }
-LOOK_S = 0.25
+READ_EVERY_S = 0.25
 LONG_OUTAGES = 0.25
-"""So many outages of Redis outlast every lease."""
-PATIENCE = 0.99
-"""How likely a blow waits for the next turn when it would hit nothing."""
+"""This share of Redis' outages lasts longer than every lease."""
+SKIP_IDLE = 0.99
+"""How likely a fault waits for the next step when it would interrupt no work."""
 
 
 @dataclass
-class Wound:
-    """A job whose process was taken away."""
+class AffectedJob:
+    """A job whose process was killed or paused."""
 
-    blow: Blow
+    fault: Fault
     job_id: str
     attempt: int
     at: float
@@ -59,61 +59,61 @@ class Wound:
 
 
 @dataclass(frozen=True)
-class Tempo:
-    """How hard it storms."""
+class Rates:
+    """How often faults come, and how long what was killed stays away."""
 
     gap_s: float
-    """Between two blows, on average."""
+    """Between two faults, on average."""
     redis_down_s: float
-    """Redis stays away for up to so long, now and then for a lease more."""
+    """Redis stays away for up to this long; sometimes for a lease longer."""
     process_down_s: float
-    """A killed process stays away for up to so long, as a supervisor's pause."""
+    """A killed process stays away for up to this long, as if its supervisor waited."""
 
 
-class Storm:
-    """Hurts one process at a time; turn() is called often and does nothing most of the time."""
+class FaultInjector:
+    """Injects one fault at a time; step() is called often and does nothing most of the time."""
 
     def __init__(
         self,
         supervisor: Supervisor,
         store: Store,
-        tempo: Tempo,
+        rates: Rates,
         *,
         seed: int,
         pushing: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._supervisor, self._store, self._tempo = supervisor, store, tempo
+        self._supervisor, self._store, self._rates = supervisor, store, rates
         self._pushing = pushing
         self._random = random.Random(seed)
-        self._next = time.monotonic() + tempo.gap_s
-        self._round: list[Blow] = list(WEIGHTS)
+        self._next = time.monotonic() + rates.gap_s
+        self._round: list[Fault] = list(WEIGHTS)
         self._random.shuffle(self._round)
-        self._wanted: Blow | None = None
+        self._wanted: Fault | None = None
         self._paused: tuple[float, Process] | None = None
         self._second: tuple[float, Process] | None = None
-        self.blows: Counter[str] = Counter()
-        self.struck: set[int] = set()
-        """Workers whose death, or whose child's, was ours."""
-        self.wounds: list[Wound] = []
+        self.injected: Counter[str] = Counter()
+        self.hit: set[int] = set()
+        """Process ids of the workers that we killed, paused, or whose child we killed."""
+        self.affected: list[AffectedJob] = []
 
     @property
-    def all_blown(self) -> bool:
-        """Whether every kind came at least once."""
+    def all_injected(self) -> bool:
+        """Whether every kind of fault was injected at least once."""
         return not self._round and self._wanted is None
 
-    def turn(self) -> None:
-        """Strike, if it is time and there is somebody to strike."""
-        self.relent()
+    def step(self) -> None:
+        """Inject a fault, if it is time and there is a process for it."""
+        self.finish_started()
         if time.monotonic() < self._next:
             return
-        blow = self._wanted = self._wanted or self._chosen()
-        if self._strike(blow):
-            self.blows[blow] += 1
+        fault = self._wanted = self._wanted or self._chosen()
+        if self._inject(fault):
+            self.injected[fault] += 1
             self._wanted = None
-            self._next = time.monotonic() + self._random.expovariate(1 / self._tempo.gap_s)
+            self._next = time.monotonic() + self._random.expovariate(1 / self._rates.gap_s)
 
-    def relent(self) -> None:
-        """What is due of earlier blows: wake the paused one, press the draining one."""
+    def finish_started(self) -> None:
+        """Do what is due of earlier faults: end the pause, send the second SIGTERM."""
         now = time.monotonic()
         if self._paused is not None and now >= self._paused[0]:
             self._supervisor.signal(self._paused[1], signal.SIGCONT)
@@ -122,34 +122,35 @@ class Storm:
             self._supervisor.signal(self._second[1], signal.SIGTERM)
             self._second = None
 
-    def calm(self) -> None:
-        """The last blow has fallen; nobody stays paused."""
+    def end(self) -> None:
+        """No more faults will come: end a pause that is still under way."""
         if self._paused is not None:
             self._supervisor.signal(self._paused[1], signal.SIGCONT)
             self._paused = None
 
-    def _chosen(self) -> Blow:
+    def _chosen(self) -> Fault:
         if self._round:
             return self._round.pop()
         return self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
 
-    def _strike(self, blow: Blow) -> bool:
-        supervisor, away = self._supervisor, self._random.uniform(0.0, self._tempo.process_down_s)
-        match blow:
+    def _inject(self, fault: Fault) -> bool:
+        supervisor, away = self._supervisor, self._random.uniform(0.0, self._rates.process_down_s)
+        match fault:
             case "redis":
-                down = self._random.uniform(0.0, self._tempo.redis_down_s)
+                down = self._random.uniform(0.0, self._rates.redis_down_s)
                 if self._random.random() < LONG_OUTAGES:
                     down += supervisor.settings.heartbeat_ttl_s
                 return supervisor.signal(supervisor.of("redis")[0], signal.SIGKILL, away_s=down)
             case "deliverer" | "janitor":
-                if blow == "deliverer" and not self._pushing() and self._random.random() < PATIENCE:
+                idle = fault == "deliverer" and not self._pushing()
+                if idle and self._random.random() < SKIP_IDLE:
                     return False
-                worker = self._random.choice(supervisor.of(blow))
+                worker = self._random.choice(supervisor.of(fault))
                 return supervisor.signal(worker, signal.SIGKILL, away_s=away)
             case "drain":
                 return self._drain(away)
             case _:
-                return self._hurt_worker(blow, away)
+                return self._hit_worker(fault, away)
 
     def _drain(self, away: float) -> bool:
         workers = self._up()
@@ -160,34 +161,34 @@ class Storm:
             self._second = (time.monotonic() + 1.2, worker)
         return self._supervisor.signal(worker, signal.SIGTERM, away_s=away)
 
-    def _hurt_worker(self, blow: Blow, away: float) -> bool:
+    def _hit_worker(self, fault: Fault, away: float) -> bool:
         """A worker in the middle of a job, if there is one."""
         held, workers = self._held(), self._up()
         by_pid = {worker.pid: worker for worker in workers}
         busy = [worker for worker in workers if worker.pid in held]
-        if not workers or (not busy and self._random.random() < PATIENCE):
+        if not workers or (not busy and self._random.random() < SKIP_IDLE):
             return False
         worker = self._random.choice(busy or workers)
-        at, hurt = time.time(), [worker]
-        if blow == "child":
-            hurt = [other for other in self._supervisor.of("worker") if _share(worker, other)]
-            self.struck.update(other.pid for other in hurt)
+        at, sharing = time.time(), [worker]
+        if fault == "child":
+            sharing = [other for other in self._supervisor.of("worker") if _share(worker, other)]
+            self.hit.update(other.pid for other in sharing)
             if not self._kill(self._supervisor.child_of(worker)):
                 return False
-        elif blow == "parent":
-            self.struck.add(worker.pid)
+        elif fault == "parent":
+            self.hit.add(worker.pid)
             self._supervisor.signal(worker, signal.SIGKILL, away_s=away)
         elif self._paused is None:
-            self.struck.add(worker.pid)
+            self.hit.add(worker.pid)
             self._supervisor.signal(worker, signal.SIGSTOP)
             lease = self._supervisor.settings.heartbeat_ttl_s
             self._paused = (time.monotonic() + self._random.uniform(0.8, 1.6) * lease, worker)
         else:
             return False
-        pids = {pid for pid, known in by_pid.items() if known in hurt}
+        pids = {pid for pid, known in by_pid.items() if known in sharing}
         for pid in pids & held.keys():
             job_id, attempt = held[pid]
-            self.wounds.append(Wound(blow, job_id, attempt, at))
+            self.affected.append(AffectedJob(fault, job_id, attempt, at))
         return True
 
     def _kill(self, pid: int) -> bool:
@@ -226,28 +227,28 @@ class Storm:
 
 
 def _share(worker: Process, other: Process) -> bool:
-    """Whether one loses its child with the other's."""
+    """Whether both have the same child."""
     return other is worker or (worker.shared is not None and other.shared == worker.shared)
 
 
-class Watch:
-    """Looks at every job a few times a second: wounds that heal, ends that were seen."""
+class JobWatcher:
+    """Reads every job a few times a second: when affected jobs recover, which ends were seen."""
 
-    def __init__(self, store: Store, storm: Storm) -> None:
-        self._store, self._storm = store, storm
-        self._looked = 0.0
-        self.ends: dict[str, Sighting] = {}
+    def __init__(self, store: Store, faults: FaultInjector) -> None:
+        self._store, self._faults = store, faults
+        self._read_at = 0.0
+        self.ends: dict[str, SeenEnd] = {}
         self.redis_down_s: list[float] = []
         self._down_since: float | None = None
 
-    def look(self, job_ids: Sequence[str]) -> None:
+    def read(self, job_ids: Sequence[str]) -> None:
         """Read what has not ended yet; an outage of Redis is timed."""
         now = time.monotonic()
-        if now - self._looked < LOOK_S:
+        if now - self._read_at < READ_EVERY_S:
             return
-        self._looked = now
+        self._read_at = now
         open_ids = [job_id for job_id in job_ids if job_id not in self.ends]
-        open_ids += [w.job_id for w in self._storm.wounds if w.recovered_s is None]
+        open_ids += [w.job_id for w in self._faults.affected if w.recovered_s is None]
         open_ids = list(dict.fromkeys(open_ids))
         with self._store.redis.pipeline(transaction=False) as pipe:
             pipe.ping()
@@ -270,15 +271,16 @@ class Watch:
         attempts = int(row[1] or 0)
         started, ended = (float(value) if value else None for value in row[2:4])
         if state in ENDED and job_id not in self.ends:
-            self.ends[job_id] = Sighting(job_id, state, ended)
-        for wound in list(self._storm.wounds):
-            if wound.job_id != job_id or wound.recovered_s is not None:
+            self.ends[job_id] = SeenEnd(job_id, state, ended)
+        for affected in list(self._faults.affected):
+            if affected.job_id != job_id or affected.recovered_s is not None:
                 continue
-            if attempts > wound.attempt and started is not None:
-                wound.recovered_s = max(0.0, started - wound.at)
+            if attempts > affected.attempt and started is not None:
+                affected.recovered_s = max(0.0, started - affected.at)
             elif state in ENDED and ended is not None:
-                wound.recovered_s = max(0.0, ended - wound.at)
-                if state == "succeeded":  # it had its verdict out before the blow
-                    self._storm.wounds.remove(wound)
-            if wound.found_s is None and (state == "queued" or wound.recovered_s is not None):
-                wound.found_s = min(time.time() - wound.at, wound.recovered_s or float("inf"))
+                affected.recovered_s = max(0.0, ended - affected.at)
+                if state == "succeeded":  # its verdict was stored before the fault
+                    self._faults.affected.remove(affected)
+            recovered = affected.recovered_s
+            if affected.found_s is None and (state == "queued" or recovered is not None):
+                affected.found_s = min(time.time() - affected.at, recovered or float("inf"))
