@@ -27,20 +27,22 @@ import torch
 from torch import nn
 
 from ralf import install_hint
-from ralf.kernels import plan_store, plans
+from ralf.kernels import plans
 from ralf.kernels.artifact import Artifact, ArtifactError, golden
+from ralf.kernels.batching import BUCKETS
 from ralf.kernels.diverge import TOLERANCE, Layers, ModuleLayers, first_divergence
-from ralf.kernels.engine import EngineError, Precision, budget_of, check_precision
+from ralf.kernels.engine import EngineError, budget_of, check_precision
 from ralf.kernels.engine_torch import DTYPES, Detector, restore
-from ralf.kernels.engine_trt import TrtEngine, facts
+from ralf.kernels.engine_trt import TrtEngine
 from ralf.kernels.gate import Agreement, Disagrees, Gate, Score
+from ralf.kernels.machine import describe
+from ralf.kernels.manifest import Precision
 from ralf.kernels.plans import Key, Plan, Verification
 from ralf.kernels.trace import Built
-from ralf.kernels.verify import Refused, now, reference, scored, told, verification, verified
+from ralf.kernels.verify import Refused, reference, scored, told, verification, verified
 
 Builder = Literal["torch-tensorrt", "rtx-aot"]
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
-BUCKETS = (1, 8, 64)
 ON_CPU, ON_GPU = 64, 512
 """Random crops to decide on: the reference takes a second a face on a CPU core."""
 PACKAGES = ("torch", "torch-tensorrt", "torch-tensorrt-rtx", "onnx", "onnxruntime", "onnxscript")
@@ -115,7 +117,7 @@ def build(order: Order, builder: Builder | None = None) -> Plan:
             "torch-tensorrt builds on a GPU, and none was found or asked for; "
             "without one: --builder rtx-aot"
         )
-    with plan_store.building(order.artifact):
+    with plans.building(order.artifact):
         return _by_tensorrt(order) if builder == "torch-tensorrt" else _ahead_of_time(order)
 
 
@@ -164,18 +166,18 @@ def _ahead_of_time(order: Order) -> Plan:
             "build_s": round(built.seconds, 2),
         },
     }
-    plan = plan_store.publish(order.artifact, built.content, draft)
+    plan = plans.write_plan(order.artifact, built.content, draft)
     if not order.on_gpu or not _fits(key, order.device):
         return plan
     try:
         return verified(plan, gate, order.device, order.say)
     except Disagrees as error:
-        plan_store.withdraw(order.artifact, plan)
+        plans.withdraw(order.artifact, plan)
         raise Refused(f"{error}; it was withdrawn") from error
 
 
 def _fits(key: Key, device: torch.device) -> bool:
-    here = facts(device)
+    here = describe(device)
     same = here.runtimes.get(key.flavour) == key.version
     return same and here.architecture in key.architectures
 
@@ -183,7 +185,7 @@ def _fits(key: Key, device: torch.device) -> bool:
 def _by_tensorrt(order: Order) -> Plan:
     from ralf.kernels import build_trt
 
-    here = facts(order.device)
+    here = describe(order.device)
     flavour, version = build_trt.flavour(), build_trt.version()
     key = Key(flavour, version, (here.architecture,), order.precision, order.buckets[-1])
     if there := _there(order, key):
@@ -209,7 +211,7 @@ def _by_tensorrt(order: Order) -> Plan:
         "state": "verified",
         "verifications": {here.architecture: best.run},
     }
-    return plan_store.publish(order.artifact, best.built.content, draft)
+    return plans.write_plan(order.artifact, best.built.content, draft)
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ def _draft(order: Order, key: Key, builder: Builder, options: dict[str, Any]) ->
         "options": options,
         "buckets": order.buckets,
         "versions": versions(),
-        "at": now(),
+        "at": plans.now(),
     }
 
 

@@ -1,45 +1,82 @@
-"""Which engine is fastest on this device: every one that it can run, timed side by side.
+"""Which engine runs a model on a device: loaded by name, or the one that measured fastest there.
 
-On a CPU those are torch in FP32 and, where the model allows it, bf16; on a GPU torch in FP16 and
-each plan that was verified here.  Turns are interleaved, as in every benchmark of this project.
-What came out is the device's line in the model's engines/fastest.json, and `kernels.engine.load`
-takes that engine; without a line it takes torch.
+`measure` times every engine that the device can run, side by side with interleaved turns.  On a CPU
+those are torch in FP32 and, if the model allows it, bf16; on a GPU torch in FP16, compiled and
+eager, and each plan that was verified there.  The result is the device's line in the model's
+engines/fastest.json.  `load` takes the engine of that line; without a line it takes torch.
 
-A device's line holds for the very runtimes that are installed beside it: with another TensorRT the
-machine is another device, and nothing was measured there.
+The line holds for the TensorRT versions that were installed when it was measured: with another
+version the machine counts as another device, for which nothing was measured.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 
-from ralf.kernels import plan_store, plans
+from ralf.kernels import plans
 from ralf.kernels.artifact import Artifact, ArtifactError
-from ralf.kernels.bench.record import interleave, processor
-from ralf.kernels.engine import Engine, EngineError, check_golden, make
-from ralf.kernels.engine_torch import offers
-from ralf.kernels.plans import Device, Measured
-from ralf.kernels.verify import now
+from ralf.kernels.batching import default_batch
+from ralf.kernels.bench.record import interleave
+from ralf.kernels.engine import Engine, EngineError, check_golden, check_precision, pick_device
+from ralf.kernels.engine_torch import TorchEngine, offers
+from ralf.kernels.engine_trt import load_plan
+from ralf.kernels.machine import describe
+from ralf.kernels.manifest import Precision
+from ralf.kernels.plans import Measured
 
 REPEATS = 7
 Say = Callable[[str], None]
 
 
-def device_of(device: torch.device) -> Device:
-    """The device as plans and fastest.json know it."""
-    if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        return Device(f"{processor()} ({cores} cores)", "cpu")
-    from ralf.kernels.engine_trt import facts
+def load(
+    artifact: Artifact,
+    device: str = "auto",
+    *,
+    precision: Precision | None = None,
+    max_batch: int | None = None,
+    golden_crops: int = 8,
+) -> Engine:
+    """The model on a device ("auto", "cpu", "cuda", "cuda:1"), checked on its golden crops.
 
-    return facts(device)
+    Without `precision` and `max_batch` this is the engine that `ralf build --all` measured as the
+    fastest on this device.  If nothing was measured, it is torch in the fastest precision that the
+    hardware has and the manifest allows.
+    `golden_crops` limits the check: a wrong build shows at the first crops, and all 32 take seconds
+    on a CPU.  `ralf models verify` checks all.
+    """
+    place = pick_device(device)
+    chosen = precision is not None or max_batch is not None
+    name = None if chosen else _measured_fastest(artifact, place)
+    if name is None:
+        engine: Engine = TorchEngine.of(artifact, place, precision, max_batch)
+    else:
+        engine = make(artifact, place, name)
+    check_golden(engine, golden_crops)
+    return engine
+
+
+def make(artifact: Artifact, device: torch.device, name: str) -> Engine:
+    """The engine of that name, not checked: torch-PRECISION, torch-eager-PRECISION, or a plan."""
+    kind, _, precision = name.rpartition("-")
+    if kind not in {"torch", "torch-eager"}:
+        return load_plan(artifact, device, name)
+    check_precision(precision)
+    compiled = kind == "torch"
+    return TorchEngine.of(artifact, device, cast("Precision", precision), compiled=compiled)
+
+
+def _measured_fastest(artifact: Artifact, device: torch.device) -> str | None:
+    if not (artifact.path / "engines" / "fastest.json").exists():
+        return None
+    measured = plans.fastest(artifact, describe(device))
+    return measured.engine if measured else None
 
 
 def candidates(artifact: Artifact, device: torch.device) -> list[str]:
-    """Names of the engines that this device can run, as `ralf.kernels.engine.make` takes them."""
-    here = device_of(device)
+    """Names of the engines that this device can run, as `make` takes them."""
+    here = describe(device)
     return offers(artifact.manifest, device) + [
         str(plan.key)
         for plan in plans.plans(artifact)
@@ -51,8 +88,8 @@ def candidates(artifact: Artifact, device: torch.device) -> list[str]:
 def measure(
     artifact: Artifact, device: torch.device, *, batch: int | None = None, say: Say = print
 ) -> Measured:
-    """Time every candidate, write the device's line, and say what came out."""
-    batch = batch or (4 if device.type == "cpu" else 64)
+    """Time every candidate and write the device's line in fastest.json."""
+    batch = batch or default_batch(device)
     engines: dict[str, Engine] = {}
     for name in candidates(artifact, device):
         try:
@@ -75,7 +112,7 @@ def measure(
     for name, speed in sorted(speeds.items(), key=lambda item: -item[1]):
         say(f"{name}: {speed} faces/s in batches of {batch}")
     best = max(speeds, key=lambda name: speeds[name])
-    measured = Measured(engine=best, faces_per_s=speeds, batch=batch, at=now())
-    with plan_store.building(artifact):
-        plan_store.record_fastest(artifact, device_of(device), measured)
+    measured = Measured(engine=best, faces_per_s=speeds, batch=batch, at=plans.now())
+    with plans.building(artifact):
+        plans.record_fastest(artifact, describe(device), measured)
     return measured

@@ -6,15 +6,14 @@ budget is refused, not warned about.  Asking for a device that is not there is a
 falls back in silence.
 """
 
-from typing import Literal, Protocol, cast, get_args
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ralf.kernels.artifact import Artifact, golden
-
-Precision = Literal["fp32", "bf16", "fp16"]
+from ralf.kernels.manifest import PRECISIONS, Precision
 
 
 class EngineError(Exception):
@@ -42,59 +41,6 @@ class Engine(Protocol):
 
     def __call__(self, crops: Tensor) -> Tensor:
         """Crops u8 [m, 3, s, s] RGB, m ≥ 0 → FP32 logits [m] on the CPU."""
-
-
-def load(
-    artifact: Artifact,
-    device: str = "auto",
-    *,
-    precision: Precision | None = None,
-    max_batch: int | None = None,
-    golden_crops: int = 8,
-) -> Engine:
-    """The model on a device ("auto", "cpu", "cuda", "cuda:1"), checked on its golden crops.
-
-    Without precision and max_batch it is the engine that `ralf build --all` measured fastest on
-    this device; where nothing was measured, torch in the fastest precision that the hardware has
-    and the manifest allows.
-    golden_crops bounds the check: a wrong build shows at the first crops, and all 32 take seconds
-    on a CPU.  `ralf models verify` checks all.
-    """
-    from ralf.kernels.engine_torch import TorchEngine
-
-    place = pick_device(device)
-    chosen = precision is not None or max_batch is not None
-    name = None if chosen else _measured_fastest(artifact, place)
-    if name is None:
-        engine: Engine = TorchEngine.of(artifact, place, precision, max_batch)
-    else:
-        engine = make(artifact, place, name)
-    check_golden(engine, golden_crops)
-    return engine
-
-
-def make(artifact: Artifact, device: torch.device, name: str) -> Engine:
-    """The engine of that name, not checked: torch-PRECISION, torch-eager-PRECISION, or a plan."""
-    kind, _, precision = name.rpartition("-")
-    if kind not in {"torch", "torch-eager"}:
-        from ralf.kernels.engine_trt import load_plan
-
-        return load_plan(artifact, device, name)
-    from ralf.kernels.engine_torch import TorchEngine
-
-    check_precision(precision)
-    compiled = kind == "torch"
-    return TorchEngine.of(artifact, device, cast("Precision", precision), compiled=compiled)
-
-
-def _measured_fastest(artifact: Artifact, device: torch.device) -> str | None:
-    if not (artifact.path / "engines" / "fastest.json").exists():
-        return None
-    from ralf.kernels.choose_engine import device_of
-    from ralf.kernels.plans import fastest
-
-    measured = fastest(artifact, device_of(device))
-    return measured.engine if measured else None
 
 
 def pick_device(device: str) -> torch.device:
@@ -150,5 +96,5 @@ def check_crops(crops: Tensor, artifact: Artifact) -> None:
 
 def check_precision(precision: str) -> None:
     """EngineError for a name that no engine has."""
-    if precision not in get_args(Precision):
-        raise EngineError(f"precision should be one of {get_args(Precision)}, got {precision!r}")
+    if precision not in PRECISIONS:
+        raise EngineError(f"precision should be one of {PRECISIONS}, got {precision!r}")

@@ -19,8 +19,7 @@ Fusing ReLU and sum into oneDNN's convolutions was tried and gained nothing: ari
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
@@ -32,10 +31,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from ralf.kernels.artifact import Artifact, Golden
+from ralf.kernels.batching import default_batch
 from ralf.kernels.cpu_threads import side_by_side
-from ralf.kernels.engine import Engine, EngineError, Precision, check_crops, check_precision
+from ralf.kernels.engine import Engine, EngineError, check_crops, check_precision
 from ralf.kernels.engine_cuda import OnCuda, buckets_of
-from ralf.kernels.manifest import Manifest
+from ralf.kernels.machine import cpu_has_bf16
+from ralf.kernels.manifest import Manifest, Precision
 from ralf.kernels.networks import build
 from ralf.kernels.networks.ralf import Explanation
 
@@ -44,9 +45,6 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-CPU_BATCH = 4
-"""More at once leaves the caches: small RALF, two cores, 61 ms a face with 2 to 4, 73 with 8."""
-CUDA_BATCH = 64
 EXPLAIN_BATCH = 8
 
 
@@ -103,9 +101,9 @@ class TorchEngine:
             raise EngineError(f"max_batch should be at least 1, got {max_batch}")
         network = restore(artifact.manifest, artifact.read("weights.safetensors"))
         network = placed(network, precision, device)
+        batch, side = max_batch or default_batch(device), artifact.manifest.input.size
         if device.type == "cpu":
-            return cls(artifact, network, str(device), precision, max_batch or CPU_BATCH)
-        batch, side = max_batch or CUDA_BATCH, artifact.manifest.input.size
+            return cls(artifact, network, str(device), precision, batch)
         runner = OnCuda(network, device, side=side, buckets=buckets_of(batch), compiled=compiled)
         name = "torch" if runner.compiled else "torch-eager"
         return cls(artifact, network, str(device), precision, batch, name, runner)
@@ -202,22 +200,11 @@ def best_precision(manifest: Manifest, device: torch.device) -> Precision:
 
 
 def offers(manifest: Manifest, device: torch.device) -> list[str]:
-    """The engines of this file that a device can run, as ralf.kernels.engine.make names them."""
+    """The engines of this file that a device can run, as choose_engine.make names them."""
     if device.type == "cuda":
         return ["torch-fp16", "torch-eager-fp16"]
     bf16 = cpu_has_bf16() and "logit_bf16" in manifest.error_budget
     return ["torch-fp32", *(["torch-bf16"] if bf16 else [])]
-
-
-@lru_cache(maxsize=1)
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware; emulated, it is slower than FP32."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return False
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def weights_bytes(network: nn.Module) -> bytes:

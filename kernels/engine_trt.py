@@ -14,8 +14,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -26,40 +24,12 @@ from torch import Tensor
 from ralf.kernels import plans
 from ralf.kernels.artifact import Artifact, ArtifactError, Damaged
 from ralf.kernels.batching import Batching
-from ralf.kernels.engine import EngineError, Precision, check_crops
+from ralf.kernels.engine import EngineError, check_crops
 from ralf.kernels.engine_torch import TorchEngine, placed, restore
+from ralf.kernels.machine import MODULES, describe
+from ralf.kernels.manifest import Precision
 from ralf.kernels.plans import Device, Flavour, Key, Plan
 from ralf.kernels.trt_session import Queue, Session
-
-DISTRIBUTIONS: dict[Flavour, tuple[str, ...]] = {
-    "trt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-    "rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
-}
-MODULES: dict[Flavour, str] = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
-
-
-def installed() -> dict[Flavour, str]:
-    """The flavours that this Python can import, and their versions; imports neither."""
-    found: dict[Flavour, str] = {}
-    for flavour, names in DISTRIBUTIONS.items():
-        if find_spec(MODULES[flavour]) is None:
-            continue
-        for name in names:
-            try:
-                found[flavour] = version(name)
-                break
-            except PackageNotFoundError:
-                continue
-    return found
-
-
-def facts(device: torch.device) -> Device:
-    """What choosing a plan needs to know of a CUDA device."""
-    if device.type != "cuda":
-        raise EngineError(f"a plan runs on a GPU, not on {device}")
-    properties = torch.cuda.get_device_properties(device)
-    architecture = f"sm{properties.major}{properties.minor}"
-    return Device(properties.name, architecture, installed())
 
 
 def runtime_module(flavour: Flavour) -> ModuleType:
@@ -105,7 +75,7 @@ class TrtEngine:
 
         front "op": the destructor runs before the plan, which takes what it makes.
         """
-        here = facts(device)
+        here = describe(device)
         trt = runtime_module(key.flavour)
         check_key(artifact, key, here, str(trt.__version__))
         queue = Queue(device)
@@ -152,19 +122,20 @@ class TrtEngine:
         return self.session.run(bucket, part)[0].reshape(-1)
 
 
-def load_plan(artifact: Artifact, device: torch.device, name: str | None = None) -> TrtEngine:
-    """The plan of this name, or the one that fits the device; verified there, or refused."""
-    here = facts(device)
+def load_plan(artifact: Artifact, device: torch.device, name: str) -> TrtEngine:
+    """The plan of this name as an engine; refused if it was not verified on this architecture."""
+    here = describe(device)
+    _check_gpu(here)
     for attempt in (1, 2):
-        plan = plans.plan(artifact, name) if name else plans.find(artifact, here)
+        plan = plans.plan(artifact, name)
         if not plan.record.verified_on(here.architecture):
-            # another architecture's is not merely unverified here
+            # a plan for another architecture gets a message of its own
             check_key(artifact, plan.key, here, here.runtimes.get(plan.key.flavour, "none"))
             raise plans.unverified(artifact, plan, here.architecture)
         try:
             content = plan.read()
         except Damaged:
-            # A builder may have replaced it between the record and the plan; once, not twice.
+            # A builder may have replaced the plan after its record was read: try once more.
             if attempt == 2 or _record_of(artifact, plan) == plan.record.plan_sha256:
                 raise
             continue
@@ -186,6 +157,7 @@ def destructor(
 
 def check_key(artifact: Artifact, key: Key, here: Device, runtime: str) -> None:
     """EngineError where another version or architecture is needed than is here."""
+    _check_gpu(here)
     cure = f"build one here: {plans.command(artifact)}"
     if runtime != key.version:
         raise EngineError(
@@ -197,6 +169,11 @@ def check_key(artifact: Artifact, key: Key, here: Device, runtime: str) -> None:
             f"{key} of {artifact.label} is for {', '.join(key.architectures)}, "
             f"{here.name} is {here.architecture}; {cure}"
         )
+
+
+def _check_gpu(here: Device) -> None:
+    if here.architecture == "cpu":
+        raise EngineError("a plan runs on a GPU, not on cpu")
 
 
 def cache_file(content: bytes, key: Key, here: Device) -> Path | None:

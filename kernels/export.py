@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ralf.kernels.engine import EngineError, Precision
+from ralf.kernels.engine import EngineError
+from ralf.kernels.manifest import Precision
 from ralf.kernels.trace import trace
 
 INPUT, OUTPUT = "crops", "logits"

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ralf.kernels.artifact import Artifact, golden
-from ralf.kernels.engine import EngineError, Precision, budget_of
-from ralf.kernels.manifest import Manifest
+from ralf.kernels.engine import EngineError, budget_of
+from ralf.kernels.manifest import Manifest, Precision
 
 Score = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 SEED = 20261120

@@ -5,10 +5,13 @@ the first 8 hex digits of this file's SHA-256.  Imports no torch, so that a back
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Precision = Literal["fp32", "bf16", "fp16"]
+"""What the bulk of a network's arithmetic is done in."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 

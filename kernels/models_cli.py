@@ -162,7 +162,8 @@ def show_model(args: argparse.Namespace) -> int:
 def verify_model(args: argparse.Namespace) -> int:
     """Hashes; on a GPU every plan that it can load; then every golden crop through the engine."""
     from ralf.kernels.artifact import resolve
-    from ralf.kernels.engine import EngineError, budget_of, check_golden, load, pick_device
+    from ralf.kernels.choose_engine import load
+    from ralf.kernels.engine import EngineError, budget_of, check_golden, pick_device
 
     artifact = resolve(folder(args), args.model)
     checked: list[str] = []

@@ -1,57 +1,60 @@
-"""Built engines on disk: their keys, their records, and how one is found.
+"""Built engines on disk: their keys, their records, and how they are found and written.
 
-    ARTIFACT/engines/KEY.json          the record: what it is, how it was made, what was measured
+    ARTIFACT/engines/KEY.json          the record: what the plan is, how it was made and measured
     ARTIFACT/engines/KEY-1f2e3d4c.plan the plan that the record names, by its own hash
     ARTIFACT/engines/fastest.json      per device: the engine that measured fastest there
 
 KEY is flavour and version of the runtime, the GPU architectures, precision and largest batch:
-`rtx1.4.0.76-sm80_86_89-fp16-b64`.  A plan is looked up by it, never guessed: only the very
-version that wrote a plan reads it.  A miss says what was sought, what is there, and the command
-that builds it.
+`rtx1.4.0.76-sm80_86_89-fp16-b64`.  A plan is found by its whole key, because only the very version
+that wrote a plan can read it.  If none is found, the message says what was asked for, which plans
+there are, and the command that builds one.
 
-A plan may run on an architecture once a machine with that architecture has run the model's golden
-crops through it; until then it is `unverified` there.  Writing is
-ralf.kernels.plan_store's.  No torch in here: a registry reads this.
+A plan may run on an architecture only after a machine with that architecture has run the model's
+golden crops through it; until then it is `unverified` there.  This file imports no torch.
 """
 
 import hashlib
+import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from ralf.kernels.artifact import Artifact, ArtifactError, Damaged, read_regular
-from ralf.kernels.manifest import Strict
+from ralf.kernels.atomic_files import flush_folder, locked, replace_text, write
+from ralf.kernels.manifest import PRECISIONS, Strict
 
 Flavour = Literal["trt", "rtx"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RECORD_MAX_BYTES = 1_000_000
 _KEY = re.compile(
     r"(?P<flavour>trt|rtx)(?P<version>\d+(?:\.\d+)+)-sm(?P<sms>\d+(?:_\d+)*)"
-    r"-(?P<precision>fp32|bf16|fp16|fp8)-b(?P<batch>[1-9]\d*)"
+    rf"-(?P<precision>{'|'.join(PRECISIONS)})-b(?P<batch>[1-9]\d*)"
 )
 _TARGET = re.compile(r"cpu|(?P<sm>sm\d+)(?P<verified>-verified)?")
 
 
 class PlanMissing(ArtifactError):
-    """No plan fits; the message says what was sought, what is there, and what builds it."""
+    """There is no such plan; the message says which there are."""
 
 
 class Unverified(ArtifactError):
-    """The plan is there, and no machine of this kind has checked it yet."""
+    """The plan exists, but no machine of this architecture has checked it yet."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """What decides whether a runtime can load a plan; its text is the plan's name."""
+    """What decides whether a runtime can load a plan; as text, the plan's name."""
 
     flavour: Flavour
     version: str
-    """Of the runtime that reads it: all of it, 1.4.0.76."""
+    """The whole version of the runtime that reads it: 1.4.0.76."""
     architectures: tuple[str, ...]
     """sm75, sm90, …, ascending."""
     precision: str
@@ -69,7 +72,7 @@ class Key:
 
     @classmethod
     def parse(cls, text: str) -> "Key":
-        """The key whose text this is, or a ValueError."""
+        """A key from its text; ValueError if the text is none."""
         found = _KEY.fullmatch(text)
         if not found:
             raise ValueError(f"a key looks like trt10.15.1-sm90-fp16-b64, got {text!r}")
@@ -80,10 +83,10 @@ class Key:
 
 @dataclass(frozen=True)
 class Device:
-    """Where an engine is to run, as far as choosing one needs to know."""
+    """Where an engine runs: what choosing one needs to know."""
 
     name: str
-    """As its maker calls it: NVIDIA H200, or the processor's name."""
+    """The maker's name for it: NVIDIA H200, or the processor's."""
     architecture: str
     """sm90, … or cpu."""
     runtimes: Mapping[Flavour, str] = field(default_factory=dict)
@@ -91,20 +94,20 @@ class Device:
 
     @property
     def label(self) -> str:
-        """What fastest.json calls it: another runtime makes it another device."""
+        """Its name in fastest.json; with another TensorRT version it is another device."""
         runtimes = (f"{flavour}{version}" for flavour, version in sorted(self.runtimes.items()))
         return " ".join((self.name, self.architecture, *runtimes))
 
 
 class Verification(Strict):
-    """One machine's run of the golden crops through a plan."""
+    """The result of one machine that ran the golden crops through a plan."""
 
     device: str
     error: Annotated[float, Field(ge=0)]
     """The largest difference of a golden logit from the FP32 reference's."""
     budget: Annotated[float, Field(ge=0)]
     decisions: Annotated[int, Field(ge=0)] = 0
-    """Further random crops on which plan and reference decided alike."""
+    """Random crops on which plan and reference made the same decision."""
     timing_ms: dict[str, float] = Field(default_factory=dict)
     """Median of one batch, by its size."""
     at: str
@@ -119,14 +122,14 @@ class PlanRecord(Strict):
     plan_sha256: Sha256
     size_bytes: Annotated[int, Field(ge=1)]
     manifest_sha256: Sha256
-    """The model that it was built from."""
+    """Hash of the manifest of the model that it was built from."""
     weights_sha256: Sha256
     builder: str
     options: dict[str, Any] = Field(default_factory=dict)
     buckets: tuple[Annotated[int, Field(ge=1)], ...]
     """Batches are padded to one of these; the last is the largest."""
     error: dict[str, float] = Field(default_factory=dict)
-    """What the builder's gates measured, before anything ran on a GPU."""
+    """What the checks at building measured, before the plan ran on another GPU."""
     timing: dict[str, float] = Field(default_factory=dict)
     """Seconds that exporting, checking and building took."""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -149,7 +152,7 @@ class PlanRecord(Strict):
         return self
 
     def verified_on(self, architecture: str) -> bool:
-        """Whether a machine of that architecture has checked it."""
+        """Whether a machine of that architecture has checked the plan."""
         return architecture in self.verifications
 
 
@@ -163,11 +166,11 @@ class Plan:
 
     @property
     def path(self) -> Path:
-        """Where its bytes lie."""
+        """The plan's file."""
         return self.folder / self.record.file
 
     def read(self) -> bytes:
-        """The plan's bytes, hashed as read: what is checked is what is used."""
+        """The plan's bytes; the bytes returned are the bytes that were hashed."""
         data = read_regular(self.path)
         got = hashlib.sha256(data).hexdigest()
         if got != self.record.plan_sha256:
@@ -180,12 +183,12 @@ class Plan:
 
 
 class Measured(Strict):
-    """What fastest.json says of one device."""
+    """One device's line in fastest.json."""
 
     engine: str
-    """A key, or torch-PRECISION or compile-PRECISION."""
+    """The fastest: a plan's key, torch-PRECISION or torch-eager-PRECISION."""
     faces_per_s: dict[str, float]
-    """Each engine that was timed."""
+    """By engine, for each that was timed."""
     batch: Annotated[int, Field(ge=1)]
     at: str
 
@@ -199,7 +202,7 @@ class Fastest(Strict):
 
 @dataclass(frozen=True)
 class Coverage:
-    """Whether a target has its engine; false with a reason that names the cure."""
+    """Whether a target has its engine; if not, the reason says what to do."""
 
     covered: bool
     reason: str = ""
@@ -209,12 +212,12 @@ class Coverage:
 
 
 def engines(artifact: Artifact) -> Path:
-    """Where the version's plans lie; it need not exist."""
+    """The folder of the version's plans; it may not exist."""
     return artifact.path / "engines"
 
 
 def plans(artifact: Artifact) -> list[Plan]:
-    """Every published plan of the version, by name; Damaged where a record does not read."""
+    """Every published plan of the version, by name; Damaged if a record cannot be read."""
     folder = engines(artifact)
     if not folder.is_dir():
         return []
@@ -223,38 +226,17 @@ def plans(artifact: Artifact) -> list[Plan]:
 
 
 def plan(artifact: Artifact, key: Key | str) -> Plan:
-    """The plan of exactly this key."""
+    """The plan with exactly this key."""
     for found in plans(artifact):
         if str(found.key) == str(key):
             return found
-    raise PlanMissing(f"{artifact.label} has no plan {key} ({_present(artifact)})")
-
-
-def find(artifact: Artifact, device: Device, precision: str = "fp16") -> Plan:
-    """The plan that this device can run, verified there; of several the one of largest batch."""
-    fitting = [
-        found
-        for found in plans(artifact)
-        if device.runtimes.get(found.key.flavour) == found.key.version
-        and device.architecture in found.key.architectures
-        and found.key.precision == precision
-    ]
-    fitting.sort(key=lambda found: found.key.batch, reverse=True)
-    for found in fitting:
-        if found.record.verified_on(device.architecture):
-            return found
-    if fitting:
-        raise unverified(artifact, fitting[0], device.architecture)
-    runtimes = [f"{flavour}{version}" for flavour, version in sorted(device.runtimes.items())]
     raise PlanMissing(
-        f"{artifact.label}: sought a {precision} plan for {device.architecture} by "
-        f"{' or '.join(runtimes) or 'no TensorRT runtime (none is installed)'}; "
-        f"{_present(artifact)}; build it there: {command(artifact)}"
+        f"{artifact.label} has no plan {key} ({_present(artifact)}); build it: {command(artifact)}"
     )
 
 
 def unverified(artifact: Artifact, found: Plan, architecture: str) -> Unverified:
-    """The refusal of a plan that was not checked on this architecture."""
+    """The error for a plan that was not checked on this architecture."""
     return Unverified(
         f"{found.key} of {artifact.label} is not verified on {architecture}; "
         f"on a machine with such a GPU run: ralf models verify {artifact.label} --device cuda"
@@ -283,18 +265,18 @@ def covers(artifact: Artifact, target: str) -> Coverage:
 
 
 def command(artifact: Artifact) -> str:
-    """What builds this version's plans on the machine at hand."""
+    """The command that builds this version's plans on the machine at hand."""
     models = shlex.quote(str(artifact.path.parent.parent))
     return f"ralf build {artifact.label} --models {models}"
 
 
 def fastest(artifact: Artifact, device: Device) -> Measured | None:
-    """What measured fastest on this device; None where nothing was timed."""
+    """What measured fastest on this device; None if nothing was timed."""
     return measurements(artifact).devices.get(device.label)
 
 
 def measurements(artifact: Artifact) -> Fastest:
-    """fastest.json, empty where there is none."""
+    """fastest.json, empty if there is none."""
     path = engines(artifact) / "fastest.json"
     if not path.exists():
         return Fastest()
@@ -302,6 +284,104 @@ def measurements(artifact: Artifact) -> Fastest:
         return Fastest.model_validate_json(read_regular(path, RECORD_MAX_BYTES))
     except ValidationError as error:
         raise _damaged(path, error) from error
+
+
+def now() -> str:
+    """The time in UTC, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# Writing: the record publishes.  A plan is written under a name that nobody reads yet, then its
+# record replaces the old one in one step, then files that no record names are removed.  A builder
+# killed at any point leaves the old plan or the new one; its lock ends with its process.
+
+
+@contextmanager
+def building(artifact: Artifact) -> Iterator[Path]:
+    """The engines folder, locked for one builder, without what a killed builder left."""
+    folder = engines(artifact)
+    folder.mkdir(exist_ok=True)
+    with locked(folder):
+        sweep(artifact)
+        yield folder
+
+
+def write_plan(artifact: Artifact, content: bytes | Path, draft: Mapping[str, Any]) -> Plan:
+    """Write the plan, then its record; the caller is inside `building`.
+
+    The draft is a PlanRecord without file, plan_sha256, size_bytes and the model's hashes.
+    """
+    folder = engines(artifact)
+    key = Key.parse(str(draft["key"]))
+    staging = folder / f".{key}.new"
+    staging.unlink(missing_ok=True)
+    try:
+        digest = write(staging, content)
+        record = PlanRecord.model_validate(
+            {
+                **draft,
+                "file": f"{key}-{digest[:8]}.plan",
+                "plan_sha256": digest,
+                "size_bytes": staging.stat().st_size,
+                "manifest_sha256": artifact.manifest_sha256,
+                "weights_sha256": artifact.weights_sha256,
+            }
+        )
+        staging.replace(folder / record.file)
+    finally:
+        staging.unlink(missing_ok=True)
+    flush_folder(folder)
+    made = Plan(folder, key, record)
+    _forget(artifact, key)
+    write_record(made)
+    sweep(artifact)
+    return made
+
+
+def write_record(made: Plan) -> None:
+    """Replace a plan's record in one step: this publishes a plan, or marks it as verified."""
+    replace_text(made.folder / f"{made.key}.json", _text(made.record))
+
+
+def withdraw(artifact: Artifact, found: Plan) -> None:
+    """Remove a plan: its record first, so that nobody finds a record without its plan."""
+    _forget(artifact, found.key)
+    (found.folder / f"{found.key}.json").unlink(missing_ok=True)
+    flush_folder(found.folder)
+    sweep(artifact)
+
+
+def sweep(artifact: Artifact) -> None:
+    """Remove files that no record names: a killed builder left them, or they were replaced."""
+    folder = engines(artifact)
+    named = {found.record.file for found in plans(artifact)}
+    for path in folder.iterdir():
+        if path.is_dir():
+            continue
+        if path.name.startswith(".") or (path.suffix == ".plan" and path.name not in named):
+            path.unlink()
+
+
+def record_fastest(artifact: Artifact, device: Device, measured: Measured) -> None:
+    """Add or replace a device's line in fastest.json; the caller is inside `building`."""
+    _write_fastest(artifact, {**measurements(artifact).devices, device.label: measured})
+
+
+def _forget(artifact: Artifact, key: Key) -> None:
+    """Drop a plan's measurements: they say nothing about the plan that replaces it."""
+    known = measurements(artifact).devices
+    kept = {label: measured for label, measured in known.items() if measured.engine != str(key)}
+    if kept != known:
+        _write_fastest(artifact, kept)
+
+
+def _write_fastest(artifact: Artifact, devices: dict[str, Measured]) -> None:
+    replace_text(engines(artifact) / "fastest.json", _text(Fastest(devices=devices)))
+
+
+def _text(document: Strict) -> str:
+    plain = document.model_dump(mode="json", by_alias=True)
+    return json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _read(artifact: Artifact, path: Path) -> Plan:

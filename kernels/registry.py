@@ -293,7 +293,8 @@ def figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def check_golden_logits(artifact: Artifact) -> PromotionCheck:
     """Every golden crop through the torch engine on the CPU in FP32: the same on any machine."""
-    from ralf.kernels.engine import EngineError, budget_of, check_golden, load
+    from ralf.kernels.choose_engine import load
+    from ralf.kernels.engine import EngineError, budget_of, check_golden
 
     asked = "logits of golden.npz as the reference says them"
     try:

@@ -8,19 +8,19 @@ finds it again; what another GPU or another version needs is left as it is.
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ralf.kernels import plan_store, plans
+from ralf.kernels import plans
 from ralf.kernels.artifact import Artifact, Damaged
 from ralf.kernels.engine import Engine, EngineError
 from ralf.kernels.engine_torch import batches, restore
-from ralf.kernels.engine_trt import TrtEngine, check_key, facts
+from ralf.kernels.engine_trt import TrtEngine, check_key
 from ralf.kernels.gate import Agreement, Disagrees, Gate, Score
+from ralf.kernels.machine import describe
 from ralf.kernels.plans import Plan, Verification
 
 TURNS = 10
@@ -37,12 +37,12 @@ def verify(artifact: Artifact, device: torch.device, say: Say = print) -> list[P
     """Every plan that this GPU can load, verified here; Refused if one disagrees."""
     if not plans.plans(artifact):
         return []
-    here = facts(device)
+    here = describe(device)
     network = restore(artifact.manifest, artifact.read("weights.safetensors")).to(device)
     gate = Gate(artifact, reference(network), DECISIONS)
     checked: list[Plan] = []
     failures: list[str] = []
-    with plan_store.building(artifact):
+    with plans.building(artifact):
         for plan in plans.plans(artifact):
             try:
                 runtime = here.runtimes.get(plan.key.flavour, "none")
@@ -53,7 +53,7 @@ def verify(artifact: Artifact, device: torch.device, say: Say = print) -> list[P
             try:
                 checked.append(verified(plan, gate, device, say))
             except (Disagrees, Damaged) as error:
-                plan_store.withdraw(artifact, plan)
+                plans.withdraw(artifact, plan)
                 failures.append(f"{error}; {plan.key} was withdrawn")
             except EngineError as error:  # it could not be asked; that is not yet its fault
                 failures.append(f"{plan.key} could not run: {error}")
@@ -63,19 +63,19 @@ def verify(artifact: Artifact, device: torch.device, say: Say = print) -> list[P
 
 
 def verified(plan: Plan, gate: Gate, device: torch.device, say: Say) -> Plan:
-    """The plan with this machine's word in its record; call it inside `plan_store.building`."""
+    """The plan with this machine's word in its record; call it inside `plans.building`."""
     artifact, record = gate.artifact, plan.record
     front = record.options.get("front", "plan")
     engine = TrtEngine.of(
         artifact, plan.key, plan.read(), record.buckets, device=device, front=front
     )
     agreement = gate.check(str(plan.key), scored(engine), engine.precision)
-    architecture = facts(device).architecture
+    architecture = describe(device).architecture
     say(f"{plan.key}: verified on {architecture}, {told(agreement)}")
     checked = {**record.verifications, architecture: verification(engine, agreement)}
     known = record.model_copy(update={"state": "verified", "verifications": checked})
     made = Plan(plan.folder, plan.key, known)
-    plan_store.rewrite(made)
+    plans.write_record(made)
     return made
 
 
@@ -92,12 +92,12 @@ def verification(engine: TrtEngine, agreement: Agreement) -> Verification:
             spent.append(time.perf_counter() - start)
         timing[str(bucket)] = round(1000 * statistics.median(spent), 3)
     return Verification(
-        device=facts(torch.device(engine.device)).label,
+        device=describe(torch.device(engine.device)).label,
         error=agreement.error,
         budget=agreement.budget,
         decisions=agreement.decisions,
         timing_ms=timing,
-        at=now(),
+        at=plans.now(),
     )
 
 
@@ -133,8 +133,3 @@ def told(agreement: Agreement) -> str:
         f"golden logits within {agreement.error:.4f} of the reference "
         f"(budget {agreement.budget:.4f}), {agreement.decisions} decisions alike{contested}"
     )
-
-
-def now() -> str:
-    """The time, as records have it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

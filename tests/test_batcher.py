@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ralf.kernels.artifact import Artifact
-from ralf.kernels.engine import EngineError, Precision
+from ralf.kernels.engine import EngineError
+from ralf.kernels.manifest import Precision
 from ralf.worker.batcher import SHARE, Batcher, engine_behind
 from ralf.worker.contract import Sampling
 from ralf.worker.errors import Cancelled

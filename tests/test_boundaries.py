@@ -45,7 +45,7 @@ TORCH_FREE = {
     "kernels/models_cli.py",
     "kernels/atomic_files.py",
     "kernels/plans.py",
-    "kernels/plan_store.py",
+    "kernels/machine.py",
     "worker/telemetry.py",
     "worker/drift.py",
     *(path.relative_to(ROOT).as_posix() for path in (ROOT / "worker/service").glob("*.py")),

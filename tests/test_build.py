@@ -21,18 +21,19 @@ from ralf.kernels import (
     build_trt,
     choose_engine,
     engine_trt,
-    plan_store,
+    machine,
     plans,
     verify,
 )
 from ralf.kernels.artifact import Artifact, open_artifact
 from ralf.kernels.build import Order, build
+from ralf.kernels.choose_engine import load
 from ralf.kernels.diverge import ModuleLayers
-from ralf.kernels.engine import EngineError, load
+from ralf.kernels.engine import EngineError
 from ralf.kernels.engine_torch import restore
 from ralf.kernels.gate import Gate
 from ralf.kernels.networks import build as network_of
-from ralf.kernels.plans import Device, Key, PlanMissing, Unverified
+from ralf.kernels.plans import Device, Key, PlanMissing
 from ralf.kernels.registry import point_to
 from ralf.kernels.trace import Built
 from ralf.kernels.untrained import patterns, publish_untrained, settle
@@ -109,8 +110,7 @@ def test_a_plan_that_agrees_is_published_unverified(artifact: Artifact, builder)
     assert record.error["golden"] <= record.error["budget"] and 4 == record.error["decisions"]
     assert {"export_s", "check_s", "build_s"} == set(record.timing)
     assert {"python", "torch"} <= set(record.versions)
-    with pytest.raises(Unverified):
-        plans.find(artifact, H200)
+    assert not record.verified_on("sm90")
 
 
 def test_a_plan_that_is_there_is_not_built_twice(artifact: Artifact, builder):
@@ -171,7 +171,7 @@ def test_a_builder_that_fails_leaves_nothing(artifact: Artifact, builder, monkey
     monkeypatch.setattr(build_rtx, "build", fails)
     with pytest.raises(EngineError, match="built no plan"):
         build(order(artifact))
-    with plan_store.building(artifact):
+    with plans.building(artifact):
         assert [] == plans.plans(artifact)
 
 
@@ -211,7 +211,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, reference: torch.nn.Module) -> SimpleNa
         return made
 
     for module in (building, verify, engine_trt):
-        monkeypatch.setattr(module, "facts", lambda device: H200)
+        monkeypatch.setattr(module, "describe", lambda device: H200)
     monkeypatch.setattr(engine_trt.TrtEngine, "of", of)
     return state
 
@@ -224,7 +224,7 @@ def test_verifying_marks_what_agrees_on_this_architecture(artifact: Artifact, bu
         [checked] = verify.verify(artifact, CPU, say=lambda line: None)
     finally:
         verify.DECISIONS = gate_of
-    seen = plans.find(artifact, H200).record.verifications["sm90"]
+    seen = plans.plan(artifact, KEY).record.verifications["sm90"]
 
     assert checked.record == plans.plan(artifact, KEY).record
     assert "verified" == checked.record.state and not checked.record.verified_on("sm80")
@@ -413,11 +413,7 @@ def test_all_on_a_cpu_times_torch_and_the_fastest_is_loaded(
             assert 0 == command("tiny", "--models", models, "--all", "--json", "--device", "cpu")()
         found = json.loads(said.out)["fastest"]
 
-        assert (
-            winner
-            == found["engine"]
-            == plans.fastest(artifact, choose_engine.device_of(CPU)).engine
-        )
+        assert winner == found["engine"] == plans.fastest(artifact, machine.describe(CPU)).engine
         assert {"torch-fp32", "torch-bf16"} == set(found["faces_per_s"])
         assert winner.removeprefix("torch-") == load(artifact, "cpu").precision
 
@@ -457,4 +453,4 @@ def test_the_command_prints_what_was_made_and_what_was_refused(artifact: Artifac
 def test_a_plan_nobody_built_is_missed_with_the_command(artifact: Artifact):
     """That very command."""
     with pytest.raises(PlanMissing, match="ralf build tiny@"):
-        plans.find(artifact, H200)
+        plans.plan(artifact, KEY)

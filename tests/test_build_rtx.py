@@ -20,7 +20,6 @@ from ralf.kernels import build_rtx, export, plans
 from ralf.kernels.artifact import SHIPPED, resolve
 from ralf.kernels.build import Order, build
 from ralf.kernels.engine import EngineError
-from ralf.kernels.plans import Device
 from ralf.kernels.untrained import publish_untrained
 from ralf.worker.settings import Settings
 
@@ -140,8 +139,6 @@ def test_the_shipped_sizes_become_plans(tmp_path: Path, name: str, dimensions, p
     assert 4 == record.error["decisions"]
     assert record.size_bytes == len(made.read()) > 2 * parameters
     assert plans.covers(artifact, "sm90") and not plans.covers(artifact, "sm90-verified")
-    with pytest.raises(plans.Unverified):
-        plans.find(artifact, Device("NVIDIA H200", "sm90", {"rtx": build_rtx.version()}))
     assert np.isfinite(list(record.timing.values())).all()
 
 

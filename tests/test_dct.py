@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
-from ralf.kernels.dct import basis, dct2, destruct, destruct_reference, idct2
+from ralf.kernels.dct import basis, dct2, destruct_reference, idct2
+from ralf.kernels.destructor import destruct
 
 SIZES = (256, 31, 1)
 """The production size, an odd one, one."""

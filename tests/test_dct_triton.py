@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from ralf.kernels import dct
-from ralf.kernels.dct import basis, destruct, destruct_reference, destruct_residual, fusible
+from ralf.kernels import dct, destructor
+from ralf.kernels.dct import basis, destruct_reference, fusible
+from ralf.kernels.destructor import destruct, destruct_residual
 from tests.interpreted import Interpreter
 
 Run = Callable[..., Any]
@@ -176,7 +177,7 @@ def gradients(device: str, image: NDArray[Any], mask: NDArray[Any]) -> dict[str,
     Which way |x − x̂| slopes is the op's to say: near zero it is a matter of rounding.
     """
     if device == "cpu":  # let the op take the kernels here as it does there
-        dct.destruct_residual.register_kernel("cpu")(dct._destruct_residual_on_cuda)
+        destructor.destruct_residual.register_kernel("cpu")(destructor._destruct_residual_on_cuda)
     found = {}
     for way, dtype in (("op", torch.float32), ("exact", torch.float64)):
         x = torch.from_numpy(image).to(device, dtype).requires_grad_()
@@ -209,8 +210,8 @@ def test_training_gets_the_gradients_of_the_formula(run: Run):
 def checked(device: str, image: NDArray[Any]) -> None:
     """torch's own check of the op with the kernels behind it."""
     if device == "cpu":
-        dct.destruct.register_kernel("cpu")(dct._destruct_on_cuda)
-        dct.destruct_residual.register_kernel("cpu")(dct._destruct_residual_on_cuda)
+        destructor.destruct.register_kernel("cpu")(destructor._destruct_on_cuda)
+        destructor.destruct_residual.register_kernel("cpu")(destructor._destruct_residual_on_cuda)
     pixels = torch.from_numpy(image).to(device)
     mask = torch.rand(image.shape[-2:], device=device)
     torch.library.opcheck(torch.ops.ralf.destruct.default, (pixels, mask.half()))
@@ -242,8 +243,8 @@ def test_only_what_the_kernels_are_written_for_goes_to_them():
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if no kernel had been looked for yet."""
-    monkeypatch.setattr(dct, "_unbuildable", set())
-    looked_up = dct._fused
+    monkeypatch.setattr(destructor, "_unbuildable", set())
+    looked_up = destructor._fused
     looked_up.cache_clear()
     yield
     looked_up.cache_clear()
@@ -252,8 +253,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def both(image: Tensor, mask: Tensor) -> list[Tensor]:
     """What the ops do for a CUDA tensor."""
     return [
-        dct._destruct_on_cuda(image, mask.half()),
-        *dct._destruct_residual_on_cuda(image, mask, True),
+        destructor._destruct_on_cuda(image, mask.half()),
+        *destructor._destruct_residual_on_cuda(image, mask, True),
     ]
 
 
@@ -284,7 +285,7 @@ def test_a_kernel_that_cannot_be_built_is_not_tried_again(monkeypatch: pytest.Mo
         tried.append(image.shape[-1])
         raise dct.FusedKernelError("no room for the shared memory")
 
-    monkeypatch.setattr(dct, "_fused", lambda: broken)
+    monkeypatch.setattr(destructor, "_fused", lambda: broken)
     with capture_logs() as events:
         for size in (128, 128, 144):
             both(torch.from_numpy(noise(1, size, size)), torch.rand(size, size))
@@ -304,7 +305,7 @@ def test_the_kernels_answer_where_they_can(monkeypatch: pytest.MonkeyPatch):
         made = torch.full(image.shape, 7.0, dtype=dtype)
         return made, None if residual is None else made.to(residual)
 
-    monkeypatch.setattr(dct, "_fused", lambda: fused)
+    monkeypatch.setattr(destructor, "_fused", lambda: fused)
     found = both(torch.from_numpy(noise(1, 128, 128)), torch.rand(128, 128))
 
     assert [(torch.float16, None), (torch.float32, torch.float16)] == asked

@@ -13,7 +13,8 @@ from torch import nn
 from ralf.kernels import artifact as models
 from ralf.kernels import cli, engine_torch, registry
 from ralf.kernels.artifact import Artifact, golden, open_artifact
-from ralf.kernels.engine import EngineError, check_golden, load, pick_device
+from ralf.kernels.choose_engine import load
+from ralf.kernels.engine import EngineError, check_golden, pick_device
 from ralf.kernels.engine_torch import (
     TorchEngine,
     best_precision,

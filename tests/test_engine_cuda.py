@@ -9,7 +9,8 @@ from structlog.testing import capture_logs
 from torch import Tensor, nn
 
 from ralf.kernels.artifact import resolve
-from ralf.kernels.engine import check_golden, load, make
+from ralf.kernels.choose_engine import load, make
+from ralf.kernels.engine import check_golden
 from ralf.kernels.engine_cuda import OnCuda, buckets_of
 from ralf.kernels.engine_torch import TorchEngine, offers
 from ralf.kernels.untrained import patterns

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from ralf.kernels import engine_trt, plan_store, plans, trt_session
+from ralf.kernels import engine_trt, machine, plans, trt_session
 from ralf.kernels.artifact import Artifact, golden, open_artifact
-from ralf.kernels.engine import EngineError, load
+from ralf.kernels.choose_engine import load
+from ralf.kernels.engine import EngineError
 from ralf.kernels.engine_torch import explainer, logits_of, restore
-from ralf.kernels.engine_trt import TrtEngine, facts, load_plan
+from ralf.kernels.engine_trt import TrtEngine, load_plan
+from ralf.kernels.machine import describe
 from ralf.kernels.plans import Device, Key, Measured, Unverified
 from ralf.kernels.trt_session import GRAPH_MOST, Session
 from ralf.kernels.untrained import patterns, publish_untrained
@@ -200,7 +202,7 @@ def scores(crops: np.ndarray) -> np.ndarray:
 def plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     """A plan that a fake H200 can run."""
     made = FakeEngine(scores)
-    monkeypatch.setattr(engine_trt, "facts", lambda device: H200)
+    monkeypatch.setattr(engine_trt, "describe", lambda device: H200)
     monkeypatch.setattr(engine_trt, "runtime_module", lambda flavour: bindings(made))
     monkeypatch.setattr(engine_trt, "Queue", FakeQueue)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -225,8 +227,8 @@ def put(artifact: Artifact, content: bytes, key: Key = KEY, *architectures: str)
         "verifications": dict.fromkeys(architectures, CHECKED),
         "at": "2026-11-20T10:00:00+00:00",
     }
-    with plan_store.building(artifact):
-        return plan_store.publish(artifact, content, record)
+    with plans.building(artifact):
+        return plans.write_plan(artifact, content, record)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 8, 11])
@@ -416,29 +418,28 @@ def test_another_gpu_or_version_is_refused(
     artifact: Artifact, plan, monkeypatch, *, here, version, message
 ):
     """With the command that builds one here."""
-    monkeypatch.setattr(engine_trt, "facts", lambda device: here)
+    monkeypatch.setattr(engine_trt, "describe", lambda device: here)
     monkeypatch.setattr(engine_trt, "runtime_module", lambda flavour: bindings(plan, version))
     with pytest.raises(EngineError, match=message + ".*build one here: ralf build tiny@"):
         TrtEngine.of(artifact, KEY, b"plan", (1, 8), device=CPU)
 
 
-def test_a_verified_plan_loads_by_key_and_by_device(own: Artifact, plan: FakeEngine):
+def test_a_verified_plan_loads_by_its_key(own: Artifact, plan: FakeEngine):
     """And agrees with the golden crops, through `load`, where it was measured fastest."""
     network = restore(own.manifest, own.read("weights.safetensors"))
     plan.score = lambda crops: logits_of(network, crops)
     put(own, b"the plan", KEY, "sm90")
-    found = load_plan(own, CPU)
     named = load_plan(own, CPU, str(KEY))
 
-    assert str(KEY) == found.name == named.name
+    assert str(KEY) == named.name
     np.testing.assert_allclose(
         golden(own).logits, named(torch.from_numpy(golden(own).crops)), atol=1e-4
     )
     measured = Measured(engine=str(KEY), faces_per_s={str(KEY): 1000.0}, batch=8, at="now")
-    from ralf.kernels.choose_engine import device_of
+    from ralf.kernels.machine import describe
 
-    with plan_store.building(own):
-        plan_store.record_fastest(own, device_of(CPU), measured)
+    with plans.building(own):
+        plans.record_fastest(own, describe(CPU), measured)
     assert str(KEY) == load(own).name
     assert "torch" == load(own, precision="fp32").name
 
@@ -446,9 +447,8 @@ def test_a_verified_plan_loads_by_key_and_by_device(own: Artifact, plan: FakeEng
 def test_an_unverified_or_damaged_plan_does_not_load(own: Artifact, plan: FakeEngine):
     """Nor one of another GPU that somebody names."""
     made = put(own, b"the plan", KEY, "sm80")
-    for name in (None, str(KEY)):
-        with pytest.raises(Unverified, match="ralf models verify tiny@"):
-            load_plan(own, CPU, name)
+    with pytest.raises(Unverified, match="ralf models verify tiny@"):
+        load_plan(own, CPU, str(KEY))
     ada = Key("rtx", "1.4.0.76", ("sm89",), "fp16", 8)
     put(own, b"for ada", ada, "sm89")
     with pytest.raises(EngineError, match="is for sm89, NVIDIA H200 is sm90"):
@@ -456,7 +456,7 @@ def test_an_unverified_or_damaged_plan_does_not_load(own: Artifact, plan: FakeEn
     made = put(own, b"the plan", KEY, "sm90")
     made.path.write_bytes(b"the plot")
     with pytest.raises(plans.Damaged, match="truncated or changed"):
-        load_plan(own, CPU)
+        load_plan(own, CPU, str(KEY))
 
 
 def test_a_plan_that_is_replaced_while_it_is_read_is_read_again(
@@ -473,7 +473,7 @@ def test_a_plan_that_is_replaced_while_it_is_read_is_read_again(
         return read(found)
 
     monkeypatch.setattr(plans.Plan, "read", meanwhile)
-    load_plan(own, CPU)
+    load_plan(own, CPU, str(KEY))
 
     assert 2 == len(contents) == len(set(contents))
 
@@ -484,14 +484,14 @@ def test_what_is_installed_is_told_without_importing_it(monkeypatch: pytest.Monk
 
     def version(name: str) -> str:
         if name not in versions:
-            raise engine_trt.PackageNotFoundError(name)
+            raise machine.PackageNotFoundError(name)
         return versions[name]
 
     found = lambda name: None if name == "tensorrt" else object()  # noqa: E731
-    monkeypatch.setattr(engine_trt, "version", version)
-    monkeypatch.setattr(engine_trt, "find_spec", found)
+    monkeypatch.setattr(machine, "version", version)
+    monkeypatch.setattr(machine, "find_spec", found)
 
-    assert {"rtx": "1.4.0.76"} == engine_trt.installed()
+    assert {"rtx": "1.4.0.76"} == machine.installed_runtimes()
 
 
 def test_the_session_knows_nothing_of_cuda_but_its_queue():
@@ -504,7 +504,7 @@ def test_the_session_knows_nothing_of_cuda_but_its_queue():
 @pytest.mark.gpu
 @pytest.mark.parametrize("builder", ["torch-tensorrt", "rtx-aot"])
 def test_a_plan_built_and_run_on_this_gpu_agrees_with_torch(own: Artifact, builder: str):
-    """Any batch, from either side of the bus, from two threads; found again by key and device."""
+    """Any batch, from either side of the bus, from two threads; found again by its key."""
     from ralf.kernels.build import Order, available, build
 
     if builder not in available():
@@ -516,14 +516,13 @@ def test_a_plan_built_and_run_on_this_gpu_agrees_with_torch(own: Artifact, build
     expected = restore(own.manifest, own.read("weights.safetensors"))(crops)
     budget = own.manifest.error_budget["logit"]
 
-    assert made.record.verified_on(facts(place).architecture)
+    assert made.record.verified_on(describe(place).architecture)
     for count in (1, 3, 8, 11):
         torch.testing.assert_close(expected[:count], engine(crops[:count]), atol=budget, rtol=0)
     torch.testing.assert_close(engine(crops), engine(crops.to(place)), atol=1e-3, rtol=0)
     with ThreadPoolExecutor(2) as threads:
         for got in threads.map(engine, [crops] * 4):
             torch.testing.assert_close(expected, got, atol=budget, rtol=0)
-    assert load_plan(own, place).key.architectures
     with pytest.raises(EngineError, match="does not read the plan"):
         Session(
             engine_trt.runtime_module(made.key.flavour),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ralf.__main__ import main
 from ralf.kernels.artifact import Artifact, publish, resolve
+from ralf.kernels.choose_engine import load as load_engine
 from ralf.kernels.engine import EngineError, check_golden
-from ralf.kernels.engine import load as load_engine
 from ralf.kernels.engine_torch import pack, restore
 from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Manifest, Network
 from ralf.kernels.networks import build

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ralf.kernels.dct import destruct
+from ralf.kernels.destructor import destruct
 from ralf.kernels.diverge import (
     AT_ONCE,
     TOLERANCE,

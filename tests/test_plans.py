@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ralf.kernels import plan_store, plans
+from ralf.kernels import plans
 from ralf.kernels.artifact import Artifact, Damaged
-from ralf.kernels.plans import Device, Key, Measured, Plan, PlanMissing, Unverified
+from ralf.kernels.manifest import PRECISIONS
+from ralf.kernels.plans import Device, Key, Measured, Plan, PlanMissing
 from tests.test_artifact import everything, publish
 
 KEY = Key("rtx", "1.4.0.76", ("sm80", "sm90"), "fp16", 64)
@@ -44,8 +45,8 @@ def draft(key: Key = KEY, *architectures: str) -> dict[str, object]:
 
 def put(artifact: Artifact, content: bytes, key: Key = KEY, *architectures: str) -> Plan:
     """Publish a plan of these bytes."""
-    with plan_store.building(artifact):
-        return plan_store.publish(artifact, content, draft(key, *architectures))
+    with plans.building(artifact):
+        return plans.write_plan(artifact, content, draft(key, *architectures))
 
 
 KEYS = st.builds(
@@ -55,7 +56,7 @@ KEYS = st.builds(
     st.sets(st.integers(50, 130), min_size=1, max_size=5).map(
         lambda x: tuple(f"sm{n}" for n in sorted(x))
     ),
-    st.sampled_from(["fp32", "bf16", "fp16", "fp8"]),
+    st.sampled_from(PRECISIONS),
     st.integers(1, 512),
 )
 
@@ -85,48 +86,38 @@ def test_architectures_of_a_key_ascend():
 def test_a_published_plan_is_found_by_its_key_and_reads_back(artifact: Artifact):
     """With the hash of its bytes and of the model that it was built from."""
     made = put(artifact, b"plan" * 99, KEY, "sm90")
-    found = plans.find(artifact, H200)
+    found = plans.plan(artifact, KEY)
 
-    assert found == made == plans.plan(artifact, KEY)
+    assert found == made
     assert b"plan" * 99 == found.read()
     assert hashlib.sha256(b"plan" * 99).hexdigest() == found.record.plan_sha256
     assert artifact.manifest_sha256 == found.record.manifest_sha256
     assert "verified" == json.loads((plans.engines(artifact) / f"{KEY}.json").read_text())["state"]
 
 
-def test_a_miss_names_what_was_sought_what_is_there_and_the_command(artifact: Artifact):
-    """Version, architecture and precision decide; nothing near is taken instead."""
+def test_a_plan_that_is_missing_is_reported_with_those_that_are_there(artifact: Artifact):
+    """Nothing near is taken instead; the command that builds one is named."""
     other = Key("rtx", "1.4.0.75", ("sm90",), "fp16", 64)
     put(artifact, b"another version", other, "sm90")
     put(artifact, b"another precision", Key("rtx", "1.4.0.76", ("sm90",), "fp32", 8), "sm90")
     put(artifact, b"another GPU", Key("rtx", "1.4.0.76", ("sm80",), "fp16", 8), "sm80")
     with pytest.raises(PlanMissing) as caught:
-        plans.find(artifact, H200)
+        plans.plan(artifact, KEY)
     message = str(caught.value)
 
-    assert "sought a fp16 plan for sm90 by rtx1.4.0.76" in message
+    assert f"no plan {KEY}" in message
     assert f"present: {other}, " in message
     assert f"ralf build {artifact.label} --models {artifact.path.parent.parent}" in message
-    with pytest.raises(PlanMissing, match=r"none is installed.*present: "):
-        plans.find(artifact, Device("NVIDIA H200", "sm90"))
 
 
-def test_an_unverified_plan_is_refused_with_the_cure(artifact: Artifact):
-    """Verified elsewhere is not verified here."""
+def test_a_plan_verified_on_one_architecture_is_not_verified_on_another(artifact: Artifact):
+    """The target says so, with the command that verifies it."""
     put(artifact, b"plan", KEY, "sm80")
 
-    assert plans.find(artifact, A100).record.verified_on("sm80")
-    with pytest.raises(Unverified, match=r"not verified on sm90.*ralf models verify tiny@.*cuda"):
-        plans.find(artifact, H200)
-
-
-def test_of_several_plans_the_verified_one_of_the_largest_batch_is_taken(artifact: Artifact):
-    """A larger one that nobody checked is passed over."""
-    small = put(artifact, b"small", Key("rtx", "1.4.0.76", ("sm90",), "fp16", 8), "sm90")
-    put(artifact, b"smaller", Key("rtx", "1.4.0.76", ("sm90",), "fp16", 4), "sm90")
-    put(artifact, b"large", Key("rtx", "1.4.0.76", ("sm90",), "fp16", 64))
-
-    assert small == plans.find(artifact, H200)
+    assert plans.covers(artifact, "sm80-verified") and plans.covers(artifact, "sm90")
+    refused = plans.covers(artifact, "sm90-verified")
+    assert not refused and "not verified on sm90" in refused.reason
+    assert "ralf models verify tiny@" in refused.reason and "--device cuda" in refused.reason
 
 
 def test_a_changed_plan_is_damaged(artifact: Artifact):
@@ -199,9 +190,9 @@ def test_the_fastest_engine_is_kept_by_device_and_runtimes(artifact: Artifact):
     measured = Measured(engine=str(KEY), faces_per_s={str(KEY): 1000.0}, batch=64, at="now")
     slower = Measured(engine="torch-bf16", faces_per_s={"torch-bf16": 8.0}, batch=4, at="now")
     put(artifact, b"plan", KEY, "sm90")
-    with plan_store.building(artifact):
-        plan_store.record_fastest(artifact, H200, measured)
-        plan_store.record_fastest(artifact, CPU, slower)
+    with plans.building(artifact):
+        plans.record_fastest(artifact, H200, measured)
+        plans.record_fastest(artifact, CPU, slower)
 
     assert measured == plans.fastest(artifact, H200)
     assert slower == plans.fastest(artifact, CPU)
@@ -214,10 +205,10 @@ def test_what_was_measured_of_a_plan_goes_with_it(artifact: Artifact, how: str):
     """Another plan of the same key is another plan."""
     measured = Measured(engine=str(KEY), faces_per_s={str(KEY): 1000.0}, batch=64, at="now")
     made = put(artifact, b"plan", KEY, "sm90")
-    with plan_store.building(artifact):
-        plan_store.record_fastest(artifact, H200, measured)
+    with plans.building(artifact):
+        plans.record_fastest(artifact, H200, measured)
         if how == "withdrawn":
-            plan_store.withdraw(artifact, made)
+            plans.withdraw(artifact, made)
     if how == "replaced":
         put(artifact, b"another", KEY)
 
@@ -299,9 +290,9 @@ def test_killed_at_any_step_withdrawing_leaves_it_whole_or_gone(artifact: Artifa
     put(artifact, b"plan", KEY)
 
     def withdraw() -> None:
-        with plan_store.building(artifact):
+        with plans.building(artifact):
             for found in plans.plans(artifact):
-                plan_store.withdraw(artifact, found)
+                plans.withdraw(artifact, found)
 
     while dies_before(step, withdraw):
         assert all(b"plan" == found.read() for found in plans.plans(artifact))
@@ -317,17 +308,17 @@ def test_two_builders_at_once_take_turns(artifact: Artifact):
     inside, order = threading.Event(), []
 
     def first() -> None:
-        with plan_store.building(artifact):
+        with plans.building(artifact):
             inside.set()
             order.append("first in")
             second_started.wait(30)
-            plan_store.publish(artifact, b"plan", draft())
+            plans.write_plan(artifact, b"plan", draft())
             order.append("first out")
 
     def second() -> None:
         inside.wait(30)
         second_started.set()
-        with plan_store.building(artifact):
+        with plans.building(artifact):
             order.append(f"second in, finds {len(plans.plans(artifact))}")
 
     second_started = threading.Event()

@@ -9,7 +9,7 @@ import torch
 
 from ralf.__main__ import main
 from ralf.kernels.artifact import Artifact, golden, open_artifact, versions
-from ralf.kernels.engine import load as load_engine
+from ralf.kernels.choose_engine import load as load_engine
 from ralf.kernels.networks import build
 from ralf.kernels.untrained import patterns
 from ralf.train.calibrate import calibrate, restored

@@ -7,7 +7,7 @@ import pytest
 
 from demo.samples import Truth, make_samples
 from ralf.kernels.artifact import SHIPPED, Artifact, golden, resolve
-from ralf.kernels.engine import load
+from ralf.kernels.choose_engine import load
 from ralf.worker.contract import Verdict
 from ralf.worker.pipeline import analyze
 from ralf.worker.runtime import load as load_parts

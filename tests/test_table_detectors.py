@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ralf.kernels.cost import cost
 from ralf.kernels.manifest import InputContract, Sampling
 from ralf.kernels.networks import build
 from ralf.train.data.index import Index
+from ralf.train.evaluate.cost import cost
 from ralf.train.evaluate.judge import Judge, evaluate, of_network
 from ralf.train.evaluate.metrics import Scored, auc, bootstrap_interval, paired_bootstrap_interval
 from ralf.train.evaluate.table_detectors import CANNOT, everyone

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ralf.__main__ import main
 from ralf.kernels.artifact import golden, resolve
-from ralf.kernels.engine import load as load_engine
+from ralf.kernels.choose_engine import load as load_engine
 from tests.training import MadeBatches
 
 TINY = [

@@ -277,7 +277,7 @@ def _add_calibrate(subparsers: Commands) -> None:
 def run_calibrate(args: argparse.Namespace) -> int:
     """Publish the same weights with new calibration; the new version's folder on stdout."""
     from ralf.kernels.artifact import models_folder, resolve
-    from ralf.kernels.engine import load
+    from ralf.kernels.choose_engine import load
     from ralf.train.calibrate import calibrate_on_table
     from ralf.train.evaluate.judge import of_manifest
     from ralf.train.publish import recalibrate

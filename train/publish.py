@@ -221,9 +221,9 @@ def declared_targets(targets: Sequence[Target], device: str) -> tuple[str, ...]:
 
             found += architectures()
         elif target == "torch-tensorrt":
-            from ralf.kernels.engine_trt import facts
+            from ralf.kernels.machine import describe
 
-            found.append(f"{facts(pick_device(device)).architecture}-verified")
+            found.append(f"{describe(pick_device(device)).architecture}-verified")
         else:
             found.append(target)
     return tuple(dict.fromkeys(found))

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ralf.kernels.artifact import Artifact
-from ralf.kernels.engine import Engine, Precision, check_crops
+from ralf.kernels.engine import Engine, check_crops
+from ralf.kernels.manifest import Precision
 
 SHARE = 8
 """Crops a turn."""

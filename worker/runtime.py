@@ -15,8 +15,8 @@ import torch
 
 from ralf import install_hint
 from ralf.kernels.artifact import SHIPPED, Artifact, ArtifactError, resolve
+from ralf.kernels.choose_engine import load as load_engine
 from ralf.kernels.engine import Engine, EngineError
-from ralf.kernels.engine import load as load_engine
 from ralf.kernels.manifest import Finder
 from ralf.worker.batcher import Batcher
 from ralf.worker.contract import Sampling

@@ -27,8 +27,8 @@ from ralf.kernels.artifact import Artifact, ArtifactError, models_folder, resolv
 from ralf.kernels.bench.baseline import AuthorsWay
 from ralf.kernels.bench.device import facts, settle, short_name
 from ralf.kernels.bench.record import Record, interleave, machine
-from ralf.kernels.choose_engine import candidates
-from ralf.kernels.engine import EngineError, check_golden, make, pick_device
+from ralf.kernels.choose_engine import candidates, make
+from ralf.kernels.engine import EngineError, check_golden, pick_device
 from ralf.kernels.engine_cuda import OnCuda
 from ralf.kernels.engine_torch import placed, restore
 from ralf.kernels.networks.ralf import Ralf

@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ralf.kernels.machine import processor
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -82,16 +84,6 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return facts
-
-
-def processor() -> str:
-    """What its maker calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _commit() -> str:

@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ralf.kernels.dct import destruct, destruct_residual
+from ralf.kernels.destructor import destruct, destruct_residual
 from ralf.kernels.networks.backbones import (
     Backbone,
     NetworkError,

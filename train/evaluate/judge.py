@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ralf.kernels.artifact import ArtifactError, resolve
-from ralf.kernels.engine import load as load_engine
+from ralf.kernels.choose_engine import load as load_engine
 from ralf.kernels.engine import pick_device
 from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Manifest
 from ralf.kernels.networks import build

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ralf.kernels.bench.record import interleave, machine
-from ralf.kernels.cost import cost
 from ralf.kernels.manifest import held_out_family
 from ralf.train.data.index import Index
 from ralf.train.evaluate.conditions import CLEAN
+from ralf.train.evaluate.cost import cost
 from ralf.train.evaluate.judge import Judge, examples_for, result, scored
 from ralf.train.evaluate.metrics import Metrics, Scored, auc, measure, paired_bootstrap_interval
 from ralf.train.evaluate.tables import Ask, Table, _auc

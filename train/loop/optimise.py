@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ralf.kernels.engine_torch import cpu_has_bf16
+from ralf.kernels.machine import cpu_has_bf16
 from ralf.train.recipe import Optimiser, Recipe, Schedule
 
 NO_DECAY = ("mask",)
