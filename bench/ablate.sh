@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What each ingredient of the training data is worth: the plain classifier, trained with all of
-# them, then with one left out at a time, judged side by side on the same faces.
+# What each ingredient of the training data is worth: train the plain classifier with all of them,
+# then with one left out at a time, and judge all of these on the same faces.
 #   bench/ablate.sh DATA OUT [FACES] [SIZE]
-# FACES crops (6000) of SIZE pixels (128) each; JOBS trainings at once (2), one thread each.  Every
-# step may be stopped and asked for again.  The record goes to OUT/detectors.json.
-#   BACKBONE   first weights: a safetensors file in timm's names, or `imagenet` from timm's hub
-#   LIMIT      judge only so many people; SEED of the training runs (0)
+# Each training sees FACES crops (6000) of SIZE pixels (128); JOBS trainings (2) run at once, with one
+# thread each.  A stopped run continues with the same command.  The record is OUT/detectors.json.
+#   BACKBONE   first weights: a safetensors file with timm's names, or `imagenet` from timm's hub
+#   LIMIT      judge only this many people;  SEED   seed of the trainings (0)
 set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2") faces=${3:-6000} size=${4:-128}
 cd "$(dirname "$0")/.."
@@ -25,7 +25,7 @@ export -f ralf learn
 arms=(
   "all"
   "no_h264 data.augment.h264=0"
-  "no_wear data.augment.h264=0 data.augment.jpeg=0 data.augment.resize=0 data.augment.blur=0 data.augment.noise=0"
+  "no_upload_damage data.augment.h264=0 data.augment.jpeg=0 data.augment.resize=0 data.augment.blur=0 data.augment.noise=0"
   "no_others data.augment.other=0"
   "self_blend_alone data.families=self_blend data.shares="
   "swap_alone data.families=swap data.shares="
@@ -36,7 +36,7 @@ arms=(
   "no_average optimiser.ema="
 )
 mkdir -p "$out"
-# shellcheck disable=SC2016 # the inner shell is to expand them
+# shellcheck disable=SC2016 # the inner shell must expand them
 printf '%s\n' "${arms[@]}" | xargs -P "${JOBS:-2}" -I{} bash -c 'set -e; read -ra words <<<"{}"; learn "${words[@]}"'
 runs=()
 for arm in "${arms[@]}"; do runs+=("$out/${arm%% *}"); done

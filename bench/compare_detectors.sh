@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Five detectors and the mean of three, trained on the same faces for as long, judged side by side:
-# the plain classifier, RALF as published and with the crop beside the residual (what ships), FDFL,
+# Compare five detectors and the mean of three, trained on the same number of the same faces: the
+# plain classifier, RALF as published, RALF with the crop beside the residual (what ships), FDFL,
 # RCL-inspired.
 #   bench/compare_detectors.sh DATA OUT [FACES] [SIZE]
-# One backbone for all (EfficientNet-Lite0), crops of SIZE pixels (128), FACES crops (24000) each;
-# the plain classifier stands for what is called Xception where there is a GPU.  Every step may be
-# stopped and asked for again.  The record goes to OUT/detectors.json.  Too few faces (under a
-# thousand) teach nothing, and calibration then refuses.
-#   BACKBONE   first weights: a safetensors file in timm's names, or `imagenet` from timm's hub
-#   LIMIT      judge only so many people; SEED of the training runs (0)
+# All have the same backbone (EfficientNet-Lite0) and see FACES crops (24000) of SIZE pixels (128).
+# The plain classifier takes the place that Xception has on a GPU.  A stopped run continues with the
+# same command.  The record is OUT/detectors.json.  With fewer than a thousand faces nothing is learnt,
+# and calibration refuses.
+#   BACKBONE   first weights: a safetensors file with timm's names, or `imagenet` from timm's hub
+#   LIMIT      judge only this many people;  SEED   seed of the trainings (0)
 set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2") faces=${3:-24000} size=${4:-128}
 cd "$(dirname "$0")/.."

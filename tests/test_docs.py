@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "demo/portraits/*.md")
+    for pattern in ("*.md", "bench/*.md", "docs/*.md", "kernels/*.md", "demo/portraits/*.md")
     for path in ROOT.glob(pattern)
 )
 ROOMS = ("kernels", "worker", "train")
