@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 from standardwebhooks import Webhook
 
-from ralf.worker.service.entry import checked
+from ralf.worker.service.rq_worker import check_entry
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.deploy_tools import ROOT, tool
@@ -99,9 +99,9 @@ def test_the_documented_envelope_is_what_a_worker_believes():
     (block,) = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
 
     moderate = "ralf.worker.service.jobs.moderate"
-    assert checked(block.encode(), "ID", [moderate]) == (moderate, "")
-    assert checked(block.replace(moderate, "os.system").encode(), "ID", [moderate])[1]
-    assert checked(block.encode(), "another", [moderate])[1]
+    assert check_entry(block.encode(), "ID", [moderate]) == (moderate, "")
+    assert check_entry(block.replace(moderate, "os.system").encode(), "ID", [moderate])[1]
+    assert check_entry(block.encode(), "another", [moderate])[1]
 
 
 def test_the_python_on_the_page_parses_and_names_what_the_client_has():

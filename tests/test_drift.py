@@ -1,7 +1,7 @@
 """PSI against a case by hand and SciPy's entropies; windows that stay bounded."""
 
-import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
+from ralf.kernels.manifest import Reference
 from ralf.worker import telemetry
 from ralf.worker.drift import EDGES, KINDS, LEAST, WINDOW, Drift, Window, histogram, psi
 from ralf.worker.service import messages
-from ralf.worker.service.stable import Stable
-from ralf.worker.service.wakeup import Orders
+from ralf.worker.service.child_process import ChildSupervisor
+from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.telemetry import Metrics
 from tests.documents import a_track, a_verdict
 
@@ -114,8 +115,8 @@ def test_memory_is_bounded_whatever_the_models():
 def test_verdicts_move_the_gauge_of_their_version_and_engine():
     """From the reference that the child told with its facts; its own for each engine."""
     metrics = Metrics()
-    stable = Stable(FACTS, Orders(), metrics, turn=lambda: None)  # type: ignore[arg-type]
-    stable._show()
+    child: Any = ChildThatIsReady
+    ChildSupervisor(child, Wakeup(), metrics, beat=lambda: None)._publish_facts()
     verdict = a_verdict([a_track([0.9, 0.95, 0.97])])
     for _ in range(LEAST):
         telemetry._count(verdict, metrics)
@@ -128,18 +129,17 @@ def test_verdicts_move_the_gauge_of_their_version_and_engine():
     assert 1.0 == metrics.registry.get_sample_value("ralf_model_refused", refused)
 
 
-class FACTS:
-    """A link whose child told a reference."""
+class ChildThatIsReady:
+    """A child that sent a reference."""
 
     pid = 0
     made = a_verdict().made
     ready = messages.Ready(
-        0, 0,
-        json.dumps({
-            "references": {f"{made.model}@{made.version}": {"edges": [0.5], "counts": [900, 100]}},
-            "refused": [{"role": "canary", "model": "ralf@12345678", "why": "x"}],
-        }),
-    )  # fmt: skip
+        facts=messages.EngineFacts(
+            references={f"{made.model}@{made.version}": Reference(edges=(0.5,), counts=(900, 100))},
+            refused=(messages.RefusedModel(role="canary", model="ralf@12345678", why="x"),),
+        )
+    )
 
     @staticmethod
     def rss() -> int:

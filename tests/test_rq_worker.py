@@ -28,10 +28,10 @@ from ralf.worker.chaos import bodies
 from ralf.worker.chaos.proof import pid_of
 from ralf.worker.contract import Job, Media
 from ralf.worker.service import jobs
-from ralf.worker.service.child_process import Link
+from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.processes import as_environment
 from ralf.worker.service.records import Status
-from ralf.worker.service.rq_worker import Horse
+from ralf.worker.service.rq_worker import RalfWorker
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
@@ -642,22 +642,22 @@ def test_an_idle_worker_stops_at_once_and_takes_nothing(make: Callable[..., Serv
     assert service.status(job_id).state == "queued"
 
 
-def test_a_stopped_horse_leaves_no_thread_listening(redis_server: RedisServer):
+def test_a_stopped_worker_leaves_no_thread_listening(redis_server: RedisServer):
     """RQ's own waits on in a thread, and takes its connection apart from another one."""
     service = Service(redis_server.url, QUICK)
-    link = Link(service.settings, bodies="test")
-    horse = Horse(service.store, link, priority="default", table=jobs.table("test"))
-    horse.bootstrap()
-    listener = horse.pubsub_thread
+    child = ChildProcess(service.settings, bodies="test")
+    worker = RalfWorker(service.store, child, priority="default", table=jobs.table("test"))
+    worker.bootstrap()
+    listener = worker.pubsub_thread
     listening = listener.is_alive()
-    horse.teardown()
-    link.close()
-    horse.orders.close()
+    worker.teardown()
+    child.close()
+    worker.wakeup.close()
     service.close()
 
     assert listening
     assert not listener.is_alive()
-    assert horse.pubsub.connection is None
+    assert worker.pubsub.connection is None
 
 
 @pytest.mark.parametrize(("grace", "again"), [(0.5, False), (LONG_S, True)])
@@ -750,19 +750,19 @@ def test_a_job_costs_few_round_trips(redis_server: RedisServer, monkeypatch: pyt
         return send(self, *args, **kwargs)
 
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    link = Link(settings, bodies="test")
-    horse = Horse(service.store, link, priority="default", table=jobs.table("test"))
+    child = ChildProcess(settings, bodies="test")
+    worker = RalfWorker(service.store, child, priority="default", table=jobs.table("test"))
     try:
-        horse.stable.open()
+        worker.supervisor.start()
         for number in range(50):
             service.submit("trivial", str(number))
         monkeypatch.setattr(AbstractConnection, "send_packed_command", counted)
-        horse.work(burst=True, max_jobs=50)
+        worker.work(burst=True, max_jobs=50)
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
             signal.signal(number, handler)
-        link.close()
-        horse.orders.close()
+        child.close()
+        worker.wakeup.close()
         verdicts = service.redis.xlen(service.store.key("verdicts"))
         service.close()
 

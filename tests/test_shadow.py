@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from ralf.worker.chaos import bodies
 from ralf.worker.contract import Evidence, Job, Progress, Verdict
 from ralf.worker.errors import CorruptMedia, GpuFatal
 from ralf.worker.service import messages, shadow
-from ralf.worker.service.child_process import Link
+from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.jobs import Body, Task
-from ralf.worker.service.shadow import Comparison, Second
+from ralf.worker.service.shadow import Comparison, ShadowRun
 from ralf.worker.settings import Settings
 from ralf.worker.telemetry import Metrics
 from tests.test_child import ask, document, until
@@ -32,17 +31,17 @@ def unheard(*_: object) -> None:
 
 def task(path: Path) -> Task:
     """A job whose file lies there."""
-    return Task(replace(ask("j1", "weigh"), path=str(path)),
+    return Task(ask("j1", "weigh").model_copy(update={"path": str(path)}),
                 Job.model_validate_json(document("j1")), unheard)  # fmt: skip
 
 
-def second(path: Path, work: Any = bodies.weigh, took_s: float = 0.0) -> Second:
+def second(path: Path, work: Any = bodies.weigh, took_s: float = 0.0) -> ShadowRun:
     """The same job once more."""
     first = task(path)
     verdict = bodies.blank_verdict(first).model_copy(
         update={"label": "likely_forged", "score": 0.9}
     )
-    return Second(first, verdict, Body(work, fetches=True, heavy=True), "m@1", SHADOW, took_s)
+    return ShadowRun(first, verdict, Body(work, fetches=True, heavy=True), "m@1", SHADOW, took_s)
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def test_the_file_is_read_though_the_parent_has_removed_it(clip: Path):
     again = second(clip, work)
     before = open_files()
     clip.unlink()
-    found = again.look()
+    found = again.compare()
 
     assert [10] == sizes
     assert ("likely_forged", "inconclusive", "") == (found.label, found.shadow_label, found.error)
@@ -98,7 +97,7 @@ def test_whatever_goes_wrong_is_part_of_the_comparison(
         raise error
 
     again = second(clip, work)
-    found = again.look()
+    found = again.compare()
 
     assert (told, None, None) == (found.error, found.shadow_label, found.difference)
     assert fatal == again.fatal
@@ -106,7 +105,7 @@ def test_whatever_goes_wrong_is_part_of_the_comparison(
 
 def test_a_file_that_was_gone_before_is_told(tmp_path: Path):
     """No file, no look."""
-    assert "FileNotFoundError" in second(tmp_path / "none").look().error
+    assert "FileNotFoundError" in second(tmp_path / "none").compare().error
 
 
 def test_a_shadow_that_takes_too_long_or_is_in_the_way_stops(
@@ -120,9 +119,9 @@ def test_a_shadow_that_takes_too_long_or_is_in_the_way_stops(
             time.sleep(0.001)
         raise AssertionError("never stopped")
 
-    assert second(clip, work).look(leaving=lambda: True).error.startswith("stopped")
+    assert second(clip, work).compare(leaving=lambda: True).error.startswith("stopped")
     monkeypatch.setattr(shadow, "SLACK_S", 0.05)
-    assert second(clip, work).look().error.startswith("stopped: more than 0 s")
+    assert second(clip, work).compare().error.startswith("stopped: more than 0 s")
 
 
 def test_two_shadows_do_not_run_at_once(clip: Path):
@@ -130,14 +129,14 @@ def test_two_shadows_do_not_run_at_once(clip: Path):
     inner: list[Comparison] = []
 
     def work(asked: Task, parts: Any) -> tuple[Verdict, Evidence]:
-        inner.append(second(clip).look())
+        inner.append(second(clip).compare())
         return bodies.weigh(asked, parts)
 
-    assert "" == second(clip, work).look().error
+    assert "" == second(clip, work).compare().error
     assert ["RalfError: skipped: another job's shadow was still running"] == [
         each.error.replace("DecoderCrashed: ", "") for each in inner
     ]
-    assert "" == second(clip).look().error
+    assert "" == second(clip).compare().error
 
 
 def test_what_differs_is_counted(capsys: pytest.CaptureFixture[str]):
@@ -176,7 +175,7 @@ from ralf.worker.settings import Settings
 class Parts:
     pass
 
-class Shelf(models.EmptyShelf):
+class Models(models.LazyModels):
     def of(self, job):
         return "own"
     def shadow_of(self, job, parts):
@@ -197,12 +196,12 @@ class parts_of_shadow:
 
 listener = socket.socket(fileno=int(sys.argv[1]))
 table = {bodies.PREFIX + "weigh": jobs.Body(work, fetches=True, heavy=True)}
-made = child.Child(listener, table=table, shelf=Shelf(Settings()), capacity=1)
+made = child.Child(listener, table=table, models=Models(Settings()), capacity=1)
 os._exit(made.serve())
 """
 
 
-class ShadowedLink(Link):
+class ShadowedChild(ChildProcess):
     """Its child has a shadow that may die."""
 
     def _command(self, descriptor: int) -> list[str]:
@@ -210,35 +209,35 @@ class ShadowedLink(Link):
 
 
 @contextmanager
-def shadowed() -> Iterator[Link]:
+def shadowed() -> Iterator[ChildProcess]:
     """That child, ready."""
-    link = ShadowedLink(Settings(shadow="12345678"))
+    child = ShadowedChild(Settings(shadow="12345678"))
     try:
-        link.open()
-        until(link, lambda said: link.ready is not None)
-        yield link
+        child.open()
+        until(child, lambda said: child.ready is not None)
+        yield child
     finally:
-        link.close()
+        child.close()
 
 
 def run(clip: Path, job_id: str, tag: str | None = None) -> messages.Run:
     """Weigh that file."""
-    return replace(ask(job_id, "weigh", tag=tag), path=str(clip))
+    return ask(job_id, "weigh", tag=tag).model_copy(update={"path": str(clip)})
 
 
 def test_the_verdict_comes_first_and_the_comparison_after_it(clip: Path):
     """Also when the next job has come meanwhile."""
-    with shadowed() as link:
+    with shadowed() as child:
         said: list[messages.Message] = []
         for job_id in ("a", "b"):
-            link.say(run(clip, job_id))
-            said += until(link, lambda heard: any(isinstance(m, messages.Done) for m in heard))
+            child.send(run(clip, job_id))
+            said += until(child, lambda heard: any(isinstance(m, messages.Done) for m in heard))
         so_far = sum(isinstance(m, messages.Compared) for m in said)
         said += until(
-            link, lambda heard: sum(isinstance(m, messages.Compared) for m in heard) + so_far == 2
+            child, lambda heard: sum(isinstance(m, messages.Compared) for m in heard) + so_far == 2
         )
 
-    names = [type(m).__name__ for m in said if not isinstance(m, messages.Company)]
+    names = [type(m).__name__ for m in said if not isinstance(m, messages.OtherJobs)]
     assert ["Started", "Done", "Compared", "Started", "Done", "Compared"] == names
     found = [json.loads(m.document) for m in said if isinstance(m, messages.Compared)]
     assert ["a", "b"] == [each["job_id"] for each in found]
@@ -247,15 +246,15 @@ def test_the_verdict_comes_first_and_the_comparison_after_it(clip: Path):
 
 def test_a_shadow_that_takes_the_child_down_costs_no_job(clip: Path):
     """The job has its verdict; the next one, not begun, finds another child."""
-    with shadowed() as link:
-        link.say(run(clip, "a", tag="abort"))
-        said = until(link, lambda heard: any(isinstance(m, messages.Done) for m in heard))
-        link.say(run(clip, "b"))
-        said += until(link, lambda heard: False)  # until it has gone
-        how = link.closed()
+    with shadowed() as child:
+        child.send(run(clip, "a", tag="abort"))
+        said = until(child, lambda heard: any(isinstance(m, messages.Done) for m in heard))
+        child.send(run(clip, "b"))
+        said += until(child, lambda heard: False)  # until it has gone
+        how = child.detach()
         assert ["Started", "Done"] == [type(m).__name__ for m in said]
         assert "died of SIGABRT" == how
-        link.open()
-        until(link, lambda heard: link.ready is not None)
-        link.say(run(clip, "b"))
-        until(link, lambda heard: any(isinstance(m, messages.Done) for m in heard))
+        child.open()
+        until(child, lambda heard: child.ready is not None)
+        child.send(run(clip, "b"))
+        until(child, lambda heard: any(isinstance(m, messages.Done) for m in heard))

@@ -14,7 +14,7 @@ from ralf.worker.contract import Media, Sampling, Verdict
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.pipeline import Ask, analyze
 from ralf.worker.runtime import Parts, with_decoder
-from ralf.worker.service.models import Shelf, load
+from ralf.worker.service.models import LoadedModels, load
 from ralf.worker.settings import Settings
 from tests.clips import face_clip
 from tests.redis_server import RedisServer
@@ -128,10 +128,10 @@ def test_only_a_child_of_several_jobs_batches(eager_models: Path):
     """With one job at a time the engine is called straight."""
     settings = Settings(models_dir=str(eager_models), model="eager", device="cpu", threads=1)
     alone, together = (
-        Shelf(settings, load=lambda s, m, t=t: load(s, m, together=t)) for t in (False, True)
+        LoadedModels(settings, load=lambda s, m, t=t: load(s, m, together=t)) for t in (False, True)
     )
-    for shelf in (alone, together):
-        shelf.open()
+    for models in (alone, together):
+        models.open()
 
     assert type(alone._own.engine).__name__ == "TorchEngine"
     assert type(together._own.engine).__name__ == "Batcher"

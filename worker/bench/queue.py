@@ -33,9 +33,9 @@ from ralf.worker.chaos import bodies
 from ralf.worker.client import Client, request
 from ralf.worker.contract import Failure, Job
 from ralf.worker.service import jobs
-from ralf.worker.service.child_process import Link
+from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.processes import Supervisor, redis_alone
-from ralf.worker.service.rq_worker import Horse
+from ralf.worker.service.rq_worker import RalfWorker
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 
@@ -129,13 +129,13 @@ def _run(settings: Settings, count: int, turns: int) -> dict[str, list[float]]:
     """Seconds a job in each way's loop, the ways in turns; the first turn warms up."""
     spent: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        link = Link(settings, bodies="test")
-        stack.callback(link.close)
+        child = ChildProcess(settings, bodies="test")
+        stack.callback(child.close)
         store = Store(connect(settings.redis_url), settings, function=TRIVIAL)
         stack.callback(store.redis.close)
         ways: dict[str, Callable[[], float]] = {
             "run rq SimpleWorker": lambda: _rq_loop(store.redis, SimpleWorker, count),
-            "run ralf": lambda: _our_loop(store, link, count),
+            "run ralf": lambda: _our_loop(store, child, count),
             "run rq Worker": lambda: _rq_loop(store.redis, Worker, count),
         }
         for turn in range(-1, turns):
@@ -157,12 +157,12 @@ def _rq_loop(redis: Any, kind: type[BaseWorker], count: int) -> float:
     return clock()
 
 
-def _our_loop(store: Store, link: Link, count: int) -> float:
+def _our_loop(store: Store, child: ChildProcess, count: int) -> float:
     store.submit([_job(str(n)) for n in range(count)])
-    horse = Horse(store, link, priority="default", table=jobs.table("test"))
-    horse.start()
-    clock = _clocked(horse)
-    horse.work(burst=True)
+    worker = RalfWorker(store, child, priority="default", table=jobs.table("test"))
+    worker.start()
+    clock = _clocked(worker)
+    worker.work(burst=True)
     assert store.redis.xlen(store.key("verdicts")) == count
     store.redis.flushdb()
     return clock()

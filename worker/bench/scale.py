@@ -24,12 +24,13 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
+import psutil
+
 from ralf.kernels.bench.record import Record, machine, timing
 from ralf.worker.bench.queue import own_redis
 from ralf.worker.chaos import bodies
 from ralf.worker.client import request
 from ralf.worker.service.processes import ProcessFailed, Supervisor
-from ralf.worker.service.procfs import cpu
 from ralf.worker.service.store import Store, connect
 
 Load = Literal["wait", "empty"]
@@ -38,6 +39,12 @@ TURNS = 5
 WAIT_S = 0.1
 PATIENCE_S = 300.0
 """A group that does not come up, or a turn that does not end, in so long has failed."""
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor seconds that a process has used."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,11 @@ class Group:
         pids = [redis_pid]
         for worker in self.supervisor.of("worker"):
             pids += [worker.pid, self.supervisor.child_of(worker)]
-        before = sum(map(cpu, pids))
+        before = sum(map(cpu_seconds, pids))
         self.store.submit(made, function=bodies.PREFIX + body)
         verdicts = self.store.key("verdicts")
         _wait(lambda: self.store.redis.xlen(verdicts) >= count, f"{count} jobs did not end")
-        spent = sum(map(cpu, pids)) - before
+        spent = sum(map(cpu_seconds, pids)) - before
         first, last = self._span([job.job_id for job in made])
         self.store.redis.delete(verdicts)
         return Turn((last - first) / count, spent / count)

@@ -1,22 +1,23 @@
-"""The warm child: loads the model once, then serves jobs over a Unix socket.
+"""The warm child process: loads the model once, then runs jobs that arrive over a Unix socket.
 
     python -m ralf.worker.service.child --socket-fd N [--parent PID] [--bodies test] [--capacity N]
 
-It is spawned, never forked, so that CUDA starts in a clean process; it holds no credentials (see
-sandbox.py) and speaks only messages.py's messages.  The listening socket is inherited, so a parent
-may connect before the child is up.  Several parents may connect; each has one job in flight.  At
-most `capacity` jobs run at a time, one on a CPU, in the order in which they came.  A job that
-must run alone waits until the others have ended, and none starts beside it.
+The child is spawned and never forked, so that CUDA starts in a clean process.  It holds no
+credentials (see sandbox.py) and accepts only the messages of messages.py.  It inherits the
+listening socket, so a parent may connect before the child is up.  Several parents may connect;
+each has one job in flight.  At most `capacity` jobs run at a time, one on a CPU, in the order of
+their arrival.  A job that must run alone waits until the others have ended, and no other starts
+beside it.
 
 One thread talks, `capacity` threads work, and the first of them loads the model.  The child never
-retries and never decides: deadlines, hangs and memory are judged by its parents, who kill it.  It
-leaves when its spawner dies, when a parent says so, when the device's context is lost, or, when
-it is shared, once nobody has been connected for a while.
+retries and never decides: its parents judge deadlines, hangs and memory, and kill it.  It exits
+when the process that spawned it dies, when a parent tells it to, when the device's context is
+lost, or, when it is shared, after nobody has been connected for a while.
 """
 
 import argparse
 import faulthandler
-import json
+import math
 import os
 import selectors
 import socket
@@ -24,53 +25,178 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
 
 from ralf.worker import telemetry
-from ralf.worker.contract import Job, dump
+from ralf.worker.contract import Job, Progress, Verdict, dump
 from ralf.worker.errors import BadRequest, Cancelled, GpuFatal, JobError, RalfError
 from ralf.worker.service import jobs, messages, sandbox
-from ralf.worker.service.models import EmptyShelf, Facts, Shelf, label, load
-from ralf.worker.service.procfs import rss
-from ralf.worker.service.shadow import Second
-from ralf.worker.service.turnstile import Peer, Turnstile, Visit
+from ralf.worker.service.messages import EngineFacts
+from ralf.worker.service.models import LazyModels, LoadedModels, label, load
+from ralf.worker.service.shadow import ShadowRun
 from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 
 IDLE_S = 1.0
+"""How long a working thread waits for a job before it checks for a promoted model."""
+SEND_TIMEOUT_S = 30.0
+PARTIAL_EVERY_S = 5.0
+"""A partial verdict costs a judgement; the first comes with the first chunk of frames."""
+
+
+class ParentConnection:
+    """One parent: its connection and the one job that it may have in flight."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.inbox = messages.Inbox()
+        self.job: ChildJob | None = None
+        self.greeted = False
+        self.gone = False
+        self._sending = threading.Lock()
+        connection.settimeout(SEND_TIMEOUT_S)
+
+    def send(self, message: messages.Message) -> None:
+        """Send; a parent that has gone, or reads nothing for long, is not waited for."""
+        try:
+            with self._sending:
+                self.connection.sendall(messages.encode(message))
+        except OSError:
+            self.gone = True
+
+
+@dataclass(eq=False)
+class ChildJob:
+    """One job in the child, from its parent's Run to the answer."""
+
+    parent: ParentConnection
+    run: messages.Run
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    partial_at: float = -math.inf
+
+    def report(
+        self, progress: Progress, seconds: float, partial: Callable[[], Verdict] | None = None
+    ) -> None:
+        """Send the progress; raises Cancelled when the parent has asked for that, or has gone.
+
+        Not throttled here: the parent writes to Redis once a second, whatever arrives.
+        """
+        if self.cancelled.is_set() or self.parent.gone:
+            raise Cancelled
+        now, document = time.monotonic(), ""
+        done = progress.percent >= 100  # the verdict itself is next
+        if partial is not None and not done and now - self.partial_at >= PARTIAL_EVERY_S:
+            self.partial_at, document = now, dump(partial())
+        self.parent.send(
+            messages.Advanced(
+                job_id=self.run.job_id,
+                progress=dump(progress),
+                seconds=float(seconds),
+                partial=document,
+            )
+        )
+
+
+class RunQueue:
+    """Which job runs next: first come, first served; one that must be alone runs alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[ChildJob] = deque()
+        self._running: list[ChildJob] = []
+        self._closed = False
+
+    def close(self) -> None:
+        """Start no other job."""
+        with self._changed:
+            self._closed = True
+
+    def add(self, job: ChildJob) -> None:
+        """Append a job."""
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def withdraw(self, job: ChildJob) -> bool:
+        """Remove a job that waits; False when it runs already."""
+        with self._changed:
+            if job not in self._waiting:
+                return False
+            self._waiting.remove(job)
+            self._changed.notify_all()
+            return True
+
+    def start_next(self, seconds: float) -> ChildJob | None:
+        """Wait until a job may run, and count it as running; None when none could in time."""
+        with self._changed:
+            if not self._changed.wait_for(self._may_start, seconds):
+                return None
+            job = self._waiting.popleft()
+            self._running.append(job)
+            if len(self._running) > 1:
+                self._tell_parents()
+            return job
+
+    def finish(self, job: ChildJob) -> None:
+        """The job no longer runs."""
+        with self._changed:
+            self._running.remove(job)
+            self._tell_parents()
+            self._changed.notify_all()
+
+    def _may_start(self) -> bool:
+        if self._closed or not self._waiting:
+            return False
+        if self._running and self._waiting[0].run.alone:
+            return False
+        return not any(job.run.alone for job in self._running)
+
+    def _tell_parents(self) -> None:
+        """Each parent of a running job must know whether its job could be blamed for a crash."""
+        for job in self._running:
+            job.parent.send(messages.OtherJobs(count=len(self._running) - 1))
+
+    @property
+    def idle(self) -> bool:
+        """Whether no job runs."""
+        with self._changed:
+            return not self._running
 
 
 class Child:
-    """The talking thread and its workers."""
+    """The thread that talks to the parents, and the threads that work."""
 
     def __init__(
         self,
         listener: socket.socket,
         *,
         table: dict[str, jobs.Body],
-        shelf: Shelf,
+        models: LoadedModels,
         capacity: int = 1,
         linger_s: float | None = None,
     ) -> None:
         self._listener = listener
         self._table = table
-        self._shelf = shelf
+        self._models = models
         self._capacity = capacity
         self._linger_s = linger_s
-        """None: exclusive, leave with the first parent; else how long to wait for another."""
-        self._turnstile = Turnstile()
-        self._peers: set[Peer] = set()
-        self._peers_lock = threading.Lock()
+        """None: exclusive, exit with the first parent; else how long to wait for another."""
+        self._queue = RunQueue()
+        self._parents: set[ParentConnection] = set()
+        self._parents_lock = threading.Lock()
         self._leaving = False
         self._ready: messages.Ready | messages.Unready | None = None
 
     def serve(self) -> int:
-        """Talk until there is a reason to leave; returns the exit status."""
-        threading.Thread(target=self._work_first, name="work-0", daemon=True).start()
-        lonely_since = time.monotonic()
+        """Talk until there is a reason to exit; returns the exit status."""
+        threading.Thread(target=self._load_and_work, name="work-0", daemon=True).start()
+        connected_at = time.monotonic()
         with selectors.DefaultSelector() as selector:
             self._listener.setblocking(False)
             selector.register(self._listener, selectors.EVENT_READ)
@@ -78,13 +204,13 @@ class Child:
                 for key, _ in selector.select(timeout=1.0):
                     if key.fileobj is self._listener:
                         self._accept(selector)
-                    elif not self._hear(key.data):
+                    elif not self._receive(key.data):
                         self._part(selector, key.data)
                         if self._linger_s is None:
                             return 0
-                if self._peers:
-                    lonely_since = time.monotonic()
-                elif time.monotonic() - lonely_since > (self._linger_s or 60.0):
+                if self._parents:
+                    connected_at = time.monotonic()
+                elif time.monotonic() - connected_at > (self._linger_s or 60.0):
                     return 0
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
@@ -92,79 +218,77 @@ class Child:
             connection, _ = self._listener.accept()
         except OSError:
             return
-        peer = Peer(connection)
-        with self._peers_lock:
-            self._peers.add(peer)
-        selector.register(connection, selectors.EVENT_READ, peer)
+        parent = ParentConnection(connection)
+        with self._parents_lock:
+            self._parents.add(parent)
+        selector.register(connection, selectors.EVENT_READ, parent)
 
-    def _part(self, selector: selectors.BaseSelector, peer: Peer) -> None:
-        """A parent has gone: its waiting job leaves the line, its running one is cancelled."""
-        peer.gone = True
-        selector.unregister(peer.connection)
-        peer.connection.close()
-        with self._peers_lock:
-            self._peers.discard(peer)
-        if peer.visit is not None:
-            self._turnstile.leave(peer.visit)
-            peer.visit.cancelled.set()
+    def _part(self, selector: selectors.BaseSelector, parent: ParentConnection) -> None:
+        """A parent has gone: its waiting job is withdrawn, its running one cancelled."""
+        parent.gone = True
+        selector.unregister(parent.connection)
+        parent.connection.close()
+        with self._parents_lock:
+            self._parents.discard(parent)
+        if parent.job is not None:
+            self._queue.withdraw(parent.job)
+            parent.job.cancelled.set()
 
-    def _hear(self, peer: Peer) -> bool:
-        """Act on what a parent said; False when it has gone or talks nonsense."""
+    def _receive(self, parent: ParentConnection) -> bool:
+        """Act on a parent's messages; False when it has gone or sends nonsense."""
         try:
-            received = messages.receive(peer.connection, peer.inbox)
-        except messages.WireError as error:
+            received = messages.receive(parent.connection, parent.inbox)
+        except messages.ProtocolError as error:
             log.error("child.misunderstood", error=str(error))
             return False
         if received is None:
             return False
-        return all(self._obey(peer, message) for message in received)
+        return all(self._obey(parent, message) for message in received)
 
-    def _obey(self, peer: Peer, message: messages.Message) -> bool:
+    def _obey(self, parent: ParentConnection, message: messages.Message) -> bool:
         match message:
             case messages.Hello(version=messages.VERSION):
-                with self._peers_lock:
-                    peer.greeted = True
+                with self._parents_lock:
+                    parent.greeted = True
                     ready = self._ready
                 if ready is not None:
-                    peer.say(ready)
-            case messages.Ping(number=number):
-                peer.say(messages.Pong(number))
-            case messages.Run() if peer.greeted and peer.visit is None:
-                peer.visit = Visit(peer, message)
-                self._turnstile.join(peer.visit)
+                    parent.send(ready)
+            case messages.Run() if parent.greeted and parent.job is None:
+                parent.job = ChildJob(parent, message)
+                self._queue.add(parent.job)
             case messages.Cancel(job_id=job_id):
-                self._cancel(peer, job_id)
+                self._cancel(parent, job_id)
             case messages.Shutdown():
                 self._leaving = True
-                self._turnstile.close()
-                self._leave_if_idle()
+                self._queue.close()
+                self._exit_if_idle()
             case _:
-                log.error("child.misunderstood", message=type(message).__name__)
+                log.error("child.misunderstood", message=message.type)
                 return False
         return True
 
-    def _leave_if_idle(self) -> None:
-        """Other parents' running jobs end first; those in line see us gone and ask our heir."""
-        if self._leaving and (self._linger_s is None or self._turnstile.idle):
+    def _exit_if_idle(self) -> None:
+        """Other parents' running jobs end first; waiting ones go to the next child."""
+        if self._leaving and (self._linger_s is None or self._queue.idle):
             os._exit(0)
 
-    def _cancel(self, peer: Peer, job_id: str) -> None:
-        visit = peer.visit
-        if visit is None or visit.run.job_id != job_id:
+    def _cancel(self, parent: ParentConnection, job_id: str) -> None:
+        job = parent.job
+        if job is None or job.run.job_id != job_id:
             return
-        visit.cancelled.set()
-        if self._turnstile.leave(visit):
-            peer.visit = None
-            peer.say(messages.Failed(job_id, "cancelled", "the job was cancelled before its turn"))
+        job.cancelled.set()
+        if self._queue.withdraw(job):
+            parent.job = None
+            parent.send(_cancelled(job_id, "the job was cancelled before its turn"))
 
-    def _work_first(self) -> None:
-        """Load, tell every parent, then work beside the other threads."""
+    def _load_and_work(self) -> None:
+        """Load the model, tell every parent, then work beside the other threads."""
         ready: messages.Ready | messages.Unready
         try:
-            ready = _ready(self._shelf.open())
+            ready = messages.Ready(facts=self._models.open())
         except Exception as error:  # noqa: BLE001  the border: the parent logs it and decides
             ready = messages.Unready(
-                str(error) if isinstance(error, RalfError) else traceback.format_exc()
+                message=str(error) if isinstance(error, RalfError) else traceback.format_exc()
             )
         greeted = self._announce(ready)
         if isinstance(ready, messages.Unready):
@@ -177,87 +301,95 @@ class Child:
         self._work()
 
     def _announce(self, ready: messages.Ready | messages.Unready) -> int:
-        """Tell every parent; those that greet later are told then."""
-        with self._peers_lock:
+        """Tell every parent, and later those that greet later; how many there were now."""
+        with self._parents_lock:
             self._ready = ready
-            greeted = [peer for peer in self._peers if peer.greeted]
-        for peer in greeted:
-            peer.say(ready)
+            greeted = [parent for parent in self._parents if parent.greeted]
+        for parent in greeted:
+            parent.send(ready)
         return len(greeted)
 
     def _work(self) -> None:
         while True:
-            visit = self._turnstile.enter(IDLE_S)
-            switched = self._shelf.follow()
-            if switched is not None:
-                self._announce(_ready(switched))
-            if visit is None:
+            job = self._queue.start_next(IDLE_S)
+            facts: EngineFacts | None = self._models.follow()
+            if facts is not None:
+                self._announce(messages.Ready(facts=facts))
+            if job is None:
                 continue
-            visit.peer.say(messages.Started(visit.run.job_id))
-            answer, second = self._answer(visit)
-            if second is None:
-                self._turnstile.exit(visit)
-            visit.peer.visit = None  # before the answer: the parent may send the next at once
-            visit.peer.say(answer)
-            if second is not None:
-                self._look_again(visit, second)
-            self._leave_if_idle()
+            job.parent.send(messages.Started(job_id=job.run.job_id))
+            answer, shadow = self._answer(job)
+            if shadow is None:
+                self._queue.finish(job)
+            job.parent.job = None  # before the answer: the parent may send the next at once
+            job.parent.send(answer)
+            if shadow is not None:
+                self._run_shadow(job, shadow)
+            self._exit_if_idle()
             if isinstance(answer, messages.Failed) and answer.fatal:
                 os._exit(70)
 
-    def _look_again(self, visit: Visit, second: Second) -> None:
-        """The shadow's turn: it counts as company, so that nobody else is blamed for its death."""
+    def _run_shadow(self, job: ChildJob, shadow: ShadowRun) -> None:
+        """The job still counts as running, so that no other job is blamed for a crash here."""
         try:
-            if visit.peer.gone:
-                second.close()
+            if job.parent.gone:
+                shadow.close()
                 return
-            found = second.look(leaving=lambda: self._leaving or visit.peer.gone)
-            visit.peer.say(messages.Compared(dump(found)))
+            found = shadow.compare(leaving=lambda: self._leaving or job.parent.gone)
+            job.parent.send(messages.Compared(document=dump(found)))
         finally:
-            self._turnstile.exit(visit)
-        if second.fatal:
+            self._queue.finish(job)
+        if shadow.fatal:
             os._exit(70)
 
-    def _answer(self, visit: Visit) -> tuple[messages.Done | messages.Failed, Second | None]:
-        """Run the body; whatever it raises has a name in the answer."""
-        run = visit.run
+    def _answer(self, job: ChildJob) -> tuple[messages.Done | messages.Failed, ShadowRun | None]:
+        """Run the body; every exception becomes a named failure."""
+        run = job.run
         try:
-            body = self._table.get(run.function)
-            if body is None:
-                raise BadRequest(f"this child runs {sorted(self._table)}, not {run.function!r}")
-            job = Job.model_validate_json(run.job)
-            parts = self._shelf.of(job) if body.heavy else None
-            task, start = jobs.Task(run, job, visit.report), time.monotonic()
-            verdict, evidence = body.work(task, parts)
-            verdict = self._shelf.marked(verdict, job)
-            done = messages.Done(run.job_id, dump(verdict), dump(evidence))
-            shadow = self._shelf.shadow_of(job, parts)
-            if shadow is None:
-                return done, None
-            took_s = time.monotonic() - start
-            return done, Second(task, verdict, body, label(shadow), shadow, took_s)
+            return self._done(job)
         except BaseException as error:  # noqa: BLE001  the border: every end has a name
             named = jobs.as_job_error(error)
             if isinstance(named, Cancelled):
-                return messages.Failed(run.job_id, "cancelled", "the job was cancelled"), None
+                return _cancelled(run.job_id, "the job was cancelled"), None
             if named is not error:
                 log.error("child.job_failed", job_id=run.job_id, error=traceback.format_exc())
             assert isinstance(named, JobError)
             fatal = isinstance(named, GpuFatal) or isinstance(error, MemoryError)
-            return messages.Failed(run.job_id, named.code, str(named), fatal), None
+            failed = messages.Failed(
+                job_id=run.job_id, code=named.code, message=str(named), fatal=fatal
+            )
+            return failed, None
+
+    def _done(self, job: ChildJob) -> tuple[messages.Done, ShadowRun | None]:
+        """The job's verdict, and the shadow's run when one is due."""
+        run = job.run
+        body = self._table.get(run.function)
+        if body is None:
+            raise BadRequest(f"this child runs {sorted(self._table)}, not {run.function!r}")
+        document = Job.model_validate_json(run.job)
+        parts = self._models.of(document) if body.heavy else None
+        task, start = jobs.Task(run, document, job.report), time.monotonic()
+        verdict, evidence = body.work(task, parts)
+        verdict = self._models.marked(verdict, document)
+        done = messages.Done(job_id=run.job_id, verdict=dump(verdict), evidence=dump(evidence))
+        shadow = self._models.shadow_of(document, parts)
+        if shadow is None:
+            return done, None
+        took_s = time.monotonic() - start
+        return done, ShadowRun(task, verdict, body, label(shadow), shadow, took_s)
 
 
-def _ready(facts: Facts) -> messages.Ready:
-    return messages.Ready(os.getpid(), rss(os.getpid()), json.dumps(facts))
+def _cancelled(job_id: str, message: str) -> messages.Failed:
+    return messages.Failed(job_id=job_id, code="cancelled", message=message)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The child's whole life."""
     parser = argparse.ArgumentParser(
-        prog="ralf.worker.service.child", description="The warm child."
+        prog="ralf.worker.service.child", description="The warm child process."
     )
     parser.add_argument("--socket-fd", type=int, required=True)
-    parser.add_argument("--parent", type=int, help="die when this process does")
+    parser.add_argument("--parent", type=int, help="exit when this process does")
     parser.add_argument("--bodies", choices=("moderate", "test"), default="moderate")
     parser.add_argument("--capacity", type=int, default=1)
     parser.add_argument("--linger", type=float, help="shared: seconds to wait without a parent")
@@ -268,13 +400,11 @@ def main(arguments: list[str] | None = None) -> int:
     telemetry.configure(settings)
     for sentence in missing:
         log.warning("child.sandbox_incomplete", missing=sentence)
-    listener = socket.socket(fileno=options.socket_fd)
     own = partial(load, together=options.capacity > 1)
-    shelf = (Shelf if options.bodies == "moderate" else EmptyShelf)(settings, load=own)
     child = Child(
-        listener,
+        socket.socket(fileno=options.socket_fd),
         table=jobs.table(options.bodies),
-        shelf=shelf,
+        models=(LoadedModels if options.bodies == "moderate" else LazyModels)(settings, load=own),
         capacity=options.capacity,
         linger_s=options.linger,
     )

@@ -1,12 +1,15 @@
-"""The parent's end of the line to the warm child: spawn it, talk to it, end it.
+"""The parent's end of its child process: start it, talk to it, end it, and replace it in time.
 
-An exclusive child has its own private folder and dies with its parent.  A shared child lives in a
-named folder: whoever comes first spawns it under a lock, the others connect, and it leaves when
-nobody has been connected for a while.  The socket is bound, and listens, before the child starts,
-so connecting never polls.
+    ChildProcess      one parent's connection to a child, and to the next child after that one
+    ChildSupervisor   before each job: is the child there, ready, and fit for another job?
 
-The process id that may be killed is the one that we got from the spawn, never one that the child
-claims.  Nothing here judges a job: it says what the child said, that it is gone, and how it went.
+An exclusive child has a private folder and dies with its parent.  A shared child has a named
+folder: the first parent spawns it under a lock, the others connect, and it exits when nobody has
+been connected for a while.  The socket is bound and listens before the child starts, so connecting
+never polls.
+
+The process that may be killed is the one that the parent spawned or found by the pid file, never
+one that the child names.  Nothing here judges a job.
 """
 
 import contextlib
@@ -18,42 +21,49 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import structlog
 from pydantic import ValidationError
 
 import ralf
 from ralf.worker import telemetry
+from ralf.worker.errors import ModelUnavailable
 from ralf.worker.service import messages, sandbox
 from ralf.worker.service.jobs import Bodies
-from ralf.worker.service.procfs import cpu, rss
 from ralf.worker.service.shadow import Comparison
-from ralf.worker.service.work_dir import OwnFolder
+from ralf.worker.service.wakeup import Wakeup
+from ralf.worker.service.work_dir import WorkDir
 from ralf.worker.settings import Settings
+from ralf.worker.telemetry import Metrics
 
 log = structlog.get_logger()
 
+CHILD_MODULE = "ralf.worker.service.child"
 TAIL_LINES = 40
 LINGER_S = 10.0
 READ_OUT_S = 5.0
 """A dead child's stderr is read to its end; only a grandchild could keep it open for longer."""
-_LEFT_ALIVE: list[int] = []
+LOAD_TRIES = 5
+LONGEST_PAUSE_S = 30.0
+_LEFT_RUNNING: list[int] = []
 _ROOT = Path(ralf.__file__).resolve().parent.parent
 
 
 def _reap() -> None:
-    for pid in list(_LEFT_ALIVE):
+    for pid in list(_LEFT_RUNNING):
         with contextlib.suppress(ChildProcessError):
             if os.waitpid(pid, os.WNOHANG) == (0, 0):
                 continue
-        _LEFT_ALIVE.remove(pid)
+        _LEFT_RUNNING.remove(pid)
 
 
-class Link:
-    """One parent's connection to one child, and its next child after that one's end."""
+class ChildProcess:
+    """One parent's connection to one child, and to the next child after that one's end."""
 
     def __init__(
         self,
@@ -67,47 +77,47 @@ class Link:
         self.bodies: Bodies = bodies
         self.shared = shared is not None
         self.capacity = capacity
-        self._own = OwnFolder(settings.work_dir)
-        self.uploads = self._own.path
-        """Where this parent's jobs are fetched to."""
-        self.folder = shared or self._own.path
-        """Where the child's socket lies."""
+        self._work_dir = WorkDir(settings.work_dir)
+        self.uploads = self._work_dir.path
+        """Files of this parent's jobs are fetched into it."""
+        self.folder = shared or self._work_dir.path
+        """Holds the child's socket."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.ready: messages.Ready | None = None
-        self.refusal: str = ""
+        self.load_error = ""
         """Why the last child could not load its model."""
         self.pid = 0
         self.jobs_done = 0
         self.first_rss = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._info: psutil.Process | None = None
+        """Memory, processor time and the right process to kill, whoever spawned it."""
         self._connection: socket.socket | None = None
         self._inbox = messages.Inbox()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._reader: threading.Thread | None = None
 
-    # its life
-
     @property
     def alive(self) -> bool:
-        """Whether there is a child at the other end, ready or not."""
+        """Whether a child is connected, ready or not."""
         return self._connection is not None
 
     def fileno(self) -> int:
         """For select()."""
         if self._connection is None:
-            raise ValueError("there is no child to listen to")
+            raise ValueError("no child is connected")
         return self._connection.fileno()
 
     def open(self) -> None:
-        """Connect to the child, spawning it where there is none, and say hello."""
+        """Connect to the child, spawn one if there is none, and greet it."""
         if self._connection is not None:
             return
-        self.ready, self.refusal, self.jobs_done, self.first_rss = None, "", 0, 0
+        self.ready, self.load_error, self.jobs_done, self.first_rss = None, "", 0, 0
         self._inbox = messages.Inbox()
         self._tail.clear()
         with self._locked():
             self._connection = self._connected() or self._spawned()
-        self.say(messages.Hello())
+        self.send(messages.Hello())
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -119,10 +129,11 @@ class Link:
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.connect(str(self.folder / "socket"))
-            self.pid = int((self.folder / "pid").read_text())
-        except (OSError, ValueError):
+            info = psutil.Process(int((self.folder / "pid").read_text()))
+        except (OSError, ValueError, psutil.Error):
             connection.close()
             return None
+        self.pid, self._info = info.pid, info
         return connection
 
     def _spawned(self) -> socket.socket:
@@ -147,6 +158,7 @@ class Link:
                 start_new_session=True,
             )
             self.pid = self._process.pid
+            self._info = psutil.Process(self.pid)
             (self.folder / "pid.new").write_text(str(self.pid))
             (self.folder / "pid.new").replace(self.folder / "pid")
             connection = socket.socket(socket.AF_UNIX)
@@ -158,7 +170,7 @@ class Link:
         return connection
 
     def _command(self, descriptor: int) -> list[str]:
-        command = [sys.executable, "-m", "ralf.worker.service.child"]
+        command = [sys.executable, "-m", CHILD_MODULE]
         command += ["--socket-fd", str(descriptor), "--bodies", self.bodies]
         command += ["--capacity", str(self.capacity)]
         if self.shared:
@@ -172,32 +184,30 @@ class Link:
         return environment
 
     def _forward(self) -> None:
-        """The child's stderr goes to ours; its end is kept for the quarantine."""
+        """Copy the child's stderr to ours; its end is kept for the quarantine."""
         assert self._process is not None
         assert self._process.stderr is not None
         with self._process.stderr as pipe:
             for line in pipe:
                 self._tail.append(line.decode(errors="replace").rstrip()[:300])
-                # Our log may be gone; the child must not wait for ever on a pipe that nobody reads.
+                # Our log may be closed; the child must not block on a pipe that nobody reads.
                 with contextlib.suppress(OSError, ValueError, AttributeError):
                     sys.stderr.buffer.write(line)
                     sys.stderr.buffer.flush()
 
-    # talking
-
-    def say(self, message: messages.Message) -> None:
-        """Send; a child that has gone is noticed at the next hear()."""
+    def send(self, message: messages.Message) -> None:
+        """Send; a child that has gone is noticed at the next receive()."""
         if self._connection is not None:
             with contextlib.suppress(OSError):
                 self._connection.sendall(messages.encode(message))
 
-    def hear(self) -> list[messages.Message] | None:
-        """What the child said; None when it has gone. Call when fileno() is readable."""
+    def receive(self) -> list[messages.Message] | None:
+        """What the child sent; None when it has gone. Call it when fileno() is readable."""
         if self._connection is None:
             return None
         try:
             received = messages.receive(self._connection, self._inbox)
-        except messages.WireError as error:
+        except messages.ProtocolError as error:
             log.error("child.misunderstood", error=str(error))
             self.kill()
             return None
@@ -207,7 +217,7 @@ class Link:
                     self.first_rss = self.first_rss or self.rss()
                     self.ready = message
                 case messages.Unready():
-                    self.refusal = message.message
+                    self.load_error = message.message
                 case messages.Done() | messages.Failed():
                     self._count()
                 case messages.Compared():
@@ -217,7 +227,7 @@ class Link:
         return received
 
     def _compared(self, document: str) -> None:
-        """It may come at any time, also between two jobs; a child's word is checked first."""
+        """It may come at any time, also between two jobs."""
         try:
             found = Comparison.model_validate_json(document)
         except ValidationError as error:
@@ -226,26 +236,32 @@ class Link:
         telemetry.shadow_compared(found, self.settings)
 
     def _count(self) -> None:
-        """Loading is not all: the first job takes the memory that every job takes."""
+        """The first job also takes memory that every later job uses again."""
         self.jobs_done += 1
         if self.jobs_done == 1:
             self.first_rss = max(self.first_rss, self.rss())
 
     def wait(self, seconds: float) -> list[messages.Message] | None:
-        """hear(), waiting for something to be said; [] when nothing was in time."""
+        """receive() after waiting for a message; [] when none came in time."""
         ready, _, _ = select.select([self], [], [], max(0.0, seconds))
-        return self.hear() if ready else []
+        return self.receive() if ready else []
 
     def rss(self) -> int:
-        """Resident bytes of the child."""
-        return rss(self.pid) if self.pid else 0
+        """Resident bytes of the child; 0 when it has gone."""
+        with contextlib.suppress(psutil.Error):
+            return int(self._info.memory_info().rss) if self._info else 0
+        return 0
 
     def cpu(self) -> float:
-        """Processor seconds that the child has used."""
-        return cpu(self.pid) if self.pid else 0.0
+        """Processor seconds that the child has used; 0 when it has gone."""
+        with contextlib.suppress(psutil.Error):
+            if self._info:
+                times = self._info.cpu_times()
+                return float(times.user + times.system)
+        return 0.0
 
-    def worn(self) -> str:
-        """Why this child should be replaced before its next job; empty while it should not."""
+    def recycle_reason(self) -> str:
+        """Why this child should be replaced before its next job; empty: it should not."""
         settings = self.settings
         if self.jobs_done >= settings.child_max_jobs > 0:
             return "jobs"
@@ -253,32 +269,21 @@ class Link:
             return "rss"
         return ""
 
-    # its end
-
     def kill(self) -> None:
-        """End the child now, whatever native code it is in. No-op when it is gone."""
-        if self.pid and self._is_child():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        """End the child now, whatever native code it is in. Does nothing when it is gone."""
+        if self._info is not None:
+            with contextlib.suppress(psutil.Error):
+                self._info.kill()  # checks first that the process id was not given to another
 
-    def _is_child(self) -> bool:
-        """Ours by birth, or, when shared, still the process that the pid file meant."""
-        if self._process is not None and self._process.pid == self.pid:
-            return self._process.poll() is None
-        try:
-            return b"ralf.worker.service.child" in Path(f"/proc/{self.pid}/cmdline").read_bytes()
-        except OSError:
-            return False
-
-    def closed(self) -> str:
-        """Let go of a child that has gone or must go; says how it went."""
+    def detach(self) -> str:
+        """Close the connection to a child that has gone or must go; says how it ended."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         self.ready = None
         status = "left"
         if self.shared:
-            self._let_live()
+            self._leave_running()
         elif self._process is not None:
             try:
                 code = self._process.wait(5.0)
@@ -289,28 +294,123 @@ class Link:
             if self._reader is not None:
                 self._reader.join(READ_OUT_S)
             self._process = self._reader = None
-        self.pid = 0
+        self.pid, self._info = 0, None
         return status
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """The end of the child's stderr."""
         return "\n".join(self._tail)
 
     def retire(self) -> None:
-        """Ask the child to leave and let go of it; its next open() is another child."""
-        self.say(messages.Shutdown())
-        self.closed()
+        """Ask the child to exit; the next open() spawns another."""
+        self.send(messages.Shutdown())
+        self.detach()
 
     def close(self) -> None:
-        """The parent's own end: an exclusive child is killed, its folder removed."""
+        """At the parent's exit: an exclusive child is killed, its folder removed."""
         if not self.shared:
             self.kill()
-        self.closed()
-        self._own.close()
+        self.detach()
+        self._work_dir.close()
 
-    def _let_live(self) -> None:
-        """A shared child outlives this link: it is not waited for, only reaped later."""
+    def _leave_running(self) -> None:
+        """A shared child outlives this parent's connection: it is only reaped later."""
         if self._process is not None:
-            _LEFT_ALIVE.append(self._process.pid)
+            _LEFT_RUNNING.append(self._process.pid)
             self._process.returncode = 0  # or Popen complains that nobody waits
             self._process = None
+
+
+class ChildSupervisor:
+    """Sees to it that a fit child is ready before each job.
+
+    A child that does not load is tried again with growing pauses, since the reason may pass (a
+    full device, a model that is being published).  After some tries the worker gives up, and
+    whoever supervises the worker takes over.  Heartbeats go on meanwhile.
+    """
+
+    def __init__(
+        self, child: ChildProcess, wakeup: Wakeup, metrics: Metrics, *, beat: Callable[[], None]
+    ) -> None:
+        self._child, self._wakeup, self._metrics, self._beat = child, wakeup, metrics, beat
+        self._published: messages.Ready | None = None
+
+    def start(self) -> None:
+        """The first child; a model that cannot be loaded is reported at once."""
+        why = self._load()
+        if why:
+            raise ModelUnavailable(f"the child could not load its model: {why}")
+
+    def ensure_ready(self) -> None:
+        """Before a job is taken; raises ModelUnavailable after the last try."""
+        child = self._child
+        if child.alive and child.wait(0) is None:  # it may die between jobs as well
+            log.warning("child.died", how=child.detach())
+            self._metrics.restarts.labels("died").inc()
+        self._publish_facts()
+        reason = child.recycle_reason() if child.ready is not None else ""
+        if child.ready is not None and not reason:
+            return
+        if reason:
+            log.info("child.recycled", reason=reason, jobs=child.jobs_done, rss=child.rss())
+            self._metrics.restarts.labels(reason).inc()
+            child.retire()
+        self._load_with_retries()
+
+    def after_job(self, reason: str) -> None:
+        """Show the child's memory, or count a child that did not survive the job."""
+        if self._child.alive:
+            self._metrics.child_rss.set(self._child.rss())
+        else:
+            self._metrics.restarts.labels(reason or "died").inc()
+
+    def _load_with_retries(self) -> None:
+        self._metrics.ready.set(0)
+        why = ""
+        for tried in range(1, LOAD_TRIES + 1):
+            why = self._load()
+            if not why or self._wakeup.stopping:
+                return
+            log.error("child.unready", tried=tried, error=why)
+            self._metrics.restarts.labels("load").inc()
+            self._pause(min(2.0**tried, LONGEST_PAUSE_S) if tried < LOAD_TRIES else 0.0)
+        raise ModelUnavailable(f"the child could not load its model {LOAD_TRIES} times: {why}")
+
+    def _load(self) -> str:
+        """Start the child and wait until it is ready; says why it is not."""
+        child = self._child
+        child.open()
+        allowed = child.settings.child_start_timeout_s
+        end = time.monotonic() + allowed
+        while child.ready is None and not self._wakeup.stopping:
+            received = child.wait(min(0.5, end - time.monotonic()))
+            self._beat()
+            if received is None or child.load_error:
+                why, how = child.load_error, child.detach()
+                return why or f"it {how}: {child.last_output()[-300:]}"
+            if time.monotonic() > end:
+                child.kill()
+                child.detach()
+                return f"it was not ready after {allowed:g} s"
+        self._publish_facts()
+        return ""
+
+    def _publish_facts(self) -> None:
+        """Show the child's facts when they are new: a new child, or another model in it."""
+        ready = self._child.ready
+        if ready is None or ready is self._published:
+            return
+        self._published = ready
+        for model, reference in ready.facts.references.items():
+            self._metrics.drift.refer(model, reference.edges, reference.counts)
+        facts = ready.facts.model_dump(exclude={"references"})
+        self._metrics.engine_is(facts)
+        self._metrics.ready.set(1)
+        self._metrics.child_rss.set(self._child.rss())
+        log.info("child.ready", pid=self._child.pid, rss=self._child.rss(), **facts)
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._wakeup.stopping:
+            self._beat()
+            time.sleep(0.1)

@@ -1,54 +1,168 @@
-"""One claimed job's way through the parent: fetch, child, ending.
+"""One run of one claimed job in the parent: fetch the file, hand it to the child, judge the run.
 
-The parent does no work of its own here; it waits, for the fetching thread, for the child and for
-signals, in one select(), and judges at each turn.  What makes it end a run early:
+The parent does no work of its own here.  It waits in one select() for the fetching thread, for the
+child and for signals, and judges the run at each turn.  It ends a run early for:
 
-    the job's time    clamp(base + per second of video); before its length is known, the most
+    the job's time    clamp(base + per second of video × its seconds, least, most); the most until
+                      the length is known; counted from the job's turn in the child
     a hang            no progress for hang_s, native code or not
-    memory            the child above its hard bound
+    memory            the child is above its hard bound
     the deadline      the client's; the job is then expired
     a cancel          asked politely first, killed after a short grace
     a drain           SIGTERM and the grace is over, or a second SIGTERM: handed back, uncharged
     a lost lease      another worker may have the job: stop, touch nothing
 
-Whatever happens, walk() returns an Ending; only settle() writes it to the store, once.
+run() always returns a RunResult; rq_worker.py writes it to the store.
 """
 
+import contextlib
+import os
 import select
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from ralf.worker import telemetry
 from ralf.worker.contract import Evidence, Progress, Verdict
-from ralf.worker.errors import Cancelled, DecoderCrashed, by_code
+from ralf.worker.errors import (
+    Cancelled,
+    Crashed,
+    DeadlinePassed,
+    DecoderCrashed,
+    Hung,
+    Interrupted,
+    JobError,
+    by_code,
+)
 from ralf.worker.service import messages
-from ralf.worker.service.child_process import Link
-from ralf.worker.service.ending import Ending, settle
+from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.fetch import FetchThread
 from ralf.worker.service.jobs import Body
-from ralf.worker.service.limits import Pace, memory_allowed, overrun
 from ralf.worker.service.records import Claim
 from ralf.worker.service.store import Store
-from ralf.worker.service.wakeup import Orders
+from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 
 TURN_S = 0.5
-"""The longest that the parent waits without looking at the clock."""
+"""The parent looks at the clock at least this often."""
 BEAT_S = 1.0
+"""Between two beats: the lease, the progress, and whether the client has cancelled."""
+BUSY_FACTOR = 5
+BUSY_SHARE = 0.05
+"""Of one core, over the silence."""
 
 
-class Errand:
+@dataclass(frozen=True)
+class RunResult:
+    """How one run of a job ended; the store decides what becomes of the job.
+
+    verdict     succeeded, with its evidence
+    failure     a named end: never retried, cancelled, or past its deadline
+    retry       interrupted: delayed, charged
+    crash       counted when the job was alone in its child; retried alone, or quarantined
+    hand_back   queued again, uncharged: a drain, or a child that left
+    lost        another worker has the job: nothing is written
+    """
+
+    kind: Literal["verdict", "failure", "retry", "crash", "hand_back", "lost"]
+    code: str = ""
+    message: str = ""
+    detail: str = ""
+    alone: bool = True
+    verdict: Verdict | None = field(default=None, repr=False)
+    evidence: Evidence | None = field(default=None, repr=False)
+    file_sha: str | None = None
+    fetch_s: float = 0.0
+    total_s: float = 0.0
+
+    @classmethod
+    def of(cls, error: JobError, *, detail: str = "", alone: bool = True) -> "RunResult":
+        """What this error's class means for the job."""
+        kind: Literal["crash", "retry", "failure"] = "failure"
+        if isinstance(error, Crashed):
+            kind = "crash"
+        elif isinstance(error, Interrupted):
+            kind = "retry"
+        return cls(kind, error.code, str(error), detail, alone)
+
+
+@dataclass
+class RunTimes:
+    """When a run made progress; times are time.monotonic()'s."""
+
+    started: float | None = None
+    """When its turn in the child came."""
+    progressed: float = 0.0
+    cpu: float = 0.0
+    """Processor seconds of the child when it progressed last."""
+    seconds: float = 0.0
+    """The clip's length; 0 while it is not known."""
+
+
+def time_allowed(settings: Settings, seconds: float) -> float:
+    """How long a clip of so many seconds may take; 0 is a length that is not known yet."""
+    if seconds <= 0:
+        return settings.timeout_most_s
+    wanted = settings.timeout_base_s + settings.timeout_per_video_s * seconds
+    return min(max(wanted, settings.timeout_least_s), settings.timeout_most_s)
+
+
+def memory_allowed(settings: Settings) -> int:
+    """Above so many bytes a child is killed in the middle of a job."""
+    if settings.child_max_rss:
+        return settings.child_max_rss
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return int(0.8 * total)
+
+
+def overrun(
+    settings: Settings,
+    times: RunTimes,
+    *,
+    now: float,
+    cpu: float,
+    rss: int,
+    rss_allowed: int,
+    deadline: datetime | None,
+) -> JobError | None:
+    """The reason why the run must end now, or None.
+
+    Silence alone is not a hang: on a slow machine one chunk of frames may take minutes.  A child
+    that sends nothing for hang_s and hardly uses the processor is blocked; one that computes gets
+    BUSY_FACTOR times as long.
+    """
+    if deadline is not None and datetime.now(UTC) >= deadline:
+        return DeadlinePassed(f"the deadline {deadline} passed while the job ran")
+    if times.started is None:
+        return None
+    allowed = time_allowed(settings, times.seconds)
+    if now - times.started > allowed:
+        length = f"a clip of {times.seconds:g} s" if times.seconds else "any clip"
+        return Hung(f"ran for more than {allowed:g} s, which is what {length} gets")
+    silence = now - times.progressed
+    if silence > settings.hang_s:
+        busy = cpu - times.cpu > BUSY_SHARE * silence
+        if not busy or silence > BUSY_FACTOR * settings.hang_s:
+            how = "busy all the while" if busy else "and idle"
+            return Hung(f"no progress for {silence:.1f} s, {how}; the child was killed")
+    if rss > rss_allowed:
+        return DecoderCrashed(f"its child held {rss} bytes; at most {rss_allowed} are allowed")
+    return None
+
+
+class JobRun:
     """One run of one job in this worker."""
 
     def __init__(
@@ -57,42 +171,46 @@ class Errand:
         body: Body,
         function: str,
         *,
-        link: Link,
+        child: ChildProcess,
         store: Store,
-        orders: Orders,
-        beat: Callable[[], None],
+        wakeup: Wakeup,
+        rq_beat: Callable[[], None],
     ) -> None:
         self.claim, self.body, self.function = claim, body, function
-        self.link, self.store, self.orders = link, store, orders
+        self.child, self.store, self.wakeup = child, store, wakeup
         self.settings: Settings = store.settings
-        self._rq_beat = beat
+        self._rq_beat = rq_beat
         self._rss_allowed = memory_allowed(self.settings)
-        self.begun = time.monotonic()
-        self.fetch_s = 0.0
+        self._begun = time.monotonic()
+        self._fetch_s = 0.0
         self._file_sha: str | None = None
-        self._pace = Pace(progressed=self.begun)
-        self._others = 0
+        self._times = RunTimes(progressed=self._begun)
+        self._other_jobs = 0
         self._progress: Progress | None = None
         self._partial: Verdict | None = None
-        self._beaten = self.begun
-        self._planned: Ending | None = None
+        self._beaten_at = self._begun
+        self._planned: RunResult | None = None
+        """The result once it is decided; until then the child may still give another."""
         self._kill_at: float | None = None
 
-    # the walk
+    def run(self) -> RunResult:
+        """Fetch and analyse; the folder of the fetched file is removed afterwards."""
+        self.wakeup.operator_kill = ""
+        result = self._run()
+        spent = time.monotonic() - self._begun
+        return replace(result, file_sha=self._file_sha, fetch_s=self._fetch_s, total_s=spent)
 
-    def walk(self) -> Ending:
-        """Take the job through; the folder it was fetched into is gone afterwards."""
-        self.orders.stopped = ""
+    def _run(self) -> RunResult:
         if not self.body.fetches:
             return self._in_child(Path())
-        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self.link.uploads))
+        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self.child.uploads))
         try:
-            path, early = self._fetched(folder)
-            return early or self._in_child(path)
+            file = self._fetched(folder)
+            return file if isinstance(file, RunResult) else self._in_child(file)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _fetched(self, folder: Path) -> tuple[Path, Ending | None]:
+    def _fetched(self, folder: Path) -> Path | RunResult:
         """The media as a local file; heartbeats go on while a thread fetches it."""
         job = self.claim.job
         self._progress = Progress(stage="fetch", percent=0)
@@ -101,26 +219,26 @@ class Errand:
             folder,
             tenant=job.tenant,
             settings=self.settings,
-            wake=self.orders.wake,
+            wake=self.wakeup.wake,
         )
         while not fetching.over:
             self._wait(listen=False)
             self._judge()
             if self._planned is not None:
                 fetching.stop()
-                return Path(), self._planned
-        self.fetch_s = time.monotonic() - self.begun
+                return self._planned
+        self._fetch_s = time.monotonic() - self._begun
         if fetching.file is None:
             error = fetching.error
             if isinstance(error, Cancelled):
-                return Path(), Ending("failure", "cancelled", "cancelled by the client")
-            return Path(), Ending.of(error)
+                return RunResult("failure", "cancelled", "cancelled by the client")
+            return RunResult.of(error)
         self._file_sha = fetching.file.sha256
-        return fetching.file.path, None
+        return fetching.file.path
 
-    def _in_child(self, path: Path) -> Ending:
+    def _in_child(self, path: Path) -> RunResult:
         claim = self.claim
-        self.link.say(
+        self.child.send(
             messages.Run(
                 job_id=claim.job_id,
                 function=self.function,
@@ -128,33 +246,33 @@ class Errand:
                 job=claim.job.model_dump_json(by_alias=True),
                 attempt=claim.attempt,
                 sha256=self._file_sha or "",
-                fetch_ms=self.fetch_s * 1000,
+                fetch_ms=self._fetch_s * 1000,
                 alone=claim.alone,
             )
         )
-        self._pace.progressed = time.monotonic()
+        self._times.progressed = time.monotonic()
         while True:
-            said = self._wait(listen=True)
-            for message in said or ():
-                ending = self._heard(message)
-                if ending is not None:
-                    return ending
-            if said is None:
-                return self._gone()
+            received = self._wait(listen=True)
+            for message in received or ():
+                result = self._handle(message)
+                if result is not None:
+                    return result
+            if received is None:
+                return self._child_gone()
             self._judge()
-            if self._planned is not None and self._overdue():
-                self._force()
+            if self._kill_at is not None and time.monotonic() >= self._kill_at:
+                self._end_child()
 
-    def _heard(self, message: messages.Message) -> Ending | None:
+    def _handle(self, message: messages.Message) -> RunResult | None:
         match message:
             case messages.Started():
-                self._pace.started = time.monotonic()
-                self._moved()
-            case messages.Company(others=others):
-                self._others = others
-                self._beat(alone=others == 0)
+                self._times.started = time.monotonic()
+                self._note_progress()
+            case messages.OtherJobs(count=count):
+                self._other_jobs = count
+                self._beat(alone=count == 0)
             case messages.Advanced():
-                self._advanced(message)
+                self._advance(message)
             case messages.Done(job_id=self.claim.job_id):
                 return self._done(message)
             case messages.Failed(job_id=self.claim.job_id):
@@ -163,134 +281,130 @@ class Errand:
                 pass
         return None
 
-    def _advanced(self, message: messages.Advanced) -> None:
-        self._moved()
+    def _advance(self, message: messages.Advanced) -> None:
+        self._note_progress()
         try:
             self._progress = Progress.model_validate_json(message.progress)
             if message.partial:
                 self._partial = Verdict.model_validate_json(message.partial)
         except ValidationError as error:
             log.warning("child.misunderstood", job_id=self.claim.job_id, error=str(error)[:300])
-        self._pace.seconds = max(self._pace.seconds, message.seconds)
+        self._times.seconds = max(self._times.seconds, message.seconds)
 
-    def _moved(self) -> None:
-        self._pace.progressed, self._pace.cpu = time.monotonic(), self.link.cpu()
+    def _note_progress(self) -> None:
+        self._times.progressed, self._times.cpu = time.monotonic(), self.child.cpu()
 
-    def _done(self, message: messages.Done) -> Ending:
-        """A verdict counts only if it is one, and about this job."""
+    def _done(self, message: messages.Done) -> RunResult:
+        """A verdict counts only if it is valid, and about this job."""
         if self._planned is not None and self._planned.kind != "hand_back":
             return self._planned
         try:
             verdict = Verdict.model_validate_json(message.verdict)
             evidence = Evidence.model_validate_json(message.evidence)
         except ValidationError as error:
-            return self._liar(f"its verdict is not ralf.verdict/1: {str(error)[:300]}")
+            return self._untrusted(f"its verdict is not ralf.verdict/1: {str(error)[:300]}")
         if verdict.job_id != self.claim.job_id:
-            return self._liar(f"its verdict is about {verdict.job_id}")
-        return Ending("verdict", verdict=verdict, evidence=evidence)
+            return self._untrusted(f"its verdict is about {verdict.job_id}")
+        return RunResult("verdict", verdict=verdict, evidence=evidence)
 
-    def _liar(self, why: str) -> Ending:
-        self.link.kill()
-        self.link.closed()
-        return Ending.of(DecoderCrashed(f"the child cannot be trusted: {why}"), alone=self._alone)
+    def _untrusted(self, why: str) -> RunResult:
+        self.child.kill()
+        self.child.detach()
+        return self._crash(f"the child cannot be trusted: {why}")
 
-    def _failed(self, message: messages.Failed) -> Ending:
+    def _crash(self, why: str, *, detail: str = "") -> RunResult:
+        return RunResult.of(DecoderCrashed(why), detail=detail, alone=self._other_jobs == 0)
+
+    def _failed(self, message: messages.Failed) -> RunResult:
         if message.fatal:
-            self.link.kill()
-            self.link.closed()
+            self.child.kill()
+            self.child.detach()
         kind = by_code().get(message.code)
         if kind is None:  # it stopped without being asked, as a leaving child does
-            return Ending("hand_back", message.code, message.message)
-        return Ending.of(kind(message.message), detail=self.link.last_words(), alone=self._alone)
+            return RunResult("hand_back", message.code, message.message)
+        error, detail = kind(message.message), self.child.last_output()
+        return RunResult.of(error, detail=detail, alone=self._other_jobs == 0)
 
-    @property
-    def _alone(self) -> bool:
-        return self._others == 0
-
-    def _gone(self) -> Ending:
-        """The child died: by our hand as planned, before the job's turn, or in the job."""
-        how = self.link.closed()
+    def _child_gone(self) -> RunResult:
+        """The child died: we killed it as planned, or it died before or in this job."""
+        how = self.child.detach()
         if self._planned is not None:
             return self._planned
-        if self.orders.stopped:
-            reason, self.orders.stopped = self.orders.stopped, ""
-            if reason == "stop-job":
-                return Ending("failure", "cancelled", "an operator stopped the job")
-            return Ending("hand_back", "child_killed", "an operator killed the child")
-        if self._pace.started is None:
-            return Ending("hand_back", "child_left", f"the child {how} before the job's turn")
-        error = DecoderCrashed(f"the child {how} in the middle of the job")
-        return Ending.of(error, detail=self.link.last_words(), alone=self._alone)
-
-    # waiting and judging
+        if self.wakeup.operator_kill:
+            command, self.wakeup.operator_kill = self.wakeup.operator_kill, ""
+            if command == "stop-job":
+                return RunResult("failure", "cancelled", "an operator stopped the job")
+            return RunResult("hand_back", "child_killed", "an operator killed the child")
+        if self._times.started is None:
+            return RunResult("hand_back", "child_left", f"the child {how} before the job's turn")
+        why = f"the child {how} in the middle of the job"
+        return self._crash(why, detail=self.child.last_output())
 
     def _wait(self, *, listen: bool) -> list[messages.Message] | None:
-        """Until something happens, or it is time to look at the clock; None: the child has gone."""
-        if listen and not self.link.alive:
+        """Until something happens, or TURN_S is over; None: the child has gone."""
+        if listen and not self.child.alive:
             return None
-        watched: list[Any] = [self.orders, self.link] if listen else [self.orders]
+        watched: list[Any] = [self.wakeup, self.child] if listen else [self.wakeup]
         ready, _, _ = select.select(watched, [], [], TURN_S)
-        if self.orders in ready:
-            self.orders.drained()
-        return self.link.hear() if self.link in ready else []
+        if self.wakeup in ready:
+            self.wakeup.clear()
+        return self.child.receive() if self.child in ready else []
 
     def _judge(self) -> None:
-        """Look at the clock, the lease, the child's memory and the orders; plan an early end."""
-        now = self.orders.pulse = time.monotonic()
-        if now - self._beaten >= min(BEAT_S, self.settings.heartbeat_s):
+        """Compare the run with its limits, and plan an early end when it is over one."""
+        now = self.wakeup.pulse = time.monotonic()
+        if now - self._beaten_at >= min(BEAT_S, self.settings.heartbeat_s):
             self._beat()
             self._rq_beat()
         if self._planned is not None and self._planned.kind != "hand_back":
             return
-        fault = overrun(
+        error = overrun(
             self.settings,
-            self._pace,
+            self._times,
             now=now,
-            cpu=self.link.cpu(),
-            rss=self.link.rss(),
+            cpu=self.child.cpu(),
+            rss=self.child.rss(),
             rss_allowed=self._rss_allowed,
             deadline=self.claim.job.deadline,
         )
-        if fault is not None:
-            ending = Ending.of(fault, alone=self._alone)
-            grace = 0.0 if ending.kind == "crash" else self.settings.cancel_grace_s
-            self._plan(ending, grace=grace)
+        if error is not None:
+            result = RunResult.of(error, alone=self._other_jobs == 0)
+            grace = 0.0 if result.kind == "crash" else self.settings.cancel_grace_s
+            self._plan(result, grace=grace)
         elif self._planned is None and self._must_drain(now):
-            self._plan(Ending("hand_back", "drained", "the worker is stopping"), grace=0.0)
+            self._plan(RunResult("hand_back", "drained", "the worker is stopping"), grace=0.0)
 
     def _must_drain(self, now: float) -> bool:
-        since = self.orders.drain_since
+        since = self.wakeup.drain_since
         over = since is not None and now - since > self.settings.grace_s
-        return over or self.orders.hurry
+        return over or self.wakeup.hand_back_now
 
-    def _plan(self, ending: Ending, *, grace: float) -> None:
-        self._planned = ending
+    def _plan(self, result: RunResult, *, grace: float) -> None:
+        self._planned = result
         self._kill_at = time.monotonic() + grace
-        if self._pace.started is not None or grace:
-            self.link.say(messages.Cancel(self.claim.job_id))
+        if self._times.started is not None or grace:
+            self.child.send(messages.Cancel(job_id=self.claim.job_id))
 
-    def _overdue(self) -> bool:
-        return self._kill_at is not None and time.monotonic() >= self._kill_at
-
-    def _force(self) -> None:
+    def _end_child(self) -> None:
         """The grace is over. A shared child is spared while others' jobs run well in it."""
         assert self._planned is not None
-        if self.link.shared and self._planned.kind == "hand_back":
-            self.link.closed()
-        else:
-            self.link.kill()
-            self.link.closed()
+        if not (self.child.shared and self._planned.kind == "hand_back"):
+            self.child.kill()
+        self.child.detach()
 
     def _beat(self, *, alone: bool | None = None) -> None:
-        """Prove that the job runs; hear whether it should go on. News of the company goes out at
-        once and alone, so that progress is not written more often for it."""
+        """Keep the lease, write progress, and hear whether the job should go on.
+
+        A change of `alone` is written at once and without progress, so that progress is not
+        written more often for it.
+        """
         progress, partial = None, None
         if alone is None:
-            self._beaten = time.monotonic()
+            self._beaten_at = time.monotonic()
             progress, self._progress = self._progress, None
             partial, self._partial = self._partial, None
         try:
-            order = self.store.beat(
+            reply = self.store.beat(
                 self.claim,
                 progress=progress,
                 partial=partial,
@@ -302,30 +416,8 @@ class Errand:
             return
         if self._planned is not None:
             return
-        if order == "cancel":
-            ending = Ending("failure", "cancelled", "cancelled by the client")
-            self._plan(ending, grace=self.settings.cancel_grace_s)
-        elif order == "lost":
-            self._plan(Ending("lost", "lease_lost", "another worker has the job"), grace=0.0)
-
-    # the ending
-
-    def settle(self, ending: Ending) -> str:
-        """Write the ending to the store and the canonical line; says what became of the job."""
-        outcome = settle(self.store, self.claim, ending, file_sha=self._file_sha)
-        spent = time.monotonic() - self.begun
-        since = (datetime.now(UTC) - self.claim.job.submitted_at).total_seconds()
-        telemetry.job_finished(
-            telemetry.Finish(
-                job=self.claim.job,
-                outcome=outcome,
-                attempt=self.claim.attempt,
-                total_s=spent,
-                wait_s=max(0.0, since - spent),
-                fetch_s=self.fetch_s,
-                code=ending.code,
-                message=ending.message,
-                verdict=ending.verdict,
-            )
-        )
-        return outcome
+        if reply == "cancel":
+            result = RunResult("failure", "cancelled", "cancelled by the client")
+            self._plan(result, grace=self.settings.cancel_grace_s)
+        elif reply == "lost":
+            self._plan(RunResult("lost", "lease_lost", "another worker has the job"), grace=0.0)

@@ -1,65 +1,89 @@
-"""The words between a parent and its child: small frozen messages in length-prefixed JSON frames.
+"""The messages between a parent and its child process: small frozen models in length-prefixed JSON.
 
-A frame is four bytes of length, big end first, then one JSON object whose `type` names the
-message.  Nothing is pickled, so a child that hostile media has taken over can say only these
-words, and the parent checks each field's type before it believes it.
+A frame is four bytes of length, most significant byte first, then one JSON object whose `type`
+names the message.  Nothing is pickled.  A child that a hostile file has taken over can send only
+these messages, and pydantic checks every field before the parent uses it.
 
-    parent says                       child says
-    Hello(version)                    Ready(pid, rss, facts) once the model is loaded and checked
+    the parent sends                  the child sends
+    Hello(version)                    Ready(facts) once the model is loaded and checked, or Unready
     Run(job_id, function, …)          Started, then Advanced many times, then Done or Failed
-    Cancel(job_id)                    Company(others) whenever the number of running jobs changes
-    Ping(number)                      Pong(number)
-    Shutdown()                        Compared(document) after a job that a shadow saw too
+    Cancel(job_id)                    OtherJobs(count) when the number of running jobs changes
+    Shutdown()                        Compared(document) after a job that a shadow scored too
 
 One connection has one job in flight.  Documents (job, verdict, evidence, progress) travel as JSON
-text inside the frame: whoever needs one parses it with the contract, and nobody parses it twice.
+text inside the frame, so that only the code that needs a document parses it.
 """
 
 import json
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Annotated, Literal
 
-VERSION = 1
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ralf.kernels.manifest import Reference
+
+VERSION = 2
 MAX_FRAME = 64 * 1024**2
 _LENGTH = struct.Struct(">I")
 
 
-class WireError(Exception):
-    """The other side said something that is not in the protocol."""
+class ProtocolError(Exception):
+    """The other side sent something that is not in the protocol."""
 
 
-@dataclass(frozen=True)
-class Hello:
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RefusedModel(_Frozen):
+    """A model version that could not be loaded."""
+
+    role: str
+    model: str
+    why: str
+
+
+class EngineFacts(_Frozen):
+    """What the child's verdicts are made with; ralf_engine_info shows it."""
+
+    model: str = ""
+    version: str = ""
+    engine: str = ""
+    precision: str = ""
+    device: str = ""
+    decoder: str = ""
+    refused: tuple[RefusedModel, ...] = ()
+    references: dict[str, Reference] = {}
+    """By NAME@VERSION: the scores that drift is measured against."""
+
+
+class Hello(_Frozen):
     """A parent introduces itself."""
 
+    type: Literal["hello"] = "hello"
     version: int = VERSION
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(_Frozen):
     """The model is loaded, checked on its golden file, and warm."""
 
-    pid: int
-    rss: int
-    facts: str
-    """JSON: what the verdicts will be made with; shown by ralf_engine_info."""
-    version: int = VERSION
+    type: Literal["ready"] = "ready"
+    facts: EngineFacts
 
 
-@dataclass(frozen=True)
-class Unready:
-    """The model could not be loaded; the child exits after saying so."""
+class Unready(_Frozen):
+    """The model could not be loaded; the child exits after this message."""
 
+    type: Literal["unready"] = "unready"
     message: str
 
 
-@dataclass(frozen=True)
-class Run:
-    """Do this job; it waits its turn if others run."""
+class Run(_Frozen):
+    """Run this job; it waits its turn while others run."""
 
+    type: Literal["run"] = "run"
     job_id: str
     function: str
     path: str
@@ -69,27 +93,27 @@ class Run:
     sha256: str = ""
     fetch_ms: float = 0.0
     alone: bool = False
-    """True: with no other job in the child, so that a crash has one suspect."""
+    """True: with no other job in the child, so that a crash has one possible cause."""
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(_Frozen):
     """The job's turn has come."""
 
+    type: Literal["started"] = "started"
     job_id: str
 
 
-@dataclass(frozen=True)
-class Company:
-    """How many other jobs run in the child right now."""
+class OtherJobs(_Frozen):
+    """How many other jobs run in the child now."""
 
-    others: int
+    type: Literal["other_jobs"] = "other_jobs"
+    count: int
 
 
-@dataclass(frozen=True)
-class Advanced:
-    """The job has got further."""
+class Advanced(_Frozen):
+    """The job has made progress."""
 
+    type: Literal["advanced"] = "advanced"
     job_id: str
     progress: str
     """The contract's Progress."""
@@ -99,27 +123,19 @@ class Advanced:
     """Now and then, the verdict on what was seen so far."""
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(_Frozen):
     """The job has a verdict."""
 
+    type: Literal["done"] = "done"
     job_id: str
     verdict: str
     evidence: str
 
 
-@dataclass(frozen=True)
-class Compared:
-    """After a job's end: what the shadow made of it."""
-
-    document: str
-    """shadow.Comparison."""
-
-
-@dataclass(frozen=True)
-class Failed:
+class Failed(_Frozen):
     """The job has a named failure."""
 
+    type: Literal["failed"] = "failed"
     job_id: str
     code: str
     message: str
@@ -127,30 +143,25 @@ class Failed:
     """True: the child cannot be trusted any more and exits."""
 
 
-@dataclass(frozen=True)
-class Cancel:
-    """Stop this job at the next opportunity."""
+class Compared(_Frozen):
+    """After a job's end: how a shadow's verdict differs."""
 
+    type: Literal["compared"] = "compared"
+    document: str
+    """shadow.Comparison."""
+
+
+class Cancel(_Frozen):
+    """Stop this job at its next report of progress."""
+
+    type: Literal["cancel"] = "cancel"
     job_id: str
 
 
-@dataclass(frozen=True)
-class Ping:
-    """Are you there?"""
+class Shutdown(_Frozen):
+    """Take no other job, and exit."""
 
-    number: int
-
-
-@dataclass(frozen=True)
-class Pong:
-    """Yes."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Shutdown:
-    """Finish nothing, exit."""
+    type: Literal["shutdown"] = "shutdown"
 
 
 Message = (
@@ -159,48 +170,38 @@ Message = (
     | Unready
     | Run
     | Started
-    | Company
+    | OtherJobs
     | Advanced
     | Done
     | Failed
     | Compared
     | Cancel
-    | Ping
-    | Pong
     | Shutdown
 )
-_KINDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in Message.__args__}
-_HINTS: dict[str, dict[str, type]] = {
-    name: get_type_hints(kind) | {} for name, kind in _KINDS.items()
-}
+_ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
 def encode(message: Message) -> bytes:
     """The message as one frame."""
-    name = type(message).__name__.lower()
-    body = json.dumps({"type": name, **asdict(message)}, separators=(",", ":")).encode()
+    text = json.dumps(message.model_dump(), separators=(",", ":"), ensure_ascii=False)
+    # A library's error text may hold half a surrogate pair, which no JSON reader takes.
+    body = text.encode(errors="replace")
     if len(body) > MAX_FRAME:
-        raise WireError(f"a {name} of {len(body)} bytes; a frame holds at most {MAX_FRAME}")
+        raise ProtocolError(
+            f"a {message.type} of {len(body)} bytes; a frame holds at most {MAX_FRAME}"
+        )
     return _LENGTH.pack(len(body)) + body
 
 
 def decode(body: bytes) -> Message:
-    """The message in one frame's body; every field present, known, and of its type."""
+    """The message in one frame's body; every field is known and of its type."""
     try:
-        document = json.loads(body)
-        name = document.pop("type")
-        kind, hints = _KINDS[name], _HINTS[name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WireError(f"expected a message of protocol {VERSION}, got {body[:80]!r}") from error
-    if set(document) != {field.name for field in fields(kind)}:
-        raise WireError(f"a {name} has the fields {sorted(hints)}, got {sorted(document)}")
-    for field, value in document.items():
-        want = hints[field]
-        right = type(value) is want or (want is float and type(value) is int)
-        if not right:
-            raise WireError(f"{name}.{field} should be {want.__name__}, got {value!r:.80}")
-    message: Message = kind(**document)
-    return message
+        return _ANY.validate_json(body)
+    except ValidationError as error:
+        why = error.errors(include_url=False, include_input=False)[0]
+        raise ProtocolError(
+            f"expected a message of protocol {VERSION}, got {body[:80]!r}: {why['msg'][:200]}"
+        ) from None
 
 
 class Inbox:
@@ -215,7 +216,7 @@ class Inbox:
         while len(self._bytes) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._bytes)
             if length > MAX_FRAME:
-                raise WireError(f"a frame of {length} bytes; at most {MAX_FRAME} are taken")
+                raise ProtocolError(f"a frame of {length} bytes; at most {MAX_FRAME} are taken")
             end = _LENGTH.size + length
             if len(self._bytes) < end:
                 return
@@ -225,7 +226,7 @@ class Inbox:
 
 
 def receive(connection: socket.socket, inbox: Inbox) -> list[Message] | None:
-    """What one readable moment brings; None when the other side has gone."""
+    """What arrived at one readable moment; None when the other side has gone."""
     try:
         data = connection.recv(262_144)
     except (BlockingIOError, InterruptedError):

@@ -1,19 +1,23 @@
-"""The RQ worker whose horse never leaves the stable: one warm child in place of a fork per job.
+"""The RQ worker: one process that takes jobs from Redis and gives them to its warm child.
 
-RQ's own worker forks for each job, and CUDA does not survive a fork; its SimpleWorker sends no
+RQ's own worker forks for each job, and CUDA does not survive a fork.  Its SimpleWorker sends no
 heartbeat during a job and cannot interrupt native code.  This one keeps RQ's loop, names and
 registries, so that `rq info`, `rq suspend` and stop-job work, and overrides what RQ 2.12 lets one
 override: dequeue, execute_job, heartbeats, kill_horse, request_stop.
 
-    dequeue   BLMOVE into RQ's intermediate list: a job popped by a worker that dies is found there
-    check     the function must be on our list, the payload JSON, the argument the job's own id
-    begin     the store's claim, RQ's registries in one pipeline
-    errand    fetch, child, ending: see errand.py
-    settle    the store's one script, then RQ's registries again
+    dequeue    BLMOVE into RQ's intermediate list: the job of a worker that dies is found there
+    check      the function must be on our list, the payload JSON, the argument the job's own id
+    claim      the store's begin, RQ's registries in one pipeline
+    run        fetch, child, result: see job_run.py
+    store      one script of the store, then RQ's registries again
 
-No signal handler and no other thread touches Redis or the child's socket: they leave an order and
-wake the loop.  One queue per process, which is what RQ's safe dequeue needs.  RQ's callbacks,
-webhooks, dependents, retries and results are not used, whatever a queue's entry may say.
+Write access to Redis is not the right to run code: an entry that says anything but one of our
+functions and its own id is never run and never unpickled.  It is marked as failed, so that RQ's
+tools show why.
+
+No signal handler and no other thread touches Redis or the child's socket: they set a flag and wake
+the loop.  One queue per process, as RQ's safe dequeue needs it.  RQ's callbacks, webhooks,
+dependents, retries and results are not used, whatever a queue's entry may name.
 """
 
 import json
@@ -24,44 +28,146 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from types import FrameType
-from typing import Any
+from typing import Any, assert_never
 
 import structlog
 from redis.exceptions import RedisError, ResponseError
 from rq import Queue, Worker, worker_registration
 from rq.executions import Execution
 from rq.job import Job as RqJob
+from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 from rq.suspension import is_suspended
 from rq.utils import now as utc_now
 from rq.utils import utcformat
 from rq.worker import WorkerStatus
 
+from ralf.worker import telemetry
 from ralf.worker.contract import Failure, Priority
 from ralf.worker.errors import ModelUnavailable
-from ralf.worker.service.child_process import Link
-from ralf.worker.service.ending import Ending
-from ralf.worker.service.entry import checked, write_refused
-from ralf.worker.service.job_run import Errand
+from ralf.worker.service.child_process import ChildProcess, ChildSupervisor
+from ralf.worker.service.job_run import JobRun, RunResult
 from ralf.worker.service.jobs import Body
-from ralf.worker.service.stable import Stable
-from ralf.worker.service.store import Store
-from ralf.worker.service.wakeup import Orders
+from ralf.worker.service.records import Claim
+from ralf.worker.service.store import END_BY_CODE, Store
+from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.telemetry import METRICS, Metrics
 
 log = structlog.get_logger()
 
 POP_S = 1
-"""An idle worker blocks in Redis for so long, then looks around: signals, child, refill."""
+"""An idle worker blocks in Redis for so long, then checks signals, the child and the queue."""
 LISTENER_END_S = 5.0
-"""RQ's listening thread has so long to end; it is a daemon, so nothing hangs on it."""
+"""RQ's listening thread has so long to end; it is a daemon, so nothing depends on it."""
+PAYLOAD_BYTES = 65536
+REFUSED_TTL_S = 86400
 _JOB_ID = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
 
 
-class Horse(Worker):  # type: ignore[misc]  # rq is untyped
+def check_entry(raw: bytes | None, job_id: str, functions: Collection[str]) -> tuple[str, str]:
+    """The function's name, and what is wrong with RQ's entry, if anything is."""
+    if raw is None:
+        return "", "its entry in Redis has no data"
+    try:
+        function, instance, arguments, keywords = json.loads(_inflate(raw))
+    except (ValueError, TypeError, zlib.error):
+        return "", "its payload is not RQ's JSON of function, instance, arguments, keywords"
+    if not isinstance(function, str) or function not in functions:
+        listed = ", ".join(sorted(functions))
+        return "", f"its function is {str(function)[:80]!r}; this worker runs only {listed}"
+    if instance is not None or arguments != [job_id] or keywords != {}:
+        return "", "its arguments should be its own id and nothing else"
+    return function, ""
+
+
+def _inflate(raw: bytes) -> bytes:
+    """RQ compresses its payloads; our script does not. At most PAYLOAD_BYTES are inflated."""
+    if raw[:1] != b"\x78":
+        return raw
+    inflater = zlib.decompressobj()
+    data = inflater.decompress(raw, PAYLOAD_BYTES)
+    if inflater.unconsumed_tail:
+        raise ValueError("the payload is larger than any of ours")
+    return data
+
+
+def write_refused(pipe: Any, job: RqJob, fault: str, *, worker: str) -> None:
+    """Replace the entry by one that RQ shows as failed and that names nothing to run."""
+    pipe.delete(job.key)
+    pipe.hset(
+        job.key,
+        mapping={
+            "status": JobStatus.FAILED.value,
+            "origin": job.origin,
+            "data": zlib.compress(b'["refused", null, [], {}]'),
+            "description": "refused",
+            "exc_info": zlib.compress(f"refused: {fault}".encode()),
+            "created_at": utcformat(utc_now()),
+            "ended_at": utcformat(utc_now()),
+            "worker_name": worker,
+        },
+    )
+    pipe.expire(job.key, REFUSED_TTL_S)
+    pipe.zadd(job.failed_job_registry.key, {job.id: int(time.time()) + REFUSED_TTL_S})
+
+
+def store_result(store: Store, claim: Claim, result: RunResult) -> str:
+    """Write a run's result; what became of the job: a state, or retried, crashed, handed_back.
+
+    Each is one script of the store; sent twice, it changes nothing the second time.
+    """
+    failure = Failure(code=result.code or "none", message=result.message, attempts=claim.attempt)
+    match result.kind:
+        case "verdict":
+            assert result.verdict is not None
+            ended = store.end(claim, result.verdict, evidence=result.evidence)
+            return "succeeded" if ended else "lost"
+        case "failure":
+            return END_BY_CODE.get(result.code, "failed") if store.end(claim, failure) else "lost"
+        case "retry":
+            return store.retry(claim, failure)
+        case "crash":
+            outcome = store.crashed(
+                claim,
+                code=result.code,
+                message=result.message,
+                detail=result.detail,
+                alone=result.alone,
+                file_sha=result.file_sha,
+            )
+            return "crashed" if outcome == "retried" else outcome
+        case "hand_back":
+            outcome = store.hand_back(claim)
+            return "handed_back" if outcome == "retried" else outcome
+        case "lost":
+            return "lost"
+    assert_never(result.kind)
+
+
+def log_finished(claim: Claim, result: RunResult, outcome: str) -> None:
+    """The one canonical log line of a run, and its metrics."""
+    since = (datetime.now(UTC) - claim.job.submitted_at).total_seconds()
+    telemetry.job_finished(
+        telemetry.Finish(
+            job=claim.job,
+            outcome=outcome,
+            attempt=claim.attempt,
+            total_s=result.total_s,
+            wait_s=max(0.0, since - result.total_s),
+            fetch_s=result.fetch_s,
+            code=result.code,
+            message=result.message,
+            verdict=result.verdict,
+        )
+    )
+
+
+class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
     """One worker process: takes one job at a time to its child."""
 
     _stop_requested: bool
@@ -70,22 +176,22 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
     def __init__(
         self,
         store: Store,
-        link: Link,
+        child: ChildProcess,
         *,
         priority: Priority,
         table: dict[str, Body],
-        orders: Orders | None = None,
+        wakeup: Wakeup | None = None,
         metrics: Metrics = METRICS,
     ) -> None:
-        self.store, self.link, self.table, self.metrics = store, link, table, metrics
+        self.store, self.child, self.table, self.metrics = store, child, table, metrics
         self.settings = store.settings
         self.priority: Priority = priority
-        self.orders = orders or Orders()
-        self.stable = Stable(link, self.orders, metrics, turn=self._look_around)
+        self.wakeup = wakeup or Wakeup()
+        self.supervisor = ChildSupervisor(child, self.wakeup, metrics, beat=self._turn)
         self.broken = False
-        """Whether the loop ended for a fault of ours; the process then exits with an error."""
+        """Whether the loop ended by an error of ours; the process then exits with an error."""
         self._ttl = max(1, round(self.settings.heartbeat_ttl_s))
-        self._beaten = self._looked = -1e9
+        self._beaten_at = self._suspension_read_at = -1e9
         self._current: RqJob | None = None
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         super().__init__(
@@ -102,12 +208,10 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
     def start(self) -> None:
         """Listen to signals and load the child; raises ModelUnavailable."""
         self._install_signal_handlers()
-        self.stable.open()
-
-    # RQ's loop, bent to ours
+        self.supervisor.start()
 
     def bootstrap(self, *_: Any, **__: Any) -> None:
-        """RQ's, without its log handlers: structlog has the floor."""
+        """RQ's own, without its log handlers: structlog logs here."""
         self.register_birth()
         self.subscribe()
         self.set_state(WorkerStatus.STARTED)
@@ -115,17 +219,17 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
 
     @property
     def should_run_maintenance_tasks(self) -> bool:
-        """The janitor does what is needed, sooner."""
+        """Never: the janitor repairs what is needed, and sooner."""
         return False
 
     def check_for_suspension(self, burst: bool) -> None:
-        """Asked at each turn of the dequeue, not only once before it."""
+        """Nothing: the loop below checks it at each turn, not only once before the dequeue."""
 
     def _suspended(self) -> bool:
-        """`rq suspend` holds this worker too; asked at most once a second."""
-        if time.monotonic() - self._looked < POP_S:
+        """`rq suspend` pauses this worker too; read at most once a second."""
+        if time.monotonic() - self._suspension_read_at < POP_S:
             return False
-        self._looked = time.monotonic()
+        self._suspension_read_at = time.monotonic()
         if not is_suspended(self.connection, self):
             return False
         time.sleep(POP_S)
@@ -138,8 +242,8 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         idle_since = time.monotonic()
         while not self._stop_requested:
             try:
-                self.stable.see_to_child()
-                self._look_around()
+                self.supervisor.ensure_ready()
+                self._turn()
                 if self._stop_requested:
                     break
                 if self._suspended():
@@ -160,8 +264,8 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
                 return None
         return None
 
-    def _look_around(self) -> None:
-        self.orders.pulse = time.monotonic()
+    def _turn(self) -> None:
+        self.wakeup.pulse = time.monotonic()
         self.heartbeat()
 
     def _pop(self, *, block: bool) -> RqJob | None:
@@ -177,7 +281,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         return None if job_id is None else self._entry(job_id)
 
     def _entry(self, job_id: bytes) -> RqJob | None:
-        """RQ's job of that id, of which only `data` is ever read; nonsense is thrown away."""
+        """RQ's job of that id; of its entry only `data` is ever read. Nonsense is thrown away."""
         text = job_id.decode(errors="replace")
         if not _JOB_ID.match(text):
             log.error("job.refused", job_id=text[:80], reason="not an id that Ralf gives")
@@ -190,17 +294,15 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
 
     def _wait_for_redis(self, error: RedisError) -> None:
         log.warning("redis.unreachable", error=str(error))
-        self.orders.pulse = time.monotonic()
+        self.wakeup.pulse = time.monotonic()
         time.sleep(1.0)
 
-    # one job
-
     def execute_job(self, job: RqJob, queue: Queue) -> None:
-        """Check, claim, run, settle; whatever the job does, the worker goes on."""
+        """Check, claim, run, store; whatever the job does, the worker goes on."""
         try:
             self._execute(job)
         except RedisError as error:
-            # The claim, if there was one, runs out, and the janitor puts the job back.
+            # If the job was claimed, its lease runs out and the janitor queues it again.
             self._wait_for_redis(error)
         except BaseException:
             self.broken = True
@@ -208,8 +310,8 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
 
     def _execute(self, job: RqJob) -> None:
         raw = self._raw(job)
-        function, fault = checked(raw, job.id, self.table)
-        claim = self.store.begin(job.id, self.name, alone=not self.link.shared)
+        function, fault = check_entry(raw, job.id, self.table)
+        claim = self.store.begin(job.id, self.name, alone=not self.child.shared)
         if claim is not None and raw is None:
             self.store.hand_back(claim)  # RQ's entry was deleted; this writes it anew
             return
@@ -220,22 +322,24 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         if fault or claim is None:
             return
         self._register(job)
-        ended = False
+        succeeded = False
         try:
-            errand = Errand(
+            run = JobRun(
                 claim,
                 self.table[function],
                 function,
-                link=self.link,
+                child=self.child,
                 store=self.store,
-                orders=self.orders,
-                beat=self.heartbeat,
+                wakeup=self.wakeup,
+                rq_beat=self.heartbeat,
             )
-            ending = errand.walk()
-            self.stable.mourn(ending.code)
-            ended = self._settled(errand, ending)
+            result = run.run()
+            self.supervisor.after_job(result.code)
+            outcome = self._store(claim, result)
+            log_finished(claim, result, outcome)
+            succeeded = outcome in {"succeeded", "cancelled", "expired"}
         finally:
-            self._unregister(job, well=ended)
+            self._unregister(job, well=succeeded)
 
     def _raw(self, job: RqJob) -> bytes | None:
         """RQ's payload; None when the entry is gone."""
@@ -246,7 +350,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         return raw
 
     def _refuse(self, job: RqJob, fault: str) -> None:
-        """Failed in RQ's eyes too, without running any callback or webhook that it names."""
+        """Mark it failed for RQ too, without running any callback or webhook that it names."""
         log.error("job.refused", job_id=job.id, reason=fault)
         self.metrics.refused.inc()
         with self.connection.pipeline() as pipe:
@@ -255,21 +359,21 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
             self.increment_failed_job_count(pipe)
             pipe.execute()
 
-    def _settled(self, errand: Errand, ending: Ending) -> bool:
-        """Write the ending, as often as Redis needs to be asked: a verdict is not thrown away."""
+    def _store(self, claim: Claim, result: RunResult) -> str:
+        """Write the result, and try again while Redis is away: a verdict is not thrown away."""
         while True:
             try:
-                return errand.settle(ending) in {"succeeded", "cancelled", "expired"}
+                return store_result(self.store, claim, result)
             except RedisError as error:
-                if self.orders.hurry:
+                if self.wakeup.hand_back_now:
                     raise
                 self._wait_for_redis(error)
 
     def _register(self, job: RqJob) -> None:
-        """In RQ's books; an outage there is no reason not to run a job that is ours."""
-        self._current, self._horse_pid, self._began = job, self.link.pid, utc_now()
+        """In RQ's registries; an outage is no reason not to run a job that we have claimed."""
+        self._current, self._horse_pid, self._began = job, self.child.pid, utc_now()
         self.metrics.running.set(1)
-        with self._books() as pipe:
+        with self._registries() as pipe:
             self.execution = Execution.create(job, self._ttl, pipe, worker_name=self.name)
             self.set_state(WorkerStatus.BUSY, pipeline=pipe)
             self.set_current_job_id(job.id, pipeline=pipe)
@@ -277,15 +381,15 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
     def _unregister(self, job: RqJob, *, well: bool) -> None:
         self._current, self._horse_pid = None, 0
         self.metrics.running.set(0)
-        with self._books() as pipe:
+        with self._registries() as pipe:
             self.cleanup_execution(job, pipe)
             self.set_state(WorkerStatus.IDLE, pipeline=pipe)
             (self.increment_successful_job_count if well else self.increment_failed_job_count)(pipe)
             self.increment_total_working_time(utc_now() - self._began, pipe)
 
     @contextmanager
-    def _books(self) -> Iterator[Any]:
-        """One round trip for what is only shown to people."""
+    def _registries(self) -> Iterator[Any]:
+        """One round trip for what RQ's tools show; an outage is logged."""
         try:
             with self.connection.pipeline(transaction=False) as pipe:
                 yield pipe
@@ -295,19 +399,17 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """RQ's commands stop-job and kill-horse, from its listening thread."""
-        self.orders.stopped = "stop-job" if self._stopped_job_id else "kill-horse"
+        self.wakeup.operator_kill = "stop-job" if self._stopped_job_id else "kill-horse"
         self._stopped_job_id = None
-        self.link.kill()
-
-    # heartbeats
+        self.child.kill()
 
     def get_heartbeat_ttl(self, job: RqJob) -> int:
         """The same for every job, however long it may take."""
         return self._ttl
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        """RQ's records of this worker and its job stay alive; at most each heartbeat_s."""
-        early = time.monotonic() - self._beaten < self.settings.heartbeat_s
+        """Keep RQ's records of this worker and its job alive; at most each heartbeat_s."""
+        early = time.monotonic() - self._beaten_at < self.settings.heartbeat_s
         if early or self.birth_date is None:
             return
         job = self._current
@@ -327,9 +429,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         except RedisError as error:
             log.warning("redis.unreachable", error=str(error))
             return
-        self._beaten = time.monotonic()
-
-    # stopping
+        self._beaten_at = time.monotonic()
 
     def _install_signal_handlers(self) -> None:
         """Only from the main thread, as signal() demands; a test may run the loop elsewhere."""
@@ -340,11 +440,11 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """The first signal drains: the job may end within grace_s. The second hands it back."""
         if self._stop_requested:
-            self.orders.hurry = True
+            self.wakeup.hand_back_now = True
         else:
-            self._stop_requested = self.orders.stopping = True
-            self.orders.drain_since = time.monotonic()
-        self.orders.wake()
+            self._stop_requested = self.wakeup.stopping = True
+            self.wakeup.drain_since = time.monotonic()
+        self.wakeup.wake()
 
     def unsubscribe(self) -> None:
         """End RQ's listening thread, which then closes its own connection.
@@ -361,7 +461,7 @@ class Horse(Worker):  # type: ignore[misc]  # rq is untyped
         listener.join(LISTENER_END_S)
 
     def teardown(self) -> None:
-        """Leave nothing behind but the job's state."""
+        """Deregister from RQ."""
         try:
             super().teardown()
         except RedisError as error:

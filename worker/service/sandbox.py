@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from ralf.worker.service.parent_death import die_with
 from ralf.worker.settings import Settings
 
 KEPT = (
@@ -44,7 +45,7 @@ FILE_BYTES = 1024**3
 """The most that the child may write to one file: compiled kernels in a cache, nothing else."""
 DESCRIPTORS = 1024
 
-_CLONE_NEWUSER, _CLONE_NEWNET, _PR_SET_PDEATHSIG = 0x10000000, 0x40000000, 1
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 def environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
@@ -79,10 +80,9 @@ def enter(parent_pid: int | None) -> list[str]:
             "allow user namespaces, or block the worker's child at the host's firewall"
         )
     if parent_pid is not None:
-        # After the user namespace: entering one clears the death signal.
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:  # it died before the line above
-            os._exit(0)
+        die_with(
+            parent_pid, signal.SIGKILL
+        )  # after the user namespace: entering one clears the death signal
     return missing
 
 

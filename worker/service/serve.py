@@ -22,15 +22,15 @@ import structlog
 from ralf.worker import telemetry
 from ralf.worker.contract import Priority
 from ralf.worker.service import jobs
-from ralf.worker.service.child_process import Link
+from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.deliver import Deliverer
 from ralf.worker.service.health import Health, queue_counts, serving
 from ralf.worker.service.janitor import Janitor
+from ralf.worker.service.models import Rollout
 from ralf.worker.service.processes import BROKEN
-from ralf.worker.service.rollout import Rollout
-from ralf.worker.service.rq_worker import Horse
+from ralf.worker.service.rq_worker import RalfWorker
 from ralf.worker.service.store import Store, connect
-from ralf.worker.service.wakeup import Orders
+from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
@@ -54,30 +54,32 @@ def run_worker(
     Rollout.of(settings)  # a fault in it is the operator's, and told before anything starts
     telemetry.configure(settings)
     store = Store(connect(settings.redis_url), settings)
-    orders, stop = Orders(), threading.Event()
-    link = Link(settings, bodies=bodies, shared=shared, capacity=capacity)
+    wakeup, stop = Wakeup(), threading.Event()
+    child = ChildProcess(settings, bodies=bodies, shared=shared, capacity=capacity)
     telemetry.METRICS.watch_queue(queue_counts(store))
     health = Health(
         settings,
-        pulse=lambda: orders.pulse,
-        ready=lambda: link.ready is not None and not orders.stopping,
+        pulse=lambda: wakeup.pulse,
+        ready=lambda: child.ready is not None and not wakeup.stopping,
     )
     janitor = threading.Thread(
         target=Janitor(store, settings).run_forever, args=(stop,), name="janitor", daemon=True
     )
     with ExitStack() as stack:
         stack.callback(store.redis.close)
-        stack.callback(orders.close)
-        stack.callback(link.close)
+        stack.callback(wakeup.close)
+        stack.callback(child.close)
         stack.callback(_ignore_signals)
         stack.enter_context(serving(settings, health, telemetry.METRICS))
-        horse = Horse(store, link, priority=priority, table=jobs.table(bodies), orders=orders)
-        horse.start()
+        worker = RalfWorker(
+            store, child, priority=priority, table=jobs.table(bodies), wakeup=wakeup
+        )
+        worker.start()
         janitor.start()
         stack.callback(janitor.join, 5.0)
         stack.callback(stop.set)
-        horse.work(burst=burst, max_jobs=max_jobs)
-    return BROKEN if horse.broken else 0
+        worker.work(burst=burst, max_jobs=max_jobs)
+    return BROKEN if worker.broken else 0
 
 
 def run_janitor(settings: Settings) -> int:

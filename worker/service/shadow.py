@@ -1,13 +1,13 @@
-"""A second look at a job with a version that is not promoted, and what differed.
+"""Scores a job a second time with a version that is not promoted, and compares the two.
 
-It happens after the verdict has been said, in the turn of the job that it belongs to, from a
-descriptor that keeps the fetched file readable though the parent has removed its name.  So it costs
-the worker time and the job nothing: not when it fails, not when it runs out of memory, and when it
-takes the whole process down, the job has its verdict and no other ran unwarned beside it.  One
-that takes TIMES as long as the job did is stopped; one that hears nothing is ended with its child.
+This happens after the verdict was sent, while the job still counts as running in the child.  The
+file is read through a descriptor, since the parent may have removed its name.  A shadow costs the
+worker time and can never harm the job: not when it fails, not when it runs out of memory, and when
+it takes the whole process down, the job has its verdict and no other job is blamed.  A shadow that
+takes TIMES as long as the job did is stopped; one that does not react ends with its child.
 
-What comes out is a Comparison, told to the parent for its log and its metrics.  No verdict of a
-shadow is kept, shown or pushed.
+The result is a Comparison, which the parent logs and counts.  A shadow's verdict is never kept,
+shown or pushed.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -44,22 +44,22 @@ class Comparison(Strict):
     score: Unit | None
     shadow: str = Field(max_length=200)
     shadow_label: Label | None = None
-    """None where the shadow came to no verdict; `error` says why."""
+    """None when the shadow has no verdict; `error` says why."""
     shadow_score: Unit | None = None
     seconds: float = Field(0.0, ge=0)
     error: str = Field("", max_length=500)
 
     @property
     def difference(self) -> float | None:
-        """Of the scores; None where one has none."""
+        """Between the scores; None when one is missing."""
         if self.score is None or self.shadow_score is None:
             return None
         return abs(self.score - self.shadow_score)
 
 
 @dataclass
-class Second:
-    """A job that is to be looked at again; made before its verdict is said."""
+class ShadowRun:
+    """The second run of a job; made before its verdict is sent."""
 
     task: Task
     verdict: Verdict
@@ -69,15 +69,15 @@ class Second:
     parts: "Parts" = field(repr=False)
     took_s: float = 0.0
     fatal: bool = False
-    """Afterwards: the device's context was lost, and the process must not go on."""
+    """Set when the device's context was lost: the process must not go on."""
     _descriptor: int = -1
 
     def __post_init__(self) -> None:
-        with contextlib.suppress(OSError):  # the look itself will say that there is no file
+        with contextlib.suppress(OSError):  # the run itself will report that there is no file
             self._descriptor = os.open(self.task.run.path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def look(self, leaving: Callable[[], bool] = lambda: False) -> Comparison:
-        """Walk the file with the shadow; whatever goes wrong is part of the comparison."""
+    def compare(self, leaving: Callable[[], bool] = lambda: False) -> Comparison:
+        """Analyse the file with the shadow; an error becomes part of the comparison."""
         made, start = self.verdict.made, time.monotonic()
         seen: Verdict | None = None
         why = ""
@@ -105,7 +105,7 @@ class Second:
         )
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -119,7 +119,8 @@ class Second:
             if leaving() or time.monotonic() - start > self._allowed_s:
                 raise Cancelled
 
-        run = replace(self.task.run, path=f"/proc/self/fd/{self._descriptor}", fetch_ms=0.0)
+        path = f"/proc/self/fd/{self._descriptor}"
+        run = self.task.run.model_copy(update={"path": path, "fetch_ms": 0.0})
         plain = EvidencePolicy(thumbnails=False, residuals=False, retain=False)
         job = self.task.job.model_copy(update={"evidence": plain})
         return self.body.work(Task(run, job, report), self.parts)[0]
@@ -127,7 +128,7 @@ class Second:
 
 @contextlib.contextmanager
 def _alone(seconds: float) -> Iterator[None]:
-    """One shadow at a time in a process; the alarm rings in C, whatever Python is stuck in."""
+    """One shadow at a time in a process; the alarm works even when Python is stuck in C."""
     if not _BUSY.acquire(blocking=False):
         raise RalfError("skipped: another job's shadow was still running")
     try:

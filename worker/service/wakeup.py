@@ -1,7 +1,7 @@
-"""What signals and other threads tell the waiting parent.
+"""What signals and other threads tell the parent's loop.
 
-A signal handler may run between any two instructions, so it does nothing but leave its order here
-and wake the loop; so do RQ's listening thread and the thread that fetches.
+A signal handler may run between any two instructions, so it only sets a flag here and wakes the
+loop.  RQ's listening thread and the thread that fetches do the same.
 """
 
 import contextlib
@@ -9,17 +9,18 @@ import os
 import time
 
 
-class Orders:
-    """What signals and other threads tell the waiting parent; wake() ends its select()."""
+class Wakeup:
+    """Flags for the parent's loop, and a pipe that ends its select()."""
 
     def __init__(self) -> None:
         self.stopping = False
         self.drain_since: float | None = None
-        self.hurry = False
-        self.stopped = ""
-        """An operator killed the child (rq's stop-job, kill-horse): what for."""
+        self.hand_back_now = False
+        """A second signal came: the running job goes back to the queue at once."""
+        self.operator_kill = ""
+        """An operator killed the child: the RQ command, stop-job or kill-horse."""
         self.pulse = time.monotonic()
-        """When the parent last looked around; /healthz is made of it."""
+        """When the loop turned last; /healthz depends on it."""
         self._read, self.write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self.write, False)
@@ -29,12 +30,12 @@ class Orders:
         return self._read
 
     def wake(self) -> None:
-        """From a signal handler or any thread."""
+        """End the select(); from a signal handler or any thread."""
         with contextlib.suppress(BlockingIOError):
             os.write(self.write, b"\0")
 
-    def drained(self) -> None:
-        """Empty the pipe after it woke somebody."""
+    def clear(self) -> None:
+        """Empty the pipe after it woke the loop."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._read, 4096)
 

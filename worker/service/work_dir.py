@@ -1,8 +1,8 @@
-"""A worker's private folder for uploads, which goes with it, even when it is killed.
+"""A worker's private folder for uploads; it is removed even after the worker was killed.
 
-A folder holds a file `owner` that its owner keeps locked; the kernel lets go of the lock when the
-process dies, however it dies.  Whoever makes a folder first removes those beside it that nobody
-owns any more, so that a killed worker's half-fetched uploads do not fill the disk.
+The folder holds a file `owner` that the worker keeps locked.  The kernel releases the lock when the
+process dies, however it dies.  A worker that starts first removes the folders beside its own whose
+owner is dead, so that half-fetched uploads do not fill the disk.
 """
 
 import fcntl
@@ -20,8 +20,8 @@ MOST_BYTES = 85
 """A Unix socket's path holds 107 bytes; the folder's own name and the socket's take the rest."""
 
 
-class OwnFolder:
-    """A new private folder; gone after close(), or when the next one is made after our death."""
+class WorkDir:
+    """A new private folder; close() removes it, or the next worker to start after our death."""
 
     def __init__(self, root: str | Path | None = None) -> None:
         place = Path(root or tempfile.gettempdir())
