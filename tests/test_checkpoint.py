@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -34,7 +35,9 @@ def checkpoint(**changes: object) -> Checkpoint:
     """One with something in every field."""
     fields: dict[str, object] = {
         "recipe": tiny("ralf"),
-        "state": State(step=7, faces=56, seconds=1.5, best=0.75, best_step=4, looks_since_best=1),
+        "state": State(
+            step=7, faces=56, seconds=1.5, best=0.75, best_step=4, validations_since_best=1
+        ),
         "tensors": {"network.a": torch.randn(3, 4), "loss.b": torch.tensor(5)},
         "random": (random_state(CPU),),
         "optimisers": {"main": {"state": {}, "param_groups": []}},
@@ -58,6 +61,18 @@ def test_what_is_saved_comes_back(tmp_path: Path):
         assert getattr(saved, field) == getattr(found, field), field
     assert torch.equal(saved.tensors["network.a"], found.part("network")["a"])
     assert {"b"} == found.part("loss").keys()
+
+
+def test_the_file_calls_its_fields_as_it_always_did(tmp_path: Path):
+    """A run of an older version goes on, and an older version reads what we write."""
+    path = tmp_path / "last.safetensors"
+    save(path, checkpoint(state=State(validations_since_best=3, validated_step=40)))
+    with safe_open(path, framework="pt") as file:
+        stored = json.loads(file.metadata()["ralf"])["state"]
+    found = load(path).state
+
+    assert {"looks_since_best": 3, "looked_step": 40}.items() <= stored.items()
+    assert (3, 40) == (found.validations_since_best, found.validated_step)
 
 
 def test_layouts_and_shared_memory_do_not_matter(tmp_path: Path):

@@ -24,13 +24,12 @@ from ralf.kernels.artifact import ArtifactError
 from ralf.kernels.networks.backbones import NetworkError
 from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, load
 from ralf.train.loop.distributed import ALONE
-from ralf.train.loop.diverged import Diverged
 from ralf.train.loop.initial_weights import make_network
 from ralf.train.loop.loop import Options, Outcome, train
 from ralf.train.loop.optimise import MovingAverage, computed_in, optimiser, rate
-from ralf.train.loop.run_log import Journal
-from ralf.train.loop.step import Stepper
-from ralf.train.loop.validate import look
+from ralf.train.loop.run_log import RunLog
+from ralf.train.loop.step import Diverged, Stepper
+from ralf.train.loop.validate import judge_validation
 from ralf.train.losses.objective import Moment, Objective
 from ralf.train.publish import publish_run
 from ralf.train.recipe import Optimiser, Recipe, Schedule
@@ -82,8 +81,8 @@ def test_what_is_learnt_holds_on_faces_not_seen(tmp_path: Path):
 
     outcome = stub_run(tmp_path, **changes)
 
-    assert outcome.look is not None
-    assert outcome.look.auc > 0.95
+    assert outcome.judged is not None
+    assert outcome.judged.auc > 0.95
     assert outcome.state.best is not None and outcome.state.best > 0.95
 
 
@@ -235,13 +234,13 @@ def test_out_of_time_leaves_a_whole_checkpoint_and_the_next_command_goes_on(tmp_
 
 
 def test_a_finished_run_does_nothing_more(tmp_path: Path):
-    """The same command again neither trains nor looks."""
+    """The same command again neither trains nor validates."""
     stub_run(tmp_path, **{"schedule.steps": "3"})
     before = load(tmp_path / LAST)
 
     again = stub_run(tmp_path, **{"schedule.steps": "3"})
 
-    assert (again.ending, again.look) == ("finished", None)
+    assert (again.ending, again.judged) == ("finished", None)
     assert before.state == load(tmp_path / LAST).state
 
 
@@ -317,9 +316,9 @@ def test_two_processes_train_what_one_does_on_twice_the_faces(tmp_path: Path):
         atol=1e-4,
     )
     assert one.state.faces == two.state.faces == 64
-    looks = [lines(tmp_path / run, "validation")[-1] for run in ("one", "two")]
-    assert [each["faces"] for each in looks] == [22, 22]
-    assert looks[0]["bce"] == pytest.approx(looks[1]["bce"], rel=1e-2)
+    figures = [lines(tmp_path / run, "validation")[-1] for run in ("one", "two")]
+    assert [each["faces"] for each in figures] == [22, 22]
+    assert figures[0]["bce"] == pytest.approx(figures[1]["bce"], rel=1e-2)
 
 
 def test_batches_from_other_processes_are_the_same_batches(tmp_path: Path):
@@ -370,7 +369,7 @@ def test_a_nan_stops_the_run_and_keeps_the_evidence(tmp_path: Path):
 
 
 def test_a_run_stops_early_on_validation_alone_and_keeps_its_best(tmp_path: Path):
-    """With a rate of almost nothing no look is better than the first."""
+    """With a rate of almost nothing no validation is better than the first."""
     changes = {
         "patience": "2", "epochs": "20", "optimiser.lr": "1e-12", "optimiser.ema": "none",
         "select": "auc",
@@ -394,7 +393,7 @@ def test_the_best_weights_are_those_that_were_judged(tmp_path: Path):
     assert {"network"} == {name.split(".")[0] for name in best.tensors}
 
 
-def test_a_look_is_scikit_learns_figure():
+def test_a_validation_is_scikit_learns_figure():
     """AUC, cross entropy, and each family against all reals."""
     torch.manual_seed(2)
     network = StubRalf()
@@ -403,7 +402,7 @@ def test_a_look_is_scikit_learns_figure():
     forged = torch.cat([b.forged for b in batches]).numpy()
     family = torch.cat([b.family for b in batches]).numpy()
 
-    said = look(
+    said = judge_validation(
         network, None, batches, device=torch.device("cpu"), dtype=torch.float32, ranks=ALONE
     )
 
@@ -418,12 +417,12 @@ def test_a_look_is_scikit_learns_figure():
     assert network.training
 
 
-def test_a_look_at_one_class_is_refused():
+def test_a_validation_of_one_class_is_refused():
     """An AUC of it would mean nothing."""
     batch = dataclasses.replace(MadeBatches()[0], forged=torch.zeros(8, dtype=torch.bool))
 
     with pytest.raises(ValueError, match="real and forged"):
-        look(
+        judge_validation(
             StubRalf(), None, [batch],
             device=torch.device("cpu"), dtype=torch.float32, ranks=ALONE,
         )  # fmt: skip
@@ -659,14 +658,14 @@ def test_a_run_without_that_backbone_cannot_be_begun_from(tmp_path: Path):
 
 def test_the_log_tells_each_step_once_after_a_resume(tmp_path: Path):
     """Lines after the checkpoint, and one cut in two, are taken out."""
-    journal = Journal(tmp_path, 0, None)
+    log_ = RunLog(tmp_path, 0, None)
     for step in (1, 20, 40):
-        journal.record("train", step, {"total": 1.0})
-    journal.close()
+        log_.record("train", step, {"total": 1.0})
+    log_.close()
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"event": "train", "st')
 
-    Journal(tmp_path, 20, None).close()
+    RunLog(tmp_path, 20, None).close()
 
     assert [line["step"] for line in lines(tmp_path, "train")] == [1, 20]
 
@@ -697,11 +696,11 @@ def test_the_line_is_redrawn_on_a_terminal_and_sparse_elsewhere():
     """A log file is not filled with carriage returns."""
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
-        journal = Journal(None, 0, stream)
+        log_ = RunLog(None, 0, stream)
         for _ in range(3):
-            journal.progress("step 1  12.0 faces/s")
-        journal.say("done")
-        journal.close()
+            log_.progress("step 1  12.0 faces/s")
+        log_.say("done")
+        log_.close()
 
     assert terminal.getvalue().startswith("\r")
     assert file.getvalue() == "step 1  12.0 faces/s\ndone\n"
@@ -736,7 +735,7 @@ def test_a_loss_with_a_rival_must_say_who_steps_it(tmp_path: Path):
 
 
 def test_the_newest_weights_are_kept_where_the_recipe_says_so(tmp_path: Path):
-    """select=last: a worse look later replaces a better one earlier."""
+    """select=last: a worse validation later replaces a better one earlier."""
     stub_run(tmp_path, **{"schedule.steps": "8", "schedule.select": "last"})
     best, last = load(tmp_path / BEST), load(tmp_path / LAST)
 

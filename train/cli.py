@@ -51,8 +51,8 @@ def refusing(run: Run) -> Run:
         from ralf.kernels.artifact import ArtifactError
         from ralf.kernels.engine import EngineError
         from ralf.train.loop.checkpoint import CheckpointError
-        from ralf.train.loop.diverged import Diverged
-        from ralf.train.loop.memory import keep_freed
+        from ralf.train.loop.cpu_speed import keep_freed
+        from ralf.train.loop.step import Diverged
 
         keep_freed()
         try:

@@ -24,8 +24,7 @@ from ralf.train.data.batches import Batches
 from ralf.train.data.evaluation_set import validation_batches
 from ralf.train.data.index import Index
 from ralf.train.loop.distributed import ALONE, Ranks
-from ralf.train.loop.interrupt import caught
-from ralf.train.loop.loop import Options, Outcome, train
+from ralf.train.loop.loop import Options, Outcome, caught, train
 from ralf.train.recipe import Recipe
 
 _PR_SET_PDEATHSIG = 1
@@ -159,7 +158,7 @@ def outcome_facts(outcome: Outcome, run: Path) -> Facts:
         "faces": state.faces,
         "best": state.best,
         "best_step": state.best_step,
-        "validation": outcome.look.facts() if outcome.look else None,
+        "validation": outcome.judged.facts() if outcome.judged else None,
     }
 
 

@@ -33,6 +33,11 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 HEADER = "ralf"
 
 
+STORED_AS = {"validations_since_best": "looks_since_best", "validated_step": "looked_step"}
+"""Fields of State that are called otherwise in the file: runs of every version have those names."""
+OURS = {stored: name for name, stored in STORED_AS.items()}
+
+
 class CheckpointError(Exception):
     """A checkpoint cannot be read, or is not of the run asked for."""
 
@@ -49,9 +54,9 @@ class State:
     best: float | None = None
     """The best validation figure so far, higher is better."""
     best_step: int = 0
-    looks_since_best: int = 0
-    looked_step: int = 0
-    """The step of the last look at the validation split."""
+    validations_since_best: int = 0
+    validated_step: int = 0
+    """The step of the last validation."""
     finished: bool = False
 
 
@@ -85,7 +90,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     document = {
         "schema": SCHEMA,
         "recipe": json.loads(to_json(checkpoint.recipe)),
-        "state": asdict(checkpoint.state),
+        "state": {
+            STORED_AS.get(name, name): value for name, value in asdict(checkpoint.state).items()
+        },
         "random": list(checkpoint.random),
         "optimisers": checkpoint.optimisers,
         "data_sha256": checkpoint.data_sha256,
@@ -100,6 +107,10 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     write(staging, data)
     staging.replace(path)
     flush_folder(path.parent)
+
+
+def _state(stored: Mapping[str, Any]) -> State:
+    return State(**{OURS.get(name, name): value for name, value in stored.items()})
 
 
 def _apart(checkpoint: Checkpoint) -> list[tuple[str, Tensor]]:
@@ -130,7 +141,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is {document.get('schema')!r}, expected {SCHEMA!r}")
     return Checkpoint(
         recipe=from_json(json.dumps(document["recipe"]), Recipe),
-        state=State(**document["state"]),
+        state=_state(document["state"]),
         tensors=tensors,
         random=tuple(document["random"]),
         optimisers=document["optimisers"],

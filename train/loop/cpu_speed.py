@@ -1,4 +1,4 @@
-"""Depthwise convolutions whose gradients are quick on a CPU.
+"""Two things that make training on a CPU faster: quick depthwise gradients, and memory that stays.
 
 torch's bfloat16 kernels for a depthwise convolution are quick forwards, and backwards at stride 1
 with 3×3 taps.  The input's gradient at stride 2 and the weights' gradient with 5×5 taps fall to a
@@ -13,6 +13,8 @@ exactly from what is quick:
 torch's own way is as quick, and stays.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -163,3 +165,22 @@ def _three(x: Tensor, spread: Tensor, weight: Tensor, padding: tuple[int, int]) 
         [False, True, False],
     )[1]
     return made
+
+
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
+"""mallopt's numbers for what it sets."""
+
+
+def keep_freed() -> bool:
+    """Keep freed memory in this process from now on; False where the C library cannot do that.
+
+    glibc maps every tensor of more than 32 MB anew and unmaps it when it dies, and the kernel
+    clears each of its pages at the first touch: two fifths of the time of an evaluation on two
+    cores.  A training run has the same tensors at every step.  A worker does not call this: its
+    memory is bounded, and shared.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    wanted = ((MMAP_THRESHOLD, 1 << 30), (TRIM_THRESHOLD, (1 << 31) - 1), (TOP_PAD, 64 << 20))
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in wanted)

@@ -1,4 +1,4 @@
-"""The processes of one run under torchrun: who am I, and what do all of us say together.
+"""The processes of one run under torchrun: this process's rank, sums and means over all of them.
 
 A lone process is a world of one, in which each of these is free.  Gradients are averaged here, once
 a step and by hand, where DistributedDataParallel would hook into `forward`: RALF's loss runs on the
@@ -11,12 +11,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,32 +54,13 @@ class Ranks:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.reshape(tensor.shape))
 
-    def gather(self, values: NDArray[np.generic], device: torch.device) -> NDArray[np.generic]:
-        """All processes' rows, rank after rank; they may differ in number."""
+    def gather(self, mine: T) -> list[T]:
+        """What each process has, rank after rank."""
         if self.world == 1:
-            return values
-        lengths = self.total(
-            torch.tensor(
-                [len(values) if rank == self.rank else 0 for rank in range(self.world)],
-                device=device,
-            )
-        ).tolist()
-        padded = np.zeros((max(lengths), *values.shape[1:]), values.dtype)
-        padded[: len(values)] = values
-        mine = torch.from_numpy(padded).to(device)
-        rows = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(rows, mine)
-        return np.concatenate(
-            [each.cpu().numpy()[:length] for each, length in zip(rows, lengths, strict=True)]
-        )
-
-    def gather_text(self, text: str, device: torch.device) -> list[str]:
-        """One text of each process."""
-        data = np.frombuffer(text.encode(), np.uint8)
-        ends = np.cumsum(self.gather(np.array([len(data)]), device))
-        together = self.gather(data, device).tobytes()
-        starts = [0, *ends[:-1]]
-        return [together[a:b].decode() for a, b in zip(starts, ends, strict=True)]
+            return [mine]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, mine)
+        return found
 
 
 ALONE = Ranks()
@@ -100,7 +82,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield here()
-        # Nobody leaves while another still talks; after an error there is no waiting for anyone.
+        # No process leaves while another still sends; after an error none is waited for.
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """The loop that trains every detector.
 
-    batches[i] ─▶ step ─▶ … ─▶ end of an epoch ─▶ look at validation ─▶ best so far? keep it
+    batches[i] ─▶ step ─▶ … ─▶ end of an epoch ─▶ judge validation ─▶ best so far? keep it
                    └─ every two minutes, and at the end: last.safetensors
 
 A batch is a pure function of the recipe's seed and its number, so a run's place is its step: kill
@@ -15,11 +15,15 @@ the validation split.
 """
 
 import dataclasses
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -40,10 +44,9 @@ from ralf.train.loop.checkpoint import (
 )
 from ralf.train.loop.distributed import ALONE, Ranks
 from ralf.train.loop.initial_weights import make_network
-from ralf.train.loop.interrupt import Interrupt, caught
-from ralf.train.loop.run_log import Journal
+from ralf.train.loop.run_log import RunLog
 from ralf.train.loop.step import Stepper
-from ralf.train.loop.validate import Look, look
+from ralf.train.loop.validate import Validation, judge_validation
 from ralf.train.losses.objective import Batch, Moment
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import to_json
@@ -51,6 +54,36 @@ from ralf.train.recipe_text import to_json
 LOG_EVERY = 20
 """Steps between two lines in the log."""
 Ending = Literal["finished", "stopped_early", "out_of_time", "interrupted"]
+
+
+class Interrupt:
+    """Whether a signal has come."""
+
+    asked = False
+
+
+@contextmanager
+def caught() -> Iterator[Interrupt]:
+    """SIGTERM and the first Ctrl-C only set a flag; a second Ctrl-C ends at once.
+
+    Outside the main thread Python takes no signals, and the flag stays down.
+    """
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if interrupt.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        interrupt.asked = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class BatchSource(Protocol):
@@ -69,8 +102,8 @@ class Outcome:
 
     ending: Ending
     state: State
-    look: Look | None
-    """The last look at the validation split by this command."""
+    judged: Validation | None
+    """The last validation by this command."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +135,7 @@ def train(
 ) -> Outcome:
     """Train until the recipe's end, the time's end, or a signal; goes on where `run` left off."""
     run.mkdir(parents=True, exist_ok=True)
-    _settle(options.deterministic)
+    _configure_torch(options.deterministic)
     found = load(run / LAST) if (run / LAST).exists() else None
     if found is None and (run / BEST).exists():
         raise CheckpointError(f"{run} has {BEST} but no {LAST}: name another folder")
@@ -117,10 +150,10 @@ def train(
         try:
             return training.go()
         finally:
-            training.journal.close()
+            training.log.close()
 
 
-def _settle(deterministic: bool) -> None:
+def _configure_torch(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
@@ -151,8 +184,8 @@ class _Training:
         self.steps = recipe.schedule.steps or recipe.schedule.epochs * self.epoch_steps
         self.epochs = -(-self.steps // self.epoch_steps)
         self.state = found.state if found else State()
-        self.look: Look | None = None
-        self.look_s = 0.0
+        self.judged: Validation | None = None
+        self.judging_s = 0.0
         self._started_s = time.monotonic()
         self._saved_s = self._started_s
         if found is not None:
@@ -161,7 +194,7 @@ class _Training:
         else:
             torch.manual_seed(recipe.seed + self.ranks.rank)
         first = self.ranks.first
-        self.journal = Journal(
+        self.log = RunLog(
             self.run if first else None,
             self.state.step,
             sys.stderr if first and not options.quiet else None,
@@ -174,48 +207,53 @@ class _Training:
             (self.run / "recipe.json").write_text(to_json(recipe) + "\n")
         precision = str(self.stepper.dtype).removeprefix("torch.")
         weights = sum(p.numel() for p in self.stepper.network.parameters())
-        self.journal.record(
+        self.log.record(
             "run", state.step, {"device": str(self.stepper.device), "precision": precision}
         )
-        self.journal.say(
+        self.log.say(
             f"{recipe.name}: {weights / 1e6:.2f} M weights, {precision} on {self.stepper.device}, "
             f"step {state.step} of {self.steps} ({self.epoch_steps} an epoch)"
         )
 
     def go(self) -> Outcome:
-        """Steps, looks and saves until something ends them."""
+        """Steps, validations and saves until something ends them."""
         feed = self._feed()
         ending: Ending | None = None
         while ending is None:
-            interrupted, late, too_late_to_look, due = self._agreed()
-            if self._look_due() and not too_late_to_look:
-                self._look()
+            interrupted, late, too_late_to_validate, due = self._agreed()
+            if self._validation_due() and not too_late_to_validate:
+                self._validate()
             elif due:
                 self._save()
-            ending = self._ending(interrupted, late or (self._look_due() and too_late_to_look))
+            ending = self._ending(
+                interrupted, late or (self._validation_due() and too_late_to_validate)
+            )
             if ending is None:
                 self._step(feed)
         finished = ending in ("finished", "stopped_early")
         self.state = dataclasses.replace(self.state, finished=finished)
         self._save()
-        self.journal.say(f"{ending.replace('_', ' ')} at step {self.state.step} of {self.steps}")
-        return Outcome(ending, self.state, self.look)
+        self.log.say(f"{ending.replace('_', ' ')} at step {self.state.step} of {self.steps}")
+        return Outcome(ending, self.state, self.judged)
 
     def _ending(self, interrupted: bool, late: bool) -> Ending | None:
         patience = self.recipe.schedule.patience
-        if late and self._look_due():
+        if late and self._validation_due():
             return "out_of_time"
         if self.state.step >= self.steps:
             return "finished"
-        if patience is not None and self.state.looks_since_best >= patience:
+        if patience is not None and self.state.validations_since_best >= patience:
             return "stopped_early"
         if interrupted:
             return "interrupted"
         return "out_of_time" if late else None
 
     def _agreed(self) -> list[bool]:
-        """Interrupted, out of time, no time for a look, time to save: true for all processes when
-        for one, since they must leave the loop, and meet in every message, together."""
+        """Interrupted, out of time, no time for a validation, time to save.
+
+        True for all processes when it is for one: they must leave the loop, and take part in every
+        sum over processes, together.
+        """
         options, now_s = self.options, time.monotonic()
         left_s = float("inf")
         if options.minutes is not None:
@@ -223,7 +261,7 @@ class _Training:
         mine = [
             self.interrupt.asked,
             left_s < 0,
-            left_s < self.look_s,
+            left_s < self.judging_s,
             now_s - self._saved_s >= options.save_every_s,
         ]
         if self.ranks.world == 1:
@@ -269,50 +307,50 @@ class _Training:
             faces=self.state.faces + faces,
             seconds=self.state.seconds + took_s,
         )
-        self._tell(terms, epoch, faces / took_s, waited_s / took_s)
+        self._report(terms, epoch, faces / took_s, waited_s / took_s)
 
-    def _tell(self, terms: dict[str, float], epoch: int, rate: float, waited: float) -> None:
+    def _report(self, terms: dict[str, float], epoch: int, rate: float, waited: float) -> None:
         step = self.state.step
         if step % LOG_EVERY == 0 or step in (1, self.steps):
-            self.journal.record(
+            self.log.record(
                 "train", step, {**terms, "faces_per_s": rate, "waited": waited, "epoch": epoch}
             )
         left_s = (self.steps - step) * self.state.seconds / step
         best = "" if self.state.best is None else f"  best {abs(self.state.best):.4f}"
-        self.journal.progress(
+        self.log.progress(
             f"epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  "
             f"loss {terms['total']:.4f}  bce {terms.get('bce', float('nan')):.4f}  "
             f"{rate:.1f} faces/s  {left_s / 60:.0f} min left{best}"
         )
 
-    def _look_due(self) -> bool:
+    def _validation_due(self) -> bool:
         step, every = self.state.step, self.recipe.schedule.evaluate_every
         ended = step % (every * self.epoch_steps) == 0 or step == self.steps
-        return self.validation is not None and ended and step > self.state.looked_step
+        return self.validation is not None and ended and step > self.state.validated_step
 
-    def _look(self) -> None:
+    def _validate(self) -> None:
         """Judge; keep the weights if they are the best so far."""
         assert self.validation is not None
         began_s = time.monotonic()
-        self.look = look(
+        self.judged = judge_validation(
             self.stepper.network, self.stepper.judged, self.validation,
             device=self.stepper.device, dtype=self.stepper.dtype, ranks=self.ranks,
         )  # fmt: skip
-        self.look_s = time.monotonic() - began_s
+        self.judging_s = time.monotonic() - began_s
         select = self.recipe.schedule.select
-        figure, step, best = self.look.figure(select), self.state.step, self.state.best
+        figure, step, best = self.judged.figure(select), self.state.step, self.state.best
         better = best is None or figure > best or select == "last"
         self.state = dataclasses.replace(
             self.state,
-            looked_step=step,
+            validated_step=step,
             best=figure if better else self.state.best,
             best_step=step if better else self.state.best_step,
-            looks_since_best=0 if better else self.state.looks_since_best + 1,
+            validations_since_best=0 if better else self.state.validations_since_best + 1,
         )
-        self.journal.record("validation", step, {**self.look.facts(), "seconds": self.look_s})
-        self.journal.say(
-            f"epoch {step / self.epoch_steps:.4g}  validation AUC {self.look.auc:.4f}  "
-            f"BCE {self.look.bce:.4f}  {self.look.faces} faces{'  best' if better else ''}"
+        self.log.record("validation", step, {**self.judged.facts(), "seconds": self.judging_s})
+        self.log.say(
+            f"epoch {step / self.epoch_steps:.4g}  validation AUC {self.judged.auc:.4f}  "
+            f"BCE {self.judged.bce:.4f}  {self.judged.faces} faces{'  best' if better else ''}"
         )
         if better and self.ranks.first:
             weights = self.stepper.judged or self.stepper.network.state_dict()
@@ -322,7 +360,7 @@ class _Training:
 
     def _save(self) -> None:
         tensors, plain = self.stepper.pack()
-        states = self.ranks.gather_text(random_state(self.stepper.device), self.stepper.device)
+        states = self.ranks.gather(random_state(self.stepper.device))
         if self.ranks.first:
             save(self.run / LAST, self._checkpoint(tensors, plain, tuple(states)))
         self._saved_s = time.monotonic()
@@ -330,7 +368,7 @@ class _Training:
     def _checkpoint(
         self, tensors: dict[str, torch.Tensor], plain: dict[str, Any], states: tuple[str, ...]
     ) -> Checkpoint:
-        metrics = {} if self.look is None else {"validation": self.look.facts()}
+        metrics = {} if self.judged is None else {"validation": self.judged.facts()}
         return Checkpoint(
             recipe=self.recipe,
             state=self.state,

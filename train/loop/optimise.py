@@ -1,4 +1,4 @@
-"""How weights move: parameter groups, the rate at each step, the moving average, the precision.
+"""How weights move: parameter groups, rate, batch norms, moving average, precision.
 
 All of it is a plain function of the recipe and the step, so that a resumed run needs to remember
 nothing but the step and the optimiser's own moments.
@@ -6,9 +6,11 @@ nothing but the step and the optimiser's own moments.
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ralf.kernels.machine import cpu_has_bf16
 from ralf.train.recipe import Optimiser, Recipe, Schedule
@@ -51,6 +53,56 @@ def rate(schedule: Schedule, step: int, steps: int) -> float:
         return 1.0
     done = (step - warm) / max(1, steps - warm)
     return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+SKIP, LEAST = 5, 4096
+"""In a map of more than LEAST places only every fifth is counted: it saves time, and the statistics
+are near enough."""
+
+
+class RunningBatchNorms:
+    """A network's batch norms, normalising by their running statistics while it trains.
+
+    In a paired batch each forgery stands beside the real face that it was made from.  The batch's
+    own mean tells a network what the two have in common, and so what they have not: it learns to
+    compare, which a worker scoring one face cannot do.  Its loss falls while what is served gets
+    worse: after 76,000 faces the small classifier had AUC 0.977 on batches of the validation people
+    by the batch's own statistics, and 0.827 by the running ones.
+
+    What a batch adds to the statistics is used from the next step on.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
+        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for number, layer in enumerate(self.layers):
+            layer.register_forward_hook(partial(self._note, number))
+
+    def hold(self) -> None:
+        """Call before each step: network.train() sets the norms to training too."""
+        for layer in self.layers:
+            layer.eval()
+
+    @torch.no_grad()
+    def _note(self, number: int, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if not output.requires_grad:  # a validation, not a step
+            return
+        places = inputs[0].movedim(1, -1).flatten(0, -2)
+        some = places[:: SKIP if len(places) > LEAST else 1].float()
+        mean, square = some.mean(0), (some * some).mean(0)
+        self.seen.setdefault(number, []).append((mean, (square - mean * mean).clamp(min=0)))
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """After each step: move the statistics by each layer's momentum."""
+        for number, found in self.seen.items():
+            layer = self.layers[number]
+            share = layer.momentum or 0.0
+            means, variances = zip(*found, strict=True)
+            for kept, new in ((layer.running_mean, means), (layer.running_var, variances)):
+                if kept is not None:
+                    kept.lerp_(torch.stack(new).mean(0), share)
+        self.seen.clear()
 
 
 class MovingAverage:

@@ -19,7 +19,7 @@ PRINT_S = 10.0
 REDRAW_S = 0.2
 
 
-class Journal:
+class RunLog:
     """One run's telling: files into `run`, words onto `stream`; None for either is silence."""
 
     def __init__(self, run: Path | None, step: int, stream: TextIO | None) -> None:

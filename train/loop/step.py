@@ -1,6 +1,6 @@
-"""One step of training, for any detector: forward, the rival's turn, backward, average, move.
+"""One step of training, for any detector: forward, the rival's step, backward, average, move.
 
-    for each batch of the step:  look → rival learns → terms → backward
+    for each batch of the step:  forward → rival's step → terms → backward
     then once:                   average over processes → guard → clip → optimiser → moving average
 
 With one batch a step (the rule) the rival steps before the terms are computed, as published; with
@@ -8,21 +8,27 @@ several it learns from all of them and steps with the network.  Gradients are su
 divided by their number, so k batches of m faces are one of k·m for every term that is a mean.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ralf.train.loop.checkpoint import pack_optimiser, unpack_optimiser
 from ralf.train.loop.cpu_speed import QuickDepthwise
 from ralf.train.loop.distributed import Ranks
-from ralf.train.loop.diverged import keep
-from ralf.train.loop.norms import SteadyNorms
-from ralf.train.loop.optimise import MovingAverage, computed_in, optimiser, rate
+from ralf.train.loop.optimise import (
+    MovingAverage,
+    RunningBatchNorms,
+    computed_in,
+    optimiser,
+    rate,
+)
 from ralf.train.losses.objective import Batch, Moment, objective
 from ralf.train.recipe import Recipe
 
@@ -65,7 +71,9 @@ class Stepper:
             for layer in network.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                     layer.momentum = recipe.optimiser.norm_momentum
-        self.steady = SteadyNorms(network) if recipe.optimiser.norms == "running" else None
+        self.running_norms = (
+            RunningBatchNorms(network) if recipe.optimiser.norms == "running" else None
+        )
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.objective = objective(recipe, self.network).to(device)
         self.main = optimiser(recipe.optimiser, self.network, self.objective.learnt())
@@ -86,8 +94,8 @@ class Stepper:
 
     def step(self, batches: Sequence[Batch], moment: Moment, steps: int) -> dict[str, float]:
         """Move once; the terms, averaged over batches and processes."""
-        if self.steady is not None:
-            self.steady.hold()
+        if self.running_norms is not None:
+            self.running_norms.hold()
         self.main.zero_grad(set_to_none=True)
         moved = [on_device(batch, self.device) for batch in batches]
         share = 1 / len(moved)
@@ -105,7 +113,7 @@ class Stepper:
         # FP16's scaler expects an infinite gradient now and then, and skips that step itself.
         fine = torch.isfinite(norm) or self.scaler.is_enabled()
         if not (fine and all(abs(value) < float("inf") for value in terms.values())):
-            raise keep(
+            raise diverged(
                 self.run, moment.step, self.ranks.rank, batches=moved, terms=terms,
                 norm=float(norm), rate=now, network=self.network, objective=self.objective,
             )  # fmt: skip
@@ -167,8 +175,8 @@ class Stepper:
             group["lr"] = now
         self.scaler.step(self.main)
         self.scaler.update()
-        if self.steady is not None:
-            self.steady.follow()
+        if self.running_norms is not None:
+            self.running_norms.follow()
         # Norms' running statistics are each process's own where they are not synchronised.
         self.ranks.average_(b for b in self.network.buffers() if b.is_floating_point())
         if self.average is not None:
@@ -203,3 +211,72 @@ class Stepper:
 
     def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {"main": self.main} | ({"rival": self.rival} if self.rival is not None else {})
+
+
+class Diverged(Exception):
+    """A loss or a gradient is not finite; the message says which, and where the evidence lies."""
+
+
+def diverged(
+    run: Path,
+    step: int,
+    rank: int,
+    *,
+    batches: Sequence[Batch],
+    terms: dict[str, float],
+    norm: float,
+    rate: float,
+    network: nn.Module,
+    objective: nn.Module,
+) -> Diverged:
+    """Write the evidence into a folder of its own; the error to raise.
+
+    A run that goes on after a NaN trains nothing and overwrites what was good.  The batch, the
+    terms, the names of the gradients and the weights before the step are kept; the last checkpoint
+    stays as it was.
+    """
+    folder = run / f"diverged-{step:06d}-rank{rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches):
+        for name in ("crops", "forged", "pair", "family"):
+            tensors[f"{number}.{name}"] = getattr(batch, name).cpu().contiguous()
+    save_file(tensors, folder / "batch.safetensors")
+    save_file(_copy(network.state_dict()), folder / "network.safetensors")
+    save_file(_copy(objective.state_dict()), folder / "loss.safetensors")
+    bad_terms = [name for name, value in terms.items() if not _finite(value)]
+    facts = {
+        "step": step,
+        "rate": rate,
+        "gradient_norm": str(norm),
+        "terms": {name: str(value) for name, value in terms.items()},
+        "terms_not_finite": bad_terms,
+        "gradients_not_finite": _bad(
+            (name, p.grad) for name, p in network.named_parameters() if p.grad is not None
+        ),
+        "weights_not_finite": _bad(network.state_dict().items()),
+        "loss_state_not_finite": _bad(objective.state_dict().items()),
+        "ids": [list(batch.ids) for batch in batches],
+    }
+    (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    what = f"the terms {', '.join(bad_terms)}" if bad_terms else f"the gradient (norm {norm})"
+    return Diverged(
+        f"step {step}: {what} should be finite; the batch, weights and facts are in {folder}. "
+        "Try a lower optimiser.lr, a longer schedule.warmup, or precision=fp32"
+    )
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def _bad(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    return [
+        name
+        for name, tensor in named
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]

@@ -1,4 +1,4 @@
-"""Look at the validation split in the middle of training: one figure chooses the weights.
+"""Judge the validation split in the middle of training: one figure chooses the weights.
 
 Deterministic batches, every process its share, all logits gathered; only the validation split is
 ever given here, never test.  The full tables are ralf.train.evaluate.judge's.
@@ -19,8 +19,8 @@ from ralf.train.losses.objective import Batch
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one look at the validation split said."""
+class Validation:
+    """The figures of one validation."""
 
     faces: int
     auc: float
@@ -39,7 +39,7 @@ class Look:
 
 
 @torch.no_grad()
-def look(
+def judge_validation(
     network: nn.Module,
     weights: dict[str, Tensor] | None,
     batches: Iterable[Batch],
@@ -47,7 +47,7 @@ def look(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks,
-) -> Look:
+) -> Validation:
     """Judge the network on the split, with other weights than its own where they are given."""
     rows: list[np.ndarray] = []
     was_training = network.training
@@ -63,10 +63,10 @@ def look(
     network.train(was_training)
     mine = np.concatenate(rows) if rows else np.zeros((0, 3))
     names = getattr(batches, "names", ())
-    return _judge(np.asarray(ranks.gather(mine, device), np.float64), names)
+    return _judge(np.concatenate(ranks.gather(mine)), names)
 
 
-def _judge(rows: np.ndarray[Any, np.dtype[np.float64]], names: Sequence[str]) -> Look:
+def _judge(rows: np.ndarray[Any, np.dtype[np.float64]], names: Sequence[str]) -> Validation:
     logit, forged, family = rows[:, 0], rows[:, 1] == 1, rows[:, 2].astype(int)
     if forged.all() or not forged.any():
         raise ValueError(
@@ -79,4 +79,4 @@ def _judge(rows: np.ndarray[Any, np.dtype[np.float64]], names: Sequence[str]) ->
         for each in sorted(set(family[forged].tolist()))
         for chosen in [~forged | (family == each)]
     }
-    return Look(len(rows), auc(forged, logit), bce, families)
+    return Validation(len(rows), auc(forged, logit), bce, families)

@@ -1,9 +1,9 @@
-"""Norms that look at no batch: a face alone while training, statistics that follow all the same."""
+"""Running batch norms: a face alone while training, statistics that follow all the same."""
 
 import torch
 from torch import nn
 
-from ralf.train.loop.norms import SteadyNorms
+from ralf.train.loop.optimise import RunningBatchNorms
 
 
 def small() -> nn.Sequential:
@@ -18,56 +18,56 @@ def small() -> nn.Sequential:
 def test_a_face_is_seen_alike_whoever_stands_beside_it():
     """In training mode; a plain batch norm gives its neighbours away."""
     faces = torch.rand(4, 3, 8, 8)
-    plain, steady = small(), small()
-    SteadyNorms(steady).hold()
+    plain, running = small(), small()
+    RunningBatchNorms(running).hold()
 
-    torch.testing.assert_close(steady(faces)[:1], steady(faces[:1]))
+    torch.testing.assert_close(running(faces)[:1], running(faces[:1]))
     assert not torch.allclose(plain(faces)[:1], plain(faces[:1]), atol=1e-3)
 
 
 def test_statistics_follow_the_batches_as_a_plain_norms_would():
     """After the step, not within it: the weights' gradients need what they were computed by."""
     faces = torch.rand(8, 3, 16, 16)
-    plain, steady = small(), small()
-    norms = SteadyNorms(steady)
-    before = steady[1].running_mean.clone()
+    plain, running = small(), small()
+    norms = RunningBatchNorms(running)
+    before = running[1].running_mean.clone()
     plain(faces)
     norms.hold()
-    steady(faces).sum().backward()
+    running(faces).sum().backward()
 
-    assert torch.equal(before, steady[1].running_mean)
+    assert torch.equal(before, running[1].running_mean)
     norms.follow()
-    torch.testing.assert_close(plain[1].running_mean, steady[1].running_mean)
+    torch.testing.assert_close(plain[1].running_mean, running[1].running_mean)
     # the plain one divides by n - 1
-    torch.testing.assert_close(plain[1].running_var, steady[1].running_var, rtol=1e-3, atol=0)
+    torch.testing.assert_close(plain[1].running_var, running[1].running_var, rtol=1e-3, atol=0)
     norms.follow()
-    torch.testing.assert_close(plain[1].running_mean, steady[1].running_mean)
+    torch.testing.assert_close(plain[1].running_mean, running[1].running_mean)
 
 
-def test_large_maps_are_sampled_and_looking_moves_nothing():
+def test_large_maps_are_sampled_and_validation_moves_nothing():
     """A fifth of the places is near enough; without gradients nothing is learnt."""
     faces = torch.rand(8, 3, 48, 48)
-    plain, steady = small(), small()
-    norms = SteadyNorms(steady)
+    plain, running = small(), small()
+    norms = RunningBatchNorms(running)
     norms.hold()
-    before = steady[1].running_mean.clone()
+    before = running[1].running_mean.clone()
     with torch.no_grad():
-        steady(faces)
+        running(faces)
     norms.follow()
 
-    assert torch.equal(before, steady[1].running_mean)
+    assert torch.equal(before, running[1].running_mean)
     plain(faces)
-    steady(faces)
+    running(faces)
     norms.follow()
-    assert (plain[1].running_mean - steady[1].running_mean).abs().max() < 0.01
-    torch.testing.assert_close(plain[1].running_var, steady[1].running_var, rtol=0.02, atol=0)
+    assert (plain[1].running_mean - running[1].running_mean).abs().max() < 0.01
+    torch.testing.assert_close(plain[1].running_var, running[1].running_var, rtol=0.02, atol=0)
 
 
 def test_several_batches_of_a_step_count_once_together():
     """As their mean."""
     one, other = torch.rand(8, 3, 16, 16), torch.rand(8, 3, 16, 16)
     apart, together = small(), small()
-    norms = SteadyNorms(apart)
+    norms = RunningBatchNorms(apart)
     norms.hold()
     apart(one)
     apart(other)
