@@ -319,7 +319,7 @@ class TestPatience:
     def test_a_silence_is_cut_off_before_the_deadline(self, monkeypatch):
         """After IDLE_S."""
         monkeypatch.setattr("ralf.worker.service.egress.IDLE_S", 0.3)
-        monkeypatch.setattr("ralf.worker.service.egress.TURN_S", 0.1)
+        monkeypatch.setattr("ralf.worker.service.egress.WAIT_S", 0.1)
         with serving(lambda request: [600.0]) as web:
             with pytest.raises(EgressFailed, match="said nothing"):
                 get(guarded(web), "http://public.example/")

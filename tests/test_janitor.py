@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from ralf.worker.contract import Callback, SessionPart
-from ralf.worker.service.janitor import Janitor, Report
+from ralf.worker.service.janitor import Janitor, SweepReport
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
@@ -299,7 +299,7 @@ def test_a_fault_of_ours_ends_one_sweep_and_not_the_janitor(store, monkeypatch):
     janitor, faults = Janitor(store, settings), [ValueError("what no sweep should meet")]
     run_once = janitor.run_once
 
-    def fails_first(now: float | None = None) -> Report:
+    def fails_first(now: float | None = None) -> SweepReport:
         if faults:
             raise faults.pop()
         return run_once(now)

@@ -1,4 +1,4 @@
-"""`ralf bench queue`: what the queue costs, beside RQ's own workers, on one real Redis in one run.
+"""`ralf bench queue`: what the queue costs, compared with RQ's own workers on one real Redis.
 
     no-op job      RQ's SimpleWorker, RQ's Worker (a fork for each job) and ours, in turns.  Ours
                    goes the whole way: claim, the warm child over its socket, verdict, stream entry.
@@ -43,12 +43,12 @@ TURNS = 7
 LATENCY_JOBS = 200
 CROWD, FEW = 10_000, 10
 IDLE_S = 0.05
-"""Between two jobs of the latency's, on average: the worker is asleep in Redis again."""
+"""Between two jobs of the latency measurement, on average: the worker blocks in Redis again."""
 TRIVIAL = bodies.PREFIX + "trivial"
 
 
 def nothing(name: str) -> None:
-    """RQ's no-op job; it gets its name, as ours does."""
+    """RQ's job that does nothing; it takes a name as its argument, as ours does."""
 
 
 def run_queue(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""`ralf bench scale`: what a second worker adds, and a fourth, on one machine.
+"""`ralf bench scale`: how much faster two and four workers are than one, on one machine.
 
-Groups of 1, 2 and 4 workers stand on queues of their own in one Redis and take turns at the same
-jobs; the groups whose turn it is not sleep in Redis.  Two loads:
+Groups of 1, 2 and 4 workers have queues of their own in one Redis and take turns at the same jobs;
+the groups whose turn it is not block in Redis.  Two loads:
 
     wait    each job waits in its child and computes next to nothing, as one does whose work is done
             by a device: what is missing from linear was lost in the service itself, in Redis, its
@@ -91,7 +91,9 @@ class Group:
             rows = pipe.execute()
         odd = [row for row in rows if row[:2] != [b"succeeded", b"1"]]
         if odd:
-            raise ProcessFailed(f"{len(odd)} jobs did not go the plain way, one of them: {odd[0]}")
+            raise ProcessFailed(
+                f"{len(odd)} jobs did not succeed at the first attempt, one of them: {odd[0]}"
+            )
         return min(float(row[2]) for row in rows), max(float(row[3]) for row in rows)
 
 

@@ -1,6 +1,6 @@
 """The commands of the service: submit, status, result, cancel, watch; worker, serve, deliver,
-janitor, quarantine, chaos.  Answers are JSON on stdout, one document a line.  A question that makes
-no sense exits 2, a job that ended without a verdict 4 (5 where it may be tried again).
+janitor, quarantine, chaos.  Answers are JSON on stdout, one document a line.  Exit codes: 2 for
+a wrong request, 4 for a job that ended without a verdict, 5 where it may be tried again.
 
 Nothing heavy is imported until a command runs.
 """
@@ -27,7 +27,7 @@ def commands(subparsers: Any) -> None:
 
 
 def _reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """The command, with a Redis that does not answer as one line instead of a traceback."""
+    """Wrap a command: a Redis that does not answer is one line instead of a traceback."""
 
     def reach(args: argparse.Namespace) -> int:
         from redis.exceptions import RedisError
@@ -45,8 +45,8 @@ def _reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
 
 
 def _answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """The client's command: 2 for a wrong question, 4 for a job that has no verdict and would have
-    none if it ran again, else what other errors give."""
+    """Wrap a client's command: exit 2 for a wrong request, 4 for a job that has no verdict and
+    would have none if it ran again, else what other errors give."""
 
     def answer(args: argparse.Namespace) -> int:
         from pydantic import ValidationError
@@ -82,7 +82,7 @@ def _answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
 
 @contextmanager
 def _client(args: argparse.Namespace) -> Iterator["Client"]:
-    """The client at --redis or RALF_REDIS_URL; given back at the end."""
+    """The client at --redis or RALF_REDIS_URL, closed at the end."""
     from ralf.worker.client import connect
 
     client = connect(args.redis)
@@ -161,7 +161,7 @@ def _run_submit(args: argparse.Namespace) -> int:
 
 
 def _uri(name: str) -> str:
-    """A path is a file: URI; anything with a scheme stays as it is."""
+    """Make a path a file: URI; anything with a scheme stays as it is."""
     return name if "://" in name else Path(name).resolve().as_uri()
 
 
@@ -194,17 +194,8 @@ def _ask(subparsers: Any) -> None:
 
 def _run_status(args: argparse.Namespace) -> int:
     with _client(args) as client:
-        _print(_shown(client.status(args.job)))
+        _print(client.status(args.job).model_dump(mode="json"))
     return 0
-
-
-def _shown(status: Any) -> dict[str, Any]:
-    document = asdict(status)
-    del document["partial"]  # `ralf result` prints verdicts
-    for name in ("progress", "failure"):
-        part = getattr(status, name)
-        document[name] = part.model_dump(mode="json") if part else None
-    return document
 
 
 def _run_result(args: argparse.Namespace) -> int:
@@ -231,7 +222,7 @@ def _run_cancel(args: argparse.Namespace) -> int:
 def _run_watch(args: argparse.Namespace) -> int:
     with _client(args) as client:
         for status in client.watch(args.job, timeout=args.wait):
-            _print(_shown(status))
+            _print(status.model_dump(mode="json"))
     return 0
 
 
@@ -346,7 +337,7 @@ def _run_serve(args: argparse.Namespace) -> int:
 
 
 def _deliver(subparsers: Any) -> None:
-    deliver = subparsers.add_parser("deliver", help="push verdicts; look after dead letters")
+    deliver = subparsers.add_parser("deliver", help="push verdicts; list or retry dead letters")
     what = deliver.add_mutually_exclusive_group()
     what.add_argument("--dead", action="store_true", help="list dead letters")
     what.add_argument("--redeliver", metavar="ID", help="try a dead letter again (all: every one)")
@@ -396,7 +387,7 @@ def _each(names: list[str], do: Callable[[str], Any], missing: str) -> int:
 
 @contextmanager
 def _store(args: argparse.Namespace) -> Iterator["Store"]:
-    """The store itself, for those who run the service."""
+    """The store itself, for the operator's commands."""
     from ralf.worker.service.store import Store, connect
 
     settings = _settings(args)
@@ -408,7 +399,7 @@ def _store(args: argparse.Namespace) -> Iterator["Store"]:
 
 
 def _janitor(subparsers: Any) -> None:
-    janitor = subparsers.add_parser("janitor", help="put back what was lost, until told to stop")
+    janitor = subparsers.add_parser("janitor", help="put lost jobs back, until told to stop")
     janitor.add_argument("--once", action="store_true", help="one sweep, and say what it found")
     _redis(janitor)
     janitor.set_defaults(run=_reaching(_run_janitor))
@@ -430,9 +421,9 @@ def _quarantine(subparsers: Any) -> None:
     what = quarantine.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, help_text in (
         ("list", "one line a job"),
-        ("show", "all that is known of one"),
-        ("retry", "run it once more, its crashes forgotten"),
-        ("drop", "forget it"),
+        ("show", "everything known about one"),
+        ("retry", "run it once more and clear its crashes"),
+        ("drop", "remove it"),
     ):
         one = what.add_parser(name, help=help_text)
         if name != "list":

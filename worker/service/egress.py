@@ -1,7 +1,7 @@
-"""What may be reached, and how: the one door to the network for fetch and deliver.
+"""The guarded HTTP client: the only way to the network for uploads and webhooks.
 
 A URL comes from a tenant, so it may point anywhere.  Its text, its host and port, and every
-address of its name are judged (targets.py), each time anew and also at each redirect, since a
+address of its name are judged (url_policy.py), each time anew and also at each redirect, since a
 redirect is only one more URL.  One address that is not public refuses the whole name.
 
 The name is resolved once and the connection goes to that address: a second answer (DNS rebinding)
@@ -33,7 +33,7 @@ __all__ = ["Answer", "Egress", "EgressDenied", "EgressFailed", "Target"]
 CONNECT_S = 10.0
 IDLE_S = 20.0
 """The longest silence; the deadline bounds what trickles."""
-TURN_S = 1.0
+WAIT_S = 1.0
 AGENT = "ralf"
 MOST_ADDRESSES = 16
 
@@ -48,7 +48,7 @@ class EgressFailed(RalfError):
 
 
 def system_resolve(host: str) -> list[str]:
-    """What the system says, each address once."""
+    """The system resolver's answer, each address once."""
     infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
@@ -60,12 +60,12 @@ def tcp_connect(address: str, port: int, timeout_s: float) -> socket.socket:
 
 @lru_cache(maxsize=1)
 def _system_tls() -> ssl.SSLContext:
-    """The system's authorities, read once: that takes longer than many a download."""
+    """The system's certificate authorities, read once: that takes longer than many a download."""
     return ssl.create_default_context()
 
 
-class _Line:
-    """A socket that keeps to a deadline, an idle bound and an allowance of bytes, for http.client.
+class _BoundedSocket:
+    """A socket with a deadline, an idle bound and an allowance of bytes, for http.client.
 
     Its owner closes the socket; http.client must not, since it reads on after its own close().
     """
@@ -82,7 +82,7 @@ class _Line:
         if now - since >= IDLE_S:
             raise TimeoutError(f"said nothing for {IDLE_S:g} s")
         self.watch()
-        self.sock.settimeout(min(TURN_S, self.deadline - now))
+        self.sock.settimeout(min(WAIT_S, self.deadline - now))
 
     def _patiently(self, act: Callable[[], int]) -> int:
         since = time.monotonic()
@@ -107,14 +107,14 @@ class _Line:
         return got
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Reader(self), 1 << 16)
+        return io.BufferedReader(_SocketReader(self), 1 << 16)
 
     def close(self) -> None:
-        """Left to the owner."""
+        """The owner closes it."""
 
 
-class _Reader(io.RawIOBase):
-    def __init__(self, line: _Line) -> None:
+class _SocketReader(io.RawIOBase):
+    def __init__(self, line: _BoundedSocket) -> None:
         self._line = line
 
     def readable(self) -> bool:
@@ -127,7 +127,7 @@ class _Reader(io.RawIOBase):
 class Answer:
     """A response whose body is still to be read; close it."""
 
-    def __init__(self, target: Target, response: HTTPResponse, line: _Line) -> None:
+    def __init__(self, target: Target, response: HTTPResponse, line: _BoundedSocket) -> None:
         self.target, self.status = target, response.status
         self._response, self._line = response, line
         self.length = response.length
@@ -150,14 +150,14 @@ class Answer:
         return part
 
     def drain(self, most: int) -> None:
-        """Hear the body for a moment, so that the other side can finish; forget it."""
-        self._line.deadline = min(self._line.deadline, time.monotonic() + TURN_S)
+        """Read and drop the body for a moment, so that the other side can finish sending."""
+        self._line.deadline = min(self._line.deadline, time.monotonic() + WAIT_S)
         with suppress(EgressFailed):
             while self._read < most and self.read(most):
                 pass
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._response.close()
         self._line.sock.close()
 
@@ -174,7 +174,7 @@ class Answer:
 
 
 class Egress:
-    """The door; holds no connection, safe to share between threads."""
+    """The client; it holds no connection and is safe to share between threads."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class Egress:
         self._tls = tls
 
     def target(self, url: str) -> Target:
-        """The URL, if its text, host and port are allowed; nothing is looked up yet."""
+        """The URL, if its text, host and port are allowed; its name is not resolved yet."""
         target = read_url(url)
         if target.port not in self._ports:
             allowed = ", ".join(map(str, self._ports))
@@ -205,18 +205,18 @@ class Egress:
         return target
 
     def addresses(self, target: Target, deadline: float) -> list[str]:
-        """Where the host is, asked once; each address was judged."""
+        """The host's addresses, resolved once; raises EgressDenied if one is not allowed."""
         try:
             found = [str(ipaddress.ip_address(target.host))]
         except ValueError:
-            found = self._looked_up(target.host, deadline)
+            found = self._resolved(target.host, deadline)
         for address in found:
             why = refusal(address, private=self._private)
             if why:
                 raise EgressDenied(f"{target.host} is at {address}, {why}")
         return found[:MOST_ADDRESSES]
 
-    def _looked_up(self, host: str, deadline: float) -> list[str]:
+    def _resolved(self, host: str, deadline: float) -> list[str]:
         """The system's resolver has no deadline of its own: a thread waits for it."""
         found: list[Sequence[str] | OSError] = []
 
@@ -246,7 +246,7 @@ class Egress:
         body: bytes | None = None,
         watch: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """One exchange, up to the response's headers; redirects are the caller's affair.
+        """One exchange, up to the response's headers; redirects are left to the caller.
 
         deadline is by time.monotonic(); watch is called at least each second and may raise.
         """
@@ -254,7 +254,7 @@ class Egress:
         sock = self._connected(target, addresses, deadline, watch)
         try:
             connection = HTTPConnection(target.host, target.port)
-            line = _Line(sock, deadline, allowance, watch)
+            line = _BoundedSocket(sock, deadline, allowance, watch)
             connection.sock = cast(Any, line)
             connection.putrequest(method, target.path, skip_host=True, skip_accept_encoding=True)
             given = {

@@ -4,8 +4,8 @@
     /readyz   200 while it can take a job: the child's model is loaded and checked
     /metrics  Prometheus' text, the queue's figures read from Redis at that moment
 
-The server's thread is always alive, so its answer would prove nothing: it only reads when the
-loop last looked around.  It binds to settings.http_host, and says nothing that a client sent.
+The server's thread is always alive, so an answer alone would prove nothing: it reads when the
+process's loop last turned.  It binds to settings.http_host, and repeats nothing that a client sent.
 """
 
 import threading
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class Health:
-    """What the two checks are answered from."""
+    """The state behind the two checks."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ def serving_at(host: str, port: int, health: Health, metrics: Metrics) -> Iterat
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """A probe each few seconds is no news."""
+            """Silent: a probe every few seconds is not worth a line."""
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True

@@ -1,22 +1,22 @@
-"""Finds what was lost and puts it back.
+"""Find what dead processes left behind, and put it back.
 
-Every pass looks for what a process can leave behind when it dies between two steps:
+A process can die between any two steps.  Every sweep repairs what that can leave:
 
     a lease that ran out                  worker_lost: retried, or quarantined at the second
     popped from RQ's list, never begun    back into its tenant's turn after reclaim_after_s
     put off, and due now                  into its tenant's turn
     queued, but in no place               into its tenant's turn
     queued past its deadline              expired
-    RQ's entries of dead workers          forgotten
+    RQ's entries of dead workers          removed
     a session with unfolded segments      folded
 
-Each step is a script that looks again before it moves anything, so any number of janitors may run:
-one in every parent, and `ralf janitor` alone.  Within settings.janitor_every_s only one of them
-sweeps, to save work; safety does not rest on that.  With a lease of 30 s and a sweep each 5 s a job
-of a killed worker runs again within 36 s, a popped one within 26 s.
+Each repair is a script that checks again before it moves anything, so any number of janitors may
+run: one in every worker process, and `ralf janitor` alone.  Within settings.janitor_every_s only
+one of them sweeps, to save work; safety does not depend on that.  With a lease of 30 s and a sweep
+every 5 s a job of a killed worker runs again within 36 s, a popped one within 26 s.
 
-After an outage of Redis every lease has run out while every worker was well.  When nobody swept for
-half a lease, the running jobs get half a lease more before they are lost.
+After an outage of Redis every lease has run out although every worker is well.  So when nobody
+swept for half a lease, the running jobs get half a lease more before they count as lost.
 """
 
 import threading
@@ -33,12 +33,12 @@ from ralf.worker.service.store import PRIORITIES, Store, decoded
 from ralf.worker.settings import Settings
 
 FOLD_AFTER_S = 2.0
-"""A session's own end folds it at once; only what stayed behind for so long is the janitor's."""
+"""A job's end folds its session at once; the janitor takes what is still unfolded after this."""
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Report:
+class SweepReport:
     """What one sweep moved."""
 
     lost: dict[str, Outcome]
@@ -61,9 +61,9 @@ class Janitor:
         self.store = store
         self.settings = settings
 
-    def run_once(self, now: float | None = None) -> Report:
-        """One sweep, whoever else sweeps."""
-        return Report(
+    def run_once(self, now: float | None = None) -> SweepReport:
+        """One sweep, whether or not another janitor sweeps too."""
+        return SweepReport(
             lost=self._recover_lost(now),
             reclaimed=tuple(job for p in PRIORITIES for job in self._ids("reclaim", now, p)),
             due=self._ids("due", now),
@@ -73,7 +73,7 @@ class Janitor:
             sessions_folded=self._fold_sessions(now),
         )
 
-    def run_if_due(self, now: float | None = None) -> Report | None:
+    def run_if_due(self, now: float | None = None) -> SweepReport | None:
         """One sweep, unless another janitor swept within settings.janitor_every_s."""
         key = self.store.key("janitor")
         every_ms = max(1, int(self.settings.janitor_every_s * 900))
@@ -87,8 +87,8 @@ class Janitor:
     ) -> None:
         """Sweep until told to stop; an outage of Redis is waited out.
 
-        A fault of ours is told and the next sweep tried: in a worker this is a thread, whose end
-        nobody would see.
+        A fault of ours is logged and the next sweep tried: in a worker this is a thread, and nobody
+        would see its end.
         """
         while not stop.wait(self.settings.janitor_every_s):
             beat()
@@ -96,7 +96,7 @@ class Janitor:
                 report = self.run_if_due()
             except RedisError as fault:
                 log.warning("redis.unreachable", error=str(fault))
-            except Exception:  # the border: see above
+            except Exception:  # see the docstring
                 log.exception("janitor.broke")
             else:
                 if report:
@@ -107,7 +107,7 @@ class Janitor:
         return cast(dict[str, Outcome], dict(zip(flat[::2], flat[1::2], strict=True)))
 
     def _rescue(self, now: float | None) -> tuple[str, ...]:
-        """A search through all places, only when their counts say that a job is in none."""
+        """Search for queued jobs that are in no place, when the counts say that there are some."""
         if int(self.store.call("audit", now)) == 0:
             return ()
         return tuple(

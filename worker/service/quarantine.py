@@ -1,4 +1,4 @@
-"""Jobs that crashed their child too often, put aside with what is needed to look into them."""
+"""Jobs that crashed their child process too often, kept with what is needed to examine them."""
 
 import uuid
 from typing import Any
@@ -26,13 +26,13 @@ class Quarantine:
         return None if entry is None else Quarantined.read(entry)
 
     def drop(self, job_id: str) -> bool:
-        """Forget it; its job stays quarantined, its file's crash count runs out by itself."""
+        """Remove it; its job stays quarantined, its file's crash count expires by itself."""
         return bool(self.redis.hdel(self._entries, job_id))
 
     def retry(self, job_id: str, *, now: float | None = None) -> Submitted | None:
-        """Submit it again as a new job, its file's crash count cleared: an ended job never changes.
+        """Submit it again as a new job, since an ended job never changes; clear its file's count.
 
-        The new token is made from the job's id, so that asking twice gives the same new job.
+        The new token is made from the job's id, so that a second call gives the same new job.
         """
         entry = self.show(job_id)
         if entry is None:

@@ -1,4 +1,4 @@
-"""What the store hands out: the frozen values that cross between Redis and the service's parts.
+"""What the store returns: frozen values that are read from Redis.
 
 Times are seconds since the epoch, by Redis' own clock.
 """
@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict
 
 from ralf.worker.contract import (
     ENDED,
@@ -73,9 +75,10 @@ class Claim:
         return self.job.job_id
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(BaseModel):
     """Where a job stands."""
+
+    model_config = ConfigDict(frozen=True)
 
     job_id: str
     state: State
@@ -95,7 +98,7 @@ class Status:
 
     @property
     def ended(self) -> bool:
-        """Whether this is the last word."""
+        """Whether the state will not change any more."""
         return self.state in ENDED
 
     @classmethod
@@ -177,7 +180,7 @@ class Crash:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A job that was put aside, with what is needed to look into it."""
+    """A job that was put aside, with what is needed to examine it."""
 
     job: Job
     code: str

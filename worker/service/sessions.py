@@ -1,18 +1,20 @@
-"""Segments of one stream folded into a rolling verdict, as they end and in any order.
+"""Fold the segments of one stream into a rolling verdict, in whatever order they end.
 
     a job's end ─▶ digest of its verdict ─▶ session:TENANT:ID ─▶ fold ─▶ stream, alert
 
-The end script lays a segment's digest under its number in the same step as the verdict; the fold is
-a pure function of what lies there.  So a repeated, late or missing segment changes nothing else,
-and whoever dies between the two leaves a session marked as changed, which the janitor folds.
+The script of a job's end stores a segment's digest under its number, in the same step as the
+verdict; the fold is a pure function of what is stored.  So a repeated, late or missing segment
+changes nothing else, and a process that dies between the two steps leaves a session marked as
+changed, which the janitor folds.  Store.fold_session() does the reading and writing.
 
 Tracks are joined at a border when one ends near it and another begins near it, in segments that
-follow each other, with boxes that overlap.  A joined track's score is the highest of its level over
-all its faces and of its scores in single segments: faces too few to decide in any segment decide
-together, and an hour of an authentic face cannot dilute a forged minute.  With it goes that many
-segments are many chances for a false alarm: choose the threshold's policy for that.
+follow each other, with boxes that overlap.  A joined track's score is the highest of two things:
+the level over all its faces, and its scores in single segments.  So faces that are too few to
+decide in any one segment decide together, and an hour of an authentic face cannot hide a forged
+minute.  The price: many segments are many chances for a false alarm; choose the threshold's policy
+for that.
 
-Scores come back as logits of the calibrated score.  Calibration is affine, so a mean of those is
+Scores are stored as logits of the calibrated score.  Calibration is affine, so a mean of those is
 the calibrated mean.  A fold reads all segments so far, about 0.7 kB and 0.1 ms each: start a new
 session after some ten thousand.
 """
@@ -40,7 +42,7 @@ from ralf.worker.contract import (
 OVERLAP = 0.3
 """Least intersection over union of the two boxes at a border."""
 REACH_MS = 1000
-"""A face may go unseen for so long across a border, or for so many usual steps:"""
+"""A face may be unseen this long across a border, or REACH_STEPS sampling steps if longer."""
 REACH_STEPS = 2.5
 LISTED = 64
 EDGE = 0.5e-6
@@ -131,7 +133,7 @@ def digest(verdict: Verdict, part: SessionPart) -> str:
 
 
 def fold(tenant: str, session_id: str, stored: Mapping[str, str]) -> SessionVerdict:
-    """The rolling verdict of all that lies in a session's hash; pure, whatever order it came in."""
+    """The rolling verdict of all that a session's hash holds, in whatever order it arrived."""
     segments = [_read(number, text) for number, text in _numbered(stored, "segment")]
     failed = [FailedSegment(number=n, code=code) for n, code in _numbered(stored, "failed")]
     last = int(stored["last"]) if "last" in stored else None
@@ -160,7 +162,7 @@ def fold(tenant: str, session_id: str, stored: Mapping[str, str]) -> SessionVerd
 
 
 def facts(verdict: SessionVerdict) -> dict[str, Any]:
-    """What the stream and an alert say; the whole is read with client.session()."""
+    """The short form in the stream and in alerts; client.session() reads the whole verdict."""
     return {
         "session_id": verdict.session_id,
         "tenant": verdict.tenant,
@@ -293,13 +295,13 @@ def _warnings(segments: Sequence[_Segment], tracks: int) -> Iterable[str]:
         yield f"mixed_models: segments were scored by {', '.join(models)}"
     partial = [segment.number for segment in segments if segment.partial]
     if partial:
-        yield f"partial_segments: {len(partial)} segments were not looked at to their end"
+        yield f"partial_segments: {len(partial)} segments were not analysed to their end"
     if tracks > LISTED:
         yield f"tracks_omitted: the {LISTED} strongest of {tracks} are listed; all were judged"
 
 
 def _level(logits: Sequence[float], aggregation: Aggregation) -> float:
-    # Here and not above: store.py imports this file, and a client has no numpy.
+    # Not at the top: store.py imports this file, and a client has no numpy.
     import numpy as np
 
     from ralf.worker.scores import calibrated, level

@@ -1,11 +1,11 @@
-"""Which URLs and addresses are fit to be reached: pure judgement, nothing is asked of a network.
+"""Which URLs and addresses may be reached; pure rules, nothing here uses the network.
 
 read_url() is strict (RFC 3986, no repair): http or https, no user, no backslash or control
 character, a host that is a name (IDNA 2008) or an address in its one canonical form.  2130706433,
 0x7f.1, 127.1 and 0177.0.0.1 are neither, whatever a resolver makes of them.
 
-refusal() lets public addresses through, and takes an IPv6 address for the IPv4 one that it hides
-(mapped, compatible, NAT64, 6to4, Teredo, ISATAP).
+refusal() allows public addresses only.  An IPv6 address that contains an IPv4 one (mapped,
+compatible, NAT64, 6to4, Teredo, ISATAP) is judged by that as well.
 """
 
 import ipaddress
@@ -23,7 +23,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class EgressDenied(RalfError):
-    """The policy forbids it; asking again will not help."""
+    """The policy forbids it; a second try will not help."""
 
 
 _PLAIN = re.compile(r"[^\x00-\x20\x7f-\xa0\\\u2028\u2029\ud800-\udfff]+")
@@ -153,8 +153,8 @@ _NAT64_OWN = ipaddress.IPv6Network("64:ff9b:1::/48")
 _COMPATIBLE = ipaddress.IPv6Network("::/96")
 
 
-def _hidden(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
-    """The IPv4 addresses that an IPv6 one stands for."""
+def _embedded_ipv4(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
+    """The IPv4 addresses that an IPv6 one contains."""
     if isinstance(address, ipaddress.IPv4Address):
         return ()
     low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
@@ -171,8 +171,8 @@ def _hidden(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
 
 
 def _public(address: Address) -> bool:
-    hidden = _hidden(address)
-    if any(not _public(inner) for inner in hidden):
+    inside = _embedded_ipv4(address)
+    if any(not _public(inner) for inner in inside):
         return False
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None or address in _NAT64:
@@ -187,6 +187,6 @@ def _public(address: Address) -> bool:
 def refusal(address: str, *, private: bool = False) -> str:
     """Why this address may not be reached; empty when it may. private lifts all but metadata."""
     found = ipaddress.ip_address(address)
-    if not _METADATA.isdisjoint({found, *_hidden(found)}):
+    if not _METADATA.isdisjoint({found, *_embedded_ipv4(found)}):
         return "a cloud's metadata service"
     return "" if private or _public(found) else "not a public address"

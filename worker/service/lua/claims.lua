@@ -34,7 +34,8 @@ function op.begin(now, id, claim, worker, alone)
     return false
   end
   if not (job.state == 'running' and job.claim == claim) then
-    -- The entry that RQ's dequeue left is the ticket: without it another has, or will have, the job.
+    -- RQ's dequeue left an entry in the intermediate list: without it another worker has the job,
+    -- or will have it.
     local tickets = redis.call('LREM', popped_key(job.priority), 0, id)
     redis.call('HDEL', P .. 'popped', id)
     if job.state ~= 'queued' or tickets == 0 then return false end
@@ -52,7 +53,7 @@ function op.begin(now, id, claim, worker, alone)
     redis.call('ZREM', P .. 'waiting:' .. job.priority, id)
     redis.call('ZADD', P .. 'running:' .. job.priority, now + C.lease, id)
     show_to_rq(job, 'started')
-    tell(id, 'running')
+    notify(id, 'running')
   end
   return {redis.call('HGET', job_key(id), 'document'), job.attempts, job.retries, job.run_alone}
 end
@@ -66,7 +67,7 @@ function op.beat(now, id, claim, alone, file_sha, progress, partial)
   if file_sha ~= '' then redis.call('HSET', key, 'file_sha', file_sha) end
   if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
   if partial ~= '' then redis.call('HSET', key, 'partial', partial) end
-  if progress ~= '' or partial ~= '' then tell(id, 'running') end
+  if progress ~= '' or partial ~= '' then notify(id, 'running') end
   return seen[3] and 'cancel' or 'go_on'
 end
 
@@ -113,7 +114,7 @@ function op.cancel(now, id)
     return fail(job, now, 'cancelled', 'cancelled', 'cancelled by the client before it ran')
   elseif job.state == 'running' then
     redis.call('HSET', job_key(id), 'cancel', now)
-    tell(id, 'running')
+    notify(id, 'running')
   end
   return job.state
 end

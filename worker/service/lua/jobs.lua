@@ -1,5 +1,5 @@
--- Where jobs are, and the moves between. store.py joins this file, claims.lua and repairs.lua into one
--- script, with the table C (constants) before it; this one holds the moves that the others share.
+-- Where jobs are, and how they move. store.py joins this file, claims.lua and repairs.lua into one
+-- script, with the table C (constants) before it; this file holds what the two others share.
 --
 -- Where a job that has not ended is, exactly one of:
 --   pending:PRIORITY:TENANT   waiting its tenant's turn (list)
@@ -26,9 +26,9 @@ local function load_job(id)
   return job
 end
 
-local function tell(id, state) redis.call('PUBLISH', P .. 'watch:' .. id, state) end
+local function notify(id, state) redis.call('PUBLISH', P .. 'watch:' .. id, state) end
 
--- What RQ's dequeue and `rq info` read; written anew when it is gone.
+-- What RQ's dequeue and `rq info` read; written again when it is gone.
 local function show_to_rq(job, status)
   local key = 'rq:job:' .. job.id
   if redis.call('EXISTS', key) == 0 then
@@ -40,7 +40,7 @@ local function show_to_rq(job, status)
   redis.call('HSET', key, 'status', status, 'worker_name', job.worker)
 end
 
--- Round robin between tenants, until RQ's list holds two jobs for each worker.
+-- Fill RQ's list, one tenant after the other, until it holds two jobs for each worker.
 local function refill(priority)
   local queue, turn = queue_key(priority), P .. 'turn:' .. priority
   local workers = redis.call('SCARD', 'rq:workers:' .. C.queue .. priority)
@@ -71,7 +71,7 @@ local function enqueue(job, first)
   if redis.call(first and 'LPUSH' or 'RPUSH', pending_key(job), job.id) == 1 then take_turn(job) end
 end
 
--- Take a queued job out of wherever it waits.
+-- Remove a queued job from wherever it waits.
 local function unlist(job)
   redis.call('LREM', queue_key(job.priority), 0, job.id)
   redis.call('LREM', popped_key(job.priority), 0, job.id)
@@ -96,8 +96,8 @@ local function post(event, job, subject, data, now)
   end
 end
 
--- Lay a segment's digest into its session; sessions.py folds what is marked as changed.
-local function lay_segment(job, now, digest, failed)
+-- Store a segment's digest in its session; store.py folds the sessions marked as changed.
+local function store_segment(job, now, digest, failed)
   local part = cjson.decode(job.session)
   local number = string.format('%.0f', part.number)
   local name = job.tenant .. ':' .. part.session_id
@@ -147,10 +147,10 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
   redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', event, 'job_id', id,
     'tenant', job.tenant, 'data', text)
   post(event, job, id, text, now)
-  if job.session ~= '' then lay_segment(job, now, digest, not verdict and data.code) end
+  if job.session ~= '' then store_segment(job, now, digest, not verdict and data.code) end
   show_to_rq(job, verdict and 'finished' or (state == 'cancelled' and 'canceled' or 'failed'))
   redis.call('EXPIRE', 'rq:job:' .. id, C.rq_ttl)
-  tell(id, state)
+  notify(id, state)
   return state
 end
 
@@ -185,7 +185,7 @@ local function requeue(job, now, delay)
     enqueue(job, true)
   end
   refill(job.priority)
-  tell(job.id, 'queued')
+  notify(job.id, 'queued')
   return 'retried'
 end
 
@@ -204,7 +204,7 @@ local function count_crash(key)
   return count
 end
 
--- A crash counts when the job was alone in its child, or was to be and is blamed all the same.
+-- A crash counts when the job was alone in its child, or was to run alone.
 local function crash(job, now, code, message, detail)
   local log = job.crashes ~= '' and cjson.decode(job.crashes) or {}
   log[#log + 1] = {code = code, message = message, detail = detail, at = now,
@@ -222,7 +222,7 @@ local function crash(job, now, code, message, detail)
   return requeue(job, now, 0)
 end
 
--- The job, if it is running and this claim is the one that runs it.
+-- The job, if it runs under this claim.
 local function held(id, claim)
   local job = load_job(id)
   if job and job.state == 'running' and job.claim == claim then return job end

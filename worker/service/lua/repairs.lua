@@ -1,5 +1,5 @@
--- What the janitor, the deliverer and the sessions ask for. The janitor's operations can be repeated
--- by anybody at any time: each looks again before it moves anything.
+-- The operations of the janitor, the deliverer and the sessions. The janitor's can be repeated by any
+-- process at any time: each checks again before it moves anything.
 
 function op.due(now)
   local ids = redis.call('ZRANGEBYSCORE', P .. 'due', '-inf', now, 'LIMIT', 0, 1000)
@@ -12,8 +12,8 @@ function op.due(now)
   return ids
 end
 
--- Before a sweep. When none was for long, Redis or all janitors were away and nobody could beat, or
--- be missed: who runs gets time to say so before he is taken for dead, and his job for a killer.
+-- Before a sweep. When there was none for long, Redis or all janitors were away, and no worker could
+-- send a heartbeat. So every running job gets half a lease more before it counts as lost.
 function op.awake(now)
   local last = redis.call('GET', P .. 'swept')
   redis.call('SET', P .. 'swept', now)
@@ -153,7 +153,7 @@ function op.put_off(now, id, at)
   return 1
 end
 
--- Put a delivery that is still in the outbox off, or among the dead.
+-- Postpone a delivery that is still in the outbox, or make it a dead letter.
 function op.settle(now, id, place, at, error)
   if not redis.call('ZSCORE', P .. 'outbox', id) then return 0 end
   redis.call('ZREM', P .. 'outbox', id)
@@ -189,7 +189,7 @@ function op.fold(now, tenant, session_id, revision, document, facts, alert)
       'session_id', session_id, 'tenant', tenant, 'data', facts)
     post('session.alert', {tenant = tenant, callback = seen[3] or ''}, session_id, facts, now)
   end
-  tell('session:' .. name, 'updated')
+  notify('session:' .. name, 'updated')
   return 1
 end
 
@@ -198,7 +198,7 @@ if not now then
   local clock = redis.call('TIME')
   now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
 end
--- With Redis' memory full only submissions are refused, and what runs may end: Redis stops a script
--- at a write that needs memory only while it has not written yet.
+-- With Redis' memory full only submissions are refused, and running jobs may end: Redis stops a script
+-- at a write that needs memory only while the script has written nothing. DEL needs no memory.
 if ARGV[1] ~= 'submit' then redis.call('DEL', P .. 'nothing') end
 return op[ARGV[1]](now, unpack(ARGV, 3))
