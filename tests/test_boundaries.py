@@ -24,6 +24,7 @@ OWNERS = {
     "tensorrt_rtx": {"kernels/build_rtx.py", "kernels/engine_trt.py"},
     "nvidia": {"worker/media/decode_dali.py"},
     "timm": {"kernels/networks/backbones.py"},
+    "sklearn": {"train/evaluate/metrics.py", "train/evaluate/figures.py"},
     "fsspec": {"worker/service/fetch.py"},
     "av": {
         "worker/media/decode_pyav.py",

@@ -26,7 +26,7 @@ from ralf.train.calibrate import (
 )
 from ralf.train.data.index import Index, Row
 from ralf.train.data.pool import Pool
-from ralf.train.evaluate.judge import Judge, score
+from ralf.train.evaluate.judge import JudgedModel, score_examples
 from ralf.train.evaluate.metrics import share_interval
 from tests.faces_on_disk import faces
 
@@ -221,9 +221,9 @@ def split_of(root: Path, *videos: tuple[str, str, str, str]) -> Index:
     return Index(root, tuple(rows))
 
 
-def by_brightness(size: int = 32) -> Judge:
+def by_brightness(size: int = 32) -> JudgedModel:
     """Calls bright pictures forged."""
-    return Judge(
+    return JudgedModel(
         name="brightness",
         score=lambda crops: (crops.float().mean((1, 2, 3)) - 120) / 20,
         input=InputContract(size=size),
@@ -241,7 +241,9 @@ def test_every_family_forges_every_frame_of_a_video(
     )  # fmt: skip
     pooled = []
     monkeypatch.setattr(
-        calibrate_module, "score", lambda *asked: pooled.append(score(*asked)) or pooled[-1]
+        calibrate_module,
+        "score_examples",
+        lambda *asked: pooled.append(score_examples(*asked)) or pooled[-1],
     )
     monkeypatch.setattr(Pool, "forgery", lambda self, frame, image, *_: 255 - image // 8)
 

@@ -17,18 +17,19 @@ from ralf.train.data.prepare import prepare
 from ralf.train.evaluate import papers
 from ralf.train.evaluate.conditions import DEEPERFORENSICS
 from ralf.train.evaluate.judge import (
-    Judge,
+    JudgedModel,
     evaluate,
     examples_for,
-    judge_of,
-    of_network,
-    score,
+    model_of_network,
+    open_model,
+    score_examples,
     write_videos,
 )
 from ralf.train.evaluate.metrics import Scored, concatenated, measure
-from ralf.train.evaluate.table_aggregation import spread
-from ralf.train.evaluate.tables import KINDS, Ask, Table, table
-from ralf.train.forge.clips import Wanted, make_clips
+from ralf.train.evaluate.tables import MAKERS, table
+from ralf.train.evaluate.tables.aggregation import evenly_spread
+from ralf.train.evaluate.tables.table import Table, TableOptions
+from ralf.train.forge.clips import ClipOptions, make_clips
 from tests.faces_on_disk import faces
 
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=4))
@@ -40,8 +41,8 @@ def sharpness(crops: Tensor) -> Tensor:
     return (grey[:, :, 1:] - grey[:, :, :-1]).abs().mean(dim=(1, 2)) / 4 - 1
 
 
-JUDGE = Judge(name="sharp", score=sharpness, input=CONTRACT)
-QUICK = Ask(split="val", families=("smooth", "inner"), replicates=20)
+JUDGE = JudgedModel(name="sharp", score=sharpness, input=CONTRACT)
+QUICK = TableOptions(split="val", families=("smooth", "inner"), replicates=20)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +118,12 @@ def test_a_network_is_judged_in_inference(index):
         def forward(self, crops: Tensor) -> Tensor:
             return self.inner(crops.float() / 255)[:, 0]
 
-    judge = of_network("plain", One().train(), CONTRACT)
+    judge = model_of_network("plain", One().train(), CONTRACT)
     examples = examples_for(judge, index, "val")
 
-    assert np.array_equal(score(judge, examples).logit, score(judge, examples).logit)
+    assert np.array_equal(
+        score_examples(judge, examples).logit, score_examples(judge, examples).logit
+    )
 
 
 def test_a_diverged_network_is_refused(index):
@@ -134,7 +137,7 @@ def test_a_diverged_network_is_refused(index):
 def test_a_model_that_is_not_there_is_named(tmp_path):
     """With the hint that a run would do."""
     with pytest.raises(ArtifactError, match="ralf train"):
-        judge_of("nobody", tmp_path)
+        open_model("nobody", tmp_path)
 
 
 def test_a_row_for_every_video(index, tmp_path):
@@ -149,7 +152,7 @@ def test_a_row_for_every_video(index, tmp_path):
     assert pytest.approx(1 / (1 + np.exp(-first)), abs=1e-5) == float(rows[0]["score"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MAKERS)
 def test_every_table_prints_and_keeps_its_figures(index, tmp_path, kind):
     """Rows fit their columns; the JSON holds numbers, not text."""
     ask = replace(QUICK, conditions=("blur:2",))
@@ -252,11 +255,11 @@ def test_the_aggregation_table_pools_as_the_worker_would(tmp_path):
     video = tuple(("d", m, "", f"v{n}") for m in ("real", "fake") for n in range(6) for _ in "1234")
     forged = np.array([name[1] == "fake" for name in video])
     found = Scored(rng.normal(forged * 0.7), forged, video, video)
-    half = found.where(spread(found, 2))
+    half = found.where(evenly_spread(found, 2))
 
-    assert [1, 3] == np.flatnonzero(spread(found, 2))[:2].tolist()
-    assert [2] == np.flatnonzero(spread(found, 1))[:1].tolist()
-    assert spread(found, 4).all()
+    assert [1, 3] == np.flatnonzero(evenly_spread(found, 2))[:2].tolist()
+    assert [2] == np.flatnonzero(evenly_spread(found, 1))[:1].tolist()
+    assert evenly_spread(found, 4).all()
     means = half.logit.reshape(12, 2).mean(axis=1)
     expected = roc_auc_score(half.forged[::2], means)
     pooled = half.pooled(Aggregation(track="mean"))
@@ -276,7 +279,7 @@ def carded(tmp_path_factory) -> tuple[Index, Table]:
     """Stills, prepared clips of them, and people to check by."""
     root = tmp_path_factory.mktemp("card")
     stills = faces(root / "stills", val=3)
-    wanted = Wanted(families=("boundary", "smooth"), crfs=(23, 40), seconds=0.3)
+    wanted = ClipOptions(families=("boundary", "smooth"), crfs=(23, 40), seconds=0.3)
     clips = make_clips(stills, root / "clips", wanted, split="val")
     crops = prepare(clips, root / "crops", CONTRACT, frames=2)
     others = [
@@ -284,8 +287,10 @@ def carded(tmp_path_factory) -> tuple[Index, Table]:
         for n, row in enumerate(stills.where(split="train"))
     ]
     everything = stills + crops + Index(stills.root, tuple(others))
-    ask = Ask(split="val", families=("smooth", "boundary"), conditions=("clean",), replicates=20)
-    return everything, table("card", [JUDGE], everything, ask)
+    options = TableOptions(
+        split="val", families=("smooth", "boundary"), conditions=("clean",), replicates=20
+    )
+    return everything, table("card", [JUDGE], everything, options)
 
 
 def test_the_card_judges_stills_clips_and_other_people(carded):
@@ -311,7 +316,7 @@ def test_the_cards_figures_are_those_of_the_scores(carded):
     stills = everything.where(dataset="portraits")
     each = evaluate(JUDGE, stills, "val", families=("boundary",), replicates=0)
     expected = roc_auc_score(each.scored.forged, each.scored.logit)
-    at_each = [made.results[place].scored.pooled(JUDGE.aggregation) for place in (-2, -1)]
+    at_each = [made.evaluations[place].scored.pooled(JUDGE.aggregation) for place in (-2, -1)]
     pooled = at_each[0]
     every = concatenated(at_each)
     seen = every.where(np.array([video[1] != "boundary" for video in every.video]))

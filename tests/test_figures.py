@@ -23,9 +23,15 @@ from ralf.train.evaluate.figures import (
     spectrum_ratio,
     strips_figure,
 )
-from ralf.train.evaluate.judge import Judge, examples_for, of_network, result, score
+from ralf.train.evaluate.judge import (
+    JudgedModel,
+    evaluation_of,
+    examples_for,
+    model_of_network,
+    score_examples,
+)
 from ralf.train.evaluate.metrics import Scored
-from ralf.train.evaluate.page import report
+from ralf.train.evaluate.page import write_page
 from tests.faces_on_disk import faces
 
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=2))
@@ -137,10 +143,10 @@ def test_strips_show_what_the_network_can(network):
 def test_a_page_stands_alone(network, tmp_path, plain):
     """Nothing from elsewhere; what could not be drawn is named."""
     index = faces(tmp_path / "d", val=4)
-    judge = of_network("tiny", Corner() if plain else network, CONTRACT)
+    judge = model_of_network("tiny", Corner() if plain else network, CONTRACT)
     examples = examples_for(judge, index, "val", families=("inner", "boundary"))
-    found = result(judge, score(judge, examples), "clean", replicates=10)
-    page = report(judge, examples, found, tmp_path / "page.html").read_text()
+    found = evaluation_of(judge, score_examples(judge, examples), "clean", replicates=10)
+    page = write_page(judge, examples, found, tmp_path / "page.html").read_text()
 
     assert "http" not in page and 'src="data:image/png' in page
     assert "boundary" in page and ("mask: the network has none" in page) == plain
@@ -150,8 +156,8 @@ def test_a_page_stands_alone(network, tmp_path, plain):
 def test_a_bare_judge_has_a_page_too(tmp_path):
     """An engine without a network shows its scores alone."""
     index = faces(tmp_path / "d", val=2)
-    judge = Judge("dark", lambda crops: crops.float().mean(dim=(1, 2, 3)) - 128, CONTRACT)
+    judge = JudgedModel("dark", lambda crops: crops.float().mean(dim=(1, 2, 3)) - 128, CONTRACT)
     examples = examples_for(judge, index, "val", families=("inner",))
-    found = result(judge, score(judge, examples), "clean", replicates=0)
+    found = evaluation_of(judge, score_examples(judge, examples), "clean", replicates=0)
 
-    assert "shows no network" in report(judge, examples, found, tmp_path / "p.html").read_text()
+    assert "shows no network" in write_page(judge, examples, found, tmp_path / "p.html").read_text()

@@ -6,11 +6,11 @@ import pytest
 from ralf.kernels.manifest import InputContract
 from ralf.train.data.index import Index, IndexFault, load
 from ralf.train.data.prepare import prepare
-from ralf.train.forge.clips import Wanted, make_clips
+from ralf.train.forge.clips import ClipOptions, make_clips
 from tests.clips import decode_all
 from tests.faces_on_disk import faces
 
-QUICK = Wanted(families=("boundary", "smooth"), crfs=(23, 40), seconds=0.4)
+QUICK = ClipOptions(families=("boundary", "smooth"), crfs=(23, 40), seconds=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_the_worker_finds_the_faces_in_them(made, tmp_path):
 def test_wishes_that_cannot_be_met_are_refused(wrong, message):
     """Before anything is made."""
     with pytest.raises(IndexFault, match=message):
-        Wanted(**wrong)
+        ClipOptions(**wrong)
 
 
 def test_a_split_without_reals_is_refused(stills, tmp_path):

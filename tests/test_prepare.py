@@ -139,10 +139,10 @@ def test_a_stopped_run_goes_on(films, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(index, tmp_path, CONTRACT, watch=lambda done, of, outcome: stopping(of, outcome))
+        prepare(index, tmp_path, CONTRACT, on_progress=lambda _, of, outcome: stopping(of, outcome))
     again = []
     made = prepare(
-        index, tmp_path, CONTRACT, watch=lambda done, of, outcome: again.append(outcome.path)
+        index, tmp_path, CONTRACT, on_progress=lambda done, of, outcome: again.append(outcome.path)
     )
 
     assert not set(worked) & set(again) and len(worked) + len(again) == 4

@@ -29,7 +29,7 @@ from scipy.special import expit
 from ralf.kernels.manifest import Calibration
 from ralf.train.data.evaluation_set import Example
 from ralf.train.data.index import Index
-from ralf.train.evaluate.judge import Judge, examples_for, score
+from ralf.train.evaluate.judge import JudgedModel, examples_for, score_examples
 from ralf.train.evaluate.metrics import at_even_odds, share_interval
 from ralf.train.recipe import seen_families
 
@@ -143,7 +143,7 @@ def calibrate_on_table(path: Path, fitted_on: str, *, shift: bool = True) -> Cal
 
 
 def calibrate_on_split(
-    judge: Judge,
+    judge: JudgedModel,
     index: Index,
     split: str,
     *,
@@ -167,7 +167,7 @@ def calibrate_on_split(
     people: list[Hashable] = []
     for condition in conditions:
         examples = examples_for(judge, index, split, families=families, condition=condition)
-        videos = score(judge, examples).pooled(judge.aggregation)
+        videos = score_examples(judge, examples).pooled(judge.aggregation)
         who = {item.video: person_of(item) for item in examples.items}
         logits.append(videos.logit)
         forged.append(videos.forged)
@@ -191,7 +191,7 @@ def person_of(item: Example) -> Hashable:
     return row.target or (row.dataset, row.video)
 
 
-def families_to_blend(judge: Judge, index: Index, split: str) -> tuple[str, ...]:
+def families_to_blend(judge: JudgedModel, index: Index, split: str) -> tuple[str, ...]:
     """The families trained on where the split has no forgeries of its own; else none."""
     if len(index.where(split=split, label=1)):
         return ()

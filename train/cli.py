@@ -18,14 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from ralf.train.data.cli import data_commands, evaluate_commands
+from ralf.train.data.cli import data_commands
+from ralf.train.evaluate.cli import evaluate_commands
 
 if TYPE_CHECKING:
     import torch
 
     from ralf.kernels.artifact import Artifact
     from ralf.train.calibrate import Calibrated
-    from ralf.train.evaluate.judge import Judge
+    from ralf.train.evaluate.judge import JudgedModel
     from ralf.train.retrain import Retraining
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -279,7 +280,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     from ralf.kernels.artifact import models_folder, resolve
     from ralf.kernels.choose_engine import load
     from ralf.train.calibrate import calibrate_on_table
-    from ralf.train.evaluate.judge import of_manifest
+    from ralf.train.evaluate.judge import model_of_manifest
     from ralf.train.publish import recalibrate
 
     if (args.scores is None) == (args.data is None):
@@ -292,7 +293,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
         _warn_if_split_chose_the_weights(artifact, args.split)
         # In the precision that serves, unlike tables, since these very scores are thresholded.
         engine = load(artifact, args.device)
-        found = _calibrated(of_manifest(artifact.label, engine, artifact.manifest), args)
+        found = _calibrated(model_of_manifest(artifact.label, engine, artifact.manifest), args)
     for name, each in found.thresholds.items():
         low, high = each.interval
         support = "" if each.supported else "  (too few faces to support it)"
@@ -304,7 +305,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     return OK
 
 
-def _calibrated(judge: "Judge", args: argparse.Namespace) -> "Calibrated":
+def _calibrated(judge: "JudgedModel", args: argparse.Namespace) -> "Calibrated":
     from ralf.train.calibrate import calibrate_on_split
     from ralf.train.data.layouts import read_all
 

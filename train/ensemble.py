@@ -20,7 +20,7 @@ from ralf.kernels.engine_torch import pack, restore
 from ralf.kernels.manifest import Manifest, Network, held_out_family
 from ralf.kernels.networks import build
 from ralf.train.calibrate import Calibrated
-from ralf.train.evaluate.judge import Judge, of_network
+from ralf.train.evaluate.judge import JudgedModel, model_of_network
 from ralf.train.publish import with_calibration
 from ralf.train.recipe_text import differences
 
@@ -82,10 +82,10 @@ def publish_ensemble(
     return write_version(models, draft, {**files, "card.md": text.encode()})
 
 
-def judge_of_members(members: Sequence[Artifact], name: str) -> Judge:
+def judge_of_members(members: Sequence[Artifact], name: str) -> JudgedModel:
     """The ensemble before it is published, to calibrate it by."""
     manifest, network = draft_ensemble(members, name)
-    judge = of_network(name, network, manifest.input)
+    judge = model_of_network(name, network, manifest.input)
     return replace(judge, aggregation=manifest.aggregation, trained=manifest.trained)
 
 

@@ -38,8 +38,9 @@ from ralf.train.chain import Chain, MadeClips, Training
 from ralf.train.data.index import Index
 from ralf.train.data.layouts import read_all
 from ralf.train.data.prepare import prepare
-from ralf.train.evaluate.judge import Judge, evaluate, from_run
-from ralf.train.evaluate.tables import Ask, table
+from ralf.train.evaluate.judge import JudgedModel, evaluate, model_of_run
+from ralf.train.evaluate.tables import table
+from ralf.train.evaluate.tables.table import TableOptions
 from ralf.train.forge.clips import INDEX, Wanted, make_clips
 from ralf.train.loop.checkpoint import BEST, has_checkpoint
 from ralf.train.publish import (
@@ -241,7 +242,7 @@ def _clips(order: Retraining, families: Mapping[str, tuple[Any, ...]]) -> Facts:
 
 
 def _calibrate(order: Retraining, done: Mapping[str, Facts]) -> Facts:
-    judge = from_run(order.training.last_folder, device=_torch(order))
+    judge = model_of_run(order.training.last_folder, device=_torch(order))
     split, clips = order.calibrate_on, order.clips
     index, fitted_on = order.index, ""
     if clips:
@@ -298,7 +299,7 @@ def _evaluate(order: Retraining, done: Mapping[str, Facts]) -> Facts:
     made, split = _calibrated_of(done["calibrate"]), order.evaluate_on
     _refuse_empty(order.index, split, "--evaluate-on")
     judge = dataclasses.replace(
-        from_run(order.training.last_folder, device=_torch(order)),
+        model_of_run(order.training.last_folder, device=_torch(order)),
         calibration=made.calibration,
         threshold=made.scores()["fpr_0.05"],
     )
@@ -316,15 +317,15 @@ def _evaluate(order: Retraining, done: Mapping[str, Facts]) -> Facts:
     return {name: _without_nan(value) for name, value in figures.items()}
 
 
-def _card_figures(order: Retraining, judge: Judge, clips: str) -> Facts:
+def _card_figures(order: Retraining, judge: JudgedModel, clips: str) -> Facts:
     """All figures of the card's table, on stills and on made clips."""
     index = read_all([*order.training.data, clips])
-    made = table("card", [judge], index, Ask(split=order.evaluate_on))
+    made = table("card", [judge], index, TableOptions(split=order.evaluate_on))
     made.save(order.run / "card.json")
     return dict(made.figures[judge.name])
 
 
-def _video_figures(order: Retraining, judge: Judge) -> Facts:
+def _video_figures(order: Retraining, judge: JudgedModel) -> Facts:
     split = order.evaluate_on
     families = families_to_blend(judge, order.index, split)
     found = evaluate(judge, order.index, split, families=families)

@@ -1,9 +1,9 @@
-"""Faces to judge by: the same every time, whatever process asks and in whatever order.
+"""Faces to judge by: the same every time, in whatever process and order they are made.
 
-Each real video gives its frames evenly spread; each forged one on disk the same; and where the
-recipe blends, forgeries are made from the reals by families that are asked for, the held-out one
-too.  Their randomness is seeded by the name of the frame, so that one more video changes no other.
-A condition (evaluate/conditions.py) is put on real and forged alike, before the crop is cut.
+Every video on disk, real or forged, gives frames spread evenly over it.  Where families are asked
+for, forgeries are also blended from the real faces; the held-out family may be among them.  Their
+randomness is seeded by the name of the frame, so that one more video changes no other example.  A
+condition (evaluate/conditions.py) changes real and forged alike, before the crop is cut.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Example:
 
     frame: Frame
     family: Family | None = None
-    """How it is forged here; None as it lies on disk."""
+    """The family that it is forged by here; None for a face as it lies on disk."""
 
     @property
     def forged(self) -> bool:
@@ -45,7 +45,7 @@ class Example:
 
     @property
     def video(self) -> tuple[str, str, str, str]:
-        """What its score is pooled under."""
+        """The video that its score is pooled with."""
         row = self.frame.row
         return (row.dataset, self.method, row.compression, row.video)
 
@@ -70,18 +70,17 @@ class Examples:
         limit: int | None = None,
         ram_bytes: int = 2 * 1024**3,
     ) -> None:
-        """`families`: those to blend, the recipe's own by default; `each`: one of them for each
-        real frame in turn, or all.  `limit` keeps the first so many videos of each class."""
+        """`families` are blended, the recipe's own by default: for each real frame one of them in
+        turn, or all of them, as `each` says.  `limit` keeps the first videos of each class."""
         parse(condition)
         self.data, self.condition, self.batch = data, condition, batch
         if families is None:
             # As the recipe trains: validation must not choose weights by what is held out.
             families, index = data.trained_families, index.without_forgeries(data.held_out)
         self.pool = Pool(index, data, split, ram_bytes=ram_bytes)
-        wanted = families
-        if unknown := set(wanted) - set(FAMILIES):
+        if unknown := set(families) - set(FAMILIES):
             raise IndexFault(f"no family {sorted(unknown)}; known: {', '.join(FAMILIES)}")
-        self.families = tuple(family for family in FAMILIES if family in wanted)
+        self.families = tuple(family for family in FAMILIES if family in families)
         self.each = each
         self.items = self._items(limit)
 
@@ -101,7 +100,7 @@ class Examples:
         return tuple(items)
 
     def _spread(self, video: list[Frame]) -> list[Frame]:
-        """Evenly over the whole video: never its first frames only."""
+        """Frames over the whole video: its first ones alone may all show the same pose."""
         most = self.data.evaluation_frames
         if len(video) <= most:
             return video
@@ -147,8 +146,8 @@ class Examples:
             own = hashlib.sha256(item.name.encode()).digest()[:8]
             rng = np.random.default_rng(int.from_bytes(own, "big"))
             image = self.pool.forgery(item.frame, image, face, item.family, rng)
-        worn = perturb(image, self.condition, np.random.default_rng(int.from_bytes(seed, "big")))
-        return cut.take(worn, face)
+        damaged = perturb(image, self.condition, np.random.default_rng(int.from_bytes(seed, "big")))
+        return cut.take(damaged, face)
 
 
 KEPT_BYTES = 2 * 1024**3

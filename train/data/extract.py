@@ -79,7 +79,10 @@ class Outcome:
     found: int = 0
     kept: int = 0
     reason: str = ""
-    """Why nothing was kept, or what was odd; empty when all is well."""
+    """Why nothing was kept, or what was unusual; empty when all is well."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.kept} faces {self.reason}".rstrip()
 
 
 class Extractor:

@@ -169,6 +169,19 @@ def _plain(value: object) -> object:
     return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else value
 
 
+def parse_fields(pairs: Iterable[str]) -> dict[str, object]:
+    """FIELD=VALUE pairs for `Index.where`, each value typed as its field."""
+    whole = {field.name for field in fields(Row) if field.type in (int, "int")}
+    known = {field.name for field in fields(Row)}
+    wanted: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--only takes FIELD=VALUE with a field of {sorted(known)}: {pair!r}")
+        wanted[name] = int(value) if name in whole else value
+    return wanted
+
+
 def load(path: str | Path, root: str | Path | None = None) -> Index:
     """A saved index; its paths start from its own folder unless a root is given."""
     path = Path(path)

@@ -26,7 +26,7 @@ from ralf.train.data.index import Index, IndexFault, Row
 from ralf.train.data.pictures import frames_of
 from ralf.train.data.pool import PREPARED
 
-Watch = Callable[[int, int, Outcome], None]
+OnProgress = Callable[[int, int, Outcome], None]
 VIDEOS, INDEX = "videos.csv", "index.csv"
 Done = tuple[Task, Outcome, list[Row]]
 
@@ -40,7 +40,7 @@ def prepare(
     workers: int = 0,
     device: str = "cpu",
     quality: int = 98,
-    watch: Watch | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Index:
     """Faces of every row that has none yet, in `out`; returns their index, which lies there too.
 
@@ -59,8 +59,8 @@ def prepare(
     for number, (task, outcome, rows) in enumerate(_run(waiting, way, out, workers, device)):
         _write(out / "done" / f"{task.name}.json", outcome, rows)
         finished[task.name] = (outcome, rows)
-        if watch is not None:
-            watch(len(tasks) - len(waiting) + number + 1, len(tasks), outcome)
+        if on_progress is not None:
+            on_progress(len(tasks) - len(waiting) + number + 1, len(tasks), outcome)
     ended = [each for each in finished.values() if each is not None]
     rows = [index.anywhere(row) for row in known] + [row for _, part in ended for row in part]
     made = Index(out, tuple(rows), index.notes)

@@ -1,15 +1,16 @@
 """Judge a model on a split: every example's score, figures by frame and video, a CSV of videos.
 
-    model ─▶ Judge ─┐
-    index ─▶ Examples ─┴─▶ Scored ─▶ Metrics ─▶ tables (ralf.train.evaluate.tables)
-                                └─▶ videos.csv
+    model ─▶ JudgedModel ─┐
+    index ─▶ Examples ────┴─▶ Scored ─▶ Metrics ─▶ tables (ralf.train.evaluate.tables)
+                                   └─▶ videos.csv
 
-Crops are cut by the model's own InputContract and scored in FP32, so every figure on a card comes
-out again, to the third digit, from the artifact and the index.  A model is an artifact of the
-registry, a folder of one, or the folder of a training run.
+Crops are cut by the model's own InputContract and scored in FP32, so that every figure on a card
+can be measured again from the artifact and the index and agrees to the third digit.  A model is an
+artifact of the registry, a folder of one, or the folder of a training run.
 """
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,44 +34,45 @@ from ralf.train.loop.checkpoint import load as load_checkpoint
 from ralf.train.recipe import Data
 from ralf.worker.scores import calibrated
 
-Score = Callable[[Tensor], Tensor]
-Watch = Callable[[int, int], None]
+Scorer = Callable[[Tensor], Tensor]
+OnProgress = Callable[[int, int], None]
+"""Called with how many batches are done, and of how many."""
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A model and what it wants to be judged by."""
+class JudgedModel:
+    """A model, and what it takes to judge it as it would be served."""
 
     name: str
-    score: Score
+    score: Scorer
     """Crops u8 [m, 3, s, s] → logits [m]."""
     input: InputContract
     calibration: Calibration = field(default_factory=Calibration)
     aggregation: Aggregation = field(default_factory=Aggregation)
     threshold: float = 0.5
-    """Of the calibrated score: at or above it, forged."""
+    """A calibrated score at or above it is called forged."""
     network: nn.Module | None = None
-    """For figures that look inside."""
+    """For figures that show what happens inside; None where the engine does not expose it."""
     trained: Mapping[str, Any] = field(default_factory=dict)
     """By which recipe, how many steps and faces."""
 
 
-def judge_of(spec: str, models: Path, *, device: str = "cpu") -> Judge:
-    """A Judge from a model's name, its folder, or a run's folder."""
+def open_model(spec: str, models: Path, *, device: str = "cpu") -> JudgedModel:
+    """A model by its name, its folder, or the folder of a training run."""
     if any((Path(spec) / name).is_file() for name in ("best.safetensors", "last.safetensors")):
-        return from_run(Path(spec), device=device)
+        return model_of_run(Path(spec), device=device)
     try:
         artifact = resolve(models, spec)
     except ArtifactError as error:
         raise ArtifactError(f"{error} (a folder of `ralf train` would do too)") from error
     engine = load_engine(artifact, device, precision="fp32")
-    judge = of_manifest(artifact.label, engine, artifact.manifest)
-    return replace(judge, network=getattr(engine, "network", None))
+    model = model_of_manifest(artifact.label, engine, artifact.manifest)
+    return replace(model, network=getattr(engine, "network", None))
 
 
-def of_manifest(name: str, score: Score, manifest: Manifest) -> Judge:
-    """What scores crops, judged as its manifest says."""
-    return Judge(
+def model_of_manifest(name: str, score: Scorer, manifest: Manifest) -> JudgedModel:
+    """A function that scores crops, judged as its manifest says."""
+    return JudgedModel(
         name=name,
         score=score,
         input=manifest.input,
@@ -81,15 +83,15 @@ def of_manifest(name: str, score: Score, manifest: Manifest) -> Judge:
     )
 
 
-def from_run(run: Path, *, device: str = "cpu") -> Judge:
-    """The judged weights of a training run, uncalibrated."""
+def model_of_run(run: Path, *, device: str = "cpu") -> JudgedModel:
+    """The weights of a training run that validation judged best, uncalibrated."""
     checkpoint = load_checkpoint(judged(run))
     recipe = checkpoint.recipe
     network = build(recipe.network.build, **recipe.network.dimensions)
     network.load_state_dict(weights(checkpoint))
     state = checkpoint.state
     return replace(
-        of_network(run.name, network, recipe.data.input, device=device),
+        model_of_network(run.name, network, recipe.data.input, device=device),
         trained={
             "recipe": recipe.name,
             "steps": state.step,
@@ -99,10 +101,10 @@ def from_run(run: Path, *, device: str = "cpu") -> Judge:
     )
 
 
-def of_network(
+def model_of_network(
     name: str, network: nn.Module, contract: InputContract, *, device: str = "cpu"
-) -> Judge:
-    """A bare network as a Judge."""
+) -> JudgedModel:
+    """A bare network as a model to judge."""
     place = pick_device(device)
     network = network.to(place).eval()
 
@@ -110,11 +112,11 @@ def of_network(
     def score(crops: Tensor) -> Tensor:
         return torch.as_tensor(network(crops.to(place))).float().cpu()
 
-    return Judge(name=name, score=score, input=contract, network=network)
+    return JudgedModel(name=name, score=score, input=contract, network=network)
 
 
 def examples_for(
-    judge: Judge,
+    model: JudgedModel,
     index: Index,
     split: str,
     *,
@@ -124,10 +126,10 @@ def examples_for(
     limit: int | None = None,
 ) -> Examples:
     """The split as this model wants it cut: all families for every real face."""
-    most = frames or judge.input.sampling.max_frames
+    most = frames or model.input.sampling.max_frames
     return Examples(
         index,
-        Data(input=judge.input, evaluation_frames=most),
+        Data(input=model.input, evaluation_frames=most),
         split,
         families=families,
         each="all",
@@ -137,17 +139,27 @@ def examples_for(
     )
 
 
-def score(judge: Judge, examples: Examples, watch: Watch | None = None) -> Scored:
+def score_examples(
+    model: JudgedModel, examples: Examples, on_progress: OnProgress | None = None
+) -> Scored:
     """Every example's logit, by frame."""
-    logits: list[Tensor] = []
+    return score_together([model], examples, on_progress)[0]
+
+
+def score_together(
+    models: Sequence[JudgedModel], examples: Examples, on_progress: OnProgress | None = None
+) -> list[Scored]:
+    """Every example's logit by each model; a crop is made once and shown to all."""
+    logits: list[list[Tensor]] = [[] for _ in models]
     for number, batch in enumerate(examples):
-        logits.append(judge.score(batch.crops))
-        if watch is not None:
-            watch(number + 1, len(examples))
-    return scored(examples, torch.cat(logits).numpy())
+        for model, own in zip(models, logits, strict=True):
+            own.append(model.score(batch.crops))
+        if on_progress is not None:
+            on_progress(number + 1, len(examples))
+    return [with_logits(examples, torch.cat(own).numpy()) for own in logits]
 
 
-def scored(examples: Examples, logit: np.ndarray) -> Scored:
+def with_logits(examples: Examples, logit: np.ndarray) -> Scored:
     """Logits in the order of the examples, with what is known of them.
 
     A face and what was blended from it fall into one cluster: they are one person's one picture.
@@ -162,7 +174,7 @@ def scored(examples: Examples, logit: np.ndarray) -> Scored:
 
 
 @dataclass(frozen=True)
-class Result:
+class Evaluation:
     """One model on one split under one condition."""
 
     model: str
@@ -175,7 +187,7 @@ class Result:
 
 
 def evaluate(
-    judge: Judge,
+    model: JudgedModel,
     index: Index,
     split: str = "test",
     *,
@@ -184,44 +196,44 @@ def evaluate(
     frames: int | None = None,
     limit: int | None = None,
     replicates: int = 1000,
-    watch: Watch | None = None,
-) -> Result:
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
     """Figures by frame, by video and by method."""
     examples = examples_for(
-        judge, index, split,
+        model, index, split,
         families=families, condition=condition, frames=frames, limit=limit,
     )  # fmt: skip
-    return result(judge, score(judge, examples, watch), condition, replicates)
+    return evaluation_of(model, score_examples(model, examples, on_progress), condition, replicates)
 
 
-def result(judge: Judge, found: Scored, condition: str, replicates: int = 1000) -> Result:
+def evaluation_of(
+    model: JudgedModel, found: Scored, condition: str, replicates: int = 1000
+) -> Evaluation:
     """The figures of scores."""
 
     def figures(part: Scored) -> Metrics:
-        return measure(part, judge.calibration, replicates=replicates, threshold=judge.threshold)
+        return measure(part, model.calibration, replicates=replicates, threshold=model.threshold)
 
-    return Result(
-        model=judge.name,
+    return Evaluation(
+        model=model.name,
         condition=condition,
         frames=figures(found),
-        videos=figures(found.pooled(judge.aggregation)),
+        videos=figures(found.pooled(model.aggregation)),
         by_method={name: figures(found.against_all_reals(name)) for name in found.methods},
         scored=found,
     )
 
 
-def write_videos(path: Path, judge: Judge, results: Iterable[Result]) -> Path:
-    """A row for each video and condition: what it is, how many frames, its score."""
+def write_videos(path: Path, model: JudgedModel, evaluations: Iterable[Evaluation]) -> Path:
+    """A CSV row for each video and condition: what it is, how many frames, its score."""
     columns = "model condition dataset method compression video forged frames logit score"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns.split())
-        for each in results:
-            pooled = each.scored.pooled(judge.aggregation)
-            score_of = calibrated(pooled.logit, judge.calibration)
-            frames: dict[tuple[str, str, str, str], int] = {}
-            for video in each.scored.video:
-                frames[video] = frames.get(video, 0) + 1
+        for each in evaluations:
+            pooled = each.scored.pooled(model.aggregation)
+            score_of = calibrated(pooled.logit, model.calibration)
+            frames = Counter(each.scored.video)
             for row, video in enumerate(pooled.video):
                 logit, value = f"{pooled.logit[row]:.6f}", f"{score_of[row]:.6f}"
                 label = int(pooled.forged[row])

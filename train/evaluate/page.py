@@ -1,20 +1,22 @@
 """One self-contained HTML page for a model on a split: its figures and what it learnt, in pictures.
 
-A figure that a network cannot give, as a mask for a plain classifier, is left out and said to be.
+A figure that a network cannot give, such as a mask for a plain classifier, is listed as left out.
 """
 
 import base64
-import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ralf.train.data.evaluation_set import Examples
+from ralf.train.data.index import Index
+from ralf.train.evaluate.conditions import CLEAN
 from ralf.train.evaluate.figures import (
     embedding_figure,
     features_of,
@@ -25,24 +27,35 @@ from ralf.train.evaluate.figures import (
     spectrum_figure,
     strips_figure,
 )
-from ralf.train.evaluate.judge import Judge, Result
+from ralf.train.evaluate.judge import (
+    Evaluation,
+    JudgedModel,
+    evaluation_of,
+    examples_for,
+    score_examples,
+)
+from ralf.train.evaluate.tables.table import TableOptions
 from ralf.worker.scores import calibrated
 
+TEMPLATE = Path(__file__).with_name("page.html")
 
-def report(judge: Judge, examples: Examples, result: Result, path: Path, *, faces: int = 6) -> Path:
+
+def write_page(
+    model: JudgedModel, examples: Examples, evaluation: Evaluation, path: Path, *, faces: int = 6
+) -> Path:
     """The page: every figure that this model can give, beside its numbers."""
-    scores = result.scored
-    chance = calibrated(scores.logit, judge.calibration)
+    scores = evaluation.scored
+    chance = calibrated(scores.logit, model.calibration)
     makers: list[tuple[str, Callable[[], Figure]]] = [
         ("Receiver operating characteristic, by frame", lambda: roc_figure(scores)),
         ("Reliability", lambda: reliability_figure(scores.forged, chance)),
     ]
     crops, names, forged = _some(examples, 400)
     if 0 < forged.sum() < len(forged):
-        told = torch.from_numpy(forged)
-        makers.append(("Spectrum", lambda: spectrum_figure(crops[~told], crops[told])))
+        is_forged = torch.from_numpy(forged)
+        makers.append(("Spectrum", lambda: spectrum_figure(crops[~is_forged], crops[is_forged])))
     left_out = []
-    network = judge.network
+    network = model.network
     if network is None:
         left_out.append("mask, embedding, strips: the engine shows no network")
     else:
@@ -58,7 +71,7 @@ def report(judge: Judge, examples: Examples, result: Result, path: Path, *, face
         picked = [names[place] for place in shown]
         makers.append(("Faces", lambda: strips_figure(network, crops[shown], picked)))
     figures = [(title, png(make())) for title, make in makers]
-    path.write_text(_page(judge, result, figures, left_out))
+    path.write_text(_page(model, evaluation, figures, left_out))
     return path
 
 
@@ -77,36 +90,38 @@ def _one_of_each(names: Sequence[str], most: int) -> list[int]:
 
 
 def _page(
-    judge: Judge, result: Result, figures: list[tuple[str, bytes]], left_out: list[str]
+    model: JudgedModel,
+    evaluation: Evaluation,
+    figures: list[tuple[str, bytes]],
+    left_out: list[str],
 ) -> str:
-    def cell(value: float) -> str:
-        return "—" if np.isnan(value) else f"{value:.4f}"
+    found = [("frames", evaluation.frames), ("videos", evaluation.videos)]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["cell"] = lambda value: "—" if np.isnan(value) else f"{value:.4f}"
+    return environment.from_string(TEMPLATE.read_text()).render(
+        model=model.name,
+        condition=evaluation.condition,
+        rows=[*found, *evaluation.by_method.items()],
+        figures=[(title, base64.b64encode(data).decode()) for title, data in figures],
+        left_out=left_out,
+    )
 
-    rows = [("frames", result.frames), ("videos", result.videos), *result.by_method.items()]
-    table = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{m.real}+{m.forged}</td><td>{cell(m.auc)} "
-        f"[{cell(m.auc_low)}, {cell(m.auc_high)}]</td><td>{cell(m.eer)}</td><td>{cell(m.ap)}</td>"
-        f"<td>{cell(m.ece)}</td><td>{cell(m.brier)}</td></tr>"
-        for name, m in rows
-    )
-    pictures = "".join(
-        f'<section><h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
-        f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></section>'
-        for title, data in figures
-    )
-    missing = "".join(f"<li>{html.escape(reason)}</li>" for reason in left_out)
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(judge.name)}</title><style>"
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "img{max-width:100%}table{border-collapse:collapse;display:block;overflow-x:auto}"
-        "th,td{text-align:right;padding:.2rem .7rem;border-bottom:1px solid #ccc}"
-        "th:first-child{text-align:left}</style>"
-        f"<h1>{html.escape(judge.name)}</h1><p>Condition: {html.escape(result.condition)}. "
-        "Scores are P(forged); intervals are 95 %, by video.</p>"
-        "<table><tr><th></th><th>real+forged</th><th>AUC</th><th>EER</th><th>AP</th><th>ECE</th>"
-        f"<th>Brier</th></tr>{table}</table>{pictures}"
-        + (f"<h2>Left out</h2><ul>{missing}</ul>" if missing else "")
-        + "</html>\n"
-    )
+
+def write_pages(
+    models: Sequence[JudgedModel], index: Index, options: TableOptions, folder: Path
+) -> list[Path]:
+    """A page of figures for each model on the whole split; none where nothing is forged."""
+    made = []
+    for model in models:
+        examples = examples_for(
+            model,
+            index,
+            options.split,
+            families=options.families,
+            frames=options.frames,
+            limit=options.limit,
+        )
+        found = evaluation_of(model, score_examples(model, examples), CLEAN, options.replicates)
+        if found.frames.forged > 0:
+            made.append(write_page(model, examples, found, folder / f"{model.name}.html"))
+    return made

@@ -34,11 +34,11 @@ FPS = 12.5
 SIZES = ((480, 480), (640, 480), (480, 640), (720, 576))
 TALL = (0.5, 1.15)
 """The portrait's height over the frame's: faces of about 120 to 330 pixels."""
-Watch = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ClipOptions:
     """Which clips to make of each still."""
 
     families: tuple[Family, ...]
@@ -62,25 +62,25 @@ class Wanted:
 def make_clips(
     index: Index,
     out: Path,
-    wanted: Wanted,
+    options: ClipOptions,
     *,
     split: str,
     limit: int | None = None,
     workers: int = 0,
-    watch: Watch | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Index:
     """The clips of a split's real stills, and the index of them, also written to OUT/index.csv."""
     pool = Pool(index, Data(), split, ram_bytes=0)
     stills = [video[0] for video in pool.real][:limit]
     if not stills:
         raise IndexFault(f"split {split!r} has no real pictures to set in motion")
-    make = partial(_make_all, index, split, wanted, out)
-    tasks = [_Task(still, number, wanted) for number, still in enumerate(stills)]
+    make = partial(_make_all, index, split, options, out)
+    tasks = [_Task(still, number, options) for number, still in enumerate(stills)]
     rows: list[Row] = []
     for done, made in enumerate(_run(make, tasks, workers), 1):
         rows += made
-        if watch is not None:
-            watch(done, len(tasks), made[0].path)
+        if on_progress is not None:
+            on_progress(done, len(tasks), made[0].path)
     order = {task.still.path: place for place, task in enumerate(tasks)}
     rows.sort(key=lambda row: (order[row.group], row.path))
     found = Index(out, tuple(replace(row, group="") for row in rows))
@@ -94,11 +94,11 @@ class _Task:
 
     still: Frame
     number: int
-    wanted: Wanted
+    options: ClipOptions
 
     @property
     def families(self) -> tuple[Family, ...]:
-        families, each = self.wanted.families, self.wanted.each
+        families, each = self.options.families, self.options.each
         start = self.number * each
         return tuple(families[(start + turn) % len(families)] for turn in range(each))
 
@@ -120,7 +120,7 @@ _pool: tuple[tuple[Path, str], Pool] | None = None
 
 
 def _make_all(
-    index: Index, split: str, wanted: Wanted, out: Path, tasks: Sequence[_Task]
+    index: Index, split: str, options: ClipOptions, out: Path, tasks: Sequence[_Task]
 ) -> list[list[Row]]:
     """The clips of some stills; the pool of donors is opened once a process."""
     global _pool
@@ -139,7 +139,7 @@ def _clips(task: _Task, pool: Pool, out: Path) -> list[Row]:
         )
     rows = []
     for family in (None, *task.families):
-        for crf in task.wanted.crfs:
+        for crf in task.options.crfs:
             path = out / f"crf{crf}" / (family or "real") / f"{_stem(still)}.mp4"
             rows.append(_row(still, family, crf, path.relative_to(out).as_posix()))
             if path.exists():
@@ -148,7 +148,7 @@ def _clips(task: _Task, pool: Pool, out: Path) -> list[Row]:
             if family is not None:
                 rng = _seeded(f"{still.name}+{family}")
                 image = pool.forgery(still, image, face, family, rng)
-            _write(image, path, crf, still.name, task.wanted.seconds)
+            _write(image, path, crf, still.name, task.options.seconds)
     return rows
 
 

@@ -16,10 +16,11 @@ from ralf.kernels.manifest import InputContract, Sampling
 from ralf.kernels.networks import build
 from ralf.train.data.index import Index
 from ralf.train.evaluate.cost import cost
-from ralf.train.evaluate.judge import Judge, evaluate, of_network
+from ralf.train.evaluate.judge import JudgedModel, evaluate, model_of_network
 from ralf.train.evaluate.metrics import Scored, auc, bootstrap_interval, paired_bootstrap_interval
-from ralf.train.evaluate.table_detectors import CANNOT, everyone
-from ralf.train.evaluate.tables import Ask, table
+from ralf.train.evaluate.tables import table
+from ralf.train.evaluate.tables.detectors import CANNOT, score_all
+from ralf.train.evaluate.tables.table import TableOptions
 from ralf.train.recipe import HELD_OUT, Recipe
 from ralf.train.recipe_text import override, to_json
 from ralf.train.recipes import named
@@ -27,7 +28,7 @@ from tests.faces_on_disk import faces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONTRACT = InputContract(size=64, sampling=Sampling(max_frames=1))
-ASK = Ask(split="val", families=("smooth", "inner"), conditions=("blur:5",), replicates=50)
+ASK = TableOptions(split="val", families=("smooth", "inner"), conditions=("blur:5",), replicates=50)
 LITE = {"backbone": "tf_efficientnet_lite0", "size": 64}
 SHOWN: Counter[str] = Counter()
 
@@ -39,8 +40,10 @@ def detail(crops: Tensor) -> Tensor:
     return -(grey[:, :, 1:] - grey[:, :, :-1]).abs().mean(dim=(1, 2)) / 4 + 1
 
 
-KNOWS = Judge(name="knows", score=detail, input=CONTRACT, trained={"recipe": "r", "faces": 640})
-WRONG = Judge(name="wrong", score=lambda crops: -detail(crops), input=CONTRACT)
+KNOWS = JudgedModel(
+    name="knows", score=detail, input=CONTRACT, trained={"recipe": "r", "faces": 640}
+)
+WRONG = JudgedModel(name="wrong", score=lambda crops: -detail(crops), input=CONTRACT)
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +124,9 @@ def test_crops_that_are_cut_alike_are_made_once(index: Index, monkeypatch: pytes
         return whole(self, item)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Examples, "crop", counted)
-    one = everyone([KNOWS, WRONG], index, ASK, ("smooth",), "clean")
+    one = score_all([KNOWS, WRONG], index, ASK, ("smooth",), "clean")
     once = made["crops"]
-    three = everyone([KNOWS, wide, WRONG], index, ASK, ("smooth",), "clean")
+    three = score_all([KNOWS, wide, WRONG], index, ASK, ("smooth",), "clean")
 
     assert 12 == once == made["crops"] - 2 * once
     assert np.array_equal(one[0].logit, -one[1].logit)
@@ -133,7 +136,7 @@ def test_crops_that_are_cut_alike_are_made_once(index: Index, monkeypatch: pytes
 
 def test_a_network_has_its_cost_in_the_row(index: Index):
     """Weights and arithmetic of the very network that was judged."""
-    judge = of_network("fdfl", build("fdfl", fusion="concat", **LITE), CONTRACT)
+    judge = model_of_network("fdfl", build("fdfl", fusion="concat", **LITE), CONTRACT)
     made = table("detectors", [KNOWS, judge], index, replace(ASK, families=("smooth",)))
     row = next(row for row in made.rows if row[0] == "fdfl")
 

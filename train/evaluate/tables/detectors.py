@@ -1,14 +1,14 @@
-"""The detectors side by side: what each sees, seen and unseen, worn and clean, and what it costs.
+"""The detectors side by side: seen and unseen forgeries, clean and damaged pictures, and cost.
 
     seen      forgeries of the families that the recipes train on, blended into the split's reals
-    unseen    those of the family that none of them trains on
-    less      the same less that of the first model, on the same faces, with the interval of the
-              difference: faces that are hard for all do not blur it
+    unseen    forgeries of the family that none of them trains on
+    less      the figure minus the first model's on the same faces, with the interval of that
+              difference, which faces that are hard for all models do not widen
 
-Crops that several models want cut alike are made once and shown to all.  Speed is of the FP32
-network on this machine, the models in turn; the arithmetic is counted, not timed.
+Models with the same input contract share their crops.  Speed is that of the FP32 network on this
+machine, the models in turn; the arithmetic is counted, not timed.
 
-What the table shows is said beneath it, by its own figures; and what it cannot show.
+Notes below the table say what its figures show, and what the table cannot show.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,21 +17,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ralf.kernels.bench.record import interleave, machine
 from ralf.kernels.manifest import held_out_family
 from ralf.train.data.index import Index
 from ralf.train.evaluate.conditions import CLEAN
 from ralf.train.evaluate.cost import cost
-from ralf.train.evaluate.judge import Judge, examples_for, result, scored
+from ralf.train.evaluate.judge import (
+    JudgedModel,
+    evaluation_of,
+    examples_for,
+    score_together,
+)
 from ralf.train.evaluate.metrics import Metrics, Scored, auc, measure, paired_bootstrap_interval
-from ralf.train.evaluate.tables import Ask, Table, _auc
+from ralf.train.evaluate.tables.table import Table, TableOptions, auc_cell
 from ralf.train.forge.families import FAMILIES
 
 CONDITIONS = ("h264=40", "jpeg=50", "blur:2")
 TIMED = 8
-"""Crops of which the speed is taken."""
+"""How many crops speed is measured with."""
 CANNOT = (
     "It cannot say which of them finds deepfakes best: every forgery here was made of the split's "
     "own faces by this project's blending, the unseen ones too, and nothing here was filmed. It is "
@@ -42,12 +46,12 @@ CANNOT = (
 
 
 @dataclass(frozen=True)
-class Part:
+class Comparison:
     """One model on the reals and some families, under one condition."""
 
     figures: Metrics
     less_first: float
-    """Its AUC less the first model's."""
+    """Its AUC minus the first model's."""
     low: float
     high: float
 
@@ -59,21 +63,21 @@ class Part:
 
     @property
     def verdict(self) -> str:
-        """What the interval lets be said."""
+        """What the interval allows to say."""
         if self.low > 0:
             return "above it"
         return "below it" if self.high < 0 else "not to be told from it"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model: what it is, and how it does under each condition, seen and unseen."""
+class DetectorRow:
+    """One model: what it is, and its figures under each condition, seen and unseen."""
 
     trained: Mapping[str, Any]
     parameters: int | None
     gflop: float | None
     faces_per_s: float
-    parts: dict[str, tuple[Part, Part]]
+    parts: dict[str, tuple[Comparison, Comparison]]
 
     def head(self) -> tuple[str, ...]:
         """Weights, arithmetic, speed, and how long it was trained."""
@@ -84,53 +88,57 @@ class Row:
         return weights, gflop, f"{self.faces_per_s:.1f}", trained
 
 
-def detectors(judges: Sequence[Judge], index: Index, ask: Ask) -> Table:
-    """A row a model, and one for each condition."""
-    unseen = unseen_by_all(judges)
-    seen = tuple(family for family in ask.families or FAMILIES if family != unseen)
+def detectors(models: Sequence[JudgedModel], index: Index, options: TableOptions) -> Table:
+    """A row for each model, and below it one for each condition."""
+    unseen = unseen_by_all(models)
+    seen = tuple(family for family in options.families or FAMILIES if family != unseen)
     found = Table(
-        f"Detectors side by side, split {ask.split}; unseen: {unseen}",
+        f"Detectors side by side, split {options.split}; unseen: {unseen}",
         ("model and condition", "M weights", "GFLOP", "faces/s", "trained on", "seen AUC [95 %]",
          "unseen AUC [95 %]", "seen, less first [95 %]", "unseen, less first [95 %]"),
     )  # fmt: skip
-    said = {
-        condition: everyone(judges, index, ask, (*seen, unseen), condition)
-        for condition in (CLEAN, *(ask.conditions or CONDITIONS))
+    scored = {
+        condition: score_all(models, index, options, (*seen, unseen), condition)
+        for condition in (CLEAN, *(options.conditions or CONDITIONS))
     }
-    speed, rows = _faces_per_s(judges), {}
-    for place, judge in enumerate(judges):
-        counted = cost(judge.network) if judge.network is not None else None
+    speed, rows = _faces_per_s(models), {}
+    for place, model in enumerate(models):
+        counted = cost(model.network) if model.network is not None else None
         parts = {
-            condition: _compared(judge, scores[place], scores[0], (seen, (unseen,)), ask.replicates)
-            for condition, scores in said.items()
+            condition: _compare(
+                model, scores[place], scores[0], (seen, (unseen,)), options.replicates
+            )
+            for condition, scores in scored.items()
         }
-        row = Row(
-            dict(judge.trained),
+        row = DetectorRow(
+            dict(model.trained),
             counted.parameters if counted else None,
             counted.gflop if counted else None,
-            speed[judge.name],
+            speed[model.name],
             parts,
         )
-        rows[judge.name] = row
-        found.figures[judge.name] = asdict(row)
+        rows[model.name] = row
+        found.figures[model.name] = asdict(row)
         for condition, both in parts.items():
-            found.results.append(result(judge, said[condition][place], condition, replicates=0))
-            label = judge.name if condition == CLEAN else f"  {condition}"
+            found.evaluations.append(
+                evaluation_of(model, scored[condition][place], condition, replicates=0)
+            )
+            label = model.name if condition == CLEAN else f"  {condition}"
             head = row.head() if condition == CLEAN else ("",) * 4
             less = tuple(part.difference if place else "" for part in both)
-            found.rows.append((label, *head, *(_auc(part.figures) for part in both), *less))
+            found.rows.append((label, *head, *(auc_cell(part.figures) for part in both), *less))
     found.figures["machine"] = machine()
     found.figures["asked"] = {
-        "split": ask.split, "seen": seen, "unseen": unseen, "limit": ask.limit,
-        "data_sha256": index.sha256, "less_first": judges[0].name,
+        "split": options.split, "seen": seen, "unseen": unseen, "limit": options.limit,
+        "data_sha256": index.sha256, "less_first": models[0].name,
     }  # fmt: skip
-    found.notes = [*_shown(rows, unseen), CANNOT]
+    found.notes = [*_what_it_shows(rows, unseen), CANNOT]
     return found
 
 
-def unseen_by_all(judges: Sequence[Judge]) -> str:
+def unseen_by_all(models: Sequence[JudgedModel]) -> str:
     """The family that none of the models was trained on; refused where there is no such one."""
-    families = {judge.name: held_out_family(judge.trained) for judge in judges}
+    families = {model.name: held_out_family(model.trained) for model in models}
     found = set(families.values())
     if len(found) != 1 or None in found:
         raise ValueError(
@@ -140,43 +148,41 @@ def unseen_by_all(judges: Sequence[Judge]) -> str:
     return str(found.pop())
 
 
-def everyone(
-    judges: Sequence[Judge], index: Index, ask: Ask, families: Sequence[str], condition: str
+def score_all(
+    models: Sequence[JudgedModel],
+    index: Index,
+    options: TableOptions,
+    families: Sequence[str],
+    condition: str,
 ) -> list[Scored]:
-    """Each judge's scores; what several want cut alike is made once."""
+    """Each model's scores; models with the same input contract share their crops."""
     groups: dict[str, list[int]] = {}
-    for place, judge in enumerate(judges):
-        groups.setdefault(judge.input.model_dump_json(), []).append(place)
+    for place, model in enumerate(models):
+        groups.setdefault(model.input.model_dump_json(), []).append(place)
     found: dict[int, Scored] = {}
     for places in groups.values():
         examples = examples_for(
-            judges[places[0]], index, ask.split,
-            families=families, condition=condition, frames=ask.frames, limit=ask.limit,
+            models[places[0]], index, options.split,
+            families=families, condition=condition, frames=options.frames, limit=options.limit,
         )  # fmt: skip
-        logits: dict[int, list[Tensor]] = {place: [] for place in places}
-        for number, batch in enumerate(examples):
-            for place in places:
-                logits[place].append(judges[place].score(batch.crops))
-            if ask.watch is not None:
-                ask.watch(number + 1, len(examples))
-        for place in places:
-            found[place] = scored(examples, torch.cat(logits[place]).numpy())
-    return [found[place] for place in range(len(judges))]
+        group = [models[place] for place in places]
+        found |= zip(places, score_together(group, examples, options.on_progress), strict=True)
+    return [found[place] for place in range(len(models))]
 
 
-def _compared(
-    judge: Judge,
+def _compare(
+    model: JudgedModel,
     mine: Scored,
     firsts: Scored,
     families: tuple[Sequence[str], Sequence[str]],
     replicates: int,
-) -> tuple[Part, Part]:
-    """Figures on seen and on unseen families, and how far they lie from the first model's."""
+) -> tuple[Comparison, Comparison]:
+    """Figures on seen and on unseen families, and their distance from the first model's."""
 
-    def part(families: Sequence[str]) -> Part:
+    def part(families: Sequence[str]) -> Comparison:
         one, other = _of(mine, families), _of(firsts, families)
-        return Part(
-            measure(one, judge.calibration, replicates=replicates, threshold=judge.threshold),
+        return Comparison(
+            measure(one, model.calibration, replicates=replicates, threshold=model.threshold),
             auc(one.forged, one.logit) - auc(other.forged, other.logit),
             *paired_bootstrap_interval(one, other, auc, replicates=replicates),
         )
@@ -186,24 +192,24 @@ def _compared(
 
 
 def _of(whole: Scored, families: Iterable[str]) -> Scored:
-    """The reals, and the forgeries of these families; others on disk stand in the CSV alone."""
+    """The reals, and the forgeries of these families; other forgeries appear in the CSV only."""
     wanted = set(families)
     return whole.where(np.array([video[1] in wanted for video in whole.video]) | ~whole.forged)
 
 
-def _faces_per_s(judges: Sequence[Judge]) -> dict[str, float]:
-    """All models in turn, a batch of the same size each."""
+def _faces_per_s(models: Sequence[JudgedModel]) -> dict[str, float]:
+    """All models in turn, so that a change of the machine's speed meets all of them alike."""
 
-    def way(judge: Judge) -> Callable[[], object]:
-        crops = torch.zeros((TIMED, 3, judge.input.size, judge.input.size), dtype=torch.uint8)
-        return lambda: judge.score(crops)
+    def scoring(model: JudgedModel) -> Callable[[], object]:
+        crops = torch.zeros((TIMED, 3, model.input.size, model.input.size), dtype=torch.uint8)
+        return lambda: model.score(crops)
 
-    timings = interleave({judge.name: way(judge) for judge in judges}, repeats=5)
+    timings = interleave({model.name: scoring(model) for model in models}, repeats=5)
     return {name: TIMED / timing.median_s for name, timing in timings.items()}
 
 
-def _shown(rows: Mapping[str, Row], unseen: str) -> list[str]:
-    """What the intervals let be said, and nothing more."""
+def _what_it_shows(rows: Mapping[str, DetectorRow], unseen: str) -> list[str]:
+    """What the intervals allow to say, and no more."""
     first, *others = rows
     notes = []
     for place, of in enumerate(("families trained on", f"the unseen family {unseen}")):
