@@ -1,10 +1,10 @@
 """A recipe's network with its first weights.
 
-The backbone may come from timm's hub, from a file in timm's names, or from what we trained (the
-folder of a run, or of a published version): then it takes the judged weights, whatever network
-they belong to, so that a detector can begin where its classifier alone ended.  Before that, all of
-the network may come from what we trained.  Several that began alike may be named, with commas
-between: the mean of their weights is taken.
+The backbone may come from timm's hub, from a file in timm's names, or from a training (the folder
+of a run, or of a published version).  Then it gets the judged weights of that training, whatever
+network they belong to, so that a detector can begin where a plain classifier ended.  Before that,
+all of the network may come from a training of the same network.  Several folders may be named, with
+commas between: the mean of their weights is taken, which is useful where they began alike.
 """
 
 import tempfile
@@ -22,12 +22,12 @@ from ralf.kernels.networks import build
 from ralf.kernels.networks.backbones import FAMILIES, Backbone, load_backbone
 from ralf.train.loop.checkpoint import CheckpointError, judged, load, weights
 from ralf.train.recipe import Recipe
-from ralf.train.recipe_text import differences
+from ralf.train.recipe_text import RecipeError, differences
 
 OWNERS = ("backbone.", "classifier.")
-"""What networks of ours call their backbone."""
+"""What our networks call their backbone."""
 IMAGENET = "imagenet"
-"""The default backbone: of timm's hub.  It is not laid over a network that brings its own."""
+"""The default backbone, from timm's hub.  It does not replace the one of init.network."""
 
 
 def make_network(recipe: Recipe) -> nn.Module:
@@ -38,7 +38,7 @@ def make_network(recipe: Recipe) -> nn.Module:
         network.load_state_dict(_mean(recipe.init.network, lambda run: _network_of(run, recipe)))
     source = recipe.init.backbone
     if source is not None and (recipe.init.network is None or source != IMAGENET):
-        fill = getattr(network, "initialise", None) or _fill_backbone(network)
+        fill = getattr(network, "initialise", None) or _fill_backbone(network, recipe)
         with _file(source) as weights:
             fill(weights, source == IMAGENET)
     return network
@@ -75,7 +75,7 @@ def _network_of(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
 
 
 def _trained(folder: Path) -> tuple[Network, dict[str, Tensor]]:
-    """What a run's judged weights, or a published version's, are of; and they."""
+    """The network of a run or of a published version, and its judged weights."""
     if (folder / MANIFEST).is_file():
         artifact = open_artifact(folder)
         network = restore(artifact.manifest, artifact.read("weights.safetensors"))
@@ -85,7 +85,7 @@ def _trained(folder: Path) -> tuple[Network, dict[str, Tensor]]:
 
 
 def _mean(named: str, of: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean over the runs that are named; what is counted, not learnt, is the first's."""
+    """The mean over the runs that are named; counters, which are no weights, are the first's."""
     runs = [Path(run) for run in named.split(",")]
     first, *rest = [of(run) for run in runs]
     for run, other in zip(runs[1:], rest, strict=True):
@@ -115,7 +115,12 @@ def _file(source: str) -> Iterator[str | None]:
         yield str(path)
 
 
-def _fill_backbone(network: nn.Module) -> Callable[[str | None, bool], object]:
-    backbone = network.backbone
-    assert isinstance(backbone, Backbone)
+def _fill_backbone(network: nn.Module, recipe: Recipe) -> Callable[[str | None, bool], object]:
+    backbone = getattr(network, "backbone", None)
+    if not isinstance(backbone, Backbone):
+        raise RecipeError(
+            f"network {recipe.network.build} has no backbone that {recipe.init.backbone} could "
+            "fill: begin from random weights with init.backbone=none, or from a run of the same "
+            "network with init.network=RUN"
+        )
     return lambda weights, pretrained: load_backbone(backbone, weights, pretrained)
