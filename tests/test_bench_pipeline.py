@@ -17,7 +17,7 @@ from ralf.worker.bench import gauges
 from ralf.worker.bench.gauges import Gauges, held
 from ralf.worker.bench.soak import Slope, slope, soak
 from ralf.worker.contract import Sampling
-from ralf.worker.media.stride import Strided, looks
+from ralf.worker.media.stride import StridedFinder, searched_rows
 from ralf.worker.media.types import Faces, Frames
 from ralf.worker.pipeline import Ask, analyze
 from ralf.worker.runtime import Parts, load
@@ -147,10 +147,10 @@ def test_without_nvidia_smi_its_figures_are_absent(monkeypatch: pytest.MonkeyPat
 
 def test_each_nth_frame_and_the_ends_are_looked_at():
     """Sooner where frames lie far apart in time."""
-    assert looks(np.arange(10) / 25, 4).tolist() == [0, 4, 8, 9]
-    assert looks(np.arange(5) * 0.7, 4).tolist() == [0, 1, 2, 3, 4]
-    assert looks(np.array([0, 0.04, 0.08, 0.9, 0.94]), 4).tolist() == [0, 2, 3, 4]
-    assert looks(np.zeros(0), 4).tolist() == []
+    assert searched_rows(np.arange(10) / 25, 4).tolist() == [0, 4, 8, 9]
+    assert searched_rows(np.arange(5) * 0.7, 4).tolist() == [0, 1, 2, 3, 4]
+    assert searched_rows(np.array([0, 0.04, 0.08, 0.9, 0.94]), 4).tolist() == [0, 2, 3, 4]
+    assert searched_rows(np.zeros(0), 4).tolist() == []
 
 
 class Moving:
@@ -177,7 +177,7 @@ class Moving:
 def test_a_face_is_followed_along_a_line_between_two_looks():
     """Where it was in every frame; one that is not seen again is not invented."""
     moving, frames = Moving(), frames_of(np.zeros((10, 8, 8, 3), np.uint8))
-    faces = Strided(moving, 4).find(frames)
+    faces = StridedFinder(moving, 4).find(frames)
 
     assert moving.sought == [0, 4, 8, 9]
     assert faces.frame.tolist() == [0, 0, *range(1, 10)]
@@ -189,7 +189,7 @@ def test_a_face_is_followed_along_a_line_between_two_looks():
 def test_a_stride_leaves_the_verdict_as_it_is_and_says_so(clip: Path, eager_parts: Parts):
     """Every frame of a moving clip: the same tracks and nearly the same score, and a warning."""
     settings = replace(eager_parts.settings, find_every=4)
-    strided = replace(eager_parts, finder=Strided(eager_parts.finder, 4), settings=settings)
+    strided = replace(eager_parts, finder=StridedFinder(eager_parts.finder, 4), settings=settings)
     ask = Ask(sampling=Sampling(mode="uniform", max_frames=20))
     every, fourth = (analyze(clip, parts, ask=ask)[0] for parts in (eager_parts, strided))
 

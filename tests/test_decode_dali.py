@@ -14,7 +14,7 @@ from ralf.worker.errors import BadRequest, CorruptMedia
 from ralf.worker.media import decode_dali
 from ralf.worker.media.decode_dali import DaliDecoder, reason, upright
 from ralf.worker.media.decode_pyav import PyavDecoder, range_in_stream
-from ralf.worker.media.decode_queue import Order
+from ralf.worker.media.decode_queue import FrameRequest
 from ralf.worker.media.probe import probe
 from ralf.worker.media.sampling import plan
 from ralf.worker.media.types import Clip, Decoder, Frames
@@ -283,12 +283,12 @@ def test_threads_that_ask_meanwhile_share_the_next_batch(
     first, others_wait = threading.Event(), threading.Event()
     run = DaliDecoder._run
 
-    def slow(self: DaliDecoder, orders: list) -> list:
-        sizes.append(len(orders))
+    def slow(self: DaliDecoder, requests: list) -> list:
+        sizes.append(len(requests))
         if len(sizes) == 1:
             first.set()
             assert others_wait.wait(60)
-        return run(self, orders)
+        return run(self, requests)
 
     monkeypatch.setattr(DaliDecoder, "_run", slow)
     found: dict[int, np.ndarray] = {}
@@ -301,7 +301,7 @@ def test_threads_that_ask_meanwhile_share_the_next_batch(
     assert first.wait(60)
     for thread in threads[1:]:
         thread.start()
-    while len(decoder._batches.waiting) < 5:
+    while len(decoder._queue.waiting) < 5:
         assert threads[0].is_alive()
     others_wait.set()
     for thread in threads:
@@ -318,29 +318,29 @@ def test_a_batch_that_is_given_up_leaves_nobody_waiting(
     """What is not DALI's own error passes through; the decoder works on."""
     decoder = dali()
     with monkeypatch.context() as patch:
-        patch.setattr(DaliDecoder, "_decoded", lambda self, orders: 1 / 0)
-        decoder._batches.fill = decoder._decoded
+        patch.setattr(DaliDecoder, "_decoded", lambda self, requests: 1 / 0)
+        decoder._queue.decode = decoder._decoded
         with pytest.raises(ZeroDivisionError):
             next(decoder.decode([clip_of(several[0])]))
-    decoder._batches.fill = decoder._decoded
+    decoder._queue.decode = decoder._decoded
 
     assert 6 == len(indices_of(list(decoder.decode([clip_of(several[0])]))))
-    assert not decoder._batches.busy
+    assert not decoder._queue.shared.busy
 
 
 def test_a_batch_holds_only_so_many_clips_and_bytes(several: list[Path]):
-    """A long clip waits in line for each of its chunks; one order always goes."""
+    """A long clip queues for each of its chunks; one request always goes."""
     decoder = dali()
-    batches = decoder._batches
+    queue = decoder._queue
     found = clip_of(several[0]).probe
     frame = found.width * found.height * 3
-    batches.most, batches.most_bytes = 3, 10 * frame
+    queue.most, queue.most_bytes = 3, 10 * frame
     for count in (40, 4, 6, 1, 1, 1, 1):
-        batches.waiting.append(Order(found, np.zeros(1, np.uint8), np.arange(count)))
+        queue.waiting.append(FrameRequest(found, np.zeros(1, np.uint8), np.arange(count)))
 
     taken = []
-    while batches.waiting:
-        taken.append([len(one.wanted) for one in batches._taken()])
+    while queue.waiting:
+        taken.append([len(one.wanted) for one in queue._take()])
 
     assert [[40], [4, 6], [1, 1, 1], [1]] == taken
 
@@ -350,7 +350,7 @@ def test_pictures_of_another_size_than_the_probes_are_not_believed(
 ):
     """The container may tell DALI one size, and the pictures have another."""
     monkeypatch.setattr(
-        DaliDecoder, "_run", lambda self, orders: [torch.zeros((6, 8, 8, 3), dtype=torch.uint8)]
+        DaliDecoder, "_run", lambda self, requests: [torch.zeros((6, 8, 8, 3), dtype=torch.uint8)]
     )
 
     parts = list(dali().decode([clip_of(several[0])]))

@@ -19,7 +19,7 @@ from ralf.worker.errors import (
     TooManyStreams,
 )
 from ralf.worker.media.containers import demuxer_of
-from ralf.worker.media.packet_times import Seen, timeline
+from ralf.worker.media.packet_times import PacketTimes, frame_times
 from ralf.worker.media.probe import CODECS, codec_available, ffmpeg_version, probe
 from ralf.worker.settings import Settings
 from tests.clips import decode_all, make_clip, picture, sound_only
@@ -333,11 +333,11 @@ def test_transport_streams_are_known_in_all_their_packings(stride: int, offset: 
 
 def test_packets_without_times_follow_each_other():
     """Nothing is lost when a container forgets."""
-    seen = Seen()
+    packets = PacketTimes()
     for tick in (0, None, None, 30):
-        seen.add(tick, 10, is_key=tick == 0, is_shown=True)
+        packets.add(tick, 10, is_key=tick == 0, is_shown=True)
 
-    assert [0.0, 0.1, 0.2, 0.3] == timeline(seen, 0.01, 25.0).times_s.round(9).tolist()
+    assert [0.0, 0.1, 0.2, 0.3] == frame_times(packets, 0.01, 25.0).times_s.round(9).tolist()
 
 
 def test_a_recording_glued_to_another_ends_at_the_seam(tmp_path: Path):

@@ -18,11 +18,18 @@ from ralf.worker.errors import BadRequest, CorruptMedia, Infrastructure
 from ralf.worker.media.decode_dali import DaliDecoder
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.media.probe import probe
-from ralf.worker.media.routed import RoutedDecoder
-from ralf.worker.media.routing import RATES, UnderWay, frames_read, pixels_read, refusal, route
+from ralf.worker.media.routing import (
+    RATES,
+    InProgress,
+    RoutedDecoder,
+    frames_read,
+    pixels_read,
+    refusal,
+    route,
+)
 from ralf.worker.media.sampling import plan
 from ralf.worker.media.types import Clip, Frames, Probe
-from ralf.worker.runtime import choose_decoder, lacks_dali
+from ralf.worker.runtime import choose_decoder, why_no_dali
 from ralf.worker.settings import Settings, SettingsError
 from tests.clips import make_clip
 
@@ -89,11 +96,11 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_what_dali_would_show_otherwise_goes_to_pyav(name: str):
     """However busy the CPU is."""
     found = probed(**REFUSED[name])
-    busy = UnderWay(cpu=1e15)
+    busy = InProgress(cpu=1e15)
 
     assert "" == refusal(probed(), MIXED)
     assert refusal(found, MIXED)
-    way = route(found, np.arange(5), cores=1, under_way=busy)
+    way = route(found, np.arange(5), cores=1, in_progress=busy)
     assert ("pyav", refusal(found, MIXED)) == (way.decoder, way.why)
 
 
@@ -117,8 +124,8 @@ def test_sixteen_idle_cores_are_sooner_done_than_one_nvdec():
     seven = 7 * pixels_read(clip, np.arange(525))
 
     assert "pyav" == chosen(clip, cores=16)
-    assert "dali" == chosen(clip, cores=16, under_way=UnderWay(cpu=seven))
-    assert "pyav" == chosen(clip, cores=16, under_way=UnderWay(cpu=seven, gpu=3 * seven))
+    assert "dali" == chosen(clip, cores=16, in_progress=InProgress(cpu=seven))
+    assert "pyav" == chosen(clip, cores=16, in_progress=InProgress(cpu=seven, gpu=3 * seven))
 
 
 @given(
@@ -133,12 +140,12 @@ def test_more_work_before_a_decoder_never_draws_a_clip_to_it(
 ):
     """Monotone in both loads."""
     found = probed(frames)
-    here = chosen(found, cores=cores, under_way=UnderWay(cpu, gpu))
+    here = chosen(found, cores=cores, in_progress=InProgress(cpu, gpu))
 
     if here == "dali":
-        assert "dali" == chosen(found, cores=cores, under_way=UnderWay(cpu + more, gpu))
+        assert "dali" == chosen(found, cores=cores, in_progress=InProgress(cpu + more, gpu))
     else:
-        assert "pyav" == chosen(found, cores=cores, under_way=UnderWay(cpu, gpu + more))
+        assert "pyav" == chosen(found, cores=cores, in_progress=InProgress(cpu, gpu + more))
 
 
 def test_frames_read_reach_from_each_keyframe_to_the_last_wanted_of_its_group():
@@ -201,7 +208,7 @@ def test_each_clip_goes_its_way_and_the_frames_say_which():
     assert [(clips[1], "dali"), (clips[0], "pyav"), (clips[2], "pyav")] == [
         (part.clip, part.decoder) for part in parts
     ]
-    assert UnderWay() == decoder.under_way
+    assert InProgress() == decoder.in_progress
 
 
 def test_a_failing_clip_leaves_the_other_decoders_share_alone():
@@ -216,7 +223,7 @@ def test_a_failing_clip_leaves_the_other_decoders_share_alone():
         collect(decoder, [late, clip()], parts)
 
     assert ["pyav", "dali"] == [part.decoder for part in parts]
-    assert UnderWay() == decoder.under_way
+    assert InProgress() == decoder.in_progress
 
 
 def collect(decoder: RoutedDecoder, clips: list[Clip], parts: list[Frames]) -> None:
@@ -224,7 +231,7 @@ def collect(decoder: RoutedDecoder, clips: list[Clip], parts: list[Frames]) -> N
         parts.append(part)  # noqa: PERF402 - what came before the error is wanted
 
 
-def test_what_is_under_way_counts_until_it_is_done_or_dropped():
+def test_what_is_in_progress_counts_until_it_is_done_or_dropped():
     """A long queue for the GPU sends the next clip to the CPU, and no longer once it is gone."""
     decoder, fakes = routed()
     walks = [decoder.decode([clip()]) for _ in range(12)]
@@ -233,12 +240,12 @@ def test_what_is_under_way_counts_until_it_is_done_or_dropped():
 
     dali = len(fakes["dali"].asked)
     assert 1 < dali < 12 and 12 == dali + len(fakes["pyav"].asked)
-    assert decoder.under_way.gpu > 0 < decoder.under_way.cpu
+    assert decoder.in_progress.gpu > 0 < decoder.in_progress.cpu
     for walk in walks[:6]:
         walk.close()
     for walk in walks[6:]:
         assert [] == list(walk)
-    assert UnderWay() == decoder.under_way
+    assert InProgress() == decoder.in_progress
 
 
 @pytest.mark.dali
@@ -264,7 +271,7 @@ def test_chunks_are_halved_for_both_decoders_and_counted_in_common():
     assert 50 == other.decoders["dali"].fallback.chunk_bytes
     assert 51 == decoder.decoders["dali"].chunk_bytes
     other._count("dali", 7.0)
-    assert 7.0 == decoder.under_way.gpu
+    assert 7.0 == decoder.in_progress.gpu
 
 
 def with_gpu(
@@ -319,14 +326,14 @@ def test_a_gpu_without_dali_or_nvdec_decodes_with_pyav_and_says_why(
     assert [] == with_gpu(monkeypatch, **lacks)
 
     assert "pyav" == choose_decoder(Settings(), "cuda").name
-    assert told in lacks_dali("cuda")
+    assert told in why_no_dali("cuda")
     with pytest.raises(Infrastructure, match=told):
         choose_decoder(Settings(decoder="dali"), "cuda")
 
 
 def test_a_dali_that_cannot_start_is_found_at_load(monkeypatch: pytest.MonkeyPatch):
     """Its pipeline is built then; pinned, the worker does not come up."""
-    monkeypatch.setattr(runtime, "lacks_dali", lambda device: "")
+    monkeypatch.setattr(runtime, "why_no_dali", lambda device: "")
     monkeypatch.setattr(DaliDecoder, "_built", lambda self: int("driver too old"))
 
     assert "pyav" == choose_decoder(Settings(), "cuda").name

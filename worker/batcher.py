@@ -1,24 +1,23 @@
 """Crops of several jobs in one batch: an Engine in front of an engine, for many threads.
 
-Each thread walks a clip of its own and asks for the logits of a chunk's crops; it is blocked until
-it has them.  While a batch is being scored the others queue up, and the next batch takes a few
-crops of each in turn.  So a device is kept full, and decoding of the next clips overlaps scoring
-of these, without a delay that anybody has to choose.
+Each thread walks its own clip and waits for the logits of a chunk's crops.  While a batch is being
+scored the other threads queue up, and the next batch takes a few crops of each in turn.  So a
+device stays busy, and the next clips are decoded while these are scored, without a delay that
+somebody would have to choose.
 
     job A  ──crops──▶ ┐             ┌──▶ logits of A
     job B  ──crops──▶ ├─ one batch ─┤
     job C  ──crops──▶ ┘             └──▶ logits of B, of C
 
-No thread of its own: whoever waits and finds nobody at work runs the next batch, for all.
+It has no thread of its own: a waiting thread that finds nobody at work scores the next batch for
+all (shared_work.py).
 
-Fair: turns go round, SHARE crops each, so a job with thousands of crops takes no more of a batch
-than its turn while others wait.  Bounded: what waits is one chunk's crops a thread, which were
-there already, and a job decodes nothing more until they are scored.  Apart: a batch that fails is
-halved by job until the job that owns the failure is alone with it; the others get their logits.
-A job alone gets the batches that it would get from the engine itself.
+Fair: jobs take turns of SHARE crops, so a job with thousands of crops does not delay the others.
+Bounded: at most one chunk's crops per thread wait, and a job decodes no further until they are
+scored.  Isolated: a batch that fails is halved by job until the failing job is alone; the others
+get their logits.  A job that is alone gets the same batches as from the engine itself.
 """
 
-import threading
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -28,20 +27,21 @@ from torch import Tensor
 from ralf.kernels.artifact import Artifact
 from ralf.kernels.engine import Engine, check_crops
 from ralf.kernels.manifest import Precision
+from ralf.worker.shared_work import SharedWork
 
 SHARE = 8
-"""Crops a turn."""
+"""Crops per turn."""
 BATCH = 64
-"""Of an engine that does not say its own."""
+"""The batch of an engine that does not say its own."""
 
 
 @dataclass(eq=False)
 class _Request:
-    """One thread's crops, and what is known of them."""
+    """One thread's crops, and their logits as they come."""
 
     crops: Tensor = field(repr=False)
     taken: int = 0
-    """How many are in a batch, or were."""
+    """How many have been put into a batch."""
     scored: int = 0
     error: Exception | None = None
     logits: Tensor = field(init=False, repr=False)
@@ -69,7 +69,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Served:
-    """What went through so far."""
+    """Counts since the start."""
 
     batches: int = 0
     crops: int = 0
@@ -78,34 +78,33 @@ class Served:
 
 
 class Batcher:
-    """Batches what several threads ask at the same time."""
+    """Puts the crops that several threads ask for at the same time into one batch."""
 
     def __init__(self, engine: Engine, batch: int | None = None) -> None:
         self.engine = engine
         self.batch = batch or int(getattr(engine, "max_batch", BATCH))
         self.served = Served()
         self._waiting: deque[_Request] = deque()
-        self._busy = False
-        self._changed = threading.Condition()
+        self._shared = SharedWork(self._next, self._score)
 
     @property
     def name(self) -> str:
-        """The engine's."""
+        """The engine's own."""
         return self.engine.name
 
     @property
     def precision(self) -> Precision:
-        """The engine's."""
+        """The engine's own."""
         return self.engine.precision
 
     @property
     def device(self) -> str:
-        """The engine's."""
+        """The engine's own."""
         return self.engine.device
 
     @property
     def artifact(self) -> Artifact:
-        """The engine's."""
+        """The engine's own."""
         return self.engine.artifact
 
     def __call__(self, crops: Tensor) -> Tensor:
@@ -114,30 +113,15 @@ class Batcher:
         request = _Request(crops)
         if request.over:
             return request.logits
-        with self._changed:
+        with self._shared.changed:
             self._waiting.append(request)
-        while (pieces := self._my_turn(request)) is not None:
-            try:
-                self._score(pieces)
-            finally:
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
+        self._shared.until(lambda: request.over)
         if request.error is not None:
             raise request.error
         return request.logits
 
-    def _my_turn(self, request: _Request) -> list[_Piece] | None:
-        """Wait; the next batch when nobody scores, None when the request has its answer."""
-        with self._changed:
-            self._changed.wait_for(lambda: request.over or not self._busy)
-            if request.over:
-                return None
-            self._busy = True
-            return self._next()
-
     def _next(self) -> list[_Piece]:
-        """A batch, turn by turn; who has crops left goes to the end of the line."""
+        """A batch, turn by turn; a request with crops left goes to the end of the queue."""
         first: dict[_Request, int] = {}
         room = self.batch
         while room and self._waiting:
@@ -151,10 +135,10 @@ class Batcher:
         return [_Piece(request, start, request.taken) for request, start in first.items()]
 
     def _score(self, pieces: list[_Piece]) -> None:
-        """Give each piece its logits, or its request the error that is its own."""
+        """Give each piece its logits; a request that fails alone gets its error."""
         try:
             logits = self.engine(self._joined(pieces))
-        except Exception as error:  # noqa: BLE001  the border: it goes to the job that owns it
+        except Exception as error:  # noqa: BLE001 - any error goes to the job that caused it
             if len(pieces) == 1:
                 self._fail(pieces[0].request, error)
                 return
@@ -162,7 +146,7 @@ class Batcher:
             self._score(pieces[:half])
             self._score(pieces[half:])
             return
-        with self._changed:
+        with self._shared.changed:
             at = 0
             for piece in pieces:
                 count = piece.stop - piece.start
@@ -174,7 +158,7 @@ class Batcher:
             self.served = Served(done.batches + 1, done.crops + at, shared)
 
     def _joined(self, pieces: list[_Piece]) -> Tensor:
-        """One tensor; crops that lie in different memories meet on the engine's device."""
+        """One tensor; crops in different memories are moved to the engine's device."""
         parts = [piece.crops for piece in pieces]
         if len(parts) == 1:
             return parts[0]
@@ -183,7 +167,7 @@ class Batcher:
         return torch.cat(parts)
 
     def _fail(self, request: _Request, error: Exception) -> None:
-        with self._changed:
+        with self._shared.changed:
             request.error = error
             if request in self._waiting:
                 self._waiting.remove(request)

@@ -1,8 +1,8 @@
-"""The one place that chooses CPU or GPU parts, and warms them.
+"""The only place that chooses CPU or GPU parts, and warms them up.
 
 Parts are made once per process: the model is opened and checked against its golden file, the
-finder's nets are loaded, and one black frame goes through all of it, so that the first job pays
-nothing.  Asking for a device that is not there is an error, never a silent fallback.
+finder's networks are loaded, and one black crop is scored, so that the first job is not slower
+than the next.  A device that is not there is an error, never a silent fallback.
 """
 
 import os
@@ -24,8 +24,8 @@ from ralf.worker.errors import Infrastructure, ModelUnavailable
 from ralf.worker.media.decode_dali import DaliDecoder, dali_version, nvdec_present
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.media.mtcnn import Mtcnn
-from ralf.worker.media.routed import RoutedDecoder
-from ralf.worker.media.stride import Strided
+from ralf.worker.media.routing import RoutedDecoder
+from ralf.worker.media.stride import StridedFinder
 from ralf.worker.media.types import Decoder, FaceFinder
 from ralf.worker.settings import Settings, SettingsError
 
@@ -45,7 +45,7 @@ class Parts:
 
     @property
     def finder_changed(self) -> bool:
-        """Whether the caller asked for another smallest face than the model's, or for strides."""
+        """Whether the finder differs from the model's own: another smallest face, or a stride."""
         theirs = self.artifact.manifest.input.finder
         return self.finder_settings != theirs or self.settings.find_every > 1
 
@@ -56,7 +56,7 @@ class Parts:
 
 
 def models_dir(settings: Settings) -> Path:
-    """Where models are looked for: RALF_MODELS_DIR, else the folder that ships with the code."""
+    """The folder of the models: RALF_MODELS_DIR, else the folder that ships with the code."""
     return Path(settings.models_dir or SHIPPED)
 
 
@@ -86,15 +86,15 @@ def load(
     finder = artifact.manifest.input.finder
     if min_face is not None:
         finder = finder.model_copy(update={"min_face": min_face})
-    seeker: FaceFinder = Mtcnn(finder, device=engine.device)
+    face_finder: FaceFinder = Mtcnn(finder, device=engine.device)
     if settings.find_every > 1:
-        seeker = Strided(seeker, settings.find_every)
+        face_finder = StridedFinder(face_finder, settings.find_every)
     parts = Parts(
         settings=settings,
         artifact=artifact,
         engine=engine,
         decoder=choose_decoder(settings, engine.device),
-        finder=seeker,
+        finder=face_finder,
         finder_settings=finder,
     )
     warm(parts)
@@ -110,17 +110,17 @@ def load(
 
 
 def choose_decoder(settings: Settings, device: str) -> Decoder:
-    """PyAV on a CPU; on a GPU both, each clip sent where it is sooner done, or the one pinned."""
+    """PyAV on a CPU; on a GPU each clip goes where it finishes first, or to the one pinned."""
     if settings.decoder not in ("auto", "pyav", "dali"):
         raise SettingsError(f"RALF_DECODER should be auto, pyav or dali, got {settings.decoder!r}")
     pyav = PyavDecoder(chunk_bytes=settings.chunk_bytes, threads=cores(settings))
-    lacking = lacks_dali(device)
-    if settings.decoder == "pyav" or (lacking and settings.decoder == "auto"):
+    missing = why_no_dali(device)
+    if settings.decoder == "pyav" or (missing and settings.decoder == "auto"):
         if device != "cpu":
-            log.info("decoder.chosen", decoder="pyav", why=lacking or "RALF_DECODER=pyav")
+            log.info("decoder.chosen", decoder="pyav", why=missing or "RALF_DECODER=pyav")
         return pyav
-    if lacking:
-        raise Infrastructure(f"RALF_DECODER=dali, but {lacking}")
+    if missing:
+        raise Infrastructure(f"RALF_DECODER=dali, but {missing}")
     dali = DaliDecoder(pyav, device=device, chunk_bytes=settings.gpu_chunk_bytes)
     try:
         dali.warm()
@@ -134,8 +134,8 @@ def choose_decoder(settings: Settings, device: str) -> Decoder:
     return RoutedDecoder(pyav, dali, cores=cores(settings))
 
 
-def lacks_dali(device: str) -> str:
-    """What keeps DALI from decoding on this device; empty when nothing does."""
+def why_no_dali(device: str) -> str:
+    """Why DALI cannot decode on this device; empty when it can."""
     if torch.device(device).type != "cuda":
         return f"the device is {device}, no GPU"
     if dali_version() is None:
@@ -149,7 +149,7 @@ def lacks_dali(device: str) -> str:
 
 
 def warm(parts: Parts) -> None:
-    """One black crop through the network: kernels are chosen and memory is taken."""
+    """Score one black crop, so that kernels are chosen and memory is allocated."""
     size = parts.artifact.manifest.input.size
     logits = parts.engine(torch.zeros((1, 3, size, size), dtype=torch.uint8))
     if not np.isfinite(logits.numpy()).all():
@@ -165,5 +165,5 @@ def with_decoder(parts: Parts, decoder: Decoder) -> Parts:
 
 
 def together(parts: Parts) -> Parts:
-    """The same parts for several threads: their crops share batches (batcher.py)."""
+    """The same parts for several threads, whose crops share batches (batcher.py)."""
     return replace(parts, engine=Batcher(parts.engine))

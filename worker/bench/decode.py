@@ -27,7 +27,7 @@ from ralf.worker.media.probe import probe
 from ralf.worker.media.routing import frames_read, route
 from ralf.worker.media.sampling import plan
 from ralf.worker.media.types import Clip, Decoder
-from ralf.worker.runtime import cores, lacks_dali
+from ralf.worker.runtime import cores, why_no_dali
 from ralf.worker.settings import Settings
 
 
@@ -37,7 +37,7 @@ def run_decode(args: argparse.Namespace) -> int:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    lacking = lacks_dali(device) if device != "cpu" else ""
+    lacking = why_no_dali(device) if device != "cpu" else ""
     if dali_version() is None or lacking:
         print(f"ralf bench: {lacking or 'DALI is not installed'}", file=sys.stderr)
         return 2
@@ -67,7 +67,7 @@ def record(
         ways[f"{name}: dali"] = partial(drained, dali, [clip])
         ways[f"{name}: dali, {at_once} at once"] = partial(drained, dali, [clip] * at_once)
     timings = interleave(ways, repeats=repeats)
-    facts = {name: told(clip, dali, pyav.threads) for name, clip in clips.items()}
+    facts = {name: clip_facts(clip, dali, pyav.threads) for name, clip in clips.items()}
     for name, clip in taken.items():
         facts[name] |= rates(clip, name, timings, at_once)
         facts[name] |= distance(pyav, dali, clip)
@@ -101,7 +101,7 @@ def drained(decoder: Decoder, clips: Sequence[Clip]) -> int:
     return sum(len(frames) for frames in decoder.decode(clips))
 
 
-def told(clip: Clip, dali: DaliDecoder, threads: int) -> dict[str, Any]:
+def clip_facts(clip: Clip, dali: DaliDecoder, threads: int) -> dict[str, Any]:
     """What the clip is, and where it would go on an idle machine."""
     found, wanted = clip.probe, plan(clip)
     way = route(found, wanted, cores=threads)

@@ -1,19 +1,18 @@
-"""What a run used of the machine: processor, GPU, its video decoder, and memory at its highest.
+"""What a run used of the machine: processor, GPU, the GPU's video decoder, and peak memory.
 
-The GPU's figures come from nvidia-smi, asked five times a second in a process of its own; where
-there is none they are absent, never zero.
+The GPU's figures come from nvidia-smi, which reports five times a second.  Without nvidia-smi they
+are absent, never zero.  The peak memory comes from getrusage, because psutil has none on Linux.
 """
 
 import contextlib
-import os
 import resource
 import statistics
 import subprocess
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 
+import psutil
 import torch
 
 QUERY = ("utilization.gpu", "utilization.decoder", "memory.used")
@@ -32,7 +31,7 @@ class Gauges:
         self._reader: threading.Thread | None = None
 
     def __enter__(self) -> "Gauges":
-        self._cpu, self._wall = _cpu_s(), time.perf_counter()
+        self._cpu_s, self._start = sum(psutil.Process().cpu_times()[:2]), time.perf_counter()
         if self.device.type == "cuda":
             with contextlib.suppress(FileNotFoundError):
                 self._process = subprocess.Popen(
@@ -46,13 +45,14 @@ class Gauges:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        wall = time.perf_counter() - self._wall
+        wall = time.perf_counter() - self._start
+        process = psutil.Process()
         if self._process is not None and self._reader is not None:
             self._process.terminate()
             self._process.wait()
             self._reader.join()
         self.used = {
-            "cpu_cores": round((_cpu_s() - self._cpu) / wall, 2),
+            "cpu_cores": round((sum(process.cpu_times()[:2]) - self._cpu_s) / wall, 2),
             "rss_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
             **_summary(self._lines),
         }
@@ -88,18 +88,10 @@ def _summary(lines: list[str]) -> dict[str, float]:
     }
 
 
-def _cpu_s() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
 def held(device: str) -> dict[str, float]:
-    """What this process holds right now: memory in MiB, open files."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    now = {
-        "rss_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
-        "files": float(sum(1 for _ in Path("/proc/self/fd").iterdir())),
-    }
+    """What this process holds now: memory in MiB, open files."""
+    process = psutil.Process()
+    now = {"rss_mib": process.memory_info().rss / 2**20, "files": float(process.num_fds())}
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         now["vram_mib"] = (total - free) / 2**20

@@ -30,7 +30,7 @@ from ralf.worker.bench.scan import PlainWay
 from ralf.worker.bench.soak import slope, soak
 from ralf.worker.contract import EvidencePolicy, Sampling, Verdict
 from ralf.worker.media.probe import probe
-from ralf.worker.media.stride import Strided
+from ralf.worker.media.stride import StridedFinder
 from ralf.worker.pipeline import Ask, analyze
 from ralf.worker.runtime import Parts, load, together
 from ralf.worker.settings import Settings
@@ -63,12 +63,12 @@ def measured(clips: list[Path], parts: Parts, args: argparse.Namespace) -> Recor
     facts: dict[str, Any] = {}
 
     def one_by_one() -> None:
-        facts["ralf"] = told([analyze(clip, parts, ask=ask)[0] for clip in clips])
+        facts["ralf"] = summary([analyze(clip, parts, ask=ask)[0] for clip in clips])
 
     def at_once() -> None:
         with ThreadPoolExecutor(args.at_once) as pool:
             found = list(pool.map(lambda clip: analyze(clip, shared, ask=ask)[0], several))
-        facts["at once"] = told(found)
+        facts["at once"] = summary(found)
 
     def theirs() -> None:
         plain.stages_ms.clear()
@@ -97,9 +97,9 @@ def measured(clips: list[Path], parts: Parts, args: argparse.Namespace) -> Recor
     assert isinstance(shared.engine, Batcher)
     facts["batches"] = asdict(shared.engine.served)
     if args.stride:
-        facts["stride"] = strided(clips, parts)
+        facts["stride"] = stride_effect(clips, parts)
     if args.soak:
-        facts["soak"] = soaked(clips, shared, ask, args)
+        facts["soak"] = soak_slopes(clips, shared, ask, args)
     rates = {name: rate["clips_s"] for name, rate in facts["rates"].items()}
     return Record(
         theme="pipeline",
@@ -136,7 +136,7 @@ def conditions(clips: Sequence[Path], parts: Parts, args: argparse.Namespace) ->
     }
 
 
-def told(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Faces and labels, and each stage's mean milliseconds a clip."""
     stages: dict[str, float] = {}
     for verdict in verdicts:
@@ -149,12 +149,12 @@ def told(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def strided(clips: Sequence[Path], parts: Parts) -> dict[str, Any]:
+def stride_effect(clips: Sequence[Path], parts: Parts) -> dict[str, Any]:
     """Frames close together, faces sought in each and in each STRIDEth: what changes."""
     dense = Sampling(mode="fps", fps=DENSE_FPS, max_frames=parts.settings.max_frames)
     ask = Ask(sampling=dense, evidence=QUIET)
     settings = replace(parts.settings, find_every=STRIDE)
-    sparse = replace(parts, finder=Strided(parts.finder, STRIDE), settings=settings)
+    sparse = replace(parts, finder=StridedFinder(parts.finder, STRIDE), settings=settings)
     dense_walks, sparse_walks = (
         [analyze(clip, some, ask=ask)[0] for clip in clips] for some in (parts, sparse)
     )
@@ -177,7 +177,7 @@ def strided(clips: Sequence[Path], parts: Parts) -> dict[str, Any]:
     }
 
 
-def soaked(
+def soak_slopes(
     clips: Sequence[Path], parts: Parts, ask: Ask, args: argparse.Namespace
 ) -> dict[str, Any]:
     """The slopes of a soak, and what it used."""

@@ -1,9 +1,10 @@
-"""Many clips through one process, and whether anything grows: the slopes, with their intervals.
+"""Many clips through one process: does its memory, the device's or its time per clip grow?
 
-After each clip the process's memory, the device's, the open files and the clip's time are noted.
-The first tenth is left out: caches fill and libraries choose.  The rest is cut into BLOCKS, and a
-line is laid through the blocks' means, because neighbouring clips are not independent.  A leak is
-a slope whose 95 % interval lies above zero and whose size matters.
+After each clip the process's memory, the device's, the number of open files and the clip's time
+are recorded.  The first tenth is left out, while caches fill and libraries choose their kernels.
+The rest is cut into BLOCKS and a line is fitted through the blocks' means, because neighbouring
+clips are not independent.  A leak is a slope whose 95 % interval is above zero and whose size
+matters.
 """
 
 import itertools
@@ -37,7 +38,7 @@ class Slope:
 
 
 def slope(values: Sequence[float] | NDArray[np.float64]) -> Slope:
-    """Of one quantity, noted after each clip."""
+    """The slope of one quantity, recorded after each clip."""
     later = np.asarray(values, np.float64)[int(len(values) * WARM_UP) :]
     blocks = [block for block in np.array_split(later, BLOCKS) if len(block)]
     if len(blocks) < 3:
@@ -63,11 +64,11 @@ def soak(
     at_once: int,
     most_s: float = 3600.0,
 ) -> dict[str, list[float]]:
-    """`count` walks over the clips in turn, so many at once; what was held after each.
+    """`count` walks over the clips in turn, `at_once` at a time; what was held after each.
 
-    Walks that have not begun after most_s are left out.
+    No walk starts after most_s.
     """
-    noted: dict[str, list[float]] = {}
+    recorded: dict[str, list[float]] = {}
     lock, numbers = threading.Lock(), itertools.count()
     end = time.monotonic() + most_s
 
@@ -82,9 +83,9 @@ def soak(
             spent = time.perf_counter() - start
             with lock:
                 for name, value in {**held(parts.engine.device), "clip_s": spent}.items():
-                    noted.setdefault(name, []).append(value)
+                    recorded.setdefault(name, []).append(value)
 
     with ThreadPoolExecutor(at_once) as pool:
         for walk in [pool.submit(walks) for _ in range(at_once)]:
             walk.result()
-    return noted
+    return recorded

@@ -1,10 +1,10 @@
 """Which way up a decoded picture is, and what its numbers mean as colours.
 
-One policy, `by_tag_untagged_601`: a tagged matrix and range are followed, what is untagged is
-BT.601 limited, whatever the picture's size.  Formats that are full range by their very name (yuvj)
-stay so.  Matrices that swscale does not know are read as BT.601, and said so.
+The policy is `by_tag_untagged_601`: a tagged matrix and range are followed, and an untagged picture
+is BT.601 limited, whatever its size.  Formats that are full range by name (yuvj) are read as such.
+Matrices that swscale does not know are read as BT.601, with a warning.
 
-Nothing here imports av: it reads the attributes of frames that its callers decoded.
+Nothing here imports av; it reads attributes of frames that its callers decoded.
 """
 
 from dataclasses import dataclass
@@ -36,12 +36,12 @@ _LUMA: dict[str, tuple[float, float]] = {
     "smpte240m": (0.212, 0.087),
     "fcc": (0.30, 0.11),
 }
-"""The shares of red and of blue in luma, which are what a matrix is made of."""
+"""The shares of red and of blue in luma, which define a matrix."""
 
 
 @dataclass(frozen=True)
 class Colour:
-    """What swscale must be told of a picture."""
+    """The matrix and range of a picture, as swscale numbers them."""
 
     matrix: int
     range: int
@@ -58,7 +58,7 @@ def _is_full(frame: Any) -> bool:
 
 
 def describe_colour(frame: Any) -> tuple[str, str, list[str]]:
-    """Names of matrix and range as tagged, and a warning for what is not shown as meant."""
+    """Names of matrix and range as tagged, and warnings where a picture is not shown as meant."""
     notes = []
     number = frame.colorspace
     if number in _MATRICES:
@@ -78,10 +78,10 @@ def describe_colour(frame: Any) -> tuple[str, str, list[str]]:
 
 
 def from_bt601(space: str) -> NDArray[np.float64] | None:
-    """What turns RGB made with BT.601 into RGB made as tagged, [3, 3]; None where they are one.
+    """The matrix [3, 3] from RGB made with BT.601 to RGB made as tagged; None where they are equal.
 
-    For decoders that know no other matrix.  The range cancels out: it stretches YCbCr alike for
-    both.  What the first conversion clipped at 0 or 255 is lost.
+    For decoders that know no other matrix.  The range cancels out, because it stretches YCbCr
+    equally for both.  Values that the first conversion clipped at 0 or 255 are lost.
     """
     if space not in _LUMA or space == "bt601":
         return None

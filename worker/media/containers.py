@@ -1,9 +1,9 @@
-"""Which container a file is, by its first bytes, and what an MP4's boxes say of it.
+"""Which container a file is, by its first bytes, and what an MP4's boxes say.
 
-The name's ending is never asked: FFmpeg is later told which demuxer to use, so that its own guess
-cannot fall for a playlist that opens other files.  The walk over the boxes comes before FFmpeg,
-holds no table, and refuses two things: encrypted video (a sample entry `encv` or `drmi`), and a
-sample table that promises more samples than the file has room for, which FFmpeg would allocate.
+The file name's ending is ignored.  FFmpeg is told which demuxer to use, because its own guess could
+choose a playlist that opens other files.  The boxes are checked before FFmpeg reads them, with
+little memory.  Refused are encrypted video (a sample entry `encv` or `drmi`), and tables that
+promise more samples than the file has room for, because FFmpeg would allocate them.
 """
 
 import os
@@ -52,11 +52,11 @@ _KNOWN_OTHERS: tuple[tuple[bytes, str], ...] = (
 )
 _ENCRYPTED_ENTRIES = {b"encv", b"drmi"}
 _MOST_BOXES = 1_000_000
-"""A walk over more boxes than this is a trap; four hours of half-second fragments are 60,000."""
+"""The most boxes of an honest file; four hours of half-second fragments are 60,000."""
 
 
-def first_look(name: str, max_bytes: int, most_frames: int) -> tuple[Demuxer, int, tuple[int, int]]:
-    """Container, size and packet layout; no FFmpeg yet, and never a wait for a pipe's writer."""
+def check_file(name: str, max_bytes: int, most_frames: int) -> tuple[Demuxer, int, tuple[int, int]]:
+    """Container, size and packet layout, without FFmpeg; never waits for the writer of a pipe."""
     try:
         kind = Path(name).stat().st_mode
         if not stat.S_ISREG(kind):

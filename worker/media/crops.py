@@ -1,17 +1,17 @@
-"""Boxes become crops, as the model's InputContract wants them; tracks are in tracks.py.
+"""Cuts face boxes out of frames, as the model's InputContract says.
 
 A crop is a square of whole pixels around the middle of the box, `margin` times its longer side,
-or with `squeeze` the tight box itself, from the frame at full resolution.  It is brought to
+or with `squeeze` the tight box itself, from the frame at full resolution.  It is resized to
 `size` by a triangle filter that widens as the picture shrinks (bilinear with antialiasing: the
 kernel of Pillow's BILINEAR and of torch's `antialias=True`), in 8-bit pixels, columns first and
 then rows.  What lies outside the frame is its nearest edge pixel, or black.
 
 Training cuts with the same function (cut_one), so it cannot see other crops than serving does.
 
-On a CPU there is a loop over faces, on purpose: no two crops have one size, and the 8-bit kernel
-takes 0.1–0.3 ms a face where a gather of all taps takes several, beside a network that takes 25 ms
-and more.  A device cuts all faces of a chunk at once (resample.py), to the same bits where they
-shrink to a quarter at most, and within one level of 255 where they shrink further.
+On a CPU there is a loop over faces, on purpose: crops differ in size, and the 8-bit kernel takes
+0.1–0.3 ms a face where gathering all taps takes several, beside a network that takes 25 ms and
+more.  A device cuts all faces of a chunk at once (resample.py): to the same bits where they shrink
+to a quarter at most, and within one level of 255 where they shrink further.
 """
 
 import numpy as np
@@ -22,14 +22,11 @@ from torch import Tensor
 
 from ralf.kernels.manifest import InputContract
 from ralf.worker.media.resample import cut_all
-from ralf.worker.media.tracks import Tracker
 from ralf.worker.media.types import Faces, Frames
-
-__all__ = ["Tracker", "cut", "cut_one", "regions"]
 
 
 def cut(frames: Frames, faces: Faces, contract: InputContract) -> Tensor:
-    """Each face as the model eats it, u8 [m,3,size,size], on the frames' device."""
+    """Each face as the model takes it, u8 [m,3,size,size], on the frames' device."""
     if frames.pixels.is_cuda:
         where = regions(faces.boxes, contract)
         return cut_all(frames.pixels, faces.frame, where, contract.size, contract.padding)
@@ -72,8 +69,8 @@ def _whole(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _resampled(image: Tensor, region: list[int], contract: InputContract) -> Tensor:
     """The region of u8 [3,h,w] as u8 [3,size,size].
 
-    Columns are shrunk before rows are padded, so that a region much larger than the frame never
-    stands in memory whole.  The kernel does columns first itself: the same bits come out.
+    Columns are shrunk before rows are padded, so that a region much larger than the frame is
+    never in memory as a whole.  The kernel also does columns first: the bits are the same.
     """
     x0, y0, x1, y1 = region
     height = image.shape[1]

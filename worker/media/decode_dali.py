@@ -1,24 +1,24 @@
-"""The GPU decoder: DALI over NVDEC, several clips at once, pixels straight into torch's memory.
+"""The GPU decoder: DALI over NVDEC, several clips at once, pixels directly in torch's memory.
 
-One clip keeps one of the chip's decoders busy, whatever it asks for, so what counts is how many
-clips are under way.  Jobs ask from their own threads, a chunk of one clip at a time, and what has
-gathered while DALI was busy is its next batch (orders.py).
+One clip keeps only one of the chip's decoders busy, so the speed depends on how many clips are
+decoded at once.  Jobs ask from their own threads for one chunk of one clip at a time; the requests
+that arrive while DALI is busy are its next batch (decode_queue.py).
 
-DALI is given explicit frame numbers, those of sampling.plan, never more than a chunk holds: what a
-container claims decides no allocation.  It numbers frames as the probe does, by presentation time,
-wherever routing.refusal has nothing to say.  It knows neither rotation nor any matrix but BT.601:
-both are put right on the device, after colour.py's policy and the probe's turn.  The pixels that
-come out are a new tensor, finished when it is handed over; DALI's own memory is given back before.
+DALI gets explicit frame numbers, those of sampling.plan, and never more than a chunk holds, so a
+container's claims decide no allocation.  It numbers frames by presentation time, as the probe does,
+wherever routing.refusal gives no reason against it.  It knows neither rotation nor any matrix but
+BT.601; both are corrected on the device, by colour.py's policy and the probe's rotation.  The
+pixels are copied to a new tensor before DALI's own memory is used again.
 
-A clip that DALI refuses or fails on is decoded by PyAV, and a warning says so.  An error fails a
-whole batch without saying whose it was, and makes the pipeline useless: the batch is halved until
-the culprit stands alone, each half in a new pipeline.
+A clip that DALI refuses or fails on is decoded by PyAV, and a warning says so.  DALI's error fails
+a whole batch without saying which clip caused it, and leaves the pipeline unusable: the batch is
+halved until the failing clip is alone, each half in a new pipeline.
 
-What it cannot see: NVDEC conceals damage inside a picture and says nothing, where the CPU decoder
-takes a neighbour and warns.  Memory: at most BATCH_CHUNKS chunks at once in DALI's memory, and as
-much again in torch's; besides, DALI keeps up to 100 NVDEC sessions, one for each size it has met.
+Limits: NVDEC hides damage inside a picture without a word, where the CPU decoder takes a neighbour
+and warns.  Memory: at most BATCH_CHUNKS chunks at once in DALI's memory, and as much again in
+torch's; besides, DALI keeps up to 100 NVDEC sessions, one for each picture size it has met.
 
-device="cpu" is DALI's software decoder: VP9 and MJPEG, no GPU needed.  It is there for tests.
+device="cpu" is DALI's software decoder for VP9 and MJPEG.  It needs no GPU, and is for tests.
 """
 
 import copy
@@ -35,10 +35,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ralf.worker.errors import Infrastructure, JobError
-from ralf.worker.media.chunks import frames_in
 from ralf.worker.media.colour import from_bt601
-from ralf.worker.media.decode_pyav import PyavDecoder, range_in_stream
-from ralf.worker.media.decode_queue import Batches, Order
+from ralf.worker.media.decode_pyav import PyavDecoder, frames_per_chunk, range_in_stream
+from ralf.worker.media.decode_queue import DecodeQueue, FrameRequest
 from ralf.worker.media.routing import Backend, refusal
 from ralf.worker.media.sampling import plan
 from ralf.worker.media.types import Clip, Frames, Probe
@@ -46,9 +45,9 @@ from ralf.worker.media.types import Clip, Frames, Probe
 CLIPS_AT_ONCE = 8
 """H200's NVDEC has seven decoders; 588, 1,926 and 2,924 frames/s were measured with 1, 4 and 8."""
 BATCH_CHUNKS = 4
-"""Chunks' worth of pixels in one batch."""
+"""The pixels of one batch, in chunks."""
 PIXELS_A_PASS = 4 * 1920 * 1080
-"""Converted at once: 100 MB in FP32, and as much again for the result."""
+"""Pixels converted at once: 100 MB in FP32, and as much again for the result."""
 
 
 def dali_version() -> str | None:
@@ -91,28 +90,28 @@ class DaliDecoder:
         self.clips_at_once = clips_at_once
         self.fallback = fallback
         self._pipeline: Any = None
-        self._batches = Batches(self._decoded, clips_at_once, BATCH_CHUNKS * chunk_bytes)
+        self._queue = DecodeQueue(self._decoded, clips_at_once, BATCH_CHUNKS * chunk_bytes)
 
     def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
         """The clips' chunks as they come, up to `clips_at_once` clips side by side."""
         waiting = deque(clips)
-        under_way: list[Iterator[Order | Frames]] = []
+        active: list[Iterator[FrameRequest | Frames]] = []
         failed: list[JobError] = []
-        while waiting or under_way:
-            while waiting and len(under_way) < self.clips_at_once:
-                under_way.append(self._course(waiting.popleft()))
-            orders = []
-            for course in tuple(under_way):
+        while waiting or active:
+            while waiting and len(active) < self.clips_at_once:
+                active.append(self._steps(waiting.popleft()))
+            requests = []
+            for steps in tuple(active):
                 try:
-                    while isinstance(step := next(course), Frames):
+                    while isinstance(step := next(steps), Frames):
                         yield step
-                    orders.append(step)
+                    requests.append(step)
                 except StopIteration:
-                    under_way.remove(course)
+                    active.remove(steps)
                 except JobError as error:
                     failed.append(error)
-                    under_way.remove(course)
-            self._batches.ask(orders)
+                    active.remove(steps)
+            self._queue.ask(requests)
         if failed:
             raise failed[0]
 
@@ -121,9 +120,9 @@ class DaliDecoder:
         why = refusal(probe, self.backend)
         if why or self.backend == "cpu" or probe.colour_range != "pc":
             return why
-        # NVDEC's parser reads the bitstream's own flag, and of VP9 perhaps none
-        told = probe.codec != "vp9" and range_in_stream(probe) == "pc"
-        return "" if told else "full range that the bitstream itself does not tell"
+        # NVDEC's parser reads the bitstream's own flag, and for VP9 perhaps none.
+        in_stream = probe.codec != "vp9" and range_in_stream(probe) == "pc"
+        return "" if in_stream else "full range that the bitstream itself does not say"
 
     def halved(self) -> "DaliDecoder":
         """The same with chunks of half the size, for when the device's memory has run out."""
@@ -139,64 +138,67 @@ class DaliDecoder:
         except Exception as error:  # the border to DALI: C++ throws what it likes
             raise Infrastructure(f"DALI cannot start: {error}") from error
 
-    def _course(self, clip: Clip) -> Iterator[Order | Frames]:
-        """One clip: orders to be filled, and frames to hand out once they are."""
+    def _steps(self, clip: Clip) -> Iterator[FrameRequest | Frames]:
+        """One clip: requests to be answered, and the frames of each answer."""
         probe, wanted, done = clip.probe, plan(clip), 0
         warning = ""
         if not self.refusal(probe):
-            data, most = np.fromfile(probe.path, np.uint8), frames_in(self.chunk_bytes, probe)
+            data, most = (
+                np.fromfile(probe.path, np.uint8),
+                frames_per_chunk(self.chunk_bytes, probe),
+            )
             while done < len(wanted):
-                order = Order(probe, data, wanted[done : done + most])
-                yield order
-                if order.pixels is None:
-                    warning = f"decoder: DALI could not decode it ({order.error}); PyAV did"
+                request = FrameRequest(probe, data, wanted[done : done + most])
+                yield request
+                if request.pixels is None:
+                    warning = f"decoder: DALI could not decode it ({request.error}); PyAV did"
                     break
-                done += len(order.wanted)
+                done += len(request.wanted)
                 yield Frames(
                     clip=clip,
-                    pixels=order.pixels,
-                    times_s=probe.times_s[order.wanted],
-                    indices=order.wanted,
+                    pixels=request.pixels,
+                    times_s=probe.times_s[request.wanted],
+                    indices=request.wanted,
                     asked=done,
                     total=len(wanted),
                     decoder=self.name,
                 )
-                del order
+                del request
             del data
         if done < len(wanted):
             for frames in self.fallback.frames(clip, wanted[done:], before=done):
                 yield replace(frames, warnings=(*filter(None, [warning]), *frames.warnings))
 
-    def _decoded(self, orders: Sequence[Order]) -> None:
-        """Fill the orders; where DALI fails, each half alone, until the culprit is."""
+    def _decoded(self, requests: Sequence[FrameRequest]) -> None:
+        """Answer the requests; where DALI fails, each half alone, down to the failing clip."""
         try:
-            outputs = self._run(orders)
+            outputs = self._run(requests)
         except Exception as error:  # noqa: BLE001 - the border to DALI: C++ throws what it likes
             self._pipeline = None
-            if len(orders) == 1:
-                orders[0].error = reason(error)
+            if len(requests) == 1:
+                requests[0].error = reason(error)
                 return
-            middle = len(orders) // 2
-            self._decoded(orders[:middle])
-            self._decoded(orders[middle:])
+            middle = len(requests) // 2
+            self._decoded(requests[:middle])
+            self._decoded(requests[middle:])
             return
-        for order, output in zip(orders, outputs, strict=True):
-            if output.shape != (len(order.wanted), *coded_size(order.probe), 3):
-                order.error = f"it gave pictures of {tuple(output.shape[1:3])}"
+        for request, output in zip(requests, outputs, strict=True):
+            if output.shape != (len(request.wanted), *coded_size(request.probe), 3):
+                request.error = f"it gave pictures of {tuple(output.shape[1:3])}"
             else:
-                order.pixels = upright(output, order.probe)
+                request.pixels = upright(output, request.probe)
         if self.device.type == "cuda":  # before DALI may write there again
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _run(self, orders: Sequence[Order]) -> list[Tensor]:
-        """One batch through DALI: u8 [n, h, w, 3] for each order, in DALI's own memory."""
+    def _run(self, requests: Sequence[FrameRequest]) -> list[Tensor]:
+        """One batch through DALI: u8 [n, h, w, 3] for each request, in DALI's own memory."""
         if self._pipeline is None:
             self._pipeline = self._built()
         (output,) = self._pipeline.run(
-            encoded=[order.data for order in orders],
-            frames=[order.wanted.astype(np.int32) for order in orders],
+            encoded=[request.data for request in requests],
+            frames=[request.wanted.astype(np.int32) for request in requests],
         )
-        return [torch.utils.dlpack.from_dlpack(output[row]) for row in range(len(orders))]
+        return [torch.utils.dlpack.from_dlpack(output[row]) for row in range(len(requests))]
 
     def _built(self) -> Any:
         from nvidia.dali import Pipeline, fn, types

@@ -1,53 +1,54 @@
 """The CPU decoder: of a probed clip, only the frames that sampling asks for, in bounded chunks.
 
-`plan` says which (worker/media/sampling.py).  Decoding goes from group to group of wanted frames:
-seek to the keyframe that governs the first, decode up to the last, go on.  Within a group, frames
-that nobody asked for and that no other frame leans on are not decoded at all (`skip_frame`), which
-changes no pixel of the rest.  Frames are known by their presentation time, never by counting.
+`plan` says which frames (worker/media/sampling.py).  Wanted frames are decoded in groups: seek to
+the keyframe before the first, decode up to the last.  Within a group, frames that are not wanted
+and that no other frame refers to are not decoded at all (`skip_frame`); this changes no pixel of
+the others.  A frame is identified by its presentation time, never by counting.
 
-A seek throws away what the decoder's threads have under way, so a gap of up to NEAR frames is
-decoded through; over anything longer seeking is cheaper, measured at NEAR.
+A seek throws away the pictures that the decoder's threads are working on, so gaps of up to NEAR
+frames are decoded instead; for longer gaps seeking is cheaper, as measured at NEAR.
 
-Damage.  A frame that does not come out whole sends its group into a second, exact reading: from one
-keyframe earlier, every frame decoded, the nearest whole neighbour taken in its place.  A neighbour
-must lie nearer to this wanted frame than to any other, so no picture is ever counted twice; if
-there is none, the frame is lost and the chunk's warnings say so.  A clip of which nothing decodes
-is CorruptMedia.
+Damage.  Where a frame cannot be decoded whole, its group is read a second time: from one keyframe
+earlier, decoding every frame, and the nearest whole neighbour takes the frame's place.  A neighbour
+must be nearer to this wanted frame than to any other, so that no picture counts twice.  Without
+such a neighbour the frame is lost, and the chunk's warnings say so.  A clip in which no frame can
+be decoded is CorruptMedia.
 """
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ralf.worker.errors import JobError
-from ralf.worker.media.chunks import Picture, chunks
+from ralf.worker.errors import CorruptMedia, JobError
 from ralf.worker.media.colour import FULL, colour_of
 from ralf.worker.media.probe import hidden, open_media, packets
 from ralf.worker.media.sampling import plan
 from ralf.worker.media.types import Clip, Frames, Probe
 
-__all__ = ["PyavDecoder", "plan", "range_in_stream"]
+__all__ = ["PyavDecoder", "frames_per_chunk", "plan", "range_in_stream"]
 
 NEAR = 4
-"""Frames that are rather decoded than jumped over.
+"""Gaps of up to so many frames are decoded rather than skipped by a seek.
 
-Seven jumps in 240 frames of 1080p H.264 (3 B-frames, a keyframe in 30), one thread, CPU seconds of
+Seven seeks in 240 frames of 1080p H.264 (3 B-frames, a keyframe in 30), one thread, CPU seconds of
 seeking against reading on: over 2 frames 0.465 / 0.477 in MP4 and 0.503 / 0.497 in MPEG-TS, over 5
 frames 0.421 / 0.477 and 0.435 / 0.490, over 20 frames 0.339 / 0.476 and 0.368 / 0.494.
 """
 THREAD_BYTES = 512 * 1024**2
-"""Pictures in flight in the decoder's threads, at most."""
+"""The most memory for pictures that the decoder's threads are working on."""
 SKIPS = frozenset({"h264", "hevc", "mpeg4", "vp8"})
-"""Codecs that read `skip_frame` anew for each packet; AV1 reads it once, when it opens."""
+"""Codecs whose decoder reads `skip_frame` for each packet; AV1 reads it only when it opens."""
 LEAST_CAP = (4096 + 128) * (2304 + 128)
-"""A stream may change its size in the middle, up to this area if it began smaller."""
+"""A stream that begins smaller may change its size in the middle, up to this area."""
 BEYOND = 64
-"""Packets past a lost frame's own reach that the exact reading still waits for pictures from."""
+"""Packets after a lost frame that the second reading still decodes before it gives up."""
 _EXACT = av.video.reformatter.Interpolation
 _SCALING = _EXACT.BILINEAR | _EXACT.ACCURATE_RND | _EXACT.FULL_CHR_H_INT
 
@@ -68,7 +69,7 @@ class PyavDecoder:
         return PyavDecoder(max(1, self.chunk_bytes // 2), self.threads)
 
     def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
-        """Each clip's frames in time order; closing the iterator early lets go of the file."""
+        """Each clip's frames in time order; closing the iterator early closes the file."""
         failed: list[JobError] = []
         for clip in clips:
             try:
@@ -79,23 +80,111 @@ class PyavDecoder:
             raise failed[0]
 
     def frames(self, clip: Clip, wanted: NDArray[np.int64], *, before: int = 0) -> Iterator[Frames]:
-        """These frames of one clip, of which `before` others went out already."""
+        """These frames of one clip, of which `before` others were given out already."""
         cap = max(LEAST_CAP, (clip.probe.coded_width + 128) * (clip.probe.coded_height + 128))
         with open_media(clip.probe.path, clip.probe.container, cap) as container:
             reader = _Reader(container, clip.probe, self.threads or os.cpu_count() or 1, cap)
-            yield from chunks(
+            yield from _chunks(
                 clip,
                 wanted,
                 reader,
-                painter=_Painter(clip.probe),
                 chunk_bytes=self.chunk_bytes,
                 decoder=self.name,
                 before=before,
             )
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """A wanted frame as it was decoded; `picture` is None where nothing near it could be."""
+
+    wanted: int
+    index: int
+    picture: Any = field(repr=False)
+
+
+def _chunks(
+    clip: Clip,
+    wanted: NDArray[np.int64],
+    reader: "_Reader",
+    *,
+    chunk_bytes: int,
+    decoder: str,
+    before: int,
+) -> Iterator[Frames]:
+    """Decoded frames, collected into chunks.
+
+    A chunk is given out only when the next one has its first picture, so that the last chunk can
+    carry the warning about frames that were lost after it.  Where `before` frames of the same clip
+    were given out already, a chunk may be empty and only report what was lost.
+    """
+    probe = clip.probe
+    most = frames_per_chunk(chunk_bytes, probe)
+    total = before + len(wanted)
+    converter = _RgbConverter(probe)
+    chunk, done = _Chunk(probe, decoder, min(most, len(wanted))), 0
+    for decoded in reader.decode(wanted):
+        if decoded.picture is not None and len(chunk.indices) == len(chunk.pixels):
+            yield chunk.frames(clip, before + done, total, reader)
+            chunk = _Chunk(probe, decoder, min(most, len(wanted) - done))
+        done += 1
+        if decoded.picture is None:
+            chunk.lost.append(decoded.wanted)
+            continue
+        converter.write(decoded.picture, chunk.pixels[len(chunk.indices)].numpy())
+        chunk.indices.append(decoded.index)
+        if decoded.index != decoded.wanted:
+            chunk.replaced.append(decoded.wanted)
+    if not chunk.indices and not before:
+        raise CorruptMedia(f"none of the {len(wanted)} frames asked for can be decoded")
+    yield chunk.frames(clip, before + done, total, reader)
+
+
+def frames_per_chunk(chunk_bytes: int, probe: Probe) -> int:
+    """How many of a clip's frames fit into a chunk of so many bytes; at least one."""
+    return max(1, chunk_bytes // (3 * probe.width * probe.height))
+
+
+class _Chunk:
+    """Pixels of a few frames, and which frames were replaced or lost."""
+
+    def __init__(self, probe: Probe, decoder: str, count: int) -> None:
+        self.probe, self.decoder = probe, decoder
+        self.pixels = torch.empty((count, 3, probe.height, probe.width), dtype=torch.uint8)
+        self.indices: list[int] = []
+        self.replaced: list[int] = []
+        self.lost: list[int] = []
+
+    def frames(self, clip: Clip, asked: int, total: int, reader: "_Reader") -> Frames:
+        """The chunk, with warnings about everything since the last chunk."""
+        indices = np.asarray(self.indices, dtype=np.int64)
+        return Frames(
+            clip=clip,
+            pixels=self.pixels[: len(indices)],
+            times_s=self.probe.times_s[indices],
+            indices=indices,
+            asked=asked,
+            total=total,
+            replaced=len(self.replaced),
+            decoder=self.decoder,
+            warnings=tuple(self._warnings(reader)),
+        )
+
+    def _warnings(self, reader: "_Reader") -> Iterator[str]:
+        damaged, reader.damaged = reader.damaged, []
+        for numbers, what in (
+            (damaged, "damaged_clip: {} frames are damaged {}; later ones may be smeared"),
+            (self.replaced, "replaced_frames: {} do not decode {}; neighbours stand in for them"),
+            (self.lost, "lost_frames: {} do not decode {}, nor does any near them"),
+        ):
+            if numbers:
+                times = self.probe.times_s[numbers]
+                between = f"between {times.min():.3f} and {times.max():.3f} s"
+                yield what.format(len(set(numbers)), between)
+
+
 class _Reader:
-    """An open clip: where it stands, how to jump, and which packet or picture is which frame."""
+    """An open clip: its position, how to seek, and which packet or picture is which frame."""
 
     def __init__(self, container: Any, probe: Probe, threads: int, cap: int) -> None:
         self.container, self.probe = container, probe
@@ -114,18 +203,18 @@ class _Reader:
         gaps = gaps[gaps > 0]
         self.tolerance = max(1e-6, 0.49 * float(gaps.min())) if len(gaps) else 1e-6
         self.unread = packets(container, self.stream, _never)
-        # an edit list may hide the first keyframe: -1 is the start of the file
+        # An edit list may hide the first keyframe: -1 stands for the start of the file.
         self.starts = np.r_[-1, probe.keyframes]
-        # AVI has no presentation times; with B-frames of H.264 only the order of output is true
+        # AVI has no presentation times; with H.264's B-frames only the order of output is right.
         self.by_order = (
             probe.container == "avi" and probe.codec in ("h264", "hevc") and self.reorder > 0
         )
         self.next_out = self.landed = 0
         self.damaged: list[int] = []
-        """Frames that gave an error or came out damaged, since this was last emptied."""
+        """Frames with an error or damage, since this list was last emptied."""
 
-    def pictures(self, wanted: NDArray[np.int64]) -> Iterator[Picture]:
-        """Every wanted frame in order, itself, a neighbour in its place, or nothing."""
+    def decode(self, wanted: NDArray[np.int64]) -> Iterator[_Decoded]:
+        """Every wanted frame in order: itself, a neighbour in its place, or nothing."""
         governing = np.searchsorted(self.starts, wanted, side="right") - 1
         begins = self.starts[governing]
         reach = _reach(self.probe.times_s, wanted)
@@ -134,36 +223,36 @@ class _Reader:
             end = at + 1
             while end < len(wanted) and begins[end] <= wanted[end - 1] + NEAR:
                 end += 1
-            for picture in self._fast(wanted[at:end], int(governing[at])):
-                yield picture
+            for decoded in self._fast(wanted[at:end], int(governing[at])):
+                yield decoded
                 at += 1
             if at < end:
                 yield from self._exact(wanted[at:end], reach[at:end], int(governing[at]))
                 at = end
 
-    def _fast(self, group: NDArray[np.int64], governing: int) -> Iterator[Picture]:
-        """The group's frames, stopping at the first that does not come out whole."""
+    def _fast(self, group: NDArray[np.int64], governing: int) -> Iterator[_Decoded]:
+        """The group's frames, up to the first that cannot be decoded whole."""
         left = group.tolist()
         pending = set(left)
-        self._jump(governing)
+        self._go_to(governing)
         for index, frame in self._decoded(pending):
             if index > left[0]:
                 return
             if index == left[0]:
-                yield Picture(index, index, frame)
+                yield _Decoded(index, index, frame)
                 left.pop(0)
                 if not left:
                     return
 
     def _exact(
         self, group: NDArray[np.int64], reach: NDArray[np.float64], governing: int
-    ) -> Iterator[Picture]:
-        """The group again, one keyframe earlier and every frame, with neighbours where need be."""
+    ) -> Iterator[_Decoded]:
+        """The group again: from one keyframe earlier, every frame, with neighbours where needed."""
         left = list(zip(group.tolist(), reach.tolist(), strict=True))
         times = self.probe.times_s
         last = int(np.searchsorted(times, reach[-1, 1], side="left"))
         before: tuple[int, Any] | None = None
-        self._jump(governing - 1)
+        self._go_to(governing - 1)
         for index, frame in self._decoded(None, until=last + BEYOND):
             while left and index >= left[0][0]:
                 (wanted, (low, high)) = left.pop(0)
@@ -173,24 +262,25 @@ class _Reader:
                     if low <= times[i] < high
                 ]
                 best = min(near, key=lambda found: found[:2], default=(0.0, wanted, None))
-                yield Picture(wanted, int(best[1]), best[2])
+                yield _Decoded(wanted, int(best[1]), best[2])
             if not left:
                 return
             before = (index, frame)
         for wanted, (low, high) in left:
             if before is not None and low <= times[before[0]] < high:
-                yield Picture(wanted, *before)
+                yield _Decoded(wanted, *before)
             else:
-                yield Picture(wanted, wanted, None)
+                yield _Decoded(wanted, wanted, None)
 
     def _decoded(
         self, pending: set[int] | None, until: int | None = None
     ) -> Iterator[tuple[int, Any]]:
         """Whole pictures from here on, each with its frame number.
 
-        With `pending`, ends once these are decoded, and decodes of the rest only what they need.
+        With `pending`, this ends once these frames are decoded, and decodes only those other
+        frames that they need.
         """
-        # a second field may have its own packet, and packets may come before what they are shown as
+        # A second field may have its own packet, and packets may come before they are shown.
         extra = (1 if self.probe.interlaced else 0) + (self.reorder if self.by_order else 0)
         every = pending is None or extra > 0 or self.probe.codec not in SKIPS
         for packet in self.unread:
@@ -210,7 +300,7 @@ class _Reader:
         yield from self._send(None)
 
     def _send(self, packet: Any) -> Iterator[tuple[int, Any]]:
-        """Pictures that this packet completes; a packet that cannot be decoded gives none."""
+        """The pictures that this packet completes; a packet that cannot be decoded gives none."""
         try:
             frames = self.context.decode(packet)
         except av.FFmpegError:
@@ -227,7 +317,7 @@ class _Reader:
                 continue
             if not frame.is_corrupt:
                 yield index, frame
-            elif index >= self.landed:  # before it lie pictures that lean on what was jumped over
+            elif index >= self.landed:  # pictures before it refer to frames that the seek skipped
                 self.damaged.append(index)
 
     def _number(self, tick: int | None) -> int | None:
@@ -240,17 +330,17 @@ class _Reader:
             return None
         return index if abs(self.probe.times_s[index] - time) <= self.tolerance else None
 
-    def _jump(self, governing: int) -> None:
-        """Stand at this one of the starts, or before it.
+    def _go_to(self, governing: int) -> None:
+        """Seek to this keyframe, or to one before it.
 
-        Indices hold decoding times in some containers, so where a seek came down is checked.
+        Some containers index decoding times, so the position after each seek is checked.
         """
         for back in (governing, governing - 1, governing - 2):
             if back <= 0:
                 break
             if self._seek(float(self.probe.times_s[self.starts[back]])) <= self.starts[governing]:
                 return
-        self._seek(-10.0)  # the start, and whatever an edit list hides before it
+        self._seek(-10.0)  # the start of the file, with the frames that an edit list hides
 
     def _seek(self, time_s: float) -> float:
         """Seek to a time; the number of the keyframe there, infinite if the probe saw none."""
@@ -261,7 +351,7 @@ class _Reader:
             return np.inf
         self.context.reorder_depth = max(self.reorder, self.context.reorder_depth)
         self.unread = packets(self.container, self.stream, _never)
-        for packet in self.unread:  # some demuxers come down between keyframes
+        for packet in self.unread:  # some demuxers arrive between two keyframes
             if packet.is_keyframe:
                 index = self._number(packet.pts if packet.pts is not None else packet.dts)
                 self.unread = chain((packet,), self.unread)
@@ -271,7 +361,7 @@ class _Reader:
 
 
 def _never(_: Exception) -> bool:
-    """Reading on past an error would only repeat what the probe has seen."""
+    """Do not read past an error: the probe has tried that already."""
     return False
 
 
@@ -282,15 +372,15 @@ def _reach(times: NDArray[np.float64], wanted: NDArray[np.int64]) -> NDArray[np.
     return np.stack([np.r_[-np.inf, middles], np.r_[middles, np.inf]], axis=1)
 
 
-class _Painter:
-    """Decoded pictures into upright RGB planes, by the colour policy."""
+class _RgbConverter:
+    """Converts decoded pictures to upright RGB, by the colour policy of colour.py."""
 
     def __init__(self, probe: Probe) -> None:
         self.turns, self.mirrored = probe.rotation // 90, probe.mirrored
         self.size = (probe.width, probe.height)[:: -1 if self.turns % 2 else 1]
         self.converter = av.video.reformatter.VideoReformatter()
 
-    def paint(self, frame: Any, out: NDArray[np.uint8]) -> None:
+    def write(self, frame: Any, out: NDArray[np.uint8]) -> None:
         """Write one picture to out, [3, h, w]."""
         colour = colour_of(frame)
         width, height = self.size
@@ -312,9 +402,9 @@ class _Painter:
 
 
 def range_in_stream(probe: Probe) -> str:
-    """tv or pc as the bitstream alone says it, whatever the container adds; one picture's decoding.
+    """tv or pc as the bitstream alone says it, without the container; decodes one picture.
 
-    Decoders that never see the container go by this.
+    Decoders that never see the container follow the bitstream.
     """
     cap = max(LEAST_CAP, (probe.coded_width + 128) * (probe.coded_height + 128))
     with open_media(probe.path, probe.container, cap) as container:

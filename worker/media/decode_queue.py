@@ -1,12 +1,9 @@
-"""Orders for frames, from several threads, filled together: who finds nobody at it takes them all.
+"""Requests for frames from several threads, decoded together by whichever thread is free.
 
-There is no thread that waits for orders and none to stop.  While one batch is decoded others gather
-and are the next batch, so a loaded machine decodes in batches by itself and an idle one at once.
-First come, first served, and an order is one chunk: a long clip stands in line anew for each of
-its chunks, and holds no short one up.
+First come, first served.  A request is one chunk: a long clip queues anew for each of its chunks,
+so it does not delay short clips.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ralf.worker.media.types import Probe
+from ralf.worker.shared_work import SharedWork
 
 
 @dataclass(eq=False)
-class Order:
-    """Frames wanted of one clip, and what became of them."""
+class FrameRequest:
+    """Frames wanted of one clip, and then their pixels or an error."""
 
     probe: Probe
     data: NDArray[np.uint8] = field(repr=False)
@@ -29,52 +27,43 @@ class Order:
     error: str = ""
 
     @property
-    def filled(self) -> bool:
-        """Whether it has an answer."""
+    def answered(self) -> bool:
+        """Whether it has pixels or an error."""
         return self.pixels is not None or bool(self.error)
 
     @property
     def bytes(self) -> int:
-        """What it takes decoded."""
+        """The size of its decoded pixels."""
         return 3 * len(self.wanted) * self.probe.width * self.probe.height
 
 
-class Batches:
-    """Orders of all threads, filled together: whoever finds nobody at it takes all that wait."""
+class DecodeQueue:
+    """Collects requests of all threads; `decode` answers a batch of them."""
 
-    def __init__(self, fill: Callable[[Sequence[Order]], None], most: int, most_bytes: int) -> None:
-        self.fill, self.most, self.most_bytes = fill, most, most_bytes
-        self.turn = threading.Condition()
-        self.waiting: deque[Order] = deque()
-        self.busy = False
+    def __init__(
+        self, decode: Callable[[Sequence[FrameRequest]], None], most: int, most_bytes: int
+    ) -> None:
+        self.decode, self.most, self.most_bytes = decode, most, most_bytes
+        self.waiting: deque[FrameRequest] = deque()
+        self.shared = SharedWork(self._take, self._answer)
 
-    def ask(self, orders: Sequence[Order]) -> None:
-        """Returns when each order has its pixels or its error."""
-        with self.turn:
-            self.waiting.extend(orders)
-            while not all(order.filled for order in orders):
-                if self.busy:
-                    self.turn.wait()
-                else:
-                    self._fill_one()
+    def ask(self, requests: Sequence[FrameRequest]) -> None:
+        """Return when each request has its pixels or its error."""
+        with self.shared.changed:
+            self.waiting.extend(requests)
+        self.shared.until(lambda: all(request.answered for request in requests))
 
-    def _fill_one(self) -> None:
-        """One batch, the condition let go of meanwhile; its orders leave with an answer always."""
-        batch = self._taken()
-        self.busy = True
-        self.turn.release()
+    def _answer(self, batch: Sequence[FrameRequest]) -> None:
         try:
-            self.fill(batch)
+            self.decode(batch)
         finally:
-            self.turn.acquire()
-            self.busy = False
-            for order in batch:
-                if not order.filled:
-                    order.error = "the batch was given up"
-            self.turn.notify_all()
+            # Whatever happened, no thread may wait for an answer that never comes.
+            for request in batch:
+                if not request.answered:
+                    request.error = "the batch was given up"
 
-    def _taken(self) -> list[Order]:
-        """First come, first served, as many as fit in one batch; one at least."""
+    def _take(self) -> list[FrameRequest]:
+        """As many of the first requests as fit in one batch, and one at least."""
         batch = [self.waiting.popleft()]
         room = self.most_bytes - batch[0].bytes
         while self.waiting and len(batch) < self.most and self.waiting[0].bytes <= room:

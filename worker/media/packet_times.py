@@ -1,8 +1,9 @@
-"""When each frame is shown, from what its packets say: the clip's own clock, in display order.
+"""When each frame is shown, computed from the packets' times, in display order.
 
-Packets come in decoding order.  Sorted by presentation time they are the frames as shown; what an
-edit list hides is left out, and so is what is shown before the first keyframe, since it leans on
-pictures that are not in the file.  Kept as flat arrays: four hours at 300 frames/s are 40 MB.
+Packets come in decoding order; sorted by presentation time they are the frames as shown.  Frames
+that an edit list hides are left out, and so are frames before the first keyframe, because they
+refer to pictures that are not in the file.  Flat arrays save memory: four hours at 300 frames/s
+are 40 MB.
 """
 
 from array import array
@@ -16,19 +17,19 @@ from ralf.worker.settings import Settings
 
 
 @dataclass
-class Seen:
-    """The packets in the order they came; ticks are the stream's own unit of time."""
+class PacketTimes:
+    """The times of all packets in the order they came; ticks are the stream's unit of time."""
 
     ticks: "array[int]" = field(default_factory=lambda: array("q"))
     is_key: "array[int]" = field(default_factory=lambda: array("b"))
     is_shown: "array[int]" = field(default_factory=lambda: array("b"))
     keys: int = 0
     longest_last: int = 0
-    """The duration that the packet shown last claims for itself."""
+    """The duration that the packet which is shown last says of itself."""
     _last: int | None = None
 
     def add(self, tick: int | None, duration: int, is_key: bool, is_shown: bool) -> None:
-        """One packet; without any time it follows the one before."""
+        """Add one packet; without a time of its own it follows the packet before."""
         if tick is None:
             tick = self.ticks[-1] + max(1, duration) if self.ticks else 0
         self.ticks.append(tick)
@@ -40,8 +41,8 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """Frames in display order, 0.0 at the first."""
+class FrameTimes:
+    """The frames in display order; the first is at 0.0."""
 
     times_s: NDArray[np.float64]
     keyframes: NDArray[np.int64]
@@ -53,7 +54,7 @@ class Timeline:
     """Frames before the first keyframe, left out."""
 
     def refuse_rate(self, settings: Settings) -> None:
-        """As many frames as the highest rate gives in this time, and one second of grace."""
+        """Refuse more frames than the highest rate gives in this time and one second more."""
         span = float(self.times_s[-1])
         if len(self.times_s) > settings.max_frame_rate * (span + 1):
             raise TooManyFrames(
@@ -62,43 +63,43 @@ class Timeline:
             )
 
 
-def timeline(seen: Seen, base: float, claimed_rate: float) -> Timeline:
+def frame_times(packets: PacketTimes, base: float, claimed_rate: float) -> FrameTimes:
     """The frames that can be shown; `base` is the length of a tick in seconds.
 
-    `claimed_rate` is the container's, asked only where a single frame has no gap to measure.
+    `claimed_rate` is the container's; it is used only for a single frame, which has no gap.
     """
-    if not seen.ticks:
+    if not packets.ticks:
         raise CorruptMedia("the video stream holds no frame")
-    if not seen.keys:
-        raise CorruptMedia(f"no keyframe in {len(seen.ticks)} frames: nothing can be decoded")
-    ticks, keys, early = _shown(seen)
+    if not packets.keys:
+        raise CorruptMedia(f"no keyframe in {len(packets.ticks)} frames: nothing can be decoded")
+    ticks, keys, early = _shown(packets)
     times = (ticks - ticks[0]) * base
     span = float(times[-1])
     if len(times) > 1 and span <= 0:
         raise CorruptMedia(f"0 frames a second: all {len(times)} frames are shown at one instant")
     gaps = np.diff(times)
     typical = float(np.median(gaps)) if len(gaps) else 1 / claimed_rate if claimed_rate > 0 else 0.0
-    return Timeline(
+    return FrameTimes(
         times_s=times,
         keyframes=keys,
         start_s=float(ticks[0]) * base,
-        duration_s=span + (seen.longest_last * base or typical),
+        duration_s=span + (packets.longest_last * base or typical),
         rate=(len(times) - 1) / span if len(times) > 1 else claimed_rate,
-        # a container's tick may round each gap up or down by one
+        # The container's tick may round each gap up or down by one.
         variable=bool(len(gaps) and np.abs(gaps - typical).max() > max(typical / 10, 2 * base)),
         early=early,
     )
 
 
-def _shown(seen: Seen) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Ticks in display order, which of them are keyframes, how many were cut at the start."""
-    ticks = np.asarray(seen.ticks, dtype=np.int64)
-    is_key = np.asarray(seen.is_key, dtype=bool)
+def _shown(packets: PacketTimes) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Ticks in display order, which of them are keyframes, how many were left out at the start."""
+    ticks = np.asarray(packets.ticks, dtype=np.int64)
+    is_key = np.asarray(packets.is_key, dtype=bool)
     first_key = int(np.argmax(is_key))
     usable = ticks >= ticks[first_key]
     usable[:first_key] = False
     early = int(len(ticks) - usable.sum())
-    usable &= np.asarray(seen.is_shown, dtype=bool)
+    usable &= np.asarray(packets.is_shown, dtype=bool)
     if not usable.any():
         raise CorruptMedia(f"the edit list hides every one of {len(ticks)} frames")
     ticks, is_key = ticks[usable], is_key[usable]

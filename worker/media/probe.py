@@ -1,13 +1,13 @@
-"""What a file is, before anything decodes it: its facts, or the named reason to refuse it.
+"""The facts of a file before it is decoded, or the named reason why it is refused.
 
-The order is the point.  A regular file of allowed size; a container on the list by its first bytes,
-opened by exactly that demuxer; streams, codec, pixels; then one pass over the packets, which alone
-says when each frame is shown, which are keyframes, how many there are and how long the clip is.
-What the container claims of these is never believed.  Of the pictures only the first is decoded:
-it knows the rotation, the colour tags and the pixel format.  Every limit stops the pass early, so a
-hostile file costs no more than an honest one at the limit.
+The order of the checks protects us.  First a regular file of allowed size; then a known container
+by its first bytes, opened by exactly that demuxer; then streams, codec and picture size; then one
+pass over all packets.  Only this pass says when each frame is shown, which are keyframes, how many
+there are and how long the clip is; the container's own claims are never believed.  Only the first
+picture is decoded: it carries the rotation, the colour tags and the pixel format.  Every limit
+stops the pass early, so a hostile file costs no more than an honest one at the limit.
 
-A clip that breaks in the middle passes, with a warning and the frames up to the break.
+A clip that breaks in the middle is accepted with a warning, with the frames up to the break.
 """
 
 import os
@@ -30,25 +30,25 @@ from ralf.worker.errors import (
     UnreadableFile,
 )
 from ralf.worker.media.colour import describe_colour, turn
-from ralf.worker.media.containers import Demuxer, first_look
-from ralf.worker.media.packet_times import Seen, Timeline, timeline
+from ralf.worker.media.containers import Demuxer, check_file
+from ralf.worker.media.packet_times import FrameTimes, PacketTimes, frame_times
 from ralf.worker.media.types import Probe
 from ralf.worker.settings import Settings
 
 CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
 DECODERS = ",".join(sorted(CODECS | {"libdav1d", "libaom-av1", "libvpx", "libvpx-vp9"}))
-"""FFmpeg's own names of decoders that may open, even while it looks at a file's streams."""
+"""FFmpeg's names of the decoders that may be opened, also while it examines the streams."""
 LEAST_SIDE = 16
-"""A smaller picture is a placeholder: no face fits, and it is not taken for a video stream."""
+"""A stream of smaller pictures is a placeholder, and no video stream: no face fits."""
 PASS_SECONDS = 60.0
 FIRST_FRAME_PACKETS = 300
-"""Packets from the first keyframe on that may pass before one picture comes out."""
+"""Packets from the first keyframe on within which one picture must decode."""
 RETRIES = 8
-"""Read errors after which the pass goes on, before the rest of the file is given up."""
+"""Read errors that the pass survives, before it gives up the rest of the file."""
 JUMP_BACK_S = 1.0
-"""Decoding times never go back; by more than this it is another recording, glued on."""
+"""Decoding times never go back; by more than this, another recording was appended."""
 JUMP_ON_S = 3600.0
-"""MPEG-TS clocks wrap every 26.5 hours, so there FFmpeg takes a jump back for one far ahead."""
+"""MPEG-TS clocks wrap every 26.5 hours, so FFmpeg reads a jump back as one far ahead."""
 
 
 def codec_available(name: str) -> bool:
@@ -68,13 +68,13 @@ def ffmpeg_version() -> str:
 def probe(path: str | os.PathLike[str], settings: Settings) -> Probe:
     """The facts of a video file; raises a Rejected error that names why it is refused."""
     name = str(Path(path).absolute())
-    demuxer, size, layout = first_look(name, settings.max_bytes, most_frames(settings))
+    demuxer, size, layout = check_file(name, settings.max_bytes, most_frames(settings))
     most_pixels = _padded_area(settings.max_width, settings.max_height)
     with open_media(name, demuxer, most_pixels) as container:
         stream = _video_stream(container, settings)
-        look = _Pass(stream, settings, demuxer, layout)
-        look.run(container)
-        return _facts(name, size, stream, look)
+        reading = _PacketPass(stream, settings, demuxer, layout)
+        reading.run(container)
+        return _facts(name, size, stream, reading)
 
 
 def most_frames(settings: Settings) -> int:
@@ -87,7 +87,7 @@ def _padded_area(width: int, height: int) -> int:
 
 
 def open_media(name: str, demuxer: str, most_pixels: int) -> Any:
-    """An av container that can be nothing but this demuxer reading this one local file.
+    """An av container that can only be this demuxer reading this one local file.
 
     `file:` before the path keeps a name such as `concat:a|b` or `http:…` a name.
     """
@@ -118,7 +118,7 @@ def open_media(name: str, demuxer: str, most_pixels: int) -> Any:
 
 
 def _video_stream(container: Any, settings: Settings) -> Any:
-    """The stream to look at; every other one is discarded by the demuxer from here on."""
+    """The stream to judge; from here on the demuxer discards every other one."""
     streams = container.streams
     if len(streams) > settings.max_streams:
         raise TooManyStreams(
@@ -174,7 +174,7 @@ def _what_is_there(streams: Any, shown: list[Any]) -> str:
 
 
 def refuse_pixels(width: int, height: int, settings: Settings) -> None:
-    """A limit on the longer and the shorter side, whichever way the picture lies."""
+    """A limit on the longer and on the shorter side, for portrait and landscape alike."""
     most = sorted((settings.max_width, settings.max_height))
     if min(width, height) > most[0] or max(width, height) > most[1]:
         raise TooManyPixels(
@@ -184,25 +184,26 @@ def refuse_pixels(width: int, height: int, settings: Settings) -> None:
 
 
 @dataclass
-class _Pass:
-    """One reading of the video packets, which decodes until the first picture is there."""
+class _PacketPass:
+    """One pass over the video packets, which decodes them until it has the first picture."""
 
     stream: Any
     settings: Settings
     demuxer: Demuxer
     layout: tuple[int, int]
     """Of MPEG-TS packets: where the first begins, and their length."""
-    seen: Seen = field(default_factory=Seen)
+    times: PacketTimes = field(default_factory=PacketTimes)
     first: Any = None
     """The first picture that decoded."""
-    looked: int = 0
+    tried: int = 0
+    """Packets given to the decoder."""
     last_dts: int | None = None
     encrypted: bool = False
     broken: str = ""
     """Why the pass ended before the file did."""
 
     def run(self, container: Any) -> None:
-        """Reads to the end, to the break, or to the first limit that is passed."""
+        """Read to the end, to a break, or to the first limit that is exceeded."""
         context = self.stream.codec_context
         context.thread_count = 1
         context.options = {
@@ -216,11 +217,11 @@ class _Pass:
             if not self._take(packet):
                 break
             if self.first is None:
-                self._look(packet)
+                self._decode_first(packet)
             if number % 1024 == 1023 and time.monotonic() - began > PASS_SECONDS:
                 raise TooLong(f"reading {number} packets took more than {PASS_SECONDS:g} s")
         if self.first is None and not self.encrypted:
-            self._look(None)
+            self._decode_first(None)
 
     def _read_error(self, error: Exception) -> bool:
         self.tries += 1
@@ -228,7 +229,7 @@ class _Pass:
         return self.tries <= RETRIES
 
     def _take(self, packet: Any) -> bool:
-        """Notes when the packet is shown; False ends the pass."""
+        """Record when the packet is shown; False ends the pass."""
         if packet.has_sidedata("encryption_info"):
             self.encrypted = True
             return False
@@ -242,29 +243,29 @@ class _Pass:
                     return False
             self.last_dts = packet.dts
         tick = packet.pts if packet.pts is not None else packet.dts
-        self.seen.add(tick, packet.duration or 0, packet.is_keyframe, not packet.is_discard)
+        self.times.add(tick, packet.duration or 0, packet.is_keyframe, not packet.is_discard)
         self._refuse_length()
         return True
 
     def _refuse_length(self) -> None:
-        most, seen = self.settings, self.seen.ticks
-        if len(seen) > self.most_frames:
+        most, ticks = self.settings, self.times.ticks
+        if len(ticks) > self.most_frames:
             raise TooManyFrames(
                 f"more than {self.most_frames} frames: {most.max_frame_rate:g} a second for "
                 f"{most.max_seconds:g} s are taken (RALF_MAX_FRAME_RATE, RALF_MAX_SECONDS)"
             )
-        length = abs(seen[-1] - seen[0]) * self.base
+        length = abs(ticks[-1] - ticks[0]) * self.base
         if length > most.max_seconds:
             raise TooLong(
                 f"{length:.3f} s or more; at most {most.max_seconds:g} s are taken "
                 "(RALF_MAX_SECONDS)"
             )
 
-    def _look(self, packet: Any) -> None:
-        """Decode until there is one picture; damage is forgiven for some hundred packets."""
-        if not self.seen.keys or self.looked > FIRST_FRAME_PACKETS:
+    def _decode_first(self, packet: Any) -> None:
+        """Decode until there is one picture; some hundred damaged packets are allowed before it."""
+        if not self.times.keys or self.tried > FIRST_FRAME_PACKETS:
             return
-        self.looked += 1
+        self.tried += 1
         try:
             frames = self.stream.codec_context.decode(packet)
         except av.FFmpegError:
@@ -273,9 +274,9 @@ class _Pass:
 
 
 def packets(container: Any, stream: Any, on_error: Any) -> Any:
-    """The stream's packets that hold anything; `on_error` says whether to read past an error.
+    """The stream's packets that are not empty; `on_error` says whether to read past an error.
 
-    An empty packet means the end to a decoder, so none is let through.
+    To a decoder an empty packet means the end of the stream, so empty ones are skipped.
     """
     while True:
         try:
@@ -289,21 +290,21 @@ def packets(container: Any, stream: Any, on_error: Any) -> Any:
 
 
 def hidden(packet: Any, stream: Any) -> bool:
-    """VP8 keeps its hidden reference frames as packets of their own; nobody ever sees them."""
+    """VP8 stores hidden reference frames as packets of their own; they are never shown."""
     return _codec(stream) == "vp8" and not memoryview(packet)[0] & 0x10
 
 
-def _facts(name: str, size: int, stream: Any, look: _Pass) -> Probe:
-    if look.encrypted:
+def _facts(name: str, size: int, stream: Any, reading: _PacketPass) -> Probe:
+    if reading.encrypted:
         raise EncryptedMedia("the video's packets are encrypted; send it decrypted")
-    first = look.first
-    line = timeline(look.seen, look.base, _rate(stream))
+    first = reading.first
+    shown = frame_times(reading.times, reading.base, _rate(stream))
     if first is None:
         raise CorruptMedia(
-            f"none of the first pictures of {len(line.times_s)} can be decoded; upload it again"
+            f"none of the first pictures of {len(shown.times_s)} can be decoded; upload it again"
         )
-    refuse_pixels(first.width, first.height, look.settings)
-    line.refuse_rate(look.settings)
+    refuse_pixels(first.width, first.height, reading.settings)
+    shown.refuse_rate(reading.settings)
     quarter_turns, mirrored = turn(first)
     width, height = (first.width, first.height)[:: -1 if quarter_turns % 2 else 1]
     space, colour_range, notes = describe_colour(first)
@@ -311,7 +312,7 @@ def _facts(name: str, size: int, stream: Any, look: _Pass) -> Probe:
     return Probe(
         path=name,
         size_bytes=size,
-        container=look.demuxer,
+        container=reading.demuxer,
         codec=context.codec.canonical_name,
         stream_index=stream.index,
         coded_width=context.coded_width or first.width,
@@ -321,18 +322,18 @@ def _facts(name: str, size: int, stream: Any, look: _Pass) -> Probe:
         rotation=quarter_turns * 90,
         mirrored=mirrored,
         pixel_format=first.format.name,
-        duration_s=line.duration_s,
-        frame_rate=line.rate,
-        variable_rate=line.variable,
-        frame_count=len(line.times_s),
-        times_s=line.times_s,
-        keyframes=line.keyframes,
-        start_s=line.start_s,
+        duration_s=shown.duration_s,
+        frame_rate=shown.rate,
+        variable_rate=shown.variable,
+        frame_count=len(shown.times_s),
+        times_s=shown.times_s,
+        keyframes=shown.keyframes,
+        start_s=shown.start_s,
         colour_space=space,
         colour_range=colour_range,
         interlaced=bool(first.interlaced_frame),
-        unshown=len(look.seen.ticks) - len(line.times_s),
-        warnings=(*notes, *_warnings(look, stream, line, size)),
+        unshown=len(reading.times.ticks) - len(shown.times_s),
+        warnings=(*notes, *_warnings(reading, stream, shown, size)),
     )
 
 
@@ -340,33 +341,33 @@ def _rate(stream: Any) -> float:
     return float(stream.average_rate or 0.0)
 
 
-def _warnings(look: _Pass, stream: Any, line: Timeline, size: int) -> list[str]:
+def _warnings(reading: _PacketPass, stream: Any, shown: FrameTimes, size: int) -> list[str]:
     found = []
     others = sum(not _is_picture(other) for other in stream.container.streams.video) - 1
     if others:
         found.append(f"streams: {others + 1} video streams; only #{stream.index} is looked at")
-    seen, listed = len(look.seen.ticks), stream.frames
-    if look.broken:
-        found.append(f"broken_clip: after {line.times_s[-1]:.3f} s {look.broken}")
-    elif look.demuxer == "mov" and listed > seen:
+    there, listed = len(reading.times.ticks), stream.frames
+    if reading.broken:
+        found.append(f"broken_clip: after {shown.times_s[-1]:.3f} s {reading.broken}")
+    elif reading.demuxer == "mov" and listed > there:
         found.append(
-            f"broken_clip: its index lists {listed} frames, {seen} are there; "
-            f"it ends at {line.duration_s:.3f} s"
+            f"broken_clip: its index lists {listed} frames, {there} are there; "
+            f"it ends at {shown.duration_s:.3f} s"
         )
-    elif look.demuxer == "mpegts" and (size - look.layout[0]) % look.layout[1]:
-        found.append(f"broken_clip: it ends inside a packet, at {line.duration_s:.3f} s")
-    elif look.demuxer == "avi" and abs(listed - seen) > 1:
-        found.append(f"frame_count: the header says {listed} frames, {seen} are there")
+    elif reading.demuxer == "mpegts" and (size - reading.layout[0]) % reading.layout[1]:
+        found.append(f"broken_clip: it ends inside a packet, at {shown.duration_s:.3f} s")
+    elif reading.demuxer == "avi" and abs(listed - there) > 1:
+        found.append(f"frame_count: the header says {listed} frames, {there} are there")
     claimed = (stream.container.duration or 0) / av.time_base
-    if not any(text.startswith("broken") for text in found) and claimed - line.duration_s > max(
+    if not any(text.startswith("broken") for text in found) and claimed - shown.duration_s > max(
         0.5, claimed / 10
     ):
         found.append(
             f"short_video: the container says {claimed:.3f} s, its video ends at "
-            f"{line.duration_s:.3f} s"
+            f"{shown.duration_s:.3f} s"
         )
-    if line.early:
+    if shown.early:
         found.append(
-            f"early_frames: {line.early} frames before the first keyframe cannot be decoded"
+            f"early_frames: {shown.early} frames before the first keyframe cannot be decoded"
         )
     return found

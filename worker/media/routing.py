@@ -1,43 +1,53 @@
-"""Where a clip is decoded: on the CPU or on the GPU's decoder; the one place that says so.
+"""Which decoder takes a clip, the CPU's or the GPU's: the only place that decides it.
 
-First what DALI can take at all (`refusal`): a decoder that would number the frames otherwise, or
-show them in other colours, is not asked.  Then what is sooner done (`route`).  Both are functions
-of the probe alone and of how much is under way, so they need neither library nor GPU to be tested.
+First, what DALI can decode at all (`refusal`): it is not used where it would number the frames
+differently or show other colours.  Then, which decoder will finish first (`route`).  Both depend
+only on the probe and on the work already in progress, so they are tested without DALI or a GPU.
 
-The cost of a clip is not the frames wanted but the frames read: everything from the keyframe that
-governs a wanted frame up to it.  A long keyframe distance makes a few frames as dear as all, and a
-clip of small pictures costs a GPU more to begin than a CPU to finish.  What is under way already
-comes before it, so a full decoder sends the next clip to the other.
+The cost of a clip is the number of frames read, not of frames wanted: everything from the keyframe
+before a wanted frame up to that frame.  With a long keyframe distance a few frames cost as much as
+all of them, and for small pictures a GPU needs longer to start than a CPU to finish.  Work in
+progress comes first, so when one decoder is busy the next clip goes to the other.
+
+RoutedDecoder is the decoder that follows these rules.
 """
 
+import copy
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
-from ralf.worker.media.types import Probe
+from ralf.worker.errors import JobError
+from ralf.worker.media.sampling import plan
+from ralf.worker.media.types import Clip, Decoder, Frames, Probe
+
+log = structlog.get_logger()
 
 Backend = Literal["cpu", "mixed"]
-"""DALI's own words: `mixed` reads on the host and decodes on the GPU's NVDEC."""
+"""DALI's names: `mixed` reads on the host and decodes on the GPU's NVDEC."""
 
 CODECS: dict[Backend, frozenset[str]] = {
     "cpu": frozenset({"vp9", "mjpeg"}),
     "mixed": frozenset({"h264", "hevc", "vp9"}),
 }
-"""Not VP8: its hidden frames are packets, which DALI counts.  Not AV1: Hopper's NVDEC has none."""
+"""Without VP8, whose hidden frames DALI counts, and AV1, which Hopper's NVDEC does not decode."""
 CONTAINERS: dict[Backend, frozenset[str]] = {
     "cpu": frozenset({"mov", "matroska", "avi"}),
     "mixed": frozenset({"mov", "matroska"}),
 }
-"""Where a seek comes down on the keyframe that it names, which DALI takes for granted."""
+"""Containers in which a seek arrives at the keyframe it names, as DALI assumes."""
 PLANES = frozenset({"yuv420p", "yuvj420p"})
-"""What NVDEC gives as it is; deeper and finer pictures it would cut down in its own way."""
+"""Formats that NVDEC gives unchanged; it would reduce others in its own way."""
 LEAST_SIDE = 144
 MOST_SIDE = {"h264": 4096, "hevc": 8192, "vp9": 8192}
-"""Pictures that NVDEC takes, by its maker's tables."""
+"""The largest pictures that NVDEC decodes, by NVIDIA's tables."""
 MOST_BYTES = 512 * 1024**2
-"""DALI wants the whole file in the host's memory."""
+"""DALI needs the whole file in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,8 @@ RATES = Rates()
 
 
 @dataclass(frozen=True)
-class UnderWay:
-    """Pixels that each decoder still has to read for others."""
+class InProgress:
+    """Pixels that each decoder still has to read for other clips."""
 
     cpu: float = 0.0
     gpu: float = 0.0
@@ -74,10 +84,12 @@ class Route:
     why: str
 
 
-DEARNESS = {"h264": 1.0, "hevc": 1.5, "vp9": 1.4}
-"""CPU seconds for the same frames read, H.264 being one: 0.084, 0.124 and 0.122 s for 71 frames of
-640×360 with film grain at 1.3 to 1.9 Mbit/s, one thread; H.264's B-frames that nobody leans on are
-skipped, VP9 has none."""
+RELATIVE_COST = {"h264": 1.0, "hevc": 1.5, "vp9": 1.4}
+"""CPU seconds for the same frames read, relative to H.264.
+
+0.084, 0.124 and 0.122 s for 71 frames of 640×360 with film grain at 1.3 to 1.9 Mbit/s, one thread.
+H.264's B-frames that no frame refers to are skipped; VP9 has none.
+"""
 
 
 def refusal(probe: Probe, backend: Backend) -> str:
@@ -105,9 +117,9 @@ def _fits(probe: Probe) -> bool:
 
 
 def frames_read(probe: Probe, wanted: NDArray[np.int64]) -> int:
-    """Frames a decoder goes through for the wanted ones: in each keyframe's group up to the last.
+    """Frames that are read for the wanted ones: from each keyframe up to the last wanted frame.
 
-    A CPU leaves out those that no other leans on; that is not counted.
+    The CPU decoder skips frames that no other refers to; that is not counted.
     """
     if not len(wanted):
         return 0
@@ -119,7 +131,7 @@ def frames_read(probe: Probe, wanted: NDArray[np.int64]) -> int:
 
 
 def pixels_read(probe: Probe, wanted: NDArray[np.int64]) -> float:
-    """The same in pixels."""
+    """The pixels of these frames."""
     return float(frames_read(probe, wanted)) * probe.coded_width * probe.coded_height
 
 
@@ -128,17 +140,82 @@ def route(
     wanted: NDArray[np.int64],
     *,
     cores: int,
-    under_way: UnderWay = UnderWay(),
+    in_progress: InProgress = InProgress(),
     rates: Rates = RATES,
 ) -> Route:
-    """The decoder that will be done first with this clip."""
+    """The decoder that will finish this clip first."""
     refused = refusal(probe, "mixed")
     if refused:
         return Route("pyav", refused)
     pixels = pixels_read(probe, wanted)
-    on_cpu = (under_way.cpu + pixels * DEARNESS[probe.codec]) / (cores * rates.core)
+    on_cpu = (in_progress.cpu + pixels * RELATIVE_COST[probe.codec]) / (cores * rates.core)
     on_gpu = rates.begin_s + max(
-        pixels / rates.gpu_alone, (under_way.gpu + pixels) / rates.gpu_full
+        pixels / rates.gpu_alone, (in_progress.gpu + pixels) / rates.gpu_full
     )
     why = f"{on_cpu:.3f} s on the CPU, {on_gpu:.3f} s on the GPU"
     return Route("dali" if on_gpu < on_cpu else "pyav", why)
+
+
+class RoutedDecoder:
+    """Sends each clip to DALI or to PyAV; safe for several threads at once."""
+
+    name = "routed"
+
+    def __init__(self, pyav: Decoder, dali: Decoder, *, cores: int, rates: Rates = RATES) -> None:
+        self.decoders: dict[str, Decoder] = {"dali": dali, "pyav": pyav}
+        self.cores, self.rates = cores, rates
+        self._pixels = {"dali": 0.0, "pyav": 0.0}
+        self._lock = threading.Lock()
+
+    def halved(self) -> "RoutedDecoder":
+        """The same with chunks of half the size; both share the count of work in progress."""
+        other = copy.copy(self)
+        other.decoders = {name: decoder.halved() for name, decoder in self.decoders.items()}
+        return other
+
+    @property
+    def in_progress(self) -> InProgress:
+        """The pixels of the clips that each decoder has and has not finished."""
+        with self._lock:
+            return InProgress(cpu=self._pixels["pyav"], gpu=self._pixels["dali"])
+
+    def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
+        """DALI's clips side by side, then PyAV's one after the other."""
+        shares: dict[str, list[Clip]] = {"dali": [], "pyav": []}
+        pixels = {"dali": 0.0, "pyav": 0.0}
+        failed: list[JobError] = []
+        try:
+            for clip in clips:
+                try:
+                    decoder, cost = self._sent(clip)
+                except JobError as error:  # its sampling cannot be planned
+                    failed.append(error)
+                    continue
+                shares[decoder].append(clip)
+                pixels[decoder] += cost
+            for decoder, share in shares.items():
+                try:
+                    yield from self.decoders[decoder].decode(share)
+                except JobError as error:
+                    failed.append(error)
+                self._count(decoder, -pixels[decoder])
+                pixels[decoder] = 0.0
+        finally:
+            for decoder, cost in pixels.items():
+                self._count(decoder, -cost)
+        if failed:
+            raise failed[0]
+
+    def _sent(self, clip: Clip) -> tuple[str, float]:
+        """The clip's decoder, and its pixels, which are in progress there from now on."""
+        wanted = plan(clip)
+        busy = self.in_progress
+        way = route(clip.probe, wanted, cores=self.cores, in_progress=busy, rates=self.rates)
+        cost = pixels_read(clip.probe, wanted)
+        self._count(way.decoder, cost)
+        log.debug("decoder.chosen", decoder=way.decoder, why=way.why)
+        return way.decoder, cost
+
+    def _count(self, decoder: str, pixels: float) -> None:
+        with self._lock:
+            self._pixels[decoder] += pixels

@@ -1,13 +1,13 @@
-"""Look for faces in each Nth frame only, and follow them through the frames between.
+"""Search for faces in each Nth frame only, and interpolate them in the frames between.
 
-A face that is found in two looks, one after the other, at overlapping places, is put on the
-straight line between them: box, landmarks, and the smaller confidence of the two.  A face that has
-no partner in the next look is not followed, and nothing is invented after the last look; the first
-and last frame of every chunk are looked at.  Frames further apart than GAP_S are all looked at: a
-face may be anywhere by then, so sampling a few frames of a long clip stays as it is.
+A face that is found in two searched frames in a row, at overlapping places, is interpolated on the
+straight line between them: box, landmarks, and the smaller confidence of the two.  A face without
+a partner in the next searched frame is not interpolated.  The first and the last frame of every
+chunk are searched.  Frames further apart than GAP_S are all searched, because a face may have
+moved anywhere meanwhile; so sampling a few frames of a long clip does not change.
 
-Off unless RALF_FIND_EVERY says more than 1, and verdicts made so say that the finder is not the
-one that the model was calibrated with.  What it costs is measured by `ralf bench pipeline`.
+Off unless RALF_FIND_EVERY is more than 1.  Verdicts made with it say that the finder is not the
+one that the model was calibrated with.  `ralf bench pipeline` measures what it changes.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from ralf.worker.boxes import overlap
 from ralf.worker.media.types import FaceFinder, Faces, Frames
 
 GAP_S = 0.25
-"""Two looks are at most so far apart."""
+"""Two searched frames are at most so far apart."""
 LEAST_OVERLAP = 0.3
 
 
-class Strided:
-    """A finder that looks now and then."""
+class StridedFinder:
+    """A finder that searches each Nth frame."""
 
     def __init__(self, finder: FaceFinder, every: int) -> None:
         if every < 1:
@@ -35,8 +35,8 @@ class Strided:
         self.finder, self.every = finder, every
 
     def find(self, frames: Frames) -> Faces:
-        """Every face of the chunk, frame by frame; those between two looks are interpolated."""
-        rows = looks(frames.times_s, self.every)
+        """Every face of the chunk, frame by frame; between two searched frames, interpolated."""
+        rows = searched_rows(frames.times_s, self.every)
         if len(rows) == len(frames):
             return self.finder.find(frames)
         some = replace(
@@ -47,14 +47,14 @@ class Strided:
         )
         seen = self.finder.find(some)
         parts = [_at(seen, np.flatnonzero(seen.frame == 0), rows[:1])]
-        for look in range(1, len(rows)):
-            parts += _between(seen, look, rows, frames.times_s)
-            parts.append(_at(seen, np.flatnonzero(seen.frame == look), rows[look : look + 1]))
+        for place in range(1, len(rows)):
+            parts += _between(seen, place, rows, frames.times_s)
+            parts.append(_at(seen, np.flatnonzero(seen.frame == place), rows[place : place + 1]))
         return _joined(parts)
 
 
-def looks(times_s: NDArray[np.float64], every: int) -> NDArray[np.int64]:
-    """Rows to look at: each Nth, sooner where time would run away, and the last."""
+def searched_rows(times_s: NDArray[np.float64], every: int) -> NDArray[np.int64]:
+    """The rows to search: each Nth, sooner where frames are far apart in time, and the last."""
     rows: list[int] = []
     for row in range(len(times_s)):
         last = rows[-1] if rows else -1
@@ -65,18 +65,18 @@ def looks(times_s: NDArray[np.float64], every: int) -> NDArray[np.int64]:
 
 
 def _between(
-    seen: Faces, look: int, rows: NDArray[np.int64], times_s: NDArray[np.float64]
+    seen: Faces, place: int, rows: NDArray[np.int64], times_s: NDArray[np.float64]
 ) -> Iterator[Faces]:
-    """The faces of the frames between one look and the one before it."""
-    before, after = (np.flatnonzero(seen.frame == number) for number in (look - 1, look))
-    if not len(before) or not len(after) or rows[look] - rows[look - 1] < 2:
+    """The faces of the frames between one searched frame and the one before it."""
+    before, after = (np.flatnonzero(seen.frame == number) for number in (place - 1, place))
+    if not len(before) or not len(after) or rows[place] - rows[place - 1] < 2:
         return
     shared = overlap(seen.boxes[before].astype(float), seen.boxes[after].astype(float))
     one, other = linear_sum_assignment(-shared)
     close = shared[one, other] >= LEAST_OVERLAP
     one, other = before[one[close]], after[other[close]]
-    start, end = times_s[rows[look - 1]], times_s[rows[look]]
-    for row in range(rows[look - 1] + 1, rows[look]):
+    start, end = times_s[rows[place - 1]], times_s[rows[place]]
+    for row in range(rows[place - 1] + 1, rows[place]):
         share = float((times_s[row] - start) / (end - start)) if end > start else 0.5
         yield Faces(
             boxes=_mixed(seen.boxes[one], seen.boxes[other], share),
@@ -93,7 +93,7 @@ def _mixed(
 
 
 def _at(seen: Faces, found: NDArray[np.int64], row: NDArray[np.int64]) -> Faces:
-    """The faces of one look, at their frame's row of the chunk."""
+    """The faces of one searched frame, at their frame's row of the chunk."""
     return Faces(
         boxes=seen.boxes[found],
         landmarks=seen.landmarks[found],

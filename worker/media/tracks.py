@@ -1,20 +1,20 @@
 """Follow faces over time: which box of this frame is the face of that one.
 
-Each frame is joined to the tracks that are open by one optimal assignment (SciPy's) on overlap and
-distance of centres.  Frames may be 40 ms or a minute apart, so what counts as the same place grows
-with the time since the face was last seen, and stops growing:
+The faces of each frame are assigned to the open tracks by one optimal assignment (SciPy's) on
+overlap and distance of centres.  Frames may be 40 ms or a minute apart, so the tolerance grows with
+the time since the face was last seen, up to a limit:
 
     distance of centres, in face sizes    ≤ 0.5 + 0.5 · min(gap, 2 s) → 0.5 … 1.5
     change of size, in octaves            ≤ 0.5 + 0.25 · min(gap, 2 s) → 0.5 … 1.0
 
-However long the gap, a face one and a half sizes away, or twice the size, is another one: that is
-what a cut looks like in boxes alone.  Two people shown in turn at the same place and size are one
-track; nothing here looks at pixels.
+After any gap, a face more than one and a half sizes away, or more than twice the size, is another
+one: so a cut is seen in the boxes alone.  Two people shown in turn at the same place and size
+become one track, because no pixels are compared.
 
-A track closes once it was missed in more than three looked-at frames and for more than 2 s.
-At most `max_tracks` faces are followed at any one time: the largest, weighed by confidence.  The
-rest of such a frame get −1, and `overflowed` says so.  There is no limit over a whole clip, so a
-slide show of faces cannot use the tracks up before the face that matters.
+A track ends when its face was missed in more than three sampled frames and for more than 2 s.
+At most `max_tracks` faces are followed at any time: the largest, weighted by confidence.  The other
+faces of such a frame get −1, and `overflowed` is set.  There is no limit over a whole clip, so a
+slide show of faces cannot use up the tracks before the face that matters.
 
 The ids depend on the frames alone: not on the borders of chunks, not on the order of the faces.
 Tracks of a stream's segments are joined where they are folded, in worker/service/sessions.py.
@@ -42,15 +42,15 @@ MISSES, UNSEEN_S = 3, 2.0
 
 
 @dataclass(frozen=True)
-class Open:
-    """A track that may go on."""
+class OpenTrack:
+    """A track that the next frame may continue."""
 
     track: int
     box: tuple[float, float, float, float]
     time_s: float
     """When it was last seen."""
     missed: int = 0
-    """Frames looked at since then."""
+    """Sampled frames since then."""
 
 
 def _area(boxes: Boxes) -> Boxes:
@@ -58,7 +58,7 @@ def _area(boxes: Boxes) -> Boxes:
 
 
 def match(before: Boxes, after: Boxes, gap_s: Boxes, missed: Boxes) -> list[tuple[int, int]]:
-    """Pairs (row of before, row of after) that are one face.
+    """Pairs (row of before, row of after) that are the same face.
 
     gap_s and missed, both [len(before), len(after)], are the time between the two and the frames
     in between that did not show the face.
@@ -71,8 +71,8 @@ def match(before: Boxes, after: Boxes, gap_s: Boxes, missed: Boxes) -> list[tupl
     reach = REACH + REACH_PER_S * grown
     may = (distance <= reach) & (stretch <= STRETCH + STRETCH_PER_S * grown)
     may &= (missed <= MISSES) | (gap_s <= UNSEEN_S)
-    # Two that may not match cost what the worst match does and no more: at a higher price, a face
-    # that stayed in its place would be given away in order to pair off two that did not.
+    # A forbidden pair costs as much as the worst allowed pair, not more: at a higher cost the
+    # assignment would break up a face that stayed in place in order to avoid forbidden pairs.
     cost = np.where(may, 1 - overlap(before, after) + distance, 1 + reach)
     return [
         (int(a), int(b)) for a, b in zip(*linear_sum_assignment(cost), strict=True) if may[a, b]
@@ -80,7 +80,7 @@ def match(before: Boxes, after: Boxes, gap_s: Boxes, missed: Boxes) -> list[tupl
 
 
 class Tracker:
-    """Gives each face its track, frame after frame."""
+    """Gives each face the number of its track, frame by frame."""
 
     def __init__(self, max_tracks: int = 16) -> None:
         if max_tracks < 1:
@@ -89,7 +89,7 @@ class Tracker:
         self.overflowed = False
         """True once a frame had more faces than can be followed."""
         self._next = 0
-        self._open: list[Open] = []
+        self._open: list[OpenTrack] = []
 
     def update(self, frames: "Frames", faces: "Faces") -> NDArray[np.int64]:
         """The track of each face [m], −1 for one that is not followed; chunks in time order."""
@@ -116,12 +116,12 @@ class Tracker:
         for row in followed[ids[followed] < 0]:
             ids[row] = self._next
             self._next += 1
-        seen = [Open(int(ids[row]), _plain(boxes[row]), time_s) for row in followed]
+        seen = [OpenTrack(int(ids[row]), _plain(boxes[row]), time_s) for row in followed]
         self._open = self._kept(time_s, seen)
         return ids
 
-    def _kept(self, time_s: float, seen: list[Open]) -> list[Open]:
-        """The tracks of this frame, then those it did not show, the latest seen first."""
+    def _kept(self, time_s: float, seen: list[OpenTrack]) -> list[OpenTrack]:
+        """The tracks of this frame, then the others that are still open, the latest seen first."""
         here = {track.track for track in seen}
         waiting = [replace(t, missed=t.missed + 1) for t in self._open if t.track not in here]
         stay = [t for t in waiting if t.missed <= MISSES or time_s - t.time_s <= UNSEEN_S]
@@ -129,11 +129,11 @@ class Tracker:
         return kept[: self.max_tracks]
 
 
-def _stacked(tracks: Sequence[Open]) -> Boxes:
+def _stacked(tracks: Sequence[OpenTrack]) -> Boxes:
     return np.array([track.box for track in tracks], np.float64).reshape(-1, 4)
 
 
-def _by_track(track: Open) -> int:
+def _by_track(track: OpenTrack) -> int:
     return track.track
 
 

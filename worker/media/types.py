@@ -1,10 +1,10 @@
-"""What passes between the stages, and the two protocols that make frames and faces.
+"""The values that pass between the stages, and the protocols of a decoder and a face finder.
 
-Frozen values that check themselves when made and print their shapes, not their pixels.
+The values are frozen, check their shapes when they are made, and print shapes, not pixels.
 n: frames   m: faces   h, w: height, width of the frame as displayed   s: side of a crop
 
-Times are float seconds on the stream's own presentation clock, its first frame at `start_s`
-subtracted, so that 0.0 is the first frame shown.  They live on the CPU even when pixels do not.
+Times are float seconds on the stream's own presentation clock, counted from its first frame, which
+is at 0.0.  They are on the CPU even where the pixels are on a GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from ralf.worker.contract import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a file is, found without decoding more than its first frame."""
+    """The facts of a file, found without decoding more than its first frame."""
 
     path: str
     size_bytes: int
@@ -32,19 +32,19 @@ class Probe:
     coded_width: int
     coded_height: int
     width: int
-    """As displayed: after rotation and sample aspect ratio is ignored."""
+    """As displayed, after rotation; the sample aspect ratio is ignored."""
     height: int
     rotation: int
     """Degrees counter-clockwise to apply: 0, 90, 180 or 270."""
     mirrored: bool = False
-    """Left and right change places after the rotation, as some front cameras ask."""
+    """Left and right are exchanged after the rotation, as some front cameras record it."""
     pixel_format: str
     duration_s: float
     frame_rate: float
     """Average; 0.0 where the container does not know it."""
     variable_rate: bool
     frame_count: int
-    """Counted from packets, never the container's word."""
+    """Counted from the packets; the container's number is not believed."""
     times_s: NDArray[np.float64] = field(repr=False)
     """Presentation time of each frame in display order."""
     keyframes: NDArray[np.int64] = field(repr=False)
@@ -57,8 +57,8 @@ class Probe:
     """tv, pc or "unspecified"."""
     interlaced: bool
     unshown: int = 0
-    """Frames in the file that a player leaves out: an edit list hides them, or they come before
-    the first keyframe.  A decoder that counts packets counts them too."""
+    """Frames in the file that a player does not show: an edit list hides them, or they come
+    before the first keyframe.  A decoder that counts packets counts them too."""
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Frames:
     total: int = 0
     """How many frames sampling asks for in the whole clip."""
     replaced: int = 0
-    """How many of this chunk stand in for a neighbour that could not be decoded."""
+    """How many of this chunk replace a neighbour that could not be decoded."""
     decoder: str = "pyav"
     warnings: tuple[str, ...] = ()
 
@@ -158,7 +158,7 @@ class Decoder(Protocol):
     """Clips in, bounded chunks of frames out; Frames say which clip and which time.
 
     Each clip's chunks come in order; those of several clips may alternate.  A clip that cannot be
-    decoded does not take the others with it: its error is raised when they are done.
+    decoded does not stop the others: its error is raised after they are done.
     """
 
     name: str

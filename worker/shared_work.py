@@ -1,0 +1,39 @@
+"""Work that several threads want done and one of them does for all, without a thread of its own.
+
+Each thread waits for its own answer.  A thread that finds nobody at work takes the next batch of
+what waits, its own requests among it or not, and works on it; meanwhile others queue up and become
+the next batch.  So a busy machine works in large batches, and an idle one starts at once.  The
+scorer (batcher.py) and the GPU's decoder (media/decode_queue.py) work this way.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Batch = TypeVar("Batch")
+
+
+class SharedWork(Generic[Batch]):
+    """`take` makes the next batch, called with the lock held; `work` does it, without the lock."""
+
+    def __init__(self, take: Callable[[], Batch], work: Callable[[Batch], None]) -> None:
+        self.take, self.work = take, work
+        self.changed = threading.Condition()
+        """The lock of whatever `take` reads."""
+        self.busy = False
+
+    def until(self, answered: Callable[[], bool]) -> None:
+        """Return once `answered`; until then wait for others' work, or work for all."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: answered() or not self.busy)
+                if answered():
+                    return
+                batch = self.take()
+                self.busy = True
+            try:
+                self.work(batch)
+            finally:
+                with self.changed:
+                    self.busy = False
+                    self.changed.notify_all()
