@@ -153,6 +153,21 @@ def test_every_import_follows_the_rooms():
     assert found == []
 
 
+def test_every_import_of_a_file_leads_away_from_it():
+    """Two files that import each other, even inside functions, are one file cut in two."""
+    graph = {
+        (name := path.relative_to(ROOT).as_posix()): {
+            imported
+            for imported in imported_files(path.read_text())
+            if (name, imported) not in PROGRAMS_IMPORTED
+        }
+        for path in sources(*ROOMS)
+    }
+    assert sum(map(len, graph.values())) > 500
+
+    assert circle(graph) == []
+
+
 def test_every_import_of_a_program_comes_from_a_program():
     """Commands, chaos and benches use the worker; the worker does not need them."""
     found = {

@@ -91,3 +91,78 @@ def test_every_setting_and_make_target_on_a_page_exists():
 
     assert set(re.findall(r"\bRALF_[A-Z][A-Z_]*[A-Z]\b", text)) - settings == set()
     assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
+
+
+def section(title: str) -> str:
+    """The text under a heading of the README."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
+    assert found is not None, f"README has no section {title!r}"
+    return found[1]
+
+
+def test_where_do_i_change_names_files_that_exist():
+    """Every row names at least one."""
+    rows = re.findall(
+        r"^\| (?!change|---)(.+?) \| (.+) \|$", section("Where do I change …"), re.MULTILINE
+    )
+    assert len(rows) >= 15
+
+    for change, files in rows:
+        named = re.findall(r"`([\w./-]+/[\w.-]*)`", files)
+        assert named, f"the row {change!r} names no file"
+        assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_file_named_in_a_text_exists(page: Path):
+    """By its whole path or by its last part; the changelog also names files that are gone."""
+    if page.name == "CHANGELOG.md":
+        return
+    names = re.findall(
+        r"`(?!deploy/secrets/)([\w./-]+\.(?:py|lua|sh|mjs|ya?ml|html|acl|env))`", page.read_text()
+    )
+    ours = [
+        f"/{path.relative_to(ROOT).as_posix()}"
+        for folder in (*ROOMS, "bench", "demo", "deploy", "docs", "ralf", "tests")
+        for path in (ROOT / folder).rglob("*.*")
+    ]
+
+    assert [name for name in names if not any(each.endswith(f"/{name}") for each in ours)] == []
+
+
+def tree() -> dict[str, bool]:
+    """Each path in the README's tree, and whether the tree has lines below it."""
+    (block,) = re.findall(r"```\n(.*?)```", section("The files"), re.DOTALL)
+    paths: dict[str, bool] = {}
+    above: list[str] = []
+    for line in block.splitlines():
+        names, _, words = line.strip().partition("  ")
+        assert len(words.split()) > 1, f"the tree does not say what this is: {line!r}"
+        del above[(len(line) - len(line.lstrip())) // 2 :]
+        for name in names.split(", "):
+            if above:
+                paths["/".join(above)] = True
+            paths["/".join([*above, name.rstrip("/")])] = False
+        if names.endswith("/"):
+            above.append(names.split(", ")[-1].rstrip("/"))
+    return paths
+
+
+def test_the_tree_names_every_folder_and_every_file_or_its_folder():
+    """A reader finds each file of the three rooms on the map, and nothing that is gone."""
+    paths = tree()
+    files = {
+        path.relative_to(ROOT)
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*")
+        if path.suffix in {".py", ".lua", ".sh"} and path.name != "__init__.py"
+    }
+    opened = {path for path, has_lines in paths.items() if has_lines}
+    unnamed = {
+        str(file)
+        for file in files
+        if str(file) not in paths and (str(file.parent) not in paths or str(file.parent) in opened)
+    }
+
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert sorted(unnamed) == []
