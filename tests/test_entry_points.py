@@ -15,6 +15,7 @@ from ralf.train.loop.loop import Options, train
 from ralf.train.losses.objective import objective
 from ralf.train.recipe import Data, Init, InputContract, Optimiser, Recipe, Schedule
 from ralf.train.recipe_text import RecipeError, from_json, override, to_json
+from ralf.train.recipes import named
 from tests.training import MadeBatches, tiny
 
 CODE = '''
@@ -57,6 +58,13 @@ class Hinge(Objective):
         wanted = batch.forged.float() * 2 - 1
         hinge = (self.recipe.loss.margin - wanted * seen).relu().mean()
         return Terms(hinge, {"hinge": hinge}, seen)
+
+
+def strange():
+    from ralf.kernels.manifest import Network
+    from ralf.train.recipe import Recipe
+
+    return Recipe(name="strange", network=Network(build="flat"), loss=HingeLoss(margin=2.0))
 '''
 POINTS = """
 [ralf.networks]
@@ -65,6 +73,10 @@ flat = strangers_detector:Flat
 [ralf.losses]
 hinge = strangers_detector:Hinge
 bce = strangers_detector:Hinge
+
+[ralf.recipes]
+strange = strangers_detector:strange
+ralf_small = strangers_detector:strange
 """
 
 
@@ -128,6 +140,14 @@ def test_no_package_replaces_a_loss_of_ours(stranger: object):
     assert "ralf.train.losses.objective" == losses.find("bce").__module__
     with pytest.raises(ValueError, match="bce, ralf, fdfl, rcl, hinge, not 'square'"):
         losses.find("square")
+
+
+def test_its_recipe_is_known_by_name(stranger: object):
+    """`ralf train` finds it; no package replaces a recipe of ours."""
+    assert 2.0 == named("strange").loss.margin  # type: ignore[attr-defined]
+    assert "ralf" == named("ralf_small").network.build
+    with pytest.raises(RecipeError, match=r"no recipe 'odd'; known: .*ralf_paper.*strange"):
+        named("odd")
 
 
 def test_a_network_without_a_backbone_says_what_to_set(stranger: object):
