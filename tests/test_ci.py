@@ -87,3 +87,13 @@ def test_a_test_that_fails_twice_fails_the_run(tmp_path: Path):
 def test_a_run_that_fails_without_a_failed_test_is_not_repeated(tmp_path: Path, status: int):
     """Such as a fault in conftest.py, or a process that was killed."""
     assert outcome(tmp_path, [], [], status) == (1, "ci: the run failed although no test failed")
+
+
+def test_a_suite_that_hangs_runs_once_more(tmp_path: Path):
+    """`timeout` ends it with 124; the second time it passes."""
+    timeout = "#!/bin/sh\nif [ ! -e hung ]; then touch hung; exit 124; fi\nshift 3\nexec "
+    executable(tmp_path / "tools" / "timeout", timeout + '"$@"\n')
+    code, line = outcome(tmp_path, [], [])
+
+    assert code == 0
+    assert line.startswith("ci: HUNG")
