@@ -187,7 +187,7 @@ class TestResult:
 
     def test_it_waits_as_long_as_it_is_told(self, client, store, monkeypatch):
         """And wakes with the end, not with a clock."""
-        monkeypatch.setattr("ralf.worker.client.LOOK_AGAIN_S", 600.0)
+        monkeypatch.setattr("ralf.worker.client.POLL_S", 600.0)
         job_id = client.submit(URI, token="u").job_id
         running = claim(store)
         ending = threading.Timer(0.3, store.end, (running, a_verdict()))

@@ -89,15 +89,15 @@ def test_without_a_reference_the_first_scores_are_it():
 def test_the_manifests_reference_counts_from_the_first_score():
     """And its own edges do; learning it anew changes nothing, another begins anew."""
     drift = Drift()
-    drift.refer("ralf@1", [0.5], [900, 100])
+    drift.set_reference("ralf@1", [0.5], [900, 100])
     low = fed(drift, np.full(LEAST, 0.1))
     high = fed(drift, np.full(WINDOW, 0.9))
 
     assert [None, psi([LEAST, 0], [900, 100])] == [low[-2], pytest.approx(low[-1])]
     assert psi([0, WINDOW], [900, 100]) == pytest.approx(high[-1])
-    drift.refer("ralf@1", [0.5], [900, 100])
+    drift.set_reference("ralf@1", [0.5], [900, 100])
     assert fed(drift, np.array([0.9]))[0] is not None
-    drift.refer("ralf@1", [0.5], [100, 900])
+    drift.set_reference("ralf@1", [0.5], [100, 900])
     assert fed(drift, np.array([0.9]))[0] is None
 
 
@@ -105,7 +105,7 @@ def test_memory_is_bounded_whatever_the_models():
     """The windows that were used last stay."""
     drift = Drift()
     for number in range(3 * KINDS):
-        drift.refer(f"ralf@{number}", [0.5], [1, 1])
+        drift.set_reference(f"ralf@{number}", [0.5], [1, 1])
         fed(drift, np.full(LEAST, 0.1), f"ralf@{number}")
 
     assert KINDS == len(drift._windows) == len(drift._references)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torchvision.ops import box_iou, nms
 
-import ralf.worker.media.mtcnn_cuda as cascade_module
 from ralf.kernels.cuda_graphs import Replay
 from ralf.kernels.manifest import Finder
 from ralf.worker.boxes import overlap
+from ralf.worker.media import mtcnn_cuda
 from ralf.worker.media.mtcnn import Candidates, Mtcnn, smallest_wins
 from ralf.worker.media.mtcnn_boxes import (
     first_rows,
@@ -22,7 +22,7 @@ from ralf.worker.media.mtcnn_boxes import (
     rows_of,
     survivors,
 )
-from ralf.worker.media.mtcnn_cuda import Cascade, Room
+from ralf.worker.media.mtcnn_cuda import Capacity, FixedShapeMtcnn
 from ralf.worker.media.types import Faces, Frames
 from tests.scenes import frames_of, portrait, scene
 from tests.test_mtcnn import composites, stock
@@ -36,7 +36,7 @@ def _light(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(cascade_module, "LEAST_FRAMES", 1)
+        monkeypatch.setattr(mtcnn_cuda, "LEAST_FRAMES", 1)
     yield
     torch.set_num_threads(threads)
 
@@ -117,14 +117,14 @@ def test_a_crowd_takes_a_larger_room_and_the_next_chunk_starts_there(
     fixed: Mtcnn, monkeypatch: pytest.MonkeyPatch
 ):
     """Candidates that do not fit are never cut off in silence; a calm scene goes back."""
-    rooms = (Room(24, 8, 4), Room(512, 160, 64))
-    cascade = Cascade(CPU, torch.float32, rooms)
-    used: list[Room] = []
+    capacities = (Capacity(24, 8, 4), Capacity(512, 160, 64))
+    cascade = FixedShapeMtcnn(CPU, torch.float32, capacities)
+    used: list[Capacity] = []
     table = cascade.table
     monkeypatch.setattr(
         cascade,
         "table",
-        lambda some, windows, room: (used.append(room), table(some, windows, room))[1],
+        lambda some, windows, capacity: (used.append(capacity), table(some, windows, capacity))[1],
     )
     crowd = frames_of([scene(480, 270, [(10 + 110 * k, 20, 60) for k in range(4)])]).pixels
     empty = torch.zeros_like(crowd)
@@ -135,7 +135,7 @@ def test_a_crowd_takes_a_larger_room_and_the_next_chunk_starts_there(
         counts.append(len(found.boxes))
 
     assert counts == [4, 4, 0, 0]
-    assert used == [rooms[0], rooms[1], rooms[1], rooms[1], rooms[0]]
+    assert used == [capacities[0], capacities[1], capacities[1], capacities[1], capacities[0]]
 
 
 def test_what_no_room_holds_goes_through_the_steps(steps: Mtcnn, monkeypatch: pytest.MonkeyPatch):
@@ -143,11 +143,11 @@ def test_what_no_room_holds_goes_through_the_steps(steps: Mtcnn, monkeypatch: py
     frames = frames_of([scene(240, 270, [(10 + 110 * k, 20, 60) for k in range(2)])])
     expected = steps.find(frames)
     assert len(expected) == 2
-    for room, rounds in ((Room(24, 8, 4), 16), (Room(256, 96, 48), 1)):
-        monkeypatch.setattr(cascade_module, "ROUNDS", rounds)
+    for capacity, rounds in ((Capacity(24, 8, 4), 16), (Capacity(256, 96, 48), 1)):
+        monkeypatch.setattr(mtcnn_cuda, "ROUNDS", rounds)
         other = Mtcnn(Finder(), fixed=torch.float32)
-        other.cascade = Cascade(CPU, torch.float32, (room,))
-        assert other.cascade.find(frames.pixels, 48.0) is None
+        other.fixed_shapes = FixedShapeMtcnn(CPU, torch.float32, (capacity,))
+        assert other.fixed_shapes.find(frames.pixels, 48.0) is None
         np.testing.assert_array_equal(expected.boxes, other.find(frames).boxes)
 
 

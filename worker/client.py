@@ -45,8 +45,8 @@ from ralf.worker.service.store import Store
 from ralf.worker.service.store import connect as connect_redis
 from ralf.worker.settings import Settings
 
-LOOK_AGAIN_S = 5.0
-"""A message may be lost while a connection is made anew: the status is read again so often."""
+POLL_S = 5.0
+"""A message may be lost while a connection is re-made, so the status is also read this often."""
 SENT_AT_ONCE = 500
 T = TypeVar("T")
 
@@ -169,7 +169,7 @@ def request(
 
 
 def _shown(value: object) -> str:
-    """What came, without what makes a URL a credential: its user and its query."""
+    """The value without what makes a URL a credential: its user and its query."""
     return re.sub(r"(?<=://)[^/?#@'\"]*@|\?[^'\"]*", "…", repr(value))[:200]
 
 
@@ -205,7 +205,7 @@ class Client:
         return submissions
 
     def status(self, job_id: str) -> Status:
-        """Where the job stands, its progress, its failure."""
+        """The job's state, its progress, its failure."""
         with self._reaching():
             status = self.store.status(job_id)
         if status is None:
@@ -296,7 +296,7 @@ class Client:
                     return
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self.store.redis.close()
 
     def _wait(self, job_id: str, timeout: float) -> Status:
@@ -307,19 +307,19 @@ class Client:
         return status
 
     def _follow(self, name: str, read: Callable[[], T], timeout: float | None) -> Iterator[T]:
-        """What `read` gives, now and whenever it changed; a message says when to look."""
+        """What `read` returns, now and after each change; a message says when to read again."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._reaching(), self.store.redis.pubsub(ignore_subscribe_messages=True) as channel:
             channel.subscribe(self.store.watch_channel(name))
             seen = read()
             yield seen
             while True:
-                left = LOOK_AGAIN_S if deadline is None else deadline - time.monotonic()
+                left = POLL_S if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     raise TimedOut(
                         f"{name} did not end within {timeout:g} s, it goes on: last seen as {seen}"
                     )
-                channel.get_message(timeout=min(left, LOOK_AGAIN_S))
+                channel.get_message(timeout=min(left, POLL_S))
                 now = read()
                 if now != seen:
                     seen = now

@@ -64,13 +64,13 @@ class Span(Strict):
 
 
 class Sampling(ModelSampling):
-    """Which frames are looked at; `spans` limits them to parts of the clip."""
+    """Which frames are judged; `spans` limits them to parts of the clip."""
 
     spans: Annotated[tuple[Span, ...], Field(max_length=64)] = ()
 
 
 class Media(Strict):
-    """Where the upload lies."""
+    """Where the upload is."""
 
     uri: Annotated[str, Field(min_length=1, max_length=4096)]
     sha256: Sha256 | None = None
@@ -127,14 +127,14 @@ PartOfSession = Annotated[SessionPart, BeforeValidator(partial(_drop_unknown, Se
 
 
 class EarlyStop(Strict):
-    """Stop looking once the verdict can no longer be doubted; the verdict says that it did."""
+    """Stop the walk once the score is this clear; the verdict says that it stopped."""
 
     score: Unit = 0.99
     after_faces: Annotated[int, Field(ge=1)] = 8
 
 
 class Job(Strict):
-    """One moderation job, as it lies in Redis."""
+    """One moderation job, as it is stored in Redis."""
 
     schema_: Literal["ralf.job/1"] = Field("ralf.job/1", alias="schema")
     job_id: JobId
@@ -227,7 +227,7 @@ class Timeline(Output):
     bin_ms: int
     score: tuple[Unit | None, ...]
     faces: tuple[int | None, ...]
-    """0: looked and found none; None: not sampled."""
+    """0: sampled, and no face found; None: not sampled."""
 
 
 class Threshold(Output):
@@ -249,7 +249,7 @@ class Threshold(Output):
 
 
 class MediaFacts(Output):
-    """What the file is."""
+    """The file's facts."""
 
     sha256: Sha256
     size_bytes: int
@@ -306,7 +306,7 @@ class Verdict(Output):
     score: Unit | None
     """Calibrated P(forged) of the video; None with no_faces, and where no track may decide."""
     reason: str
-    """One sentence: what decided."""
+    """One sentence that says what decided."""
     threshold: Threshold
     tracks: tuple[Track, ...]
     segments: tuple[Segment, ...]
@@ -315,7 +315,7 @@ class Verdict(Output):
     made: Made
     warnings: tuple[str, ...] = ()
     partial: bool = False
-    """True for a verdict on what was seen so far, or when the walk stopped early."""
+    """True for a verdict on the frames so far, and when the walk stopped early."""
     finished_at: datetime
 
 

@@ -34,7 +34,7 @@ class Finding:
     found: str
     fix: str = ""
     needed: bool = False
-    """Whether a walk on this machine cannot do without."""
+    """Whether a walk needs it."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,12 +45,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"ralf doctor: {error}", file=sys.stderr)
         return 2
     findings = list(examine(settings))
-    ill = any(item.needed and item.state != "ok" for item in findings)
+    unfit = any(item.needed and item.state != "ok" for item in findings)
     if args.json:
         shown = dict(settings_shown(settings))
         document = {"findings": [asdict(item) for item in findings], "settings": shown}
         print(json.dumps(document, indent=2))
-        return 5 if ill else 0
+        return 5 if unfit else 0
     for item in findings:
         print(f"{item.state:8} {item.name:16} {item.found}")
         if item.state != "ok" and item.fix:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     defaults = dict(settings_shown(Settings()))
     for name, value in settings_shown(settings):
         print(f"{'*' if value != defaults[name] else ' '} {name:32} {value}")
-    return 5 if ill else 0
+    return 5 if unfit else 0
 
 
 def settings_shown(settings: Settings) -> Iterator[tuple[str, str]]:

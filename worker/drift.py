@@ -1,18 +1,18 @@
-"""Drift: how far the scores of late have moved from a reference window, as one number.
+"""Drift: how far recent scores have moved from a reference, as one number.
 
-The population stability index compares two spreads over the same bins:
+The population stability index compares two distributions over the same bins:
 
-    PSI = Σ (a − e) · ln(a / e)        a: share of late scores in a bin, e: of the reference's
+    PSI = Σ (a − e) · ln(a / e)        a: share of recent scores in a bin, e: of the reference's
 
-It is 0 for equal spreads and, being the sum of both Kullback–Leibler divergences, never negative.
-By custom below 0.1 is quiet, above 0.25 is a move that somebody should look at.  Each bin gets half
-a score more than it has, so that an empty one is finite.  Without any drift PSI still
-averages about (bins − 1) · (1/n + 1/m) for n late and m reference scores, which is why nothing is
-said of fewer than LEAST.
+It is 0 for equal distributions and never negative, because it is the sum of both Kullback–Leibler
+divergences.  By convention below 0.1 is no drift, and above 0.25 somebody should investigate.  Half
+a score is added to each bin, so that an empty bin gives a finite number.  Without any drift PSI
+still averages about (bins − 1) · (1/n + 1/m) for n recent and m reference scores; therefore nothing
+is reported for fewer than LEAST.
 
-The reference is the manifest's, or the first WINDOW scores that this process sees.  Bins are
-narrow at both ends, where a calibrated model puts most of its scores.  Memory is bounded: WINDOW
-small numbers for each model and engine, and at most KINDS of these.
+The reference is the manifest's, or the first WINDOW scores of this process.  Bins are narrow at
+both ends, where a calibrated model puts most of its scores.  Memory is bounded: WINDOW small
+numbers for each model and engine, and at most KINDS of these.
 """
 
 import math
@@ -50,16 +50,16 @@ def _shares(counts: Sequence[float]) -> list[float]:
 
 @dataclass
 class Window:
-    """One model's and engine's late scores beside their reference."""
+    """The recent scores of one model and engine, and their reference."""
 
     edges: tuple[float, ...] = EDGES
     reference: tuple[int, ...] | None = None
-    """None: what comes first becomes it."""
+    """None: the first WINDOW scores become the reference."""
     late: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
     counts: list[int] = field(default_factory=list)
 
     def add(self, score: float) -> None:
-        """One more score; the oldest of a full window goes."""
+        """Add a score; a full window drops its oldest."""
         self.counts = self.counts or [0] * (len(self.edges) + 1)
         if len(self.late) == self.late.maxlen:
             self.counts[self.late[0]] -= 1
@@ -73,21 +73,21 @@ class Window:
 
     @property
     def index(self) -> float | None:
-        """PSI; None while there is too little to say."""
+        """PSI; None while there are too few scores."""
         if self.reference is None or len(self.late) < LEAST:
             return None
         return psi(self.counts, self.reference)
 
 
 class Drift:
-    """A window for each model's version and engine that this process has seen of late."""
+    """A window for each version and engine that this process has used recently."""
 
     def __init__(self) -> None:
         self._windows: OrderedDict[tuple[str, str], Window] = OrderedDict()
         self._references: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {}
 
-    def refer(self, model: str, edges: Sequence[float], counts: Sequence[int]) -> None:
-        """The manifest's reference of NAME@VERSION; windows begun without it begin anew."""
+    def set_reference(self, model: str, edges: Sequence[float], counts: Sequence[int]) -> None:
+        """Use the manifest's reference for NAME@VERSION; windows without it start again."""
         known = (tuple(edges), tuple(counts))
         if self._references.get(model) == known:
             return
@@ -98,7 +98,7 @@ class Drift:
             del self._windows[key]
 
     def observe(self, model: str, engine: str, score: float) -> float | None:
-        """Count a score; the PSI since then, None while there is too little to say."""
+        """Add a score; the PSI with it, None while there are too few scores."""
         key = (model, engine)
         if key not in self._windows:
             if len(self._windows) >= KINDS:

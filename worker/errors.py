@@ -1,4 +1,4 @@
-"""The tree of errors: what a job can die of, and what each death means for its retry.
+"""The tree of errors: how a job can fail, and whether it is then retried.
 
 RalfError
 ├─ JobError            a job's named end; `code` is what the verdict store and the metrics show
@@ -10,7 +10,7 @@ RalfError
 │  └─ Crashed          counted, quarantined at the second: DecoderCrashed Hung WorkerLost
 ├─ Infrastructure      not the job's fault: ModelUnavailable
 └─ ClientError         ralf.worker.client's own: IdempotencyConflict NotFound QueueUnavailable …
-Cancelled is not an error: it is how a running walk is told to stop.
+Cancelled is not an error: raising it stops a running walk.
 
 A message says what was expected, what came, and what to do. This file imports nothing.
 """
@@ -53,7 +53,7 @@ class HashMismatch(Rejected):
 
 
 class UnreadableFile(Rejected):
-    """A directory, a pipe, a file without permission, a missing file."""
+    """A directory, a pipe, a file without permission, or a missing file."""
 
     code = "unreadable_file"
 
@@ -127,12 +127,14 @@ class DecoderCrashed(Crashed):
 
 
 class Hung(Crashed):
-    """The job ran past its time, native code or not."""
+    """The job exceeded its time, or reported no progress for too long."""
 
     code = "job_timeout"
 
 
 class WorkerLost(Crashed):
+    """The worker process ended in the middle of the job; the janitor's script stores this code."""
+
     code = "worker_lost"
 
 
@@ -141,7 +143,7 @@ class Infrastructure(RalfError):
 
 
 class ModelUnavailable(Infrastructure):
-    """No model could be loaded; the message names what was sought and what is there."""
+    """No model could be loaded; the message names the model and what is there."""
 
 
 def by_code() -> dict[str, type[JobError]]:

@@ -41,9 +41,9 @@ class Settings:
     threads: int = field(default=0, metadata=CHILD)
     """CPU threads of the child; 0 means one per core available."""
     decoder: str = field(default="auto", metadata=CHILD)
-    """On a GPU: auto sends each clip where it is sooner decoded; pyav or dali pins one."""
+    """On a GPU: auto sends each clip to the decoder that finishes first; pyav or dali pins one."""
     gpu_chunk_bytes: int = field(default=512 * 1024**2, metadata=CHILD)
-    """Decoded pixels of one clip at once in a GPU's memory; four times as many with several."""
+    """Bytes of one clip's decoded pixels at once in a GPU's memory; several get four times it."""
 
     # what is refused before decoding
     max_bytes: int = field(default=2 * GIB, metadata=CHILD)
@@ -58,11 +58,11 @@ class Settings:
 
     # bounds of one walk
     chunk_bytes: int = field(default=64 * 1024**2, metadata=CHILD)
-    """Decoded pixels held at once: ten frames of 1080p.  Progress is told after each chunk."""
+    """Bytes of decoded pixels at once: ten frames of 1080p.  Progress is reported per chunk."""
 
     find_every: int = field(default=1, metadata=CHILD)
-    """Faces are sought in each Nth frame and followed between (worker/media/stride.py); verdicts
-    of more than 1 are marked uncalibrated."""
+    """Faces are searched in each Nth frame and interpolated between (worker/media/stride.py);
+    verdicts with more than 1 are marked uncalibrated."""
 
     # one job's time: clamp(base + per_second * seconds of video, least, most)
     timeout_base_s: float = 60.0

@@ -1,12 +1,12 @@
-"""What a worker says about itself: log lines, metrics, and one canonical line per job.
+"""A worker's log lines and metrics, and one summary line per job.
 
 Logs are structlog's, to stderr: JSON, or coloured text when a person watches the terminal.  Every
 event is `noun.verb_past` with facts as keys.  URIs lose their user, query and fragment before
 they are written, since a signed URL is a credential; values under a secret's name are dropped.
 
-Metrics are Prometheus', in seconds and totals, under `ralf_`; http.py serves them.  Those that
-count (jobs, frames, faces) are counted here as jobs end; those that describe the queue are read
-from Redis when somebody asks, so they are true even after a crash.  The traceparent of a job is
+Metrics are Prometheus', in seconds and totals, under `ralf_`.  Jobs, frames and faces are counted
+here as jobs end; the state of the queue is read from Redis at each scrape, so it is right even
+after a crash.  The traceparent of a job is
 put on each of its lines as it came, and its trace id beside it; nothing needs OpenTelemetry.
 """
 
@@ -55,8 +55,11 @@ def _redacted(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappin
 
 
 class _Stderr:
-    """Writes each line to what is sys.stderr then.  A line that cannot be written is dropped: a
-    service whose log has gone (a closed pipe, a full disk) still has its jobs."""
+    """Writes each line to the current sys.stderr.
+
+    A line that cannot be written is dropped, because a service that has lost its log (a closed
+    pipe, a full disk) must still do its jobs.
+    """
 
     def msg(self, message: str) -> None:
         """One line."""
@@ -69,7 +72,7 @@ class _Stderr:
 
 
 def configure(settings: Settings) -> None:
-    """Set structlog up for this process; called once, by whoever owns the process."""
+    """Configure structlog for this process; called once, by the program's entry point."""
     level = logging.getLevelNamesMapping().get(settings.log_level.upper(), logging.INFO)
     person = settings.log_format == "text" or (
         settings.log_format == "auto" and sys.stderr.isatty()
@@ -102,7 +105,7 @@ _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 18
 
 
 class Metrics:
-    """Every metric of one process, in a registry of their own."""
+    """Every metric of one process, in its own registry."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -229,7 +232,7 @@ _QUEUE_HELP = {
 
 
 class _QueueCollector(Collector):
-    """Reads the queue when it is asked; a Redis that is away shows as ralf_redis_up 0."""
+    """Reads the queue at each scrape; without an answer from Redis ralf_redis_up is 0."""
 
     def __init__(self, counts: Callable[[], Iterable[Count]]) -> None:
         self._counts = counts
@@ -261,7 +264,7 @@ METRICS = Metrics()
 
 @dataclass(frozen=True)
 class Finish:
-    """How one attempt at a job went; the canonical line and the metrics are made of it."""
+    """The outcome of one attempt at a job; the summary line and the metrics are made from it."""
 
     job: Job
     outcome: str
@@ -276,7 +279,7 @@ class Finish:
 
 
 def job_finished(finish: Finish, metrics: Metrics = METRICS) -> None:
-    """The one line per attempt, and its counts."""
+    """Write the line of one attempt, and count it."""
     job, verdict = finish.job, finish.verdict
     facts: dict[str, Any] = {
         "job_id": job.job_id,
@@ -328,7 +331,7 @@ def _count(verdict: Verdict, metrics: Metrics) -> None:
 
 
 def shadow_compared(found: "Comparison", settings: Settings, metrics: Metrics = METRICS) -> None:
-    """The one line per shadowed job, and its counts; the label is ours, not the child's word."""
+    """Write the line of a shadowed job, and count it; the child's word for the name is not used."""
     shadow = settings.shadow or "none"
     structlog.get_logger().info(
         "shadow.compared", difference=found.difference, **found.model_dump(exclude_defaults=True)

@@ -37,7 +37,7 @@ from ralf.worker.settings import Settings
 
 QUIET = EvidencePolicy(thumbnails=False)  # as scan --json
 STRIDE, DENSE_FPS = 4, 20.0
-"""Frames further apart than a stride may span are all looked at (stride.py)."""
+"""The rate is high, because frames that are far apart are all searched (stride.py)."""
 
 
 def run_pipeline(args: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
-"""`ralf bench scan` and `find`: the walk and its finder against the plain ways, in one run.
+"""`ralf bench scan` and `find`: the walk and its face finder against plain code, in one run.
 
-scan: the plain way is what one writes first: decode every frame in order, facenet-pytorch's own
-MTCNN with its defaults frame by frame at full resolution, crop and resize each face, the network
-in FP32 one frame's faces at a time.  Both look at the same frames and run the same weights.
+scan: the plain way is the first version that one would write: decode every frame in order, run
+facenet-pytorch's MTCNN with its defaults frame by frame at full resolution, crop and resize each
+face, run the network in FP32 on one frame's faces at a time.  Both judge the same frames with the
+same weights.
 
 find: the same 1080p frames through our finder, through facenet-pytorch's MTCNN on copies reduced
 as ours reduces them with its smallest face reduced alike, and through its defaults.
@@ -170,7 +171,7 @@ def run_scan(args: argparse.Namespace) -> int:
 
 
 class PlainWay:
-    """Stock parts, put together without a thought for speed; faces found is what it returns.
+    """Stock parts, put together without optimisation; returns the number of faces found.
 
     every: decode every frame and throw away all but the wanted, as the plain way does.
     """

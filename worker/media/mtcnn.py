@@ -1,26 +1,26 @@
-"""Find faces: MTCNN's cascade as one batched program, over all frames of a chunk at once.
+"""Find faces: MTCNN as one batched program, over all frames of a chunk at once.
 
     frames → reduced copy → integral picture ┬→ pyramid → P-Net → candidates → NMS
                                              ├→ 24×24 crops → R-Net → NMS
                                              └→ 48×48 crops → O-Net → NMS → faces
 
-The idea.  Every resize that the cascade asks for, levels and crops alike, is a gather from one
-integral picture (pyramid.py), with no loop over boxes.  The networks meet the very pixels that
-facenet-pytorch's own loop would show them, so both find the same faces.
+Every resize that MTCNN needs, for levels and crops alike, is a gather from one integral picture
+(pyramid.py), without a loop over boxes.  The networks see exactly the pixels that facenet-pytorch's
+own loop would show them, so both find the same faces.
 
-Size.  Faces are sought on a copy whose longer side is `finder.long_side`; only crops are cut from
-full resolution.  Where `finder.min_face` would be smaller than P-Net's window of 12 pixels on that
-copy, the copy is as much larger as it takes: reducing first and enlarging after costs P-Net the
-same and shows it less.  Frames are never enlarged.
+Size.  Faces are searched on a copy whose longer side is `finder.long_side`; only the model's crops
+are cut from full resolution.  Where `finder.min_face` would be smaller than P-Net's window of 12
+pixels on that copy, the copy is made larger.  Enlarging a reduced copy would cost P-Net the same
+and show it less.  Frames are never enlarged.
 
-Boxes and landmarks come back in pixels of the source.  Boxes may reach over the frame's edges.
-FP32 throughout: on a CPU with bf16 in hardware, P-Net and R-Net are slower in it, and O-Net saves
-5 to 10 % of the whole.  Memory is bounded: frames go through a few at a time, large levels in
-bands, candidates in batches, and of each frame's candidates only the best so many go on.
-On a CPU frames run side by side, one to a core (lanes.py).
+Boxes and landmarks are in pixels of the source.  Boxes may reach beyond the frame's edges.
+All in FP32: on a CPU with bf16 in hardware, P-Net and R-Net are slower in it, and O-Net would save
+only 5 to 10 % of the whole.  Memory is bounded: a few frames at a time, large levels in bands,
+candidates in batches, and a maximum of candidates per frame.
+On a CPU frames run side by side, one to a core (kernels/cpu_threads.py).
 
-A GPU goes another way to the same faces (cascade.py): fixed shapes, FP16, one transfer; it comes
-back to these steps where a frame holds more candidates than that has room for.
+A GPU finds the same faces in fixed shapes, FP16 and with one transfer (mtcnn_cuda.py).  It uses
+the steps here where a frame has more candidates than the largest fixed shape.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ from ralf.kernels.cpu_threads import side_by_side
 from ralf.kernels.manifest import Finder
 from ralf.kernels.networks.mtcnn import pretrained
 from ralf.worker.media.mtcnn_boxes import corners, moved, placed, regressed, squared
-from ralf.worker.media.mtcnn_cuda import ACCEPT, MOST_FRAMES, Cascade, Found
+from ralf.worker.media.mtcnn_cuda import ACCEPT, MOST_FRAMES, FixedShapeMtcnn, Found
 from ralf.worker.media.pyramid import WINDOW, all_windows, bands, crops, integral, shrink
 from ralf.worker.media.resample import shrunk
 from ralf.worker.media.types import Faces, Frames
@@ -47,14 +47,14 @@ from ralf.worker.media.types import Faces, Frames
 # long a frame), or what fills a GPU.
 PIXELS_A_PASS = {"cpu": 640 * 400, "cuda": 64 * 640 * 360}  # of reduced copies
 PIXELS_A_BAND = {"cpu": 640 * 400, "cuda": 64 * 640 * 360}  # of one level of the pyramid
-PIXELS_IN_LANES = 960 * 540  # a larger copy goes alone, and spreads over the cores inside
+PIXELS_SIDE_BY_SIDE = 960 * 540  # a larger copy goes alone, and spreads over the cores inside
 CROPS_A_PASS = {"cpu": 64, "cuda": 4096}
 # Of one frame after P-Net, and after R-Net; 310 faces side by side give 6,500 and 720.
 MOST_PROPOSED, MOST_REFINED = 16_384, 2048
 
 
 class Candidates(NamedTuple):
-    """Boxes under way; k of them, in pixels of the reduced copy."""
+    """k boxes between two steps, in pixels of the reduced copy."""
 
     boxes: Tensor  # f32 [k, 4]
     score: Tensor  # f32 [k]
@@ -66,7 +66,7 @@ class Candidates(NamedTuple):
 
 
 def reduced_size(height: int, width: int, finder: Finder) -> tuple[int, int]:
-    """Height and width of the copy that faces are sought on."""
+    """Height and width of the copy that faces are searched on."""
     longest = max(height, width, 1)
     scale = min(1.0, max(finder.long_side / longest, WINDOW / finder.min_face))
     return max(1, round(height * scale)), max(1, round(width * scale))
@@ -114,12 +114,12 @@ class Mtcnn:
         *,
         fixed: torch.dtype | None = None,
     ) -> None:
-        """`fixed`: go by cascade.py, its networks in that dtype; on CUDA always, FP16 if None."""
+        """`fixed`: use mtcnn_cuda.py with this dtype; CUDA always does, in FP16 if None."""
         self.finder = finder
         self.device = torch.device(device)
         if fixed is None and self.device.type == "cuda":
             fixed = torch.float16
-        self.cascade = None if fixed is None else Cascade(self.device, fixed)
+        self.fixed_shapes = None if fixed is None else FixedShapeMtcnn(self.device, fixed)
         self.nets = pretrained(self.device)
         self._pixels = PIXELS_A_PASS["cpu" if fixed is None else "cuda"]
         self._band = PIXELS_A_BAND[self.device.type]
@@ -130,13 +130,13 @@ class Mtcnn:
         n, _, height, width = frames.pixels.shape
         rows, columns = reduced_size(height, width, self.finder)
         at_once = max(1, self._pixels // (rows * columns))
-        if self.cascade is not None:
+        if self.fixed_shapes is not None:
             at_once = min(at_once, MOST_FRAMES)
         passes = [
             partial(self._pass, frames.pixels[first : first + at_once], first)
             for first in range(0, n, at_once)
         ]
-        beside = self.cascade is None and rows * columns <= PIXELS_IN_LANES
+        beside = self.fixed_shapes is None and rows * columns <= PIXELS_SIDE_BY_SIDE
         found = side_by_side(passes) if beside else [one() for one in passes]
         if not found:
             return Faces.none()
@@ -148,12 +148,12 @@ class Mtcnn:
         )
 
     def reduced(self, pixels: Tensor) -> Tensor:
-        """u8 [n,3,h,w] → the copy that faces are sought on, u8 on the finder's device."""
+        """u8 [n,3,h,w] → the copy that faces are searched on, u8 on the finder's device."""
         size = reduced_size(pixels.shape[2], pixels.shape[3], self.finder)
         pixels = pixels.to(self.device, non_blocking=True)
         if size == tuple(pixels.shape[2:]):
             return pixels
-        if self.cascade is not None:  # torch has no 8-bit kernel for this on CUDA
+        if self.fixed_shapes is not None:  # torch has no 8-bit kernel for this on CUDA
             return shrunk(pixels, *size)
         return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
 
@@ -164,7 +164,7 @@ class Mtcnn:
         copy = self.reduced(pixels)
         _, _, rows, columns = copy.shape
         least = self.finder.min_face * max(rows, columns) / max(height, width)
-        found = self.cascade.find(copy, least) if self.cascade is not None else None
+        found = self.fixed_shapes.find(copy, least) if self.fixed_shapes is not None else None
         boxes, score, frame, points = found or self._in_steps(copy, least)
         zoom = np.array([width / columns, height / rows], np.float32)
         order = np.lexsort((-score, frame))
@@ -222,7 +222,7 @@ class Mtcnn:
         return found._replace(boxes=squared(moved(found.boxes, offset)))
 
     def _judge(self, sums: Tensor, found: Candidates) -> tuple[Candidates, Tensor]:
-        """O-Net over what is left: the faces, before the last NMS, and their landmarks."""
+        """O-Net over the remaining candidates: the faces before the last NMS, with landmarks."""
         covered, some = corners(found.boxes, sums.shape[1] - 1, sums.shape[2] - 1)
         answers = [
             self.nets.onet(crops(sums, found.frame[batch], covered[batch], 48))
@@ -242,7 +242,7 @@ def _batches(count: int, at_once: int) -> Iterator[slice]:
 
 
 def _strongest(found: Candidates, most: int) -> Tensor:
-    """Rows of the best `most` of each frame, in the order they came; nearly always all of them."""
+    """Rows of the best `most` of each frame, in their old order; nearly always all of them."""
     everyone = torch.arange(len(found.frame), device=found.frame.device)
     if len(everyone) <= most:
         return everyone

@@ -1,7 +1,7 @@
-"""What MTCNN does to boxes between its networks; k of them, x0 y0 x1 y1 in pixels of the copy.
+"""Operations on boxes between MTCNN's networks: k boxes, x0 y0 x1 y1 in pixels of the copy.
 
-Every operation has one shape for one count of boxes and never asks the device for a number, so
-that it can be recorded in a CUDA graph.
+The shapes depend only on the number of boxes, and no operation reads a number back from the device,
+so all of them can be recorded in a CUDA graph.
 """
 
 import torch

@@ -1,20 +1,20 @@
-"""The cascade for a device: every step has a fixed shape, and one transfer ends it.
+"""MTCNN for a GPU: every step has a fixed shape, and one transfer ends it.
 
     copies → P-Net over the whole pyramid of all frames → the best `proposed` cells of each frame
            → NMS → `distinct` → R-Net → NMS → `refined` → O-Net → NMS → one table to the host
 
-The idea.  mtcnn.py asks the device after each step how many candidates are left, and makes the
-next step that large; on a GPU each question costs more than the step.  Here each frame has room
-for a fixed number of candidates, absent ones are masked, and NMS is a fixed number of rounds over
-a matrix of overlaps.  So nothing is asked, and the whole run can be recorded as a CUDA graph.
+mtcnn.py asks the device after each step how many candidates are left, and makes the next step that
+large; on a GPU each question costs more than the step.  Here each frame has a fixed capacity for
+candidates, unused places are masked, and NMS is a fixed number of rounds over a matrix of overlaps.
+So nothing is asked, and the whole run can be recorded as a CUDA graph.
 
-Room.  How full each step was comes back with the faces.  Where the room was too small, or NMS had
-not settled, the answer is thrown away and the chunk goes through the next larger room; beyond the
-largest the caller takes mtcnn.py's own steps.  The next chunk starts with the smallest room that
-would have held this one.
+Capacity.  How many candidates each step had comes back with the faces.  Where the capacity was too
+small, or NMS had not settled, the answer is thrown away and the chunk is run again with the next
+larger capacity; beyond the largest, the caller runs mtcnn.py's own steps.  The next chunk starts
+with the smallest capacity that would have been enough for this one.
 
 The networks run in the dtype that is asked for, FP16 on a GPU; resizes are exact, and boxes,
-scores and overlaps are FP32.  It runs on a CPU too, slower than mtcnn.py's steps, so that the two
+scores and overlaps are FP32.  It also runs on a CPU, slower than mtcnn.py's steps, so that the two
 can be compared anywhere.
 """
 
@@ -51,10 +51,10 @@ MOST_FRAMES = 32
 LEAST_FRAMES = 4  # a chunk is filled up to 4, 8, 16 or 32 frames
 CROPS_A_PASS = 8192
 PAIRS_A_PASS = 2**26  # of boxes whose overlap is asked at once: 256 MB a matrix
-MOST_RECORDED = 12  # graphs kept: sizes of copies × rooms × frame counts in use lately
+MOST_RECORDED = 12  # graphs kept: sizes of copies × capacities × frame counts in use lately
 
 
-class Room(NamedTuple):
+class Capacity(NamedTuple):
     """The most candidates a frame may have before and after P-Net's NMS, and after R-Net's."""
 
     proposed: int
@@ -63,7 +63,7 @@ class Room(NamedTuple):
 
 
 # A frame of eight people has some 650, 236 and 70; one of 105 faces 2,900, 1,200 and 490.
-ROOMS = (Room(512, 160, 64), Room(1024, 320, 128), Room(4096, 1536, 768))
+CAPACITIES = (Capacity(512, 160, 64), Capacity(1024, 320, 128), Capacity(4096, 1536, 768))
 
 
 class Found(NamedTuple):
@@ -75,20 +75,23 @@ class Found(NamedTuple):
     landmarks: NDArray[np.float32]  # [k, 5, 2]
 
 
-class Cascade:
-    """The fixed-shape walk over copies of any size; recorded once per size on a GPU."""
+class FixedShapeMtcnn:
+    """MTCNN in fixed shapes over copies of any size; recorded once per size on a GPU."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, rooms: tuple[Room, ...] = ROOMS
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        capacities: tuple[Capacity, ...] = CAPACITIES,
     ) -> None:
-        self.device, self.dtype, self.rooms = device, dtype, rooms
+        self.device, self.dtype, self.capacities = device, dtype, capacities
         self.nets = tuple(net.to(dtype) for net in pretrained(device))
         self._replays: OrderedDict[tuple[object, ...], Callable[..., Tensor] | None] = OrderedDict()
         self._start: dict[tuple[int, int, float], int] = {}
         self._one_at_a_time = threading.Lock()  # a graph has one set of buffers
 
     def find(self, copies: Tensor, least: float) -> Found | None:
-        """Faces of u8 [n,3,h,w], n up to MOST_FRAMES; None where no room holds the candidates."""
+        """Faces of u8 [n,3,h,w], n up to MOST_FRAMES; None where no capacity is enough."""
         n, _, height, width = copies.shape
         windows = all_windows(height, width, least, self.device)
         if n == 0 or not len(windows.boxes):
@@ -96,46 +99,46 @@ class Cascade:
         padded, key = _padded(copies), (height, width, least)
         with self._one_at_a_time:
             number = self._start.get(key, 0)
-            while number < len(self.rooms):
-                table = self._run(padded, windows, self.rooms[number], key).cpu().numpy()
+            while number < len(self.capacities):
+                table = self._run(padded, windows, self.capacities[number], key).cpu().numpy()
                 faces, full = _split(table, len(padded))
-                fits = [full.within(room) for room in self.rooms]
+                fits = [full.within(capacity) for capacity in self.capacities]
                 self._start[key] = fits.index(True) if any(fits) else number
                 if full.settled and fits[number]:
                     return _kept(faces[:n])
-                number = max(number + 1, fits.index(True) if any(fits) else len(self.rooms))
+                number = max(number + 1, fits.index(True) if any(fits) else len(self.capacities))
         return None
 
     @torch.inference_mode()
-    def _run(self, copies: Tensor, windows: Windows, room: Room, shape: object) -> Tensor:
-        """The table, on the device.  The second time a shape comes, it is recorded.
+    def _run(self, copies: Tensor, windows: Windows, capacity: Capacity, shape: object) -> Tensor:
+        """The table, on the device.  The second time a shape comes, the run is recorded.
 
-        The record reads the windows where they lie, so it keeps them.
+        The recording reads the windows at their addresses, so it keeps them alive.
         """
         if self.device.type != "cuda":
-            return self.table(copies, windows, room)
-        key = (len(copies), shape, room)
+            return self.table(copies, windows, capacity)
+        key = (len(copies), shape, capacity)
         if key not in self._replays:
             self._replays[key] = None
         elif self._replays[key] is None:
-            self._replays[key] = Replay(lambda some: self.table(some, windows, room), copies)
+            self._replays[key] = Replay(lambda some: self.table(some, windows, capacity), copies)
         self._replays.move_to_end(key)
         if len(self._replays) > MOST_RECORDED:
             self._replays.popitem(last=False)
         replay = self._replays[key]
-        return self.table(copies, windows, room) if replay is None else replay(copies)
+        return self.table(copies, windows, capacity) if replay is None else replay(copies)
 
-    def table(self, copies: Tensor, windows: Windows, room: Room) -> Tensor:
-        """n × refined rows of COLUMNS, flat, and behind them how full each step was."""
+    def table(self, copies: Tensor, windows: Windows, capacity: Capacity) -> Tensor:
+        """n × refined rows of COLUMNS, flat, and then how many candidates each step had."""
         sums = integral(copies)
-        boxes, alive, proposed, calm = self._propose(sums, windows, room)
-        boxes, alive, distinct, calmer = self._refine(sums, boxes, alive, room)
-        rows, refined, calmest = self._judge(sums, boxes, alive, room)
+        boxes, alive, proposed, calm = self._propose(sums, windows, capacity)
+        boxes, alive, distinct, calmer = self._refine(sums, boxes, alive, capacity)
+        rows, refined, calmest = self._judge(sums, boxes, alive, capacity)
         state = torch.stack([proposed, distinct, refined, (calm & calmer & calmest).long()])
         return torch.cat([rows.flatten(), state.float()])
 
     def _propose(
-        self, sums: Tensor, windows: Windows, room: Room
+        self, sums: Tensor, windows: Windows, capacity: Capacity
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """P-Net over the pyramid; NMS within each level, then across a frame's levels."""
         logits, offsets = [], []
@@ -145,7 +148,7 @@ class Cascade:
             offsets.append(offset.flatten(2))
         logit = torch.cat(logits, 1).float()
         cells = (logit.sigmoid() >= ACCEPT[0]).sum(1).amax()
-        logit, cell = logit.topk(min(room.proposed, logit.shape[1]), dim=1)
+        logit, cell = logit.topk(min(capacity.proposed, logit.shape[1]), dim=1)
         boxes = windows.boxes[cell]
         alive, calm = _by_frames(
             _nms_twice, boxes, logit.sigmoid() >= ACCEPT[0], windows.level[cell]
@@ -155,26 +158,26 @@ class Cascade:
         return boxes, alive, cells, calm
 
     def _refine(
-        self, sums: Tensor, boxes: Tensor, alive: Tensor, room: Room
+        self, sums: Tensor, boxes: Tensor, alive: Tensor, capacity: Capacity
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """R-Net over every candidate of every frame."""
         distinct = alive.sum(1).amax()
-        rows, alive = first_rows(alive, room.distinct)
+        rows, alive = first_rows(alive, capacity.distinct)
         boxes = rows_of(boxes, rows)
-        logit, offset = self._asked(1, sums, boxes, 24)
+        logit, offset = self._run_network(1, sums, boxes, 24)
         boxes, alive, (offset,) = _ranked(ACCEPT[1], sums, boxes, alive, logit, offset)
         alive, calm = _by_frames(_nms, boxes, alive)
         boxes = _each(squared, _each(moved, boxes, offset))
         return boxes, alive, distinct, calm
 
     def _judge(
-        self, sums: Tensor, boxes: Tensor, alive: Tensor, room: Room
+        self, sums: Tensor, boxes: Tensor, alive: Tensor, capacity: Capacity
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """O-Net over what is left: the rows of the table."""
+        """O-Net over the remaining candidates: the rows of the table."""
         refined = alive.sum(1).amax()
-        rows, alive = first_rows(alive, room.refined)
+        rows, alive = first_rows(alive, capacity.refined)
         boxes = rows_of(boxes, rows)
-        logit, offset, points = self._asked(2, sums, boxes, 48)
+        logit, offset, points = self._run_network(2, sums, boxes, 48)
         boxes, alive, (offset, points, logit) = _ranked(
             ACCEPT[2], sums, boxes, alive, logit, offset, points, logit
         )
@@ -184,7 +187,7 @@ class Cascade:
         parts = [boxes, points.flatten(2), logit.sigmoid()[..., None], stays.float()[..., None]]
         return torch.cat(parts, 2), refined, calm
 
-    def _asked(self, net: int, sums: Tensor, boxes: Tensor, side: int) -> list[Tensor]:
+    def _run_network(self, net: int, sums: Tensor, boxes: Tensor, side: int) -> list[Tensor]:
         """R- or O-Net's answers for boxes [n,k,4], FP32, each [n,k,…]."""
         n, k, _ = boxes.shape
         covered, _ = corners(boxes.flatten(0, 1), sums.shape[1] - 1, sums.shape[2] - 1)
@@ -200,7 +203,7 @@ class Cascade:
 def _ranked(
     accept: float, sums: Tensor, boxes: Tensor, alive: Tensor, logit: Tensor, *more: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Everything in order of the network's answer, and which of it the network accepts."""
+    """Everything in order of the network's answer, and which rows the network accepts."""
     _, some = corners(boxes.flatten(0, 1), sums.shape[1] - 1, sums.shape[2] - 1)
     alive = alive & some.view_as(alive) & (logit.sigmoid() > accept)
     order = logit.masked_fill(~alive, float("-inf")).argsort(dim=1, descending=True, stable=True)
@@ -243,21 +246,21 @@ def _slices(count: int, at_once: int) -> Iterator[slice]:
     yield from (slice(first, first + at_once) for first in range(0, count, at_once))
 
 
-class _Fullness(NamedTuple):
-    """How many candidates the fullest frame had before each cut, and whether NMS came to rest."""
+class _Needed(NamedTuple):
+    """The candidates of the fullest frame before each limit, and whether NMS settled."""
 
     proposed: int
     distinct: int
     refined: int
     settled: bool
 
-    def within(self, room: Room) -> bool:
-        """Whether nothing would have been cut."""
-        return all(had <= most for had, most in zip(self[:3], room, strict=True))
+    def within(self, capacity: Capacity) -> bool:
+        """Whether no candidate would have been dropped."""
+        return all(had <= most for had, most in zip(self[:3], capacity, strict=True))
 
 
 def _padded(copies: Tensor) -> Tensor:
-    """Filled up with black frames to one of a few counts, so that few graphs serve all."""
+    """Filled with black frames up to one of a few counts, so that a few graphs are enough."""
     count = LEAST_FRAMES
     while count < len(copies):
         count *= 2
@@ -265,10 +268,10 @@ def _padded(copies: Tensor) -> Tensor:
     return torch.cat([copies, black])
 
 
-def _split(table: NDArray[np.float32], n: int) -> tuple[NDArray[np.float32], _Fullness]:
+def _split(table: NDArray[np.float32], n: int) -> tuple[NDArray[np.float32], _Needed]:
     proposed, distinct, refined, settled = table[-4:].tolist()
-    fullness = _Fullness(int(proposed), int(distinct), int(refined), bool(settled))
-    return table[:-4].reshape(n, -1, COLUMNS), fullness
+    needed = _Needed(int(proposed), int(distinct), int(refined), bool(settled))
+    return table[:-4].reshape(n, -1, COLUMNS), needed
 
 
 def _kept(faces: NDArray[np.float32]) -> Found:

@@ -1,7 +1,7 @@
-"""Which frames of a clip are looked at: a Sampling turned into frame numbers.
+"""Which frames of a clip are decoded and judged: a Sampling turned into frame numbers.
 
-By presentation time alone, so that variable rate is no case of its own, and the same for every
-decoder.
+Only presentation times count, so a variable frame rate needs no special case, and every decoder
+gets the same frames.
 """
 
 import numpy as np
@@ -14,9 +14,10 @@ from ralf.worker.media.types import Clip
 def plan(clip: Clip) -> NDArray[np.int64]:
     """Numbers of the frames that the clip's sampling asks for, ascending, each once.
 
-    Equal time bins over the spans; of each bin the frame on screen at its centre, kept inside
-    the span.  `fps` gives as many bins as that rate has frames, at most max_frames; `keyframes`
-    thins the spans' keyframes evenly.  A span that begins no frame gets the one on screen.
+    The spans are cut into equal time bins; of each bin the frame on screen at its centre is taken,
+    if it is inside the span.  `fps` makes as many bins as that rate has frames, at most max_frames;
+    `keyframes` takes the spans' keyframes, evenly thinned.  A span in which no frame begins gets
+    the frame that is on screen then.
     """
     probe, sampling = clip.probe, clip.sampling
     times = probe.times_s

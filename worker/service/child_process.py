@@ -402,7 +402,7 @@ class ChildSupervisor:
             return
         self._published = ready
         for model, reference in ready.facts.references.items():
-            self._metrics.drift.refer(model, reference.edges, reference.counts)
+            self._metrics.drift.set_reference(model, reference.edges, reference.counts)
         facts = ready.facts.model_dump(exclude={"references"})
         self._metrics.engine_is(facts)
         self._metrics.ready.set(1)
