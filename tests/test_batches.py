@@ -21,7 +21,7 @@ from ralf.train.data.index import Index, IndexFault
 from ralf.train.data.pictures import Pictures, frames_of
 from ralf.train.forge.families import FAMILIES
 from ralf.train.forge.landmarks import FaceGeometry
-from ralf.train.forge.upload_damage import Wear, draw, put_on
+from ralf.train.forge.upload_damage import UploadDamage, damaged, draw_damage
 from ralf.train.recipe import Augment, Data
 from ralf.worker.media.crops import cut_one
 from tests.faces_on_disk import faces
@@ -106,7 +106,7 @@ def test_frames_of_a_film_are_drawn_anew_in_each_round(reals):
     row = reals.where(split="train").rows[0]
     film = Index(reals.root, tuple(replace(row, frame=n) for n in range(100)))
     batches = Batches(film, data(families=("inner",), frames=2))
-    rounds = [{batches._draw(0, 2 * n + k).number for k in (0, 1)} for n in range(3)]
+    rounds = [{batches._frame_at(0, 2 * n + k).number for k in (0, 1)} for n in range(3)]
 
     assert all(len(drawn) == 2 for drawn in rounds)
     assert len(set.union(*rounds)) > 3 and set.union(*rounds) - {0, 1}
@@ -300,23 +300,23 @@ def test_flipping_mirrors_pixels_and_points():
 
 
 def test_the_recipes_chances_are_what_is_drawn():
-    """Over many draws each wear comes as often as the recipe says."""
+    """Over many draws each kind of damage comes as often as the recipe says."""
     rng = np.random.default_rng(0)
-    wears = [draw(HARD.replaced(jpeg=0.3), rng, face_px=200) for _ in range(3000)]
+    drawn = [draw_damage(HARD.replaced(jpeg=0.3), rng, face_px=200) for _ in range(3000)]
     share = {
-        "flip": np.mean([wear.flip for wear in wears]),
-        "h264": np.mean([wear.codec.startswith("lib") for wear in wears]),
-        "jpeg": np.mean([wear.codec == "jpeg" for wear in wears]),
-        "resize": np.mean([wear.scale < 1 for wear in wears]),
-        "blur": np.mean([wear.blur > 0 for wear in wears]),
-        "noise": np.mean([wear.noise > 0 for wear in wears]),
-        "other": np.mean([wear.other is not None for wear in wears]),
+        "flip": np.mean([damage.flip for damage in drawn]),
+        "h264": np.mean([damage.codec.startswith("lib") for damage in drawn]),
+        "jpeg": np.mean([damage.codec == "jpeg" for damage in drawn]),
+        "resize": np.mean([damage.scale < 1 for damage in drawn]),
+        "blur": np.mean([damage.blur > 0 for damage in drawn]),
+        "noise": np.mean([damage.noise > 0 for damage in drawn]),
+        "other": np.mean([damage.identity_seed is not None for damage in drawn]),
     }
     wanted = {"flip": 0.5, "h264": 0.5, "jpeg": 0.3, "resize": 0.5, "blur": 0.3, "noise": 0.3,
               "other": 0.5}  # fmt: skip
 
     assert pytest.approx(wanted, abs=0.04) == share
-    assert Wear() == draw(PLAIN, rng, face_px=200)
+    assert UploadDamage() == draw_damage(PLAIN, rng, face_px=200)
 
 
 def test_each_wear_does_what_it_says():
@@ -324,12 +324,12 @@ def test_each_wear_does_what_it_says():
     image = next(iter(portraits().values())).image[80:280, 100:300]
     rng = np.random.default_rng(0)
 
-    assert np.array_equal(image, put_on(Wear(), image, rng))
-    assert put_on(Wear(scale=0.5), image, rng).shape == (100, 100, 3)
-    assert sharp(put_on(Wear(blur=1.2), image, rng)) < sharp(image)
-    assert sharp(put_on(Wear(noise=8), image, rng)) > sharp(image)
-    assert sharp(put_on(Wear(codec="libx264", quality=40), image, rng)) < sharp(image)
-    grey = put_on(Wear(saturation=0), image, rng)
+    assert np.array_equal(image, damaged(image, UploadDamage(), rng))
+    assert damaged(image, UploadDamage(scale=0.5), rng).shape == (100, 100, 3)
+    assert sharp(damaged(image, UploadDamage(blur=1.2), rng)) < sharp(image)
+    assert sharp(damaged(image, UploadDamage(noise=8), rng)) > sharp(image)
+    assert sharp(damaged(image, UploadDamage(codec="libx264", quality=40), rng)) < sharp(image)
+    grey = damaged(image, UploadDamage(saturation=0), rng)
     assert np.abs(np.diff(grey.astype(int), axis=-1)).max() <= 1
 
 
@@ -382,7 +382,7 @@ def test_quality_does_not_tell_the_label(copies):
 
 
 def test_the_border_of_a_blend_does_not_tell_the_label(reals):
-    """Padding, jitter and wear are a pair's own: around the face a forgery is the real picture."""
+    """A pair shares padding, jitter and damage: around the face a forgery is the real picture."""
     families = ("inner", "mouth", "smooth", "resample")
     batches = Batches(reals, data(augment=HARD, batch=16, families=families), seed=4)
 

@@ -5,13 +5,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ralf.train.forge.identity import as_another, beamed, bent, painted, shaded
+from ralf.train.forge.identity import (
+    add_makeup,
+    as_another_person,
+    change_features,
+    light_face,
+    shade,
+)
 from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.manipulations import smoothed
 from tests.faces_on_disk import portraits
 
 Change = Callable[[np.ndarray, FaceGeometry, np.random.Generator], np.ndarray]
-LIGHTS = (shaded, beamed, painted)
+LIGHTS = (shade, light_face, add_makeup)
 FIVE = np.array([[120, 120], [180, 120], [150, 150], [125, 180], [175, 180]], np.float32)
 FACE = FaceGeometry(np.array([80, 70, 220, 230], np.float32), FIVE)
 
@@ -25,14 +31,14 @@ def test_the_seed_tells_all_and_none_leaves_all():
     portrait = next(iter(portraits().values()))
     image, face = portrait.image, portrait.face
 
-    again = [as_another(image, face, seed) for seed in (7, 7, 8)]
+    again = [as_another_person(image, face, seed) for seed in (7, 7, 8)]
 
     assert np.array_equal(again[0][0], again[1][0])
     assert np.array_equal(again[0][1].five, again[1][1].five)
     assert not np.array_equal(again[0][0], again[2][0])
     assert again[2][0].shape == image.shape
     assert again[2][0].dtype == np.uint8
-    assert as_another(image, face, None) == (image, face)
+    assert as_another_person(image, face, None) == (image, face)
 
 
 def test_a_bent_face_is_found_where_it_went():
@@ -43,7 +49,8 @@ def test_a_bent_face_is_found_where_it_went():
     went = []
 
     for seed in range(20):
-        picture, moved = bent(image, FACE, np.random.default_rng(seed), speaks=bool(seed % 2))
+        rng = np.random.default_rng(seed)
+        picture, moved = change_features(image, FACE, rng, speaks=bool(seed % 2))
         went.append(np.abs(moved.five - FIVE).max())
         for x, y in np.rint(moved.five).astype(int):
             assert picture[y - 1 : y + 2, x - 1 : x + 2].max() > 100
@@ -92,7 +99,7 @@ def test_paint_stays_on_the_face():
     """An eye distance from the box nothing changes."""
     image = grainy()
     for seed in range(30):
-        out = painted(image, FACE, np.random.default_rng(seed))
+        out = add_makeup(image, FACE, np.random.default_rng(seed))
         np.testing.assert_allclose(out[:8], image[:8], rtol=1e-3)
         np.testing.assert_allclose(out[:, :15], image[:, :15], rtol=1e-3)
 
@@ -101,7 +108,7 @@ def test_most_others_differ_from_the_picture_and_from_each_other():
     """Of many seeds few leave it as it is, and the light of some is far from even."""
     flat = np.full((300, 300, 3), 120, np.uint8)
 
-    seen = [as_another(flat, FACE, seed)[0].astype(float) for seed in range(100)]
+    seen = [as_another_person(flat, FACE, seed)[0].astype(float) for seed in range(100)]
 
     uneven = np.array([float(np.ptp(one)) for one in seen])
     assert 0.55 < (uneven > 2).mean() < 0.9  # 1 − 0.65³ = 0.73 are lit or painted

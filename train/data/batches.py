@@ -1,13 +1,13 @@
-"""Batches: which faces the network sees, a pure function of the seed and the batch's number.
+"""Training batches: which faces the network sees, as a function of the seed and the batch's number.
 
-    real frame ─▶ region ─┬─────────▶ same wear ─▶ same cut ─▶ crop, real
-                          └─▶ forge ─▶ same wear ─▶ same cut ─▶ crop, forged
+    real frame ─▶ region ─┬─────────▶ same damage ─▶ same cut ─▶ crop, real
+                          └─▶ forge ─▶ same damage ─▶ same cut ─▶ crop, forged
 
-`Batches[n]` draws from generators seeded by (seed, n, place): any process makes the same batch, in
-any order, so a resumed run sees what the first would have seen.  A real face and its forgery share
-margin, jitter, flip and wear; only the forgery tells them apart.  Crops are cut by the worker's
-own function.  Frames of one video come round evenly: an endless series of shuffles, each a
-function of the seed and its number.  Without chance, for judging: ralf.train.data.evaluation_set.
+`Batches[n]` draws from generators that are seeded by (seed, n, place).  Any process makes the same
+batch, in any order, so a resumed run sees what the first run would have seen.  A real face and its
+forgery share margin, jitter, flip and damage, so that only the forgery tells them apart.  Crops
+are cut by the worker's own function.  The frames of a video are used equally often: frames come
+from an endless series of shuffles.  Batches to judge by are in ralf.train.data.evaluation_set.
 """
 
 from collections.abc import Sequence
@@ -25,28 +25,26 @@ from ralf.train.data.index import Index, IndexFault
 from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
 from ralf.train.forge.families import FAMILIES, Family
-from ralf.train.forge.identity import as_another
+from ralf.train.forge.identity import as_another_person
 from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.pixels import Image
-from ralf.train.forge.upload_damage import Wear, draw, put_on
+from ralf.train.forge.upload_damage import UploadDamage, damaged, draw_damage
 from ralf.train.recipe import Data
 
 REAL = -1
 """The family of a real face."""
-KIN = 1
-"""Sets the generators that neighbours share apart from those that each has of its own."""
+SHARED = 1
+"""A fourth number in the seed of generators that two neighbours in a batch share."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Crops and what is known of them."""
+    """Crops, and what is known of each."""
 
     crops: Tensor  # u8 [m, 3, s, s]
     forged: Tensor  # bool [m]
     pair: Tensor  # int64 [m]: for a forgery the row of its real face, else -1
-    family: (
-        Tensor  # int64 [m]: -1 real; blends as in ralf.train.forge.families; then methods on disk
-    )
+    family: Tensor  # int64 [m]: -1 for a real face, else the place in `Batches.names`
     ids: list[str]
 
     def __len__(self) -> int:
@@ -114,20 +112,20 @@ class Batches:
         for place in range(self._half):
             rng = np.random.default_rng((self.seed, number, place))
             other = place + self._half
-            real = self._draw(0, number * self._half + place)
+            real = self._frame_at(0, number * self._half + place)
             if pairing == "balanced":
                 both = self._apart(real, number, place, rng)
             else:
-                # Neighbours of a kindred batch draw their way of forging alike.
-                alike = np.random.default_rng((self.seed, number, place // 2, KIN))
-                both = self._pair(real, rng, alike if pairing == "kindred" else rng)
+                # In a kindred batch two neighbours are forged in the same way.
+                common = np.random.default_rng((self.seed, number, place // 2, SHARED))
+                both = self._pair(real, rng, common if pairing == "kindred" else rng)
             crops[place], ids[place] = both.real, real.name
             crops[other], ids[other], family[other] = both.forged, both.name, both.family
             pair[other] = place if both.same_face else -1
         forged = torch.arange(2 * self._half) >= self._half
         return Batch(torch.stack(crops), forged, pair, family, ids)
 
-    def _draw(self, stream: int, place: int) -> Frame:
+    def _frame_at(self, stream: int, place: int) -> Frame:
         """The place-th frame of the endless series of real (0) or forged (1) frames."""
         sizes = self._forged if stream else self._real
         videos = self.pool.forged if stream else self.pool.real
@@ -138,21 +136,21 @@ class Batches:
         picked: Frame = videos[video][frame]
         return picked
 
-    def _pair(self, real: Frame, rng: np.random.Generator, kin: np.random.Generator) -> "_Both":
-        """A real face beside a forgery of it, from disk or made; `kin` draws how it is forged."""
-        partner = self.pool.partner(real, rng, kin)
-        if self._families and (partner is None or kin.random() < self.data.blended_share):
-            return self._blended(real, real, rng, kin)
+    def _pair(self, real: Frame, rng: np.random.Generator, how: np.random.Generator) -> "_FacePair":
+        """A real face and a forgery of it, from disk or made; `how` draws the way of forging."""
+        partner = self.pool.partner(real, rng, how)
+        if self._families and (partner is None or how.random() < self.data.blended_share):
+            return self._blended(real, real, rng, how)
         same = partner is not None
-        return self._both(real, partner or self._any_forged(rng), rng, same_face=same)
+        return self._from_disk(real, partner or self._any_forged(rng), rng, same_face=same)
 
-    def _apart(self, real: Frame, number: int, place: int, rng: np.random.Generator) -> "_Both":
+    def _apart(self, real: Frame, number: int, place: int, rng: np.random.Generator) -> "_FacePair":
         """A real face and a forgery that have nothing to do with each other."""
         if self._families and (not self._forged or rng.random() < self.data.blended_share):
-            shown = self._draw(0, int(rng.integers(2**31)))
+            shown = self._frame_at(0, int(rng.integers(2**31)))
             return self._blended(real, shown, rng, rng)
-        forged = self._draw(1, number * self._half + place)
-        return self._both(real, forged, rng, same_face=False)
+        forged = self._frame_at(1, number * self._half + place)
+        return self._from_disk(real, forged, rng, same_face=False)
 
     def _any_forged(self, rng: np.random.Generator) -> Frame:
         video = self.pool.forged[rng.integers(len(self.pool.forged))]
@@ -172,26 +170,26 @@ class Batches:
         )
 
     def _blended(
-        self, real: Frame, shown: Frame, rng: np.random.Generator, kin: np.random.Generator
-    ) -> "_Both":
-        """`shown` is what the forgery is made of: the real face itself, or another."""
-        family = self._family(kin)
+        self, real: Frame, shown: Frame, rng: np.random.Generator, how: np.random.Generator
+    ) -> "_FacePair":
+        """`shown` is the face to forge: the real face itself, or another."""
+        family = self._family(how)
         image, face = self._open(shown)
         if face is None:
             raise IndexFault(
                 f"{shown.path} has no box and five points, so nothing can be blended into it: "
                 "`ralf data prepare` finds them"
             )
-        wear = draw(self.data.augment, rng, face_px=_longer(face))
-        cut = self._cut(rng, flip=wear.flip)
-        part, moved = as_another(*region(image, face, cut), wear.other)
+        damage = draw_damage(self.data.augment, rng, face_px=_longer(face))
+        cut = self._cut(rng, flip=damage.flip)
+        part, moved = as_another_person(*region(image, face, cut), damage.identity_seed)
         fake = self.pool.forgery(shown, part, moved, family, rng)
-        forged = self._worn(fake, moved, wear, cut, rng)
+        forged = self._crop(fake, moved, damage, cut, rng)
         if shown is real:
-            genuine = self._worn(part, moved, wear, cut, rng)
+            genuine = self._crop(part, moved, damage, cut, rng)
         else:
-            genuine = self._whole(real, wear, cut, rng)
-        return _Both(
+            genuine = self._frame_crop(real, damage, cut, rng)
+        return _FacePair(
             genuine, forged, f"{shown.name}+{family}", self.pool.number(family), shown is real
         )
 
@@ -200,44 +198,49 @@ class Batches:
         drawn = rng.random() * self._edges[-1]
         return self._families[int(np.searchsorted(self._edges, drawn, side="right"))]
 
-    def _both(
+    def _from_disk(
         self, real: Frame, forged: Frame, rng: np.random.Generator, *, same_face: bool
-    ) -> "_Both":
-        """Two frames from disk under one wear and one cut."""
+    ) -> "_FacePair":
+        """Two frames from disk with the same damage and cut."""
         face = self.pool.pictures.face(real)
-        wear = draw(self.data.augment, rng, face_px=_longer(face) if face else self.data.input.size)
-        cut = self._cut(rng, flip=wear.flip)
-        crops = [self._whole(frame, wear, cut, rng) for frame in (real, forged)]
+        damage = draw_damage(
+            self.data.augment, rng, face_px=_longer(face) if face else self.data.input.size
+        )
+        cut = self._cut(rng, flip=damage.flip)
+        crops = [self._frame_crop(frame, damage, cut, rng) for frame in (real, forged)]
         number = self.pool.number(forged.row.method)
-        return _Both(crops[0], crops[1], forged.name, number, same_face)
+        return _FacePair(crops[0], crops[1], forged.name, number, same_face)
 
     def _open(self, frame: Frame) -> tuple[Image, FaceGeometry | None]:
         return self.pool.pictures.picture(frame), self.pool.pictures.face(frame)
 
-    def _whole(self, frame: Frame, wear: Wear, cut: Cut, rng: np.random.Generator) -> Tensor:
+    def _frame_crop(
+        self, frame: Frame, damage: UploadDamage, cut: Cut, rng: np.random.Generator
+    ) -> Tensor:
+        """A frame from disk, damaged and cut."""
         image, face = self._open(frame)
         if face is not None:
-            image, face = as_another(*region(image, face, cut), wear.other)
-        return self._worn(image, face, wear, cut, rng)
+            image, face = as_another_person(*region(image, face, cut), damage.identity_seed)
+        return self._crop(image, face, damage, cut, rng)
 
-    def _worn(
+    def _crop(
         self,
         image: Image,
         face: FaceGeometry | None,
-        wear: Wear,
+        damage: UploadDamage,
         cut: Cut,
         rng: np.random.Generator,
     ) -> Tensor:
-        """The crop of a region after its wear."""
-        worn = put_on(wear, image, rng)
-        if face is not None and worn.shape != image.shape:
-            face = face.scaled(worn.shape[1] / image.shape[1], worn.shape[0] / image.shape[0])
-        return cut.take(worn, face)
+        """The crop of a region after its damage."""
+        after = damaged(image, damage, rng)
+        if face is not None and after.shape != image.shape:
+            face = face.scaled(after.shape[1] / image.shape[1], after.shape[0] / image.shape[0])
+        return cut.take(after, face)
 
 
 @dataclass(frozen=True)
-class _Both:
-    """Two crops on their way into a batch."""
+class _FacePair:
+    """A real and a forged crop for one batch, with what is known of the forged one."""
 
     real: Tensor
     forged: Tensor

@@ -1,7 +1,7 @@
-"""The faces of one split: real videos, forged ones, and how a forgery is found or made for a face.
+"""The faces of one split, and how a forgery of a real face is found or made.
 
-On disk a forgery belongs to a real face by its target; where there is none, one is blended.  A
-swap takes its donor from the same split, another person with a similar shape of face.
+A forgery on disk belongs to the real face that is its target.  Where there is none, one is
+blended.  A swap takes its donor from the same split: another person with a similar face shape.
 """
 
 import json
@@ -20,11 +20,11 @@ from ralf.train.forge.pixels import Image
 from ralf.train.recipe import Data
 
 PREPARED = "prepare.json"
-"""Beside an index that `ralf data prepare` made: how."""
+"""The file beside a prepared index that says how it was prepared."""
 
 
 def refuse_other_contract(index: Index, contract: InputContract) -> None:
-    """An error where faces of the index were found otherwise than the contract says."""
+    """An error where the index's faces were found in another way than the contract says."""
     # Tables that were joined keep the first one's root; the others' pictures lie in faces/ of
     # theirs.
     elsewhere = {Path(row.path).parent.parent for row in index if Path(row.path).is_absolute()}
@@ -79,20 +79,22 @@ class Pool:
         return self.names.index(method)
 
     def partner(
-        self, real: Frame, rng: np.random.Generator, kin: np.random.Generator | None = None
+        self, real: Frame, rng: np.random.Generator, how: np.random.Generator | None = None
     ) -> Frame | None:
-        """A forgery of this very face that lies on disk, near the same moment; `kin`, else `rng`,
-        draws how it was forged."""
+        """A forgery of this face from disk, near the same moment; None where there is none.
+
+        The way of forging is drawn by `how` where it is given, else by `rng`.
+        """
         row = real.row
         methods = self.by_target.get(f"{row.target}|{row.compression}") if row.target else None
         if not methods:
             return None
-        videos = methods[sorted(methods)[(kin or rng).integers(len(methods))]]
+        videos = methods[sorted(methods)[(how or rng).integers(len(methods))]]
         video = videos[rng.integers(len(videos))]
         return min(video, key=lambda frame: (abs(frame.number - real.number), frame.number))
 
     def donor(self, real: Frame, face: FaceGeometry, rng: np.random.Generator) -> Portrait | None:
-        """Another person whose face has a similar shape: the best of a dozen drawn."""
+        """Another person with a similar face shape: the best of a dozen drawn."""
         best, least = None, np.inf
         for place in rng.integers(0, len(self.real), 12):
             other = self.real[place][0]
@@ -123,7 +125,7 @@ class Pool:
 
 
 def _unlike(one: FaceGeometry, other: FaceGeometry) -> float:
-    """How far apart two faces' five points lie when eyes are laid on eyes."""
+    """The distance of two faces' five points after the eyes are aligned."""
     shapes = []
     for face in (one, other):
         across = face.five[1] - face.five[0]

@@ -1,13 +1,16 @@
-"""The perturbations that robustness tables speak of, by kind and level.
+"""The conditions of robustness tables: perturbations of a picture, by kind and level.
 
-`deeperforensics` is the field's standard: seven kinds, five levels each, with the published
+DEEPERFORENSICS is the field's standard: seven kinds of five levels each, with the published
 parameters.  Its "JPEG" is not JPEG but a picture made small and large again, so it is called
-`pixelation` here, and true JPEG stands beside it under `jpeg`.  RALF's Table 3 uses four kinds at
-level 2: contrast, blur, `rescale` (which it calls compression) and pixelation.  `h264` is by CRF.
-`light` is ours: sun from one side or through leaves, which no studio's portraits show.
+`pixelation` here; true JPEG is `jpeg`.  RALF's Table 3 uses four kinds at level 2: contrast, blur,
+`rescale` (which the paper calls compression) and pixelation.  `h264` is by CRF.  `light` is ours:
+sun from one side or through leaves, which studio portraits do not show.
 
-Kernels are OpenCV's by their definition, not by its code: against it, values may differ by one.
-Noise and blocks come from the generator passed in, so a table can be made again.
+Training damages pictures too (forge/upload_damage.py), at random strengths and several kinds at
+once.  Here one thing changes at a time, by a published amount; the encoders are the same.
+
+Kernels follow OpenCV's definitions; values may differ from OpenCV's own by one.  Noise and blocks
+come from the generator passed in, so a table can be made again.
 """
 
 from collections.abc import Callable
@@ -15,9 +18,9 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-from ralf.train.forge.identity import uneven
-from ralf.train.forge.pixels import Image, Pixels, jpeg, resize, saturated, shifted, to_u8
-from ralf.train.forge.video import recompress
+from ralf.train.forge.identity import uneven_light
+from ralf.train.forge.pixels import Image, Pixels, resize, saturated, to_u8
+from ralf.train.forge.upload_damage import UploadDamage, encoded
 
 Apply = Callable[[Image, float, np.random.Generator], Image]
 
@@ -85,17 +88,17 @@ def _reduced(image: Image, factor: float) -> Pixels:
 
 
 def _h264(image: Image, crf: float, _rng: np.random.Generator) -> Image:
-    """The second frame of a clip whose first stood two pixels aside."""
-    return np.asarray(recompress([shifted(image, (2, 1)), image], crf)[1])
+    """The second frame of a clip whose first was shifted by two pixels and one."""
+    return encoded(image, UploadDamage(codec="libx264", quality=crf, motion=(2, 1)))
 
 
 def _jpeg(image: Image, quality: float, _rng: np.random.Generator) -> Image:
-    return to_u8(jpeg(image.astype(np.float32), int(quality)))
+    return encoded(image, UploadDamage(codec="jpeg", quality=int(quality)))
 
 
 def _light(image: Image, strength: float, rng: np.random.Generator) -> Image:
     """Brighter here than there by up to exp(2 strength)."""
-    light = uneven(rng, *image.shape[:2])
+    light = uneven_light(rng, *image.shape[:2])
     return to_u8((image * np.exp(strength * light)).astype(np.float32))
 
 

@@ -1,15 +1,15 @@
 """Made clips: stills set in motion and encoded, real and forged twins, as a dataset of videos.
 
 A detector that was trained on stills is deployed on video.  Where no forged videos are at hand,
-this makes the nearest thing: each still moves (pan, zoom, turn, mild bending, sensor noise), once
-as it is and once forged before it moves, through a real encoder at each CRF asked for.  Twins
-share motion, size and encoder settings, so nothing but the forgery tells them apart.
+made clips are the nearest thing.  Each still moves (pan, zoom, turn, mild bending, sensor noise),
+once as it is and once forged before it moves, and goes through a real encoder at each CRF that is
+asked for.  Twins share motion, size and encoder settings, so that only the forgery differs.
 
     stills ─▶ make_clips ─▶ videos and their index ─▶ `ralf data prepare` ─▶ calibrate, evaluate
 
-Everything random is seeded by the still's name: more stills change no other clip.  Clips that are
-there already are kept, so a broken-off run goes on.  What it cannot show: a forgery that flickers
-or slips, since the forged still moves as one; and real reenactment.
+All randomness is seeded by the still's name, so that one more still changes no other clip.  Clips
+that exist already are kept, so that an interrupted run goes on.  Made clips cannot show a forgery
+that flickers or slips, because the forged still moves as one, nor real reenactment.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from ralf.train.data.index import Index, IndexFault, Row
 from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
 from ralf.train.forge.families import FAMILIES, Family
+from ralf.train.forge.pixels import Image
 from ralf.train.forge.video import animate, encode
 from ralf.train.recipe import Data
 
@@ -33,7 +34,7 @@ INDEX = "index.csv"
 FPS = 12.5
 SIZES = ((480, 480), (640, 480), (480, 640), (720, 576))
 TALL = (0.5, 1.15)
-"""The portrait's height over the frame's: faces of about 120 to 330 pixels."""
+"""Least and greatest height of the portrait over that of the frame: faces of 120 to 330 pixels."""
 OnProgress = Callable[[int, int, str], None]
 
 
@@ -44,7 +45,7 @@ class ClipOptions:
     families: tuple[Family, ...]
     crfs: tuple[int, ...] = (23, 40)
     each: int = 1
-    """Forged clips of a still and CRF: the families take turns."""
+    """Forged clips of each still at each CRF: the families take turns."""
     seconds: float = 1.3
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ def make_clips(
     if not stills:
         raise IndexFault(f"split {split!r} has no real pictures to set in motion")
     make = partial(_make_all, index, split, options, out)
-    tasks = [_Task(still, number, options) for number, still in enumerate(stills)]
+    tasks = [_StillTask(still, number, options) for number, still in enumerate(stills)]
     rows: list[Row] = []
     for done, made in enumerate(_run(make, tasks, workers), 1):
         rows += made
@@ -89,7 +90,7 @@ def make_clips(
 
 
 @dataclass(frozen=True)
-class _Task:
+class _StillTask:
     """One still and the families it is forged by."""
 
     still: Frame
@@ -104,7 +105,7 @@ class _Task:
 
 
 def _run(
-    make: Callable[[Sequence[_Task]], list[list[Row]]], tasks: list[_Task], workers: int
+    make: Callable[[Sequence[_StillTask]], list[list[Row]]], tasks: list[_StillTask], workers: int
 ) -> Iterator[list[Row]]:
     """The rows of each still, in order."""
     if workers == 0:
@@ -120,16 +121,16 @@ _pool: tuple[tuple[Path, str], Pool] | None = None
 
 
 def _make_all(
-    index: Index, split: str, options: ClipOptions, out: Path, tasks: Sequence[_Task]
+    index: Index, split: str, options: ClipOptions, out: Path, tasks: Sequence[_StillTask]
 ) -> list[list[Row]]:
-    """The clips of some stills; the pool of donors is opened once a process."""
+    """The clips of some stills; each process opens the pool of donors once."""
     global _pool
     if _pool is None or _pool[0] != (index.root, split):
         _pool = ((index.root, split), Pool(index, Data(), split, ram_bytes=0))
     return [_clips(task, _pool[1], out) for task in tasks]
 
 
-def _clips(task: _Task, pool: Pool, out: Path) -> list[Row]:
+def _clips(task: _StillTask, pool: Pool, out: Path) -> list[Row]:
     still = task.still
     face = pool.pictures.face(still)
     if face is None:
@@ -152,8 +153,8 @@ def _clips(task: _Task, pool: Pool, out: Path) -> list[Row]:
     return rows
 
 
-def _write(image: "np.ndarray", path: Path, crf: int, name: str, seconds: float) -> None:
-    """The clip, put in its place whole; the motion hangs on the still's name alone."""
+def _write(image: Image, path: Path, crf: int, name: str, seconds: float) -> None:
+    """The clip, written whole or not at all; its motion depends on the still's name alone."""
     rng = _seeded(f"{name} moves")
     size = SIZES[rng.integers(len(SIZES))]
     frames = animate(

@@ -1,9 +1,9 @@
-"""A portrait as if of somebody else, elsewhere: other features, skin, light and camera; no seam.
+"""A portrait as if of another person in another place: features, skin and light, without a seam.
 
-A few hundred officials, lit from all sides by professionals, have neither children nor make-up,
-neither midday sun nor a flash among them.  Where an odd face, or an odd light, is only ever met in
-forgeries, a network calls it forged.  So a share of the training pictures is changed whole before
-anything is forged: what is odd about them then tells nothing.
+Our training portraits are a few hundred officials, lit by professionals: no children, no make-up,
+no midday sun, no flash.  A network that meets an unusual face or light only in forgeries calls all
+such faces forged.  So a share of the training pictures is changed as a whole before anything is
+forged; the network then meets unusual faces among the reals, too.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,13 @@ from ralf.train.forge.manipulations import expression, smoothed
 from ralf.train.forge.pixels import Image, Pixels, blur, grid, remap, smooth_field, to_u8
 
 
-def as_another(image: Image, face: FaceGeometry, seed: int | None) -> tuple[Image, FaceGeometry]:
-    """The picture as if of another person in another place, and where the face then is; without
-    a seed, as it was."""
+def as_another_person(
+    image: Image, face: FaceGeometry, seed: int | None
+) -> tuple[Image, FaceGeometry]:
+    """The picture as if of another person in another place, and where the face is then.
+
+    Without a seed it is returned as it was.
+    """
     if seed is None:
         return image, face
     rng = np.random.default_rng(seed)
@@ -27,15 +31,15 @@ def as_another(image: Image, face: FaceGeometry, seed: int | None) -> tuple[Imag
     if chance[0] < 0.4:
         out = smoothed(out, face, rng)
     if chance[1] < 0.7:
-        out, face = bent(out, face, rng, speaks=bool(chance[2] < 0.6))
-    changes: tuple[Callable[..., Pixels], ...] = (shaded, beamed, painted)
+        out, face = change_features(out, face, rng, speaks=bool(chance[2] < 0.6))
+    changes: tuple[Callable[..., Pixels], ...] = (shade, light_face, add_makeup)
     for change, drawn in zip(changes, chance[3:], strict=True):
         if drawn < 0.35:
             out = change(np.clip(out, 0, 255), face, rng)
     return to_u8(out), face
 
 
-def bent(
+def change_features(
     image: Pixels, face: FaceGeometry, rng: np.random.Generator, *, speaks: bool
 ) -> tuple[Pixels, FaceGeometry]:
     """Other features, and with `speaks` another expression."""
@@ -48,14 +52,14 @@ def bent(
     return remap(image, grid(height, width) + bend, kernel), face.moved(bend)
 
 
-def shaded(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
-    """Lit from one side, or through leaves."""
-    light = uneven(rng, *image.shape[:2])
+def shade(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+    """Light from one side, or through leaves."""
+    light = uneven_light(rng, *image.shape[:2])
     warmth = 1 + rng.normal(0, 0.2) * np.array([1, 0, -1]) + rng.normal(0, 0.04, 3)
     return image * np.exp(light * (rng.uniform(0.05, 0.4) * warmth)).astype(np.float32)
 
 
-def uneven(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:
+def uneven_light(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:
     """Light here and shade there, with soft borders or hard ones: [h, w, 1], -1 to 1."""
     hills = smooth_field(rng, height, width, cells=int(rng.integers(1, 5)), amplitude=1)[..., 0]
     hardness = np.exp(rng.uniform(np.log(0.7), np.log(12)))
@@ -63,7 +67,7 @@ def uneven(rng: np.random.Generator, height: int, width: int) -> NDArray[np.floa
     return light
 
 
-def beamed(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+def light_face(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """A flash on the face, or the sun behind it: its surroundings darker than it, or brighter."""
     height, width = image.shape[:2]
     at = face.five.mean(axis=0) + rng.normal(0, 0.4 * face.eye_distance, 2)
@@ -73,7 +77,7 @@ def beamed(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixel
     return image * np.exp(light * rng.normal(0, 0.3)).astype(np.float32)
 
 
-def painted(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+def add_makeup(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """Make-up: lips, lids and cheeks in another colour."""
     height, width = image.shape[:2]
     unit, gain = face.eye_distance, np.zeros((height, width, 3), np.float32)

@@ -1,9 +1,9 @@
-"""Where a face's parts lie: regions as polygons, from a 468-point mesh or from five points alone.
+"""Where the parts of a face are: regions as polygons, from a 468-point mesh or from five points.
 
 With a mesh a region is the hull of the mesh's own points.  With five points (eyes, nose tip,
-mouth corners, as every face finder gives them) a mean face is laid over them by the affine map
-that fits best; over 1,743 portraits its outline lies within 0.06 eye distances (median) of the
-mesh's.  Points are pixels, x before y; left and right are the picture's.
+mouth corners, as every face finder gives them) a mean face is fitted to them by the best affine
+map.  Over 1,743 portraits its outline is within 0.06 eye distances (median) of the mesh's.  Points
+are in pixels, x before y; left and right are the picture's.
 """
 
 from dataclasses import dataclass, field
@@ -60,7 +60,10 @@ class FaceGeometry:
 
     @property
     def eye_distance(self) -> float:
-        """The unit of everything done to the face; never below 1/4 of the box's width."""
+        """The unit of all changes to the face; at least a quarter of the box's width.
+
+        In a profile the eyes are nearly above each other, and their distance alone would be 0.
+        """
         apart = float(np.linalg.norm(self.five[1] - self.five[0]))
         return max(apart, float(self.box[2] - self.box[0]) / 4, 1.0)
 
@@ -72,11 +75,11 @@ class FaceGeometry:
         return FaceGeometry(box, (self.five - shift) * scale, mesh)
 
     def moved(self, bend: NDArray[np.float32]) -> "FaceGeometry":
-        """The face in an image whose every pixel was looked up `bend` [h, w, 2] away from it."""
+        """The face after a remap in which each pixel came from `bend` [h, w, 2] away."""
 
         def at(points: Points) -> Points:
             now = points
-            for _ in range(3):  # where p comes to lie: x = p − bend(x)
+            for _ in range(3):  # solves x = p − bend(x) by iteration; three steps are enough
                 x, y = np.rint(now).astype(int).T
                 inside = bend[y.clip(0, bend.shape[0] - 1), x.clip(0, bend.shape[1] - 1)]
                 now = points - inside
@@ -87,7 +90,7 @@ class FaceGeometry:
         return FaceGeometry(corners, at(self.five), mesh)
 
     def flipped(self, width: int) -> "FaceGeometry":
-        """The face in the mirrored image.  The mesh goes: its topology is not mirrored."""
+        """The face in the mirrored image, without a mesh: its numbering is not mirrored."""
         mirror = np.array([width - 1, 0], np.float32)
         five = np.abs(mirror - self.five)[[1, 0, 2, 4, 3]]
         left, top, right, bottom = self.box
@@ -102,7 +105,7 @@ class FaceGeometry:
         return [_hull(_apply(place, part)) for part in _of_mean(region)]
 
     def controls(self) -> Points:
-        """A few points that pin the whole face: the five, brows, jaw and brow line."""
+        """A few points that fix the whole face in a warp: the five, and the outline."""
         if self.mesh is not None:
             ring = _hull(self.mesh)
             step = max(1, len(ring) // 12)

@@ -1,11 +1,12 @@
-"""What happens to every upload, forged or not: scaling, blur, noise, colour, JPEG, H.264.
+"""Damage that every upload suffers, forged or not: scaling, blur, noise, colour, JPEG, H.264.
 
-A Wear is drawn once for a real face and its forgery together and put on both: how good a picture
-is must not tell whether it is forged.  The order is that of a camera and a platform: colour and
-blur first, then the size, the sensor's noise, and last the encoder.  It works on the picture
-around the face, before the crop is cut, so that a crop's edges are padded as in serving.
+UploadDamage is drawn once for a real face and its forgery and applied to both, so that the quality
+of a picture does not tell whether it is forged.  The order is that of a camera and a platform:
+colour and blur first, then the size, the sensor's noise, and last the encoder.  Damage is applied
+to the picture around the face, before the crop is cut, so that a crop is padded as in serving.
 
-Its first part, `other`, comes before the forging: train/forge/identity.py.
+`flip` and `identity_seed` are drawn with it, since a pair must share them too; whoever cuts the
+crop flips it, and train/forge/identity.py changes the identity before anything is forged.
 """
 
 from dataclasses import dataclass
@@ -31,11 +32,11 @@ Codec = Literal["none", "jpeg", "libx264", "libx265"]
 
 
 @dataclass(frozen=True)
-class Wear:
-    """One way of having been through the world; the defaults leave a picture as it is."""
+class UploadDamage:
+    """What happened to one upload; the defaults leave a picture as it is."""
 
     flip: bool = False
-    other: int | None = None
+    identity_seed: int | None = None
     """The seed of another person's features, skin and light; None leaves them."""
     gain: tuple[float, float, float] = (1.0, 1.0, 1.0)
     gamma: float = 1.0
@@ -49,13 +50,13 @@ class Wear:
     quality: float = 0.0
     """JPEG's quality, or the encoder's CRF."""
     motion: tuple[int, int] = (0, 0)
-    """How far the picture before this one stood aside, in pixels: what a P-frame predicts from."""
+    """How far the frame before this one was shifted, in pixels: a P-frame is predicted from it."""
     intra: bool = False
-    """Whether the frame seen is a key frame."""
+    """Whether the frame is a key frame, predicted from nothing."""
 
 
-def draw(augment: Augment, rng: np.random.Generator, *, face_px: float) -> Wear:
-    """A Wear by the recipe's probabilities; `face_px` is the longer side of the face's box."""
+def draw_damage(augment: Augment, rng: np.random.Generator, *, face_px: float) -> UploadDamage:
+    """Damage by the recipe's probabilities; `face_px` is the longer side of the face's box."""
     chance = rng.random(7)
     changed: dict[str, object] = {"flip": bool(chance[0] < augment.flip)}
     if chance[1] < augment.colour:
@@ -66,7 +67,7 @@ def draw(augment: Augment, rng: np.random.Generator, *, face_px: float) -> Wear:
     if chance[2] < augment.blur:
         changed["blur"] = float(rng.uniform(0.3, 1.6))
     if chance[3] < augment.resize:
-        # Down to a face of 56 px; little sizes as often as large ones.
+        # Down to a face of 56 px.  Uniform in the logarithm: small sizes are as frequent as large.
         least = min(1.0, 56 / face_px)
         changed["scale"] = float(np.exp(rng.uniform(np.log(least), 0)))
         changed["kernel"] = ("bilinear", "bicubic")[rng.integers(2)]
@@ -80,40 +81,40 @@ def draw(augment: Augment, rng: np.random.Generator, *, face_px: float) -> Wear:
     elif chance[6] < augment.jpeg / max(1 - augment.h264, 1e-6):
         changed["codec"], changed["quality"] = "jpeg", float(rng.integers(30, 96))
     if rng.random() < augment.other:
-        changed["other"] = int(rng.integers(2**31))
-    return Wear(**changed)  # type: ignore[arg-type]
+        changed["identity_seed"] = int(rng.integers(2**31))
+    return UploadDamage(**changed)  # type: ignore[arg-type]
 
 
-def put_on(wear: Wear, image: Image, rng: np.random.Generator) -> Image:
-    """The picture after it, at its new size.  Flipping is left to whoever cuts the crop."""
+def damaged(image: Image, damage: UploadDamage, rng: np.random.Generator) -> Image:
+    """The picture after the damage, at its new size; not flipped."""
     out = image.astype(np.float32)
-    out = _coloured(out, wear)
-    out = blur(out, wear.blur)
+    out = _coloured(out, damage)
+    out = blur(out, damage.blur)
     height, width = image.shape[:2]
-    if wear.scale < 1:
-        tall, wide = max(16, round(height * wear.scale)), max(16, round(width * wear.scale))
-        out = resize(out, tall, wide, wear.kernel)
-    if wear.noise:
-        grain = rng.normal(0, wear.noise, (*out.shape[:2], 1)).astype(np.float32)
+    if damage.scale < 1:
+        tall, wide = max(16, round(height * damage.scale)), max(16, round(width * damage.scale))
+        out = resize(out, tall, wide, damage.kernel)
+    if damage.noise:
+        grain = rng.normal(0, damage.noise, (*out.shape[:2], 1)).astype(np.float32)
         out = out + grain * (0.7 + 0.3 * rng.standard_normal(out.shape, np.float32))
-    return encoded(to_u8(out), wear)
+    return encoded(to_u8(out), damage)
 
 
-def _coloured(image: Pixels, wear: Wear) -> Pixels:
-    if wear.gamma == 1 and wear.saturation == 1 and wear.gain == (1, 1, 1):
+def _coloured(image: Pixels, damage: UploadDamage) -> Pixels:
+    if damage.gamma == 1 and damage.saturation == 1 and damage.gain == (1, 1, 1):
         return image
-    table = (255 * (np.arange(256) / 255) ** wear.gamma).astype(np.float32)
-    curved: Pixels = table[to_u8(image * np.array(wear.gain, np.float32))]
-    return saturated(curved, wear.saturation)
+    table = (255 * (np.arange(256) / 255) ** damage.gamma).astype(np.float32)
+    curved: Pixels = table[to_u8(image * np.array(damage.gain, np.float32))]
+    return saturated(curved, damage.saturation)
 
 
-def encoded(image: Image, wear: Wear) -> Image:
-    """Through the encoder that the Wear names."""
-    if wear.codec == "none":
+def encoded(image: Image, damage: UploadDamage) -> Image:
+    """The picture after the damage's encoder and a decoder."""
+    if damage.codec == "none":
         return image
-    if wear.codec == "jpeg":
-        return to_u8(jpeg(image.astype(np.float32), round(wear.quality)))
-    if wear.intra:
-        return np.asarray(recompress([image], wear.quality, wear.codec)[0])
-    before = shifted(image, wear.motion)
-    return np.asarray(recompress([before, image], wear.quality, wear.codec)[1])
+    if damage.codec == "jpeg":
+        return to_u8(jpeg(image.astype(np.float32), round(damage.quality)))
+    if damage.intra:
+        return np.asarray(recompress([image], damage.quality, damage.codec)[0])
+    before = shifted(image, damage.motion)
+    return np.asarray(recompress([before, image], damage.quality, damage.codec)[1])

@@ -1,12 +1,12 @@
-"""Make video: a still portrait set in motion, frames encoded to a file or through memory.
+"""Make video: set a still portrait in motion, encode frames to a file or in memory.
 
-The only file here that encodes.  `animate` pans, zooms, turns and gently bends a portrait, as a
-hand-held phone and a living head would, so that frames differ as those of an upload do; a forged
-portrait animated by the same seed moves exactly as its authentic twin.  `recompress` runs images
-through a real encoder and decoder in memory, which is what training means by H.264.
+`animate` pans, zooms, turns and slightly bends a portrait, like a hand-held phone and a living
+head, so that frames differ as those of an upload do.  A forged portrait that is animated with the
+same seed moves exactly as its authentic twin.  `recompress` runs images through a real encoder and
+decoder in memory; training uses it for H.264.  No other file of training encodes video.
 
-Encoders run on one thread: their bits then do not depend on the machine's number of cores.
-It refuses an empty list of frames, and frames of different sizes.
+Encoders run on one thread: their output then does not depend on the machine's number of cores.
+An empty list of frames and frames of different sizes are refused.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,13 +25,13 @@ DECODERS = {"libx264": "h264", "libx265": "hevc", "libvpx-vp9": "vp9", "mpeg4": 
 
 
 def _options(codec: str, crf: float, preset: str) -> dict[str, str]:
-    """What each encoder calls its quality and its haste."""
+    """Each encoder's own names for quality and speed."""
     if codec == "libvpx-vp9":
         return {"crf": str(crf), "b": "0", "deadline": "realtime", "cpu-used": "8"}
     if codec == "mpeg4":
         return {"qmin": str(max(1, round(crf / 3))), "qmax": str(max(1, round(crf / 3)))}
     more = {
-        # With B-frames x264's macroblock tree gives other bits from run to run.
+        # With B-frames x264's macroblock tree gives different output from run to run.
         "libx264": {"x264-params": "mbtree=0"},
         "libx265": {"x265-params": "log-level=none:pools=1"},
     }
@@ -160,7 +160,7 @@ class _Motion:
 
 
 def surroundings(portrait: Image, width: int, height: int) -> Image:
-    """What lies around a portrait where no scene is given: itself, enlarged and blurred away."""
+    """A background where no scene is given: the portrait itself, enlarged and blurred."""
     small = resize(portrait.astype(np.float32), 24, 24)
     return to_u8(blur(resize(blur(small, 3), height, width, "bicubic"), 4))
 
@@ -183,9 +183,9 @@ def animate(
 ) -> Iterator[Image]:
     """Frames of a portrait in motion, u8 [h, w, 3]; `size` is width, height.
 
-    The portrait stands at `centre`, `tall` times the frame's height, over `background`.  `pan`
-    and `bend` are parts of its height, `grain` is the sensor's noise in grey levels.  The same
-    seed moves any portrait alike.
+    The portrait is at `centre`, `tall` times as high as the frame, over `background`.  `pan` and
+    `bend` are parts of its height; `grain` is the sensor's noise in grey levels.  The same seed
+    gives any portrait the same motion.
     """
     width, height = size
     rng = np.random.default_rng(seed)
@@ -196,7 +196,7 @@ def animate(
     for number in range(max(1, round(seconds * fps))):
         pose = _Pose(camera.at(number / fps), pan, zoom, turn_deg)
         knots = (bend * head.at(number / fps)).astype(np.float32)
-        at = _look(pose, (height, width), centre, tall) + spread(knots, height, width)
+        at = _seen_by(pose, (height, width), centre, tall) + spread(knots, height, width)
         seen = _compose(portrait, base, at)
         y, x = rng.integers(0, 64, 2)
         seen += noise[y : y + height, x : x + width]
@@ -213,8 +213,10 @@ class _Pose:
         self.turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
-def _look(pose: _Pose, size: tuple[int, int], centre: tuple[float, float], tall: float) -> Pixels:
-    """Which point of the portrait each pixel sees: from its middle, in parts of its height."""
+def _seen_by(
+    pose: _Pose, size: tuple[int, int], centre: tuple[float, float], tall: float
+) -> Pixels:
+    """The point of the portrait that each pixel shows: from its middle, in parts of its height."""
     height, width = size
     middle = np.array([centre[0] * width - 0.5, centre[1] * height - 0.5], np.float32)
     at = (grid(height, width) - middle) / np.float32(height * tall)
