@@ -25,9 +25,14 @@ types: $(VENV)/ready
 	$(RUN)/mypy
 
 # Train the model that ships, from a folder of faces: make model DATA=…. Every step that was
-# stopped continues when you run the command again.
+# stopped continues when you run the command again. MORE takes options of `ralf retrain`, as
+# --minutes 60 or --set classifier:init.backbone=FILE.
+NAME ?= ralf-small
+CHAIN ?= shipped
+GOLDEN ?= civilservice
 model: $(VENV)/ready
-	train/model.sh
+	$(if $(DATA),,$(error name a folder with faces.csv, or an index: make model DATA=…))
+	OMP_NUM_THREADS=1 $(RUN)/ralf retrain $(CHAIN) --data $(DATA) --name $(NAME) --targets cpu --golden-from $(GOLDEN) --out runs/$(NAME) $(MORE)
 
 schemas: $(VENV)/ready
 	$(RUN)/python -m ralf.worker.contract docs

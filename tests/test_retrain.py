@@ -1,7 +1,6 @@
-"""From pictures to a promoted model: killed anywhere, resumed, and stopped at each gate."""
+"""From pictures to a promoted model: killed anywhere, resumed, and stopped at each condition."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,10 @@ from PIL import Image
 from ralf.__main__ import main
 from ralf.kernels import artifact as models
 from ralf.kernels import registry
-from ralf.kernels.atomic_files import hold
-from ralf.train import resumable, retrain, trainings
+from ralf.train import retrain, trainings
 from ralf.train.loop import loop
 from ralf.train.publish import targets_of
-from ralf.train.resumable import Step, StepsDone, Stopped, do_steps, outlook
+from ralf.train.resumable import Step
 from tests.test_train_cli import TINY
 from tests.training import MadeBatches
 
@@ -30,12 +28,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Killed(BaseException):
-    """What nothing here may catch."""
+    """An end that no code under test may catch."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _same_commit() -> Iterator[None]:
-    """A manifest names the commit that trained it, and somebody may commit meanwhile."""
+    """The manifest names the commit, which may change while the tests run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "commit", lambda: "c" * 40)
         yield
@@ -58,8 +56,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Desk:
-    """Where one retraining is typed."""
+class Typed:
+    """One retraining as it is typed: its folders, and what the last command printed."""
 
     def __init__(self, pictures: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.pictures, self.run, self.models = pictures, root / "run", root / "models"
@@ -79,16 +77,16 @@ class Desk:
 
     @property
     def repeated(self) -> list[str]:
-        """The steps that the last command did."""
+        """The steps that the last command did, in order."""
         lines = [line.removeprefix("ralf: ") for line in self.err.splitlines()]
-        told = [line.split(":")[0] for line in lines if not line.endswith("done before")]
-        return list(dict.fromkeys(name for name in told if name in STEPS))
+        began = [line.split(":")[0] for line in lines if not line.endswith("done before")]
+        return list(dict.fromkeys(name for name in began if name in STEPS))
 
 
 @pytest.fixture
-def desk(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Desk:
-    """A clean one."""
-    return Desk(pictures, tmp_path, capsys)
+def typed(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """A retraining in an empty folder."""
+    return Typed(pictures, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +100,7 @@ def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return root / "run", models.resolve(root / "models", "made")
 
 
-def test_the_walk_ends_in_a_promoted_model_that_knows_how_it_was_made(
+def test_it_ends_in_a_promoted_model_that_says_how_it_was_made(
     whole: tuple[Path, models.Artifact],
 ):
     """Calibration, figures on the test split, targets, the spread of its scores."""
@@ -124,31 +122,31 @@ def test_the_walk_ends_in_a_promoted_model_that_knows_how_it_was_made(
 
 
 def test_killed_inside_and_after_each_step_it_comes_to_the_same_bits(
-    desk: Desk, whole: tuple[Path, models.Artifact], monkeypatch: pytest.MonkeyPatch
+    typed: Typed, whole: tuple[Path, models.Artifact], monkeypatch: pytest.MonkeyPatch
 ):
     """Training goes on from its checkpoint; no step that is on record is done again."""
     with monkeypatch.context() as patch:
         patch.setattr(trainings, "Batches", killing_at(5))
         with pytest.raises(Killed):
-            desk.type()
+            typed.type()
     for number, name in enumerate(STEPS):
         for when in ("inside", "after"):
             with monkeypatch.context() as patch:
-                patch.setattr(retrain, "steps", dying(name, when))
+                patch.setattr(retrain, "steps", killed_at_step(name, when))
                 with pytest.raises(Killed):
-                    desk.type()
-            # what was killed after its work, before its record, is done once more
+                    typed.type()
+            # A step that was killed after its work but before its record is done once more.
             known = STEPS[:number] if when == "after" else STEPS[: max(0, number - 1)]
-            assert set() == set(known) & set(desk.repeated), (name, when)
-    assert 0 == desk.type()
-    made = models.resolve(desk.models, "made")
+            assert set() == set(known) & set(typed.repeated), (name, when)
+    assert 0 == typed.type()
+    made = models.resolve(typed.models, "made")
 
-    assert ["promote"] == desk.repeated
+    assert ["promote"] == typed.repeated
     assert whole[1].version == made.version
-    assert ["promoted"] == [event.kind for event in registry.events(desk.models / "made")]
-    assert 0 == desk.type()
-    assert [] == desk.repeated
-    assert made.version == json.loads(desk.out)["version"]
+    assert ["promoted"] == [event.kind for event in registry.events(typed.models / "made")]
+    assert 0 == typed.type()
+    assert [] == typed.repeated
+    assert made.version == json.loads(typed.out)["version"]
 
 
 def killing_at(number: int) -> Any:
@@ -164,8 +162,8 @@ def killing_at(number: int) -> Any:
     return Killing
 
 
-def dying(name: str, when: str) -> Any:
-    """The walk, dead before that step's work or between its work and its record."""
+def killed_at_step(name: str, when: str) -> Any:
+    """The steps, of which one is killed before its work, or between its work and its record."""
     real = retrain.steps
 
     def steps(order: Any) -> list[Step]:
@@ -182,33 +180,33 @@ def dying(name: str, when: str) -> Any:
     return steps
 
 
-def test_a_gate_that_does_not_pass_says_what_was_asked_what_came_and_how_to_go_on(
-    desk: Desk, pictures: Path
+def test_a_condition_that_does_not_hold_says_what_was_asked_what_came_and_how_to_go_on(
+    typed: Typed, pictures: Path
 ):
-    """No time, no such split, worse than what is in place: each stops, and nothing is promoted."""
-    assert 1 == desk.type("--minutes", "0")
-    assert "asked: weights that validation has judged" in desk.err
-    assert "the same command: ralf retrain small_classifier --data" in desk.err
-    assert 1 == desk.type("--evaluate-on", "tset")
-    assert "asked: rows of split tset" in desk.err
-    assert "came: none; there are ['test', 'train', 'val']" in desk.err
-    assert ["train", "calibrate", "evaluate"] == desk.repeated
-    assert models.names(desk.models) == []
+    """No time, no such split, worse than the promoted version: each stops, nothing is promoted."""
+    assert 1 == typed.type("--minutes", "0")
+    assert "asked: weights that validation has judged" in typed.err
+    assert "the same command: ralf retrain small_classifier --data" in typed.err
+    assert 1 == typed.type("--evaluate-on", "tset")
+    assert "asked: rows of split tset" in typed.err
+    assert "came: none; there are ['test', 'train', 'val']" in typed.err
+    assert ["train", "calibrate", "evaluate"] == typed.repeated
+    assert models.names(typed.models) == []
 
-    publish_better(desk)
-    assert 1 == desk.type()
-    assert ["evaluate", "publish", "build", "verify", "promote"] == desk.repeated
-    assert "asked: test_auc at least 1.9900" in desk.err
-    assert "--force" in desk.err
-    better = models.current(desk.models / "made")
-    assert 0 == desk.type("--force")
-    assert ["promote"] == desk.repeated
-    assert better != models.current(desk.models / "made")
-    assert "forced past metrics" in registry.events(desk.models / "made")[-1].remark
+    publish_better(typed)
+    assert 1 == typed.type()
+    assert ["evaluate", "publish", "build", "verify", "promote"] == typed.repeated
+    assert "asked: test_auc at least 1.9900" in typed.err
+    assert "--force" in typed.err
+    better = models.current(typed.models / "made")
+    assert 0 == typed.type("--force")
+    assert ["promote"] == typed.repeated
+    assert better != models.current(typed.models / "made")
+    assert "forced past metrics" in registry.events(typed.models / "made")[-1].remark
 
 
-def publish_better(desk: Desk) -> None:
-    """A version in place that nothing can reach."""
+def publish_better(typed: Typed) -> None:
+    """Promote a version whose figures nothing can reach."""
     draft = models.Manifest(name="made", network={"build": "ralf"}, files={},
                             metrics={"test_auc": 2.0})  # fmt: skip
     crops = np.zeros((1, 3, 32, 32), "uint8")
@@ -216,129 +214,18 @@ def publish_better(desk: Desk) -> None:
     files: dict[str, bytes | Path] = {
         "weights.safetensors": b"w", "golden.npz": golden.to_bytes(), "card.md": b"better",
     }  # fmt: skip
-    made = models.publish(desk.models, draft, files)
-    registry.point_to(desk.models, "made", made.version)
+    made = models.publish(typed.models, draft, files)
+    registry.point_to(typed.models, "made", made.version)
 
 
-def test_the_plan_is_shown_and_nothing_done(desk: Desk):
-    """Not even the folder is made; a fault in what was typed is told."""
-    assert 0 == desk.type("--dry-run")
-    assert STEPS == [line.split()[2] for line in desk.out.splitlines()]
-    assert {"to do"} == {line[:5] for line in desk.out.splitlines()}
-    assert not desk.run.exists() and not desk.models.exists()
-    assert 2 == desk.type("--dry-run", "--set", "nonsense")
-    assert 2 == desk.type("--dry-run", "--targets", "toaster")
-
-
-# the walk itself
-
-
-def chain(counts: dict[str, int], **asks: Any) -> list[Step]:
-    """Three steps that count how often they worked."""
-
-    def step(name: str) -> Step:
-        def work(done: Mapping[str, Any]) -> dict[str, Any]:
-            counts[name] = counts.get(name, 0) + 1
-            return {"after": sorted(done)}
-
-        return Step(name, {"asked": asks.get(name)}, work, f"gate of {name}")
-
-    return [step(name) for name in ("a", "b", "c")]
-
-
-def test_another_question_repeats_its_step_and_what_follows(tmp_path: Path):
-    """And nothing before it; the plan says so beforehand."""
-    counts: dict[str, int] = {}
-    done = do_steps(chain(counts), tmp_path, lambda text: None)
-    assert {"a": {"after": []}, "b": {"after": ["a"]}, "c": {"after": ["a", "b"]}} == done
-    asked = chain(counts, b="another")
-
-    assert [True, False, False] == [known for _, known in outlook(asked, tmp_path)]
-    do_steps(asked, tmp_path, lambda text: None)
-    assert {"a": 1, "b": 2, "c": 2} == counts
-
-
-def test_what_is_no_longer_there_is_made_again_with_what_follows(tmp_path: Path):
-    """A version that somebody removed."""
-    counts: dict[str, int] = {}
-    do_steps(chain(counts), tmp_path, lambda text: None)
-    first, second, third = chain(counts)
-    do_steps(
-        [first, replace(second, still_there=lambda facts: False), third],
-        tmp_path,
-        lambda text: None,
-    )
-
-    assert {"a": 1, "b": 2, "c": 2} == counts
-
-
-def test_a_step_that_stops_leaves_those_before_it_done(tmp_path: Path):
-    """The next command begins there."""
-    counts: dict[str, int] = {}
-
-    def stop(done: Mapping[str, Any]) -> dict[str, Any]:
-        raise Stopped("more", "less", "try")
-
-    first, second, third = chain(counts)
-    with pytest.raises(Stopped, match=r"asked: more\n  came: less\n  to go on: try"):
-        do_steps([first, replace(second, work=stop), third], tmp_path, lambda text: None)
-    do_steps(chain(counts), tmp_path, lambda text: None)
-
-    assert {"a": 1, "b": 1, "c": 1} == counts
-
-
-def test_killed_while_the_journal_is_written_it_holds_the_old_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """At each flush and rename."""
-    for number in range(1, 20):
-        counts: dict[str, int] = {}
-        run = tmp_path / str(number)
-        with monkeypatch.context() as patch:
-            left = [number]
-            for name in ("fsync", "replace"):
-                patch.setattr(os, name, counted(getattr(os, name), left))
-            try:
-                do_steps(chain(counts), run, lambda text: None)
-            except Killed:
-                pass
-            else:
-                break
-        known = [step.name for step, done in outlook(chain(counts), run) if done]
-        before = dict(counts)
-        do_steps(chain(counts), run, lambda text: None)
-        assert all(counts[name] == before.get(name, 0) + (name not in known) for name in "abc")
-    assert number > 6
-
-
-def counted(real: Any, left: list[int]) -> Any:
-    """The function, dying when its turn has come."""
-
-    def call(*args: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        return real(*args, **options)
-
-    return call
-
-
-def test_two_do_not_work_in_one_folder(tmp_path: Path):
-    """The second is told, at once."""
-    held = hold(tmp_path)
-    try:
-        with pytest.raises(resumable.FolderBusy, match="another process retrains"):
-            do_steps(chain({}), tmp_path, lambda text: None)
-    finally:
-        os.close(held)
-
-
-def test_a_journal_that_is_none_is_refused(tmp_path: Path):
-    """With what to do about it."""
-    (tmp_path / "retrain.json").write_text('{"schema": "ralf.model/1"}')
-
-    with pytest.raises(ValueError, match="remove it and every step but the training"):
-        StepsDone(tmp_path)
+def test_a_dry_run_shows_the_steps_and_does_nothing(typed: Typed):
+    """Not even the folder is made; a mistake in the command is refused."""
+    assert 0 == typed.type("--dry-run")
+    assert STEPS == [line.split()[2] for line in typed.out.splitlines()]
+    assert {"to do"} == {line[:5] for line in typed.out.splitlines()}
+    assert not typed.run.exists() and not typed.models.exists()
+    assert 2 == typed.type("--dry-run", "--set", "nonsense")
+    assert 2 == typed.type("--dry-run", "--targets", "toaster")
 
 
 def test_targets_are_known_by_name_and_in_order(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from ralf.kernels.artifact import golden, resolve
 from ralf.kernels.choose_engine import load as load_engine
 from tests.training import MadeBatches
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     "network.size=32", "data.input.size=32", "init.backbone=none", "batch=8", "epochs=2",
     "ema=0.5", "norm_momentum=0.3", "families=none", "shares=none", "held_out=none",
@@ -212,3 +215,23 @@ def test_a_refusal_is_one_line_and_exit_2(
 
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+def test_the_help_of_every_command_of_training_is_instant():
+    """It imports neither torch nor numpy."""
+    program = """
+import contextlib, io, sys
+from ralf.__main__ import main
+for command in (["train"], ["publish"], ["calibrate"], ["ensemble"], ["retrain"], ["evaluate"],
+                ["data"], ["data", "check"], ["data", "clips"], ["data", "prepare"]):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    assert "usage: ralf " + command[0] in said.getvalue(), command
+print(sorted({"torch", "numpy", "scipy", "sklearn", "pandas"} & set(sys.modules)))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    assert "[]" == run.stdout.strip()

@@ -113,7 +113,7 @@ def ralf_small() -> Recipe:
 
 
 def ralf_small_cpu() -> Recipe:
-    """ralf_small with a reconstructor that two CPU cores can train: what ships (train/model.sh)."""
+    """ralf_small with a reconstructor that two CPU cores can train: what ships (CHAINS)."""
     small = ralf_small()
     return small.replaced(
         name="ralf_small_cpu",

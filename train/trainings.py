@@ -194,8 +194,8 @@ def train_together(commands: Sequence[TrainCommand]) -> list[Facts]:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with caught() as interrupt, _children(commands, environment) as children:
         asked_to_stop = False
-        while any(child.poll() is None for child in children):
-            failed = any(child.returncode not in (None, 0) for child in children)
+        while None in (codes := [child.poll() for child in children]):
+            failed = any(code not in (None, 0) for code in codes)
             if (failed or interrupt.asked) and not asked_to_stop:
                 asked_to_stop = True
                 _signal(children)
@@ -229,7 +229,7 @@ def _children(
     finally:
         _signal(children)
         for child in children:
-            child.wait()
+            child.__exit__(None, None, None)  # closes its pipe and waits
 
 
 def _start(command: TrainCommand, environment: Mapping[str, str]) -> "subprocess.Popen[str]":
