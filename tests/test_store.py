@@ -7,11 +7,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from redis.client import Pipeline
+from redis.exceptions import ResponseError
 from rq import Queue
 from rq.job import Job as RqJob
 from rq.serializers import JSONSerializer
 
-from ralf.worker.contract import Callback, EvidencePolicy, Media, Progress
+from ralf.worker.contract import Callback, EvidencePolicy, Media, Progress, SessionPart
 from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.records import Claim
 from ralf.worker.service.store import Store, connect
@@ -45,8 +46,12 @@ def claim(store: Store, worker: str = "w", **options) -> Claim:
 
 
 def snapshot(store: Store) -> dict[bytes, object]:
-    """All of Redis."""
-    return {key: store.redis.dump(key) for key in store.redis.keys("*")}
+    """All of Redis; a hash as its fields, since its dump has them in any order."""
+    redis = store.redis
+    return {
+        key: redis.hgetall(key) if redis.type(key) == b"hash" else redis.dump(key)
+        for key in redis.keys("*")
+    }
 
 
 class TestSubmit:
@@ -577,3 +582,60 @@ def test_redis_clock_decides_what_is_late(store):
     store.submit([a_job(deadline=datetime.now(UTC) - timedelta(seconds=5))])
 
     assert store.begin(pop(store), "w") is None
+
+
+class TestAllOrNone:
+    """An end is written whole or not at all, whatever lies in Redis."""
+
+    def test_a_stream_that_takes_no_entry_leaves_the_job_running(self, store, redis):
+        """Its last id was pushed to the end; once it is mended the same claim ends the job."""
+        store.submit([a_job(callback=Callback(url="https://hooks.example/"))])
+        running = claim(store)
+        redis.xadd("ralf:verdicts", {"a": "b"}, id=f"{2**64 - 1}-{2**64 - 1}")
+        before = snapshot(store)
+        with pytest.raises(ResponseError):
+            store.end(running, a_verdict())
+        after = snapshot(store)
+        redis.delete("ralf:verdicts")
+
+        assert before == after
+        assert store.end(running, a_verdict())
+        assert (redis.xlen("ralf:verdicts"), redis.zcard("ralf:outbox")) == (1, 1)
+
+    def test_a_cancelled_job_stays_queued_when_its_end_cannot_be_written(self, store, redis):
+        """No move takes a job out of its place before its end is certain."""
+        store.submit([a_job()])
+        redis.xadd("ralf:verdicts", {"a": "b"}, id=f"{2**64 - 1}-{2**64 - 1}")
+        before = snapshot(store)
+        with pytest.raises(ResponseError):
+            store.cancel("j1")
+
+        assert before == snapshot(store)
+
+    @pytest.mark.parametrize("field", ["callback", "session", "document"])
+    @pytest.mark.parametrize("text", ["{not json", "7", "[[[[", '{"events": 1, "number": "x"}'])
+    def test_what_is_not_json_does_not_keep_a_job_from_ending(self, store, redis, field, text):
+        """A client may send anything; a part that cannot be used is left out."""
+        store.submit([a_job()])
+        running = claim(store)
+        redis.hset("ralf:job:j1", field, text)
+
+        assert store.end(running, a_verdict())
+        assert redis.hget("ralf:job:j1", "state") == b"succeeded"
+        assert (redis.xlen("ralf:verdicts"), redis.zcard("ralf:outbox")) == (1, 0)
+        assert store.verdict("j1") is not None
+        assert redis.zcard("ralf:running:default") == 0
+
+    @pytest.mark.parametrize("key", ["rq:job:j1", "ralf:session:default:live"])
+    def test_a_key_of_another_type_does_not_keep_a_job_from_ending(self, store, redis, key):
+        """Who may write Redis may put anything anywhere."""
+        part = SessionPart(session_id="live", number=1, offset_ms=0)
+        store.submit([a_job(session=part)])
+        running = claim(store)
+        redis.delete(key)
+        redis.set(key, "a string")
+
+        assert store.end(running, a_verdict())
+        assert store.status("j1").state == "succeeded"
+        kinds = [entry[b"type"] for _, entry in redis.xrange("ralf:verdicts")]
+        assert kinds.count(b"verdict.ready") == 1

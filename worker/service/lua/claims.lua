@@ -110,8 +110,9 @@ function op.cancel(now, id)
   local job = load_job(id)
   if not job then return false end
   if job.state == 'queued' then
+    local ended = fail(job, now, 'cancelled', 'cancelled', 'cancelled by the client before it ran')
     unlist(job)
-    return fail(job, now, 'cancelled', 'cancelled', 'cancelled by the client before it ran')
+    return ended
   elseif job.state == 'running' then
     redis.call('HSET', job_key(id), 'cancel', now)
     notify(id, 'running')

@@ -31,6 +31,8 @@ local function notify(id, state) redis.call('PUBLISH', P .. 'watch:' .. id, stat
 -- What RQ's dequeue and `rq info` read; written again when it is gone.
 local function show_to_rq(job, status)
   local key = 'rq:job:' .. job.id
+  -- Another client may have put another type there; an error would stop the move half way.
+  if redis.call('TYPE', key).ok ~= 'hash' then redis.call('DEL', key) end
   if redis.call('EXISTS', key) == 0 then
     redis.call('HSET', key, 'created_at', job.created, 'enqueued_at', job.created,
       'data', cjson.encode({job['function'], cjson.null, {job.id}, {}}),
@@ -80,25 +82,39 @@ local function unlist(job)
   redis.call('HDEL', P .. 'popped', job.id)
 end
 
-local function post(event, job, subject, data, now)
-  if job.callback == '' then return end
-  local callback = cjson.decode(job.callback)
+-- JSON that a client sent, decoded; nil when it is missing or not a table. Such a part of a job is
+-- then left out, so that it cannot stop the job from ending.
+local function decoded(text)
+  if text == '' then return nil end
+  local ok, value = pcall(cjson.decode, text)
+  return ok and type(value) == 'table' and value or nil
+end
+
+local function is_free_or(kind, key)
+  local found = redis.call('TYPE', key).ok
+  return found == 'none' or found == kind
+end
+
+local function wants(callback, event)
+  if not callback or type(callback.events) ~= 'table' then return false end
   for _, wanted in ipairs(callback.events) do
-    if wanted == event then
-      -- The same end gives the same id, so that a receiver can tell a repeated delivery.
-      local id = 'msg_' .. redis.sha1hex(job.tenant .. '\0' .. subject .. '\0' .. event)
-      redis.call('HSET', P .. 'delivery:' .. id, 'id', id, 'event', event, 'tenant', job.tenant,
-        'subject', subject, 'url', callback.url, 'secret_id', callback.secret_id, 'data', data,
-        'created_at', now, 'attempts', 0)
-      redis.call('ZADD', P .. 'outbox', now, id)
-      return
-    end
+    if wanted == event then return type(callback.url) == 'string' end
   end
+  return false
+end
+
+local function post(event, callback, tenant, subject, data, now)
+  if not wants(callback, event) then return end
+  -- The same end gives the same id, so that a receiver can tell a repeated delivery.
+  local id = 'msg_' .. redis.sha1hex(tenant .. '\0' .. subject .. '\0' .. event)
+  redis.call('HSET', P .. 'delivery:' .. id, 'id', id, 'event', event, 'tenant', tenant,
+    'subject', subject, 'url', callback.url, 'secret_id', tostring(callback.secret_id),
+    'data', data, 'created_at', now, 'attempts', 0)
+  redis.call('ZADD', P .. 'outbox', now, id)
 end
 
 -- Store a segment's digest in its session; store.py folds the sessions marked as changed.
-local function store_segment(job, now, digest, failed)
-  local part = cjson.decode(job.session)
+local function store_segment(job, part, now, digest, failed)
   local number = string.format('%.0f', part.number)
   local name = job.tenant .. ':' .. part.session_id
   local key = P .. 'session:' .. name
@@ -119,9 +135,31 @@ local function store_segment(job, now, digest, failed)
   redis.call('ZADD', P .. 'sessions:changed', now, name)
 end
 
+-- The session part that can be stored, else nil.
+local function segment_of(job)
+  local part = decoded(job.session)
+  if not part or type(part.number) ~= 'number' or type(part.session_id) ~= 'string' then
+    return nil
+  end
+  return is_free_or('hash', P .. 'session:' .. job.tenant .. ':' .. part.session_id) and part
+end
+
 -- The one end of a job. `facts` is the JSON that stream and webhook show beside the job's names.
+-- Redis does not undo what a script wrote before an error. So what comes from a client is read
+-- first, and the write that can be refused, XADD, is the first one.
 local function finish(job, now, state, facts, failure, verdict, evidence, digest)
   local id, key = job.id, job_key(job.id)
+  local event = verdict and 'verdict.ready' or 'verdict.failed'
+  local callback, part = decoded(job.callback), segment_of(job)
+  local data = cjson.decode(facts)
+  data.job_id, data.tenant, data.state = id, job.tenant, state
+  data.tag = job.tag ~= '' and job.tag or cjson.null
+  data.session = decoded(job.session)
+  local trace = (decoded(redis.call('HGET', key, 'document') or '') or {}).traceparent
+  if type(trace) == 'string' then data.traceparent = trace end
+  local text = cjson.encode(data)
+  redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', event, 'job_id', id,
+    'tenant', job.tenant, 'data', text)
   redis.call('HSET', key, 'state', state, 'ended_at', now, 'facts', facts)
   redis.call('HDEL', key, 'claim', 'partial')
   if failure then redis.call('HSET', key, 'failure', failure) end
@@ -136,18 +174,8 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
     redis.call('DEL', P .. 'crashes:job:' .. id)
     if job.file_sha ~= '' then redis.call('DEL', P .. 'crashes:file:' .. job.file_sha) end
   end
-  local event = verdict and 'verdict.ready' or 'verdict.failed'
-  local data = cjson.decode(facts)
-  data.job_id, data.tenant, data.state = id, job.tenant, state
-  data.tag = job.tag ~= '' and job.tag or cjson.null
-  if job.session ~= '' then data.session = cjson.decode(job.session) end
-  local trace = cjson.decode(redis.call('HGET', key, 'document')).traceparent
-  if trace and trace ~= cjson.null then data.traceparent = trace end
-  local text = cjson.encode(data)
-  redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', event, 'job_id', id,
-    'tenant', job.tenant, 'data', text)
-  post(event, job, id, text, now)
-  if job.session ~= '' then store_segment(job, now, digest, not verdict and data.code) end
+  post(event, callback, job.tenant, id, text, now)
+  if part then store_segment(job, part, now, digest, not verdict and data.code) end
   show_to_rq(job, verdict and 'finished' or (state == 'cancelled' and 'canceled' or 'failed'))
   redis.call('EXPIRE', 'rq:job:' .. id, C.rq_ttl)
   notify(id, state)
@@ -168,13 +196,15 @@ end
 
 -- running → queued, now or after a delay; a job that should stop ends instead.
 local function requeue(job, now, delay)
+  job.worker = ''
+  local ended
+  if job.cancel ~= '' then
+    ended = fail(job, now, 'cancelled', 'cancelled', 'cancelled by the client')
+  else
+    ended = too_late(job, now)
+  end
   redis.call('ZREM', P .. 'running:' .. job.priority, job.id)
   redis.call('HDEL', job_key(job.id), 'claim', 'worker', 'progress', 'partial')
-  job.worker = ''
-  if job.cancel ~= '' then
-    return fail(job, now, 'cancelled', 'cancelled', 'cancelled by the client')
-  end
-  local ended = too_late(job, now)
   if ended then return ended end
   redis.call('HSET', job_key(job.id), 'state', 'queued')
   redis.call('ZADD', P .. 'waiting:' .. job.priority, job.submitted_at, job.id)
@@ -190,12 +220,14 @@ local function requeue(job, now, delay)
 end
 
 local function quarantine(job, now, code, message)
-  local document = redis.call('HGET', job_key(job.id), 'document')
-  redis.call('HSET', P .. 'quarantine', job.id, cjson.encode({job_id = job.id,
+  local entry = cjson.encode({job_id = job.id,
     tenant = job.tenant, code = code, message = message, at = now, file_sha = job.file_sha,
-    attempts = tonumber(job.attempts) or 0, document = document,
-    crashes = job.crashes ~= '' and cjson.decode(job.crashes) or cjson.null}))
-  return fail(job, now, 'quarantined', code, message)
+    attempts = tonumber(job.attempts) or 0,
+    document = redis.call('HGET', job_key(job.id), 'document'),
+    crashes = job.crashes ~= '' and cjson.decode(job.crashes) or cjson.null})
+  local ended = fail(job, now, 'quarantined', code, message)
+  redis.call('HSET', P .. 'quarantine', job.id, entry)
+  return ended
 end
 
 local function count_crash(key)

@@ -36,9 +36,11 @@ function op.lost(now)
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', running, '-inf', now, 'LIMIT', 0, 200)) do
       local job = load_job(id)
       if job and job.state == 'running' then
-        report[#report + 1] = id
-        report[#report + 1] = crash(job, now, 'worker_lost', 'worker ' .. job.worker ..
+        -- One job that cannot be moved must not keep the others from being found.
+        local ok, outcome = pcall(crash, job, now, 'worker_lost', 'worker ' .. job.worker ..
           ' sent no heartbeat for ' .. C.lease .. ' s', '')
+        report[#report + 1] = id
+        report[#report + 1] = ok and outcome or 'stuck'
       else
         redis.call('ZREM', running, id)
       end
@@ -73,8 +75,8 @@ function op.expire(now)
     if not job then
       redis.call('ZREM', P .. 'deadlines', id)
     elseif job.state == 'queued' then
-      unlist(job)
       too_late(job, now)
+      unlist(job)
       expired[#expired + 1] = id
     end
   end
@@ -179,15 +181,18 @@ function op.fold(now, tenant, session_id, revision, document, facts, alert)
     return 1
   end
   if seen[1] ~= revision then return 0 end
-  redis.call('ZREM', P .. 'sessions:changed', name)
-  if seen[2] == revision then return 1 end
-  redis.call('HSET', key, 'folded', revision, 'verdict', document)
+  if seen[2] == revision then
+    redis.call('ZREM', P .. 'sessions:changed', name)
+    return 1
+  end
   redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', 'session.updated',
     'session_id', session_id, 'tenant', tenant, 'data', facts)
+  redis.call('ZREM', P .. 'sessions:changed', name)
+  redis.call('HSET', key, 'folded', revision, 'verdict', document)
   if alert == '1' and redis.call('HSETNX', key, 'alerted_at', now) == 1 then
     redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', 'session.alert',
       'session_id', session_id, 'tenant', tenant, 'data', facts)
-    post('session.alert', {tenant = tenant, callback = seen[3] or ''}, session_id, facts, now)
+    post('session.alert', decoded(seen[3] or ''), tenant, session_id, facts, now)
   end
   notify('session:' .. name, 'updated')
   return 1
