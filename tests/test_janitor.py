@@ -14,6 +14,7 @@ from ralf.worker.contract import Callback, SessionPart
 from ralf.worker.service.janitor import Janitor, SweepReport
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
+from ralf.worker.telemetry import Metrics
 from tests.documents import a_failure, a_job, a_verdict
 from tests.redis_server import RedisServer
 from tests.test_store import QUEUE, claim, pop
@@ -53,6 +54,36 @@ def test_a_killed_workers_job_runs_again_within_a_minute(store, janitor):
     assert not early
     assert report.lost == {"j1": "retried"}
     assert claim(store, now=136.0).alone
+
+
+def test_the_jobs_that_a_sweep_ends_are_counted(store):
+    """A killed worker counts nothing any more, and the alert on worker_lost reads this counter."""
+    metrics = Metrics()
+    janitor = Janitor(store, SETTINGS, metrics=metrics)
+    late = datetime.fromtimestamp(150.0, UTC)
+    store.submit([a_job("1"), a_job("2", deadline=late)], now=100.0)
+    for begun in (100.0, 200.0):
+        claim(store, now=begun)
+        janitor.run_once(now=begun + 60.0)
+
+    def counted(outcome: str, code: str) -> float:
+        return metrics.jobs.labels(outcome, code)._value.get()
+
+    assert store.status("j1").state == "quarantined"
+    assert counted("crashed", "worker_lost") == 1
+    assert counted("quarantined", "worker_lost") == 1
+    assert counted("expired", "deadline_passed") == 1
+
+
+def test_a_job_that_cannot_be_moved_does_not_hide_the_others(store, janitor, redis):
+    """The sweep says which one it is, and finds the rest."""
+    store.submit([a_job("1"), a_job("2")], now=100.0)
+    for _ in range(2):
+        claim(store, now=100.0)
+    redis.rpush("ralf:crashes:job:j1", "not a number")
+    report = janitor.run_once(now=200.0)
+
+    assert report.lost == {"j1": "stuck", "j2": "retried"}
 
 
 def test_after_an_outage_a_running_job_is_not_taken_for_lost(store, janitor, redis):

@@ -20,7 +20,7 @@ swept for half a lease, the running jobs get half a lease more before they count
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -31,9 +31,12 @@ from ralf.worker.contract import Priority
 from ralf.worker.service.records import Outcome
 from ralf.worker.service.store import PRIORITIES, Store, decoded
 from ralf.worker.settings import Settings
+from ralf.worker.telemetry import METRICS, Metrics
 
 FOLD_AFTER_S = 2.0
 """A job's end folds its session at once; the janitor takes what is still unfolded after this."""
+CODE_OF: Mapping[str, str] = {"cancelled": "cancelled", "expired": "deadline_passed"}
+"""The code of a lost job that ended for another reason than its loss."""
 log = structlog.get_logger(__name__)
 
 
@@ -57,12 +60,18 @@ class SweepReport:
 class Janitor:
     """Sweeps; safe to run anywhere, any number of times."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
+    def __init__(self, store: Store, settings: Settings, *, metrics: Metrics = METRICS) -> None:
         self.store = store
         self.settings = settings
+        self.metrics = metrics
 
     def run_once(self, now: float | None = None) -> SweepReport:
         """One sweep, whether or not another janitor sweeps too."""
+        report = self._sweep(now)
+        self._count(report)
+        return report
+
+    def _sweep(self, now: float | None) -> SweepReport:
         return SweepReport(
             lost=self._recover_lost(now),
             reclaimed=tuple(job for p in PRIORITIES for job in self._ids("reclaim", now, p)),
@@ -101,6 +110,16 @@ class Janitor:
             else:
                 if report:
                     log.info("janitor.swept", **vars(report))
+
+    def _count(self, report: SweepReport) -> None:
+        """Count the jobs that this sweep ended or put back: no worker does it."""
+        for job_id, outcome in report.lost.items():
+            if outcome == "stuck":
+                log.error("job.stuck", job_id=job_id)
+            shown = "crashed" if outcome == "retried" else outcome  # as a worker counts its own
+            self.metrics.jobs.labels(shown, CODE_OF.get(outcome, "worker_lost")).inc()
+        if report.expired:
+            self.metrics.jobs.labels("expired", "deadline_passed").inc(len(report.expired))
 
     def _recover_lost(self, now: float | None) -> dict[str, Outcome]:
         flat = self._ids("lost", now)

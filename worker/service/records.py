@@ -26,8 +26,11 @@ MODERATE = "ralf.worker.service.jobs.moderate"
 """The function that a job names in Redis."""
 BeatReply = Literal["go_on", "cancel", "lost"]
 """What a running job should do next; lost: its lease ran out and another may have it."""
-Outcome = Literal["retried", "failed", "quarantined", "cancelled", "expired", "lost"]
-"""What became of a run without a verdict; lost: the claim was void, nothing changed."""
+Outcome = Literal["retried", "failed", "quarantined", "cancelled", "expired", "lost", "stuck"]
+"""What became of a run without a verdict.
+
+lost: the claim was void, nothing changed.  stuck: Redis refused to move the job (only in a sweep).
+"""
 NOT_IN_HASH = frozenset({"job_id", "submitted_at", "traceparent"})
 """What may differ between two submissions of the same request."""
 Event = Literal["verdict.ready", "verdict.failed", "session.alert"]

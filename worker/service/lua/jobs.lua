@@ -224,7 +224,7 @@ local function quarantine(job, now, code, message)
     tenant = job.tenant, code = code, message = message, at = now, file_sha = job.file_sha,
     attempts = tonumber(job.attempts) or 0,
     document = redis.call('HGET', job_key(job.id), 'document'),
-    crashes = job.crashes ~= '' and cjson.decode(job.crashes) or cjson.null})
+    crashes = decoded(job.crashes) or cjson.null})
   local ended = fail(job, now, 'quarantined', code, message)
   redis.call('HSET', P .. 'quarantine', job.id, entry)
   return ended
@@ -238,7 +238,7 @@ end
 
 -- A crash counts when the job was alone in its child, or was to run alone.
 local function crash(job, now, code, message, detail)
-  local log = job.crashes ~= '' and cjson.decode(job.crashes) or {}
+  local log = decoded(job.crashes) or {}
   log[#log + 1] = {code = code, message = message, detail = detail, at = now,
     worker = job.worker, attempt = tonumber(job.attempts), alone = job.alone == '1'}
   if #log > 10 then table.remove(log, 1) end
