@@ -1,15 +1,14 @@
 """A published model and a builder → a plan beside it, checked and published, or refused.
 
-    torch-tensorrt   on the GPU that will run it (ralf.kernels.build_trt); the default where one is
+    torch-tensorrt   on the GPU that will run it (ralf.kernels.build_trt); the default on a GPU
     rtx-aot          TensorRT-RTX ahead of time, no GPU needed (ralf.kernels.build_rtx)
 
-What a builder makes must first agree with the FP32 module (kernels.gate).  rtx-aot's ONNX graph is
-run on the CPU and must agree before it is compiled, and the plan of it is published `unverified`
-unless a GPU is here to run it; ralf.kernels.verify does that later, on each architecture.
-torch-tensorrt's plan runs here and now.  What disagrees is not published: the message says by how
-much, and names the first layer that differs.
+A plan must first agree with the FP32 module (ralf.kernels.verify).  rtx-aot's ONNX graph is run and
+must agree before it is compiled, and its plan is published `unverified` unless a GPU is here to
+run it; `ralf models verify` does that later, on each architecture.  torch-tensorrt's plan runs here
+at once.  A plan that disagrees is not published; the message says by how much.
 
-One builder at a time works on a version; a plan that is already there is taken as it is.
+One builder at a time works on a version.  A plan that is already there is not built again.
 """
 
 import platform
@@ -26,20 +25,28 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
-from ralf import install_hint
-from ralf.kernels import plans
-from ralf.kernels.artifact import Artifact, ArtifactError, golden
+from ralf.kernels import build_rtx, build_trt, export, plans
+from ralf.kernels.artifact import Artifact, ArtifactError
 from ralf.kernels.batching import BUCKETS
-from ralf.kernels.diverge import TOLERANCE, Layers, ModuleLayers, first_divergence
 from ralf.kernels.engine import EngineError, budget_of, check_precision
 from ralf.kernels.engine_torch import DTYPES, Detector, restore
 from ralf.kernels.engine_trt import TrtEngine
-from ralf.kernels.gate import Agreement, Disagrees, Gate, Score
+from ralf.kernels.export import Built
 from ralf.kernels.machine import describe
 from ralf.kernels.manifest import Precision
 from ralf.kernels.plans import Key, Plan, Verification
-from ralf.kernels.trace import Built
-from ralf.kernels.verify import Refused, reference, scored, told, verification, verified
+from ralf.kernels.verify import (
+    Agreement,
+    AgreementCheck,
+    Disagrees,
+    PlanRefused,
+    Score,
+    describe_agreement,
+    reference,
+    scored,
+    verification,
+    verified,
+)
 
 Builder = Literal["torch-tensorrt", "rtx-aot"]
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
@@ -52,17 +59,17 @@ Front = Literal["plan", "op"]
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is to be built."""
+class BuildRequest:
+    """What is to be built, and how it is checked."""
 
     artifact: Artifact
     precision: Precision = "fp16"
     buckets: tuple[int, ...] = BUCKETS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     crops: int | None = None
-    """Random crops to decide on; None: as many as the device has time for."""
+    """Random crops for the decisions; None: as many as the device computes in reasonable time."""
     again: bool = False
-    """Build even if a plan of this key is there."""
+    """Build even if there is a plan with this key."""
     say: Say = print
 
     def __post_init__(self) -> None:
@@ -77,7 +84,7 @@ class Order:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is one."""
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     def network(self) -> nn.Module:
@@ -86,20 +93,20 @@ class Order:
         return restore(artifact.manifest, artifact.read("weights.safetensors")).to(self.device)
 
     def lowered(self) -> nn.Module:
-        """The network as it is to be built."""
+        """The network in the precision that is to be built."""
         network = self.network()
         if self.precision == "fp32":
             return network
         return cast("Detector", network).lower(DTYPES[self.precision])
 
-    def gate(self) -> Gate:
-        """What the result must pass."""
+    def check(self) -> AgreementCheck:
+        """The check that the result must pass."""
         count = self.crops if self.crops is not None else ON_GPU if self.on_gpu else ON_CPU
-        return Gate(self.artifact, reference(self.network()), count)
+        return AgreementCheck(self.artifact, reference(self.network()), count)
 
 
 def available() -> list[Builder]:
-    """The builders that this machine has what it takes for."""
+    """The builders that can run on this machine."""
     found: list[Builder] = []
     if torch.cuda.is_available() and find_spec("torch_tensorrt") is not None:
         found.append("torch-tensorrt")
@@ -108,57 +115,47 @@ def available() -> list[Builder]:
     return found
 
 
-def build(order: Order, builder: Builder | None = None) -> Plan:
-    """The plan, published; Refused where it disagrees with the reference."""
+def build(request: BuildRequest, builder: Builder | None = None) -> Plan:
+    """The plan, published; PlanRefused if it disagrees with the reference."""
     if builder is None:
-        builder = "torch-tensorrt" if order.on_gpu else "rtx-aot"
-    if builder == "torch-tensorrt" and not order.on_gpu:
+        builder = "torch-tensorrt" if request.on_gpu else "rtx-aot"
+    if builder == "torch-tensorrt" and not request.on_gpu:
         raise EngineError(
             "torch-tensorrt builds on a GPU, and none was found or asked for; "
             "without one: --builder rtx-aot"
         )
-    with plans.building(order.artifact):
-        return _by_tensorrt(order) if builder == "torch-tensorrt" else _ahead_of_time(order)
+    with plans.building(request.artifact):
+        return _by_tensorrt(request) if builder == "torch-tensorrt" else _ahead_of_time(request)
 
 
-def _ahead_of_time(order: Order) -> Plan:
-    try:
-        from ralf.kernels import build_rtx, export
-    except ImportError as error:
-        raise EngineError(
-            f"building ahead of time needs onnx and onnxruntime: {error}; " + install_hint("build")
-        ) from error
-
+def _ahead_of_time(request: BuildRequest) -> Plan:
+    export.require_onnx()
     key = Key(
         "rtx",
         build_rtx.version(),
         build_rtx.architectures(),
-        order.precision,
-        order.buckets[-1],
+        request.precision,
+        request.buckets[-1],
     )
-    if there := _there(order, key):
+    if there := _existing(request, key):
         return there
-    gate, started = order.gate(), time.perf_counter()
+    check, started = request.check(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ralf-build-") as scratch:
         graph = Path(scratch) / "network.onnx"
-        export.export(
-            order.lowered().cpu(), graph, most=order.buckets[-1], precision=order.precision
+        export.write_onnx(
+            request.lowered().cpu(), graph, most=request.buckets[-1], precision=request.precision
         )
         exported = time.perf_counter()
-        order.say(f"{key}: exported in {exported - started:.0f} s; running it on the CPU")
+        request.say(f"{key}: exported in {exported - started:.0f} s; running it on the CPU")
         run = export.session(graph)
-        agreement = _agree(
-            order,
-            gate,
-            "the ONNX graph",
-            lambda crops: export.logits(run, crops),
-            lambda: export.OnnxLayers(graph),
+        agreement = _agreement(
+            request, check, "the ONNX graph", lambda crops: export.logits(run, crops)
         )
         checked = time.perf_counter()
-        order.say(f"{key}: {told(agreement)}; building")
-        built = build_rtx.build(graph, order.artifact.manifest.input.size, order.buckets)
+        request.say(f"{key}: {describe_agreement(agreement)}; building")
+        built = build_rtx.build(graph, request.artifact.manifest.input.size, request.buckets)
         build_rtx.check_structure(built.content, *export.convolutions(graph))
-    draft = _draft(order, key, "rtx-aot", built.options) | {
+    draft = _draft(request, key, "rtx-aot", built.options) | {
         "error": _errors(agreement),
         "timing": {
             "export_s": round(exported - started, 2),
@@ -166,14 +163,14 @@ def _ahead_of_time(order: Order) -> Plan:
             "build_s": round(built.seconds, 2),
         },
     }
-    plan = plans.write_plan(order.artifact, built.content, draft)
-    if not order.on_gpu or not _fits(key, order.device):
+    plan = plans.write_plan(request.artifact, built.content, draft)
+    if not request.on_gpu or not _fits(key, request.device):
         return plan
     try:
-        return verified(plan, gate, order.device, order.say)
+        return verified(plan, check, request.device, request.say)
     except Disagrees as error:
-        plans.withdraw(order.artifact, plan)
-        raise Refused(f"{error}; it was withdrawn") from error
+        plans.withdraw(request.artifact, plan)
+        raise PlanRefused(f"{error}; it was withdrawn") from error
 
 
 def _fits(key: Key, device: torch.device) -> bool:
@@ -182,41 +179,39 @@ def _fits(key: Key, device: torch.device) -> bool:
     return same and here.architecture in key.architectures
 
 
-def _by_tensorrt(order: Order) -> Plan:
-    from ralf.kernels import build_trt
-
-    here = describe(order.device)
+def _by_tensorrt(request: BuildRequest) -> Plan:
+    here = describe(request.device)
     flavour, version = build_trt.flavour(), build_trt.version()
-    key = Key(flavour, version, (here.architecture,), order.precision, order.buckets[-1])
-    if there := _there(order, key):
+    key = Key(flavour, version, (here.architecture,), request.precision, request.buckets[-1])
+    if there := _existing(request, key):
         return there
-    gate, network = order.gate(), order.lowered()
+    check, network = request.check(), request.lowered()
     fronts: tuple[Front, ...] = ("plan", "op") if build_trt.splits(network) else ("plan",)
-    made: list[_Tried] = []
+    made: list[_Candidate] = []
     failures: list[EngineError] = []
     for front in fronts:
         try:
-            made.append(_tried(order, gate, key, network, front))
-        except EngineError as error:  # the other way may still do
-            order.say(f"{key}, destructor in the {front}: {error}")
+            made.append(_build_candidate(request, check, key, network, front))
+        except EngineError as error:  # the other place for the destructor may still work
+            request.say(f"{key}, destructor in the {front}: {error}")
             failures.append(error)
     if not made:
         raise failures[0]
     best = min(made, key=lambda one: one.ms_a_face)
     fronts_ms = {one.built.options["front"]: one.run.timing_ms for one in made}
     options = {**best.built.options, "fronts_ms": fronts_ms}
-    draft = _draft(order, key, "torch-tensorrt", options) | {
+    draft = _draft(request, key, "torch-tensorrt", options) | {
         "error": _errors(best.agreement),
         "timing": {"build_s": round(best.built.seconds, 2)},
         "state": "verified",
         "verifications": {here.architecture: best.run},
     }
-    return plans.write_plan(order.artifact, best.built.content, draft)
+    return plans.write_plan(request.artifact, best.built.content, draft)
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """A plan that ran here and agreed."""
+class _Candidate:
+    """A plan that ran on this GPU and agreed with the reference."""
 
     built: Built
     agreement: Agreement
@@ -224,70 +219,56 @@ class _Tried:
 
     @property
     def ms_a_face(self) -> float:
-        """In the largest batch that the device had room for."""
+        """In the largest batch that fitted into the device's memory."""
         largest = max(self.run.timing_ms, key=int)
         return self.run.timing_ms[largest] / int(largest)
 
 
-def _tried(order: Order, gate: Gate, key: Key, network: nn.Module, front: Front) -> _Tried:
-    from ralf.kernels import build_trt
-
-    built = build_trt.build(network, order.buckets, front)
-    order.say(f"{key}: destructor in the {front}, built in {built.seconds:.0f} s; running it")
+def _build_candidate(
+    request: BuildRequest, check: AgreementCheck, key: Key, network: nn.Module, front: Front
+) -> _Candidate:
+    built = build_trt.build(network, request.buckets, front)
+    request.say(f"{key}: destructor in the {front}, built in {built.seconds:.0f} s; running it")
     engine = TrtEngine.of(
-        order.artifact, key, built.content, order.buckets, device=order.device, front=front
+        request.artifact, key, built.content, request.buckets, device=request.device, front=front
     )
-
-    def layers() -> Layers:
-        names = ModuleLayers(order.network()).names()
-        return build_trt.PlanLayers(network, names, order.device)
-
     what = f"{key}, destructor in the {front},"
-    agreement = _agree(order, gate, what, scored(engine), layers)
+    agreement = _agreement(request, check, what, scored(engine))
     run = verification(engine, agreement)
-    order.say(f"{key}: {told(agreement)}, ms a batch: {run.timing_ms}")
-    return _Tried(built, agreement, run)
+    request.say(f"{key}: {describe_agreement(agreement)}, ms a batch: {run.timing_ms}")
+    return _Candidate(built, agreement, run)
 
 
-def _there(order: Order, key: Key) -> Plan | None:
-    """The plan of this key, if it is whole and made for these batches."""
-    if order.again:
+def _existing(request: BuildRequest, key: Key) -> Plan | None:
+    """The plan with this key, if its file is whole and it was built for these batches."""
+    if request.again:
         return None
     try:
-        plan = plans.plan(order.artifact, key)
+        plan = plans.plan(request.artifact, key)
         plan.read()
     except ArtifactError:
         return None
-    if plan.record.buckets != order.buckets:
+    if plan.record.buckets != request.buckets:
         return None
-    order.say(f"{key}: already built at {plan.record.at}; build it anew with --again")
+    request.say(f"{key}: already built at {plan.record.at}; build it anew with --again")
     return plan
 
 
-def _agree(
-    order: Order,
-    gate: Gate,
-    what: str,
-    score: Score,
-    layers: Callable[[], Layers],
-) -> Agreement:
+def _agreement(request: BuildRequest, check: AgreementCheck, what: str, score: Score) -> Agreement:
     try:
-        return gate.check(what, score, order.precision)
+        return check.run(what, score, request.precision)
     except Disagrees as error:
-        crops = golden(order.artifact).crops[:2]
-        found = first_divergence(
-            ModuleLayers(order.network()), layers(), crops, TOLERANCE[order.precision]
-        )
-        where = f"the first layer that differs is {found}" if found else "no one layer differs"
-        raise Refused(f"{error}; {where}; not published") from error
+        raise PlanRefused(f"{error}; not published") from error
 
 
-def _draft(order: Order, key: Key, builder: Builder, options: dict[str, Any]) -> dict[str, Any]:
+def _draft(
+    request: BuildRequest, key: Key, builder: Builder, options: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "key": str(key),
         "builder": builder,
         "options": options,
-        "buckets": order.buckets,
+        "buckets": request.buckets,
         "versions": versions(),
         "at": plans.now(),
     }
@@ -304,7 +285,7 @@ def _errors(agreement: Agreement) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Of what takes part in building."""
+    """Versions of the packages that take part in building."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

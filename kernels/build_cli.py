@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ralf.kernels.build import Order
+    from ralf.kernels.build import BuildRequest
     from ralf.kernels.plans import Measured, Plan
 
 FAILED = 1
@@ -46,7 +46,7 @@ def add_build(subparsers: "argparse._SubParsersAction[Any]") -> None:
 def run_build(args: argparse.Namespace) -> int:
     """Build, and with --all time."""
     from ralf.kernels.artifact import resolve
-    from ralf.kernels.build import Order, available, build
+    from ralf.kernels.build import BuildRequest, available, build
     from ralf.kernels.choose_engine import measure
     from ralf.kernels.engine import EngineError, pick_device
     from ralf.kernels.models_cli import folder
@@ -62,7 +62,7 @@ def run_build(args: argparse.Namespace) -> int:
     fastest: Measured | None = None
     try:
         device = pick_device(args.device)
-        order = Order(
+        order = BuildRequest(
             artifact, args.precision, buckets, device, crops=args.crops, again=args.again, say=note
         )
         builders = available() if args.all and not args.builder else [args.builder]
@@ -88,7 +88,7 @@ def note(line: str) -> None:
 
 
 def report(
-    args: argparse.Namespace, order: "Order", made: "list[Plan]", fastest: "Measured | None"
+    args: argparse.Namespace, order: "BuildRequest", made: "list[Plan]", fastest: "Measured | None"
 ) -> None:
     """What was made, on stdout."""
     if args.json:

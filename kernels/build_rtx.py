@@ -16,7 +16,7 @@ from typing import Any
 
 from ralf import install_hint
 from ralf.kernels.engine import EngineError
-from ralf.kernels.trace import Built
+from ralf.kernels.export import Built
 
 
 def version() -> str:

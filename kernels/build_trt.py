@@ -15,21 +15,16 @@ folder that any user can write.
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ralf.kernels.diverge import Tapped
 from ralf.kernels.engine import EngineError
 from ralf.kernels.engine_trt import runtime_module
+from ralf.kernels.export import Built, exported
 from ralf.kernels.plans import Flavour
-from ralf.kernels.trace import Built, trace
-from ralf.kernels.trt_session import Queue, Session
 
 OPTIMIZATION = 5
 """TensorRT's highest: searches longest."""
@@ -91,7 +86,7 @@ def build(
         with torch.no_grad():
             others = cast("Split", network).destroy(blank)
         network = Behind(network)
-    program = trace(network, most, *others)
+    program = exported(network, most, *others)
     examples = [torch.zeros(0, dtype=torch.uint8), *others]
     shapes = [(3, network.size, network.size), *(tuple(other.shape[1:]) for other in others)]
     inputs = [
@@ -132,29 +127,6 @@ def _convert(library: Any, program: torch.export.ExportedProgram, inputs: list[A
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise EngineError(f"torch-tensorrt does not build the network: {error}") from error
     return content
-
-
-class PlanLayers:
-    """A network's layers as plans of this builder give them: a few at a time, a plan each."""
-
-    def __init__(self, network: nn.Module, order: Sequence[str], device: torch.device) -> None:
-        self.network = network
-        self.order = order
-        self.device = device
-
-    def names(self) -> Sequence[str]:
-        """As the module has them."""
-        return self.order
-
-    def values(
-        self, crops: NDArray[np.uint8], names: Sequence[str]
-    ) -> Mapping[str, NDArray[np.float32]]:
-        """What the named layers give when this builder has compiled all up to them."""
-        made = build(Tapped(self.network, names), (len(crops),))
-        trt = runtime_module(flavour())
-        session = Session(trt, made.content, Queue(self.device), self.device)
-        values = session.run(len(crops), torch.from_numpy(crops))
-        return {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
 
 def _library() -> Any:

@@ -1,49 +1,90 @@
-"""A network as an ONNX graph, and that graph run on a CPU, all of it or layer by layer.
+"""A network as torch.export and as ONNX give it: what every builder of plans starts from.
 
-The export is torch's own (dynamo): any batch from 1 to the largest, u8 crops in, FP32 logits out,
-dtypes as the network holds them, `ralf::destruct` taken apart into the matrix products that
-it means.  Batch norms are folded into their convolutions by the exporter; the folded node keeps
-the norm's name, which is how `OnnxLayers` finds a module's value in the graph.
+`exported` is the network for any batch from 1 to the largest, with our own ops replaced by the
+plain products that they mean, since only torch knows the ops.  `write_onnx` makes an ONNX graph of
+it: u8 crops in, FP32 logits out, dtypes as the network holds them.  The exporter folds batch norms
+into their convolutions.
 
-ONNX Runtime has few FP16 kernels on a CPU: it computes in FP32 and rounds between the nodes, which
-is what a tensor core with FP32 sums does.  It has no bf16 convolution, so such a graph cannot be
-checked here and is refused.
+`session` runs a graph on the CPU.  ONNX Runtime has few FP16 kernels there: it computes in FP32 and
+rounds between the nodes, as a tensor core with FP32 sums does.  It has no bf16 convolution, so such
+a graph cannot be checked here and is refused.
+
+If a graph disagrees with its network, `torch.onnx.verification.verify_onnx_program` with
+compare_intermediates=True finds the value where they part; for a TensorRT plan,
+`polygraphy run --onnx-outputs mark all` does.
 """
 
-import ast
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from ralf import install_hint
+from ralf.kernels import dct
 from ralf.kernels.engine import EngineError
 from ralf.kernels.manifest import Precision
-from ralf.kernels.trace import trace
 
+OPS = ("destruct", "destruct_residual")
 INPUT, OUTPUT = "crops", "logits"
-_SCOPES = "pkg.torch.onnx.name_scopes"
 Run = Callable[[NDArray[np.uint8]], list[NDArray[np.float32]]]
-Session = Callable[[Path], Run]
-"""Makes a graph runnable: ONNX Runtime here, a TensorRT builder and its runtime elsewhere."""
 
 
-def export(network: nn.Module, path: Path, *, most: int, precision: Precision) -> None:
-    """Write the network to the path and let onnx check the graph; beyond 2 GB, weights beside."""
+@dataclass(frozen=True)
+class Built:
+    """A plan, and what its builder did."""
+
+    content: bytes
+    seconds: float
+    options: dict[str, Any]
+
+
+def exported(network: nn.Module, most: int, *others: Tensor) -> torch.export.ExportedProgram:
+    """The network for batches of 1 to `most`; `others` are example inputs beside the crops."""
+    side = int(network.size)  # type: ignore[arg-type]
+    device = next(network.parameters()).device
+    # Where batches vary the example has two crops: torch.export takes a batch of one as a constant.
+    count = 2 if most > 1 else 1
+    crops = torch.zeros((count, 3, side, side), dtype=torch.uint8, device=device)
+    batch = {0: torch.export.Dim("batch", min=1, max=most)} if most > 1 else {}
+    examples = (crops, *others)
+    # A variadic forward takes what comes after the crops as one tuple.
+    shapes = (batch, tuple(batch for _ in others)) if others else (batch,)
+    program = torch.export.export(network, examples, dynamic_shapes=shapes)
+    table = torch.export.default_decompositions()
+    for name in OPS:
+        table[getattr(torch.ops.ralf, name).default] = getattr(dct, f"{name}_reference")
+    plain: torch.export.ExportedProgram = program.run_decompositions(table)
+    return plain
+
+
+def require_onnx() -> None:
+    """EngineError, with what to install, where onnx or onnxruntime is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise EngineError(
+            f"building ahead of time needs onnx and onnxruntime: {error}; " + install_hint("build")
+        ) from error
+
+
+def write_onnx(network: nn.Module, path: Path, *, most: int, precision: Precision) -> None:
+    """Write the network as an ONNX file, checked by onnx; beyond 2 GB weights lie beside it."""
+    import onnx
+
     if precision == "bf16":
         raise EngineError(
             "this builder takes fp16 or fp32: ONNX Runtime, which checks the graph before it is "
             "built, has no bf16 convolution"
         )
     made = torch.onnx.export(
-        trace(network, most),
+        exported(network, most),
         dynamo=True,
         verbose=False,
         input_names=[INPUT],
@@ -56,7 +97,9 @@ def export(network: nn.Module, path: Path, *, most: int, precision: Precision) -
 
 
 def session(path: Path) -> Run:
-    """The graph on the CPU, by ONNX Runtime, as many threads as torch has here."""
+    """The graph on the CPU, by ONNX Runtime, with as many threads as torch uses here."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -75,7 +118,9 @@ def logits(run: Run, crops: NDArray[np.uint8], at_once: int = 4) -> NDArray[np.f
 
 
 def convolutions(path: Path) -> tuple[list[str], int]:
-    """Names of the graph's convolutions, and the bytes of its weights."""
+    """The names of the graph's convolutions, and the bytes of its weights."""
+    import onnx
+
     graph = onnx.load(path, load_external_data=False).graph
     names = [node.name for node in graph.node if node.op_type in ("Conv", "ConvTranspose")]
     weights = 0
@@ -83,50 +128,3 @@ def convolutions(path: Path) -> tuple[list[str], int]:
         width = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
         weights += width * math.prod(tensor.dims)
     return names, weights
-
-
-class OnnxLayers:
-    """A graph's layers by the names that they have in the torch module."""
-
-    def __init__(self, path: Path, start: Session = session) -> None:
-        self.path = path
-        self.start = start
-        # without the weights where those lie beside the graph
-        self.model = onnx.load(path, load_external_data=False)
-        self.outputs: dict[str, str] = {}
-        for node in self.model.graph.node:
-            scope = _scope(node)
-            if scope:
-                self.outputs.pop(scope, None)
-                self.outputs[scope] = node.output[0]
-
-    def names(self) -> Sequence[str]:
-        """Modules that own a node, in the order of their last ones."""
-        return list(self.outputs)
-
-    def values(
-        self, crops: NDArray[np.uint8], names: Sequence[str]
-    ) -> Mapping[str, NDArray[np.float32]]:
-        """A copy of the graph with these values as its only outputs, run."""
-        asked = deepcopy(self.model)
-        known = {value.name: value for value in (*asked.graph.value_info, *asked.graph.output)}
-        wanted = [self.outputs[name] for name in names]
-        del asked.graph.output[:]
-        for value in dict.fromkeys(wanted):
-            asked.graph.output.append(known.get(value) or onnx.ValueInfoProto(name=value))
-        # In the same folder, where weights kept beside the graph are found.
-        with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".onnx") as probe:
-            probe.write(asked.SerializeToString())
-            probe.flush()
-            values = self.start(Path(probe.name))(crops)
-        found = dict(zip(dict.fromkeys(wanted), values, strict=True))
-        return {name: found[value] for name, value in zip(names, wanted, strict=True)}
-
-
-def _scope(node: onnx.NodeProto) -> str:
-    """The innermost module that the node was traced in; empty for the outermost."""
-    for entry in node.metadata_props:
-        if entry.key == _SCOPES:
-            scopes: list[str] = ast.literal_eval(entry.value)
-            return scopes[-2] if len(scopes) > 1 else ""
-    return ""

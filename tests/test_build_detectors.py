@@ -7,7 +7,7 @@ import pytest
 
 from ralf.kernels import plans
 from ralf.kernels.artifact import Artifact
-from ralf.kernels.build import Order, build
+from ralf.kernels.build import BuildRequest, build
 from ralf.train.ensemble import publish_ensemble
 from tests.test_ensemble import member
 
@@ -19,7 +19,9 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(900)]
 
 def planned(artifact: Artifact) -> plans.Plan:
     """Its plan, made ahead of time."""
-    order = Order(artifact, precision="fp16", buckets=(1, 2), crops=2, say=lambda _line: None)
+    order = BuildRequest(
+        artifact, precision="fp16", buckets=(1, 2), crops=2, say=lambda _line: None
+    )
     return build(order, "rtx-aot")
 
 

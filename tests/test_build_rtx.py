@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime", reason="the extra build brings it")
 
 from ralf.kernels import build_rtx, export, plans
 from ralf.kernels.artifact import SHIPPED, resolve
-from ralf.kernels.build import Order, build
+from ralf.kernels.build import BuildRequest, build
 from ralf.kernels.engine import EngineError
 from ralf.kernels.untrained import publish_untrained
 from ralf.worker.settings import Settings
@@ -131,7 +131,7 @@ def test_the_shipped_sizes_become_plans(tmp_path: Path, name: str, dimensions, p
     """Exported, compared with the FP32 module by ONNX Runtime, built, published unverified."""
     artifact = publish_untrained(tmp_path, name=name, golden_crops=4, **dimensions)
     said: list[str] = []
-    made = build(Order(artifact, crops=4, say=said.append), "rtx-aot")
+    made = build(BuildRequest(artifact, crops=4, say=said.append), "rtx-aot")
     record = made.record
 
     assert "unverified" == record.state and (1, 8, 64) == record.buckets
@@ -148,7 +148,7 @@ def test_the_model_that_ships_becomes_a_plan(tmp_path: Path):
     """Trained weights and real faces: rounding is another matter there."""
     shutil.copytree(SHIPPED, tmp_path / "models")
     artifact = resolve(tmp_path / "models", Settings().model)
-    record = build(Order(artifact, crops=16), "rtx-aot").record
+    record = build(BuildRequest(artifact, crops=16), "rtx-aot").record
 
     assert 0 < record.error["golden"] <= artifact.manifest.error_budget["logit"]
     assert 16 == record.error["decisions"]

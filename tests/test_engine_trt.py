@@ -505,12 +505,12 @@ def test_the_session_knows_nothing_of_cuda_but_its_queue():
 @pytest.mark.parametrize("builder", ["torch-tensorrt", "rtx-aot"])
 def test_a_plan_built_and_run_on_this_gpu_agrees_with_torch(own: Artifact, builder: str):
     """Any batch, from either side of the bus, from two threads; found again by its key."""
-    from ralf.kernels.build import Order, available, build
+    from ralf.kernels.build import BuildRequest, available, build
 
     if builder not in available():
         pytest.skip(f"{builder} is not installed here")
     place = torch.device("cuda", 0)
-    made = build(Order(own, buckets=(1, 4, 8), device=place, crops=16, say=print), builder)  # type: ignore[arg-type]
+    made = build(BuildRequest(own, buckets=(1, 4, 8), device=place, crops=16, say=print), builder)  # type: ignore[arg-type]
     engine = load_plan(own, place, str(made.key))
     crops = torch.from_numpy(patterns(11, SIZE, seed=6))
     expected = restore(own.manifest, own.read("weights.safetensors"))(crops)

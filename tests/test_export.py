@@ -1,7 +1,6 @@
 """The exported graph says what the module says, and where two graphs part is found by name."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,18 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ralf.kernels.destructor import destruct
-from ralf.kernels.diverge import (
-    AT_ONCE,
-    TOLERANCE,
-    ModuleLayers,
-    Tapped,
-    first_divergence,
-    relative,
-)
 from ralf.kernels.engine import EngineError
+from ralf.kernels.export import exported
 from ralf.kernels.networks import build
 from ralf.kernels.networks.backbones import dtype_of, unit
-from ralf.kernels.trace import trace
 from ralf.kernels.untrained import patterns, settle
 
 ort = pytest.importorskip("onnxruntime", reason="the extra build brings it")
@@ -38,7 +29,7 @@ class Mini(nn.Module):
         self.size = size
         self.mask = nn.Parameter(torch.zeros(size, size))
         self.enter = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True))
-        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(AT_ONCE))
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(16))
         self.norm = nn.BatchNorm2d(8)
         self.head = nn.Linear(8, 1)
 
@@ -72,7 +63,7 @@ def mini() -> Mini:
 def graph(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It as an FP32 graph."""
     path = tmp_path_factory.mktemp("onnx") / "mini.onnx"
-    export.export(mini, path, most=8, precision="fp32")
+    export.write_onnx(mini, path, most=8, precision="fp32")
     return path
 
 
@@ -107,7 +98,7 @@ def test_a_graph_has_its_ends_named_and_no_op_of_ours(graph: Path):
 def test_bf16_is_refused_because_nothing_here_can_check_it(mini: Mini, tmp_path: Path):
     """The cure is in the message."""
     with pytest.raises(EngineError, match="fp16 or fp32"):
-        export.export(mini, tmp_path / "x.onnx", most=8, precision="bf16")
+        export.write_onnx(mini, tmp_path / "x.onnx", most=8, precision="bf16")
 
 
 def test_the_whole_detector_in_fp16_agrees_within_its_rounding(tmp_path: Path):
@@ -120,104 +111,12 @@ def test_the_whole_detector_in_fp16_agrees_within_its_rounding(tmp_path: Path):
     crops = patterns(4, 64, seed=3)
     expected = logits_of(network, crops)
     path = tmp_path / "ralf.onnx"
-    export.export(network.lower(torch.float16), path, most=8, precision="fp16")
+    export.write_onnx(network.lower(torch.float16), path, most=8, precision="fp16")
     got = export.logits(export.session(path), crops)
     names, weights = export.convolutions(path)
 
     assert 0 < np.abs(got - expected).max() < 0.1 * max(1.0, np.abs(expected).max())
     assert len(names) > 70 and weights > 2 * sum(p.numel() for p in network.classifier.parameters())
-
-
-def test_a_sound_graph_parts_from_its_module_nowhere(mini: Mini, graph: Path):
-    """Its layers have the module's names, a folded batch norm's too."""
-    layers = export.OnnxLayers(graph)
-    shared = set(layers.names()) & set(ModuleLayers(mini).names())
-
-    assert {"enter.0", "enter.1", "norm", "head", "blocks.0"} <= shared
-    found = first_divergence(ModuleLayers(mini), layers, patterns(2, SIZE), TOLERANCE["fp32"])
-    assert found is None
-
-
-@pytest.mark.parametrize("layer", ["enter.0", "blocks.0", "blocks.9", "blocks.15"])
-def test_a_damaged_graph_is_caught_at_its_first_wrong_layer(
-    mini: Mini, graph: Path, tmp_path: Path, layer: str
-):
-    """One convolution's weights a tenth too large; all after it differ as well."""
-    model = onnx.load(graph)
-    for tensor in model.graph.initializer:
-        if tensor.name.endswith(f"{layer}.weight"):
-            damaged = onnx.numpy_helper.to_array(tensor) * np.float32(1.1)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(damaged, tensor.name))
-            break
-    else:
-        pytest.fail(f"no weight of {layer} among {[t.name for t in model.graph.initializer]}")
-    path = tmp_path / "damaged.onnx"
-    onnx.save(model, path)
-    found = first_divergence(
-        ModuleLayers(mini), export.OnnxLayers(path), patterns(2, SIZE), TOLERANCE["fp32"]
-    )
-
-    assert found is not None and layer == found.layer
-    assert 0.01 < found.difference and found.before < TOLERANCE["fp32"]
-    assert layer in str(found)
-
-
-def test_two_graphs_are_compared_as_well_as_a_graph_and_a_module(mini: Mini, graph: Path, tmp_path):
-    """FP16 against FP32: rounding everywhere, and no layer that jumps."""
-    from copy import deepcopy
-
-    path = tmp_path / "half.onnx"
-    export.export(deepcopy(mini).lower(torch.float16), path, most=8, precision="fp16")
-    whole, half = export.OnnxLayers(graph), export.OnnxLayers(path)
-    crops = patterns(2, SIZE)
-    apart = relative(whole.values(crops, ["norm"])["norm"], half.values(crops, ["norm"])["norm"])
-
-    assert 1e-5 < apart < 0.02
-    assert first_divergence(whole, half, crops, TOLERANCE["fp16"]) is None
-
-
-def test_rounding_that_drifts_is_named_where_it_has_grown_too_far():
-    """No layer jumps; the first beyond four tolerances is told."""
-    network = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(12)))
-
-    class Drift:
-        def __init__(self, rate: float) -> None:
-            self.rate = rate
-
-        def names(self):
-            return [str(place) for place in range(len(network))]
-
-        def values(self, crops, names):
-            return {n: np.full(4, (1 + self.rate) ** (1 + int(n)), np.float32) for n in names}
-
-    found = first_divergence(Drift(0), Drift(0.009), np.zeros(0, np.uint8), 0.01)
-
-    assert found is not None and "4" == found.layer
-    assert first_divergence(Drift(0), Drift(0.0001), np.zeros(0, np.uint8), 0.01) is None
-
-
-def test_a_layer_that_gives_no_number_differs_by_all(mini: Mini):
-    """NaN, and another shape."""
-    one = np.ones(4, np.float32)
-
-    assert float("inf") == relative(one, np.array([1, np.nan, 1, 1], np.float32))
-    assert float("inf") == relative(one, np.ones(3, np.float32))
-    assert 0 == relative(one * 0, one * 0)
-    with pytest.raises(ValueError, match="no layer in common"):
-        first_divergence(ModuleLayers(mini), SimpleNamespace(names=list), patterns(1, SIZE), 0.01)
-
-
-def test_a_tapped_network_traces_to_the_values_of_its_layers(mini: Mini):
-    """What a compiler is given to find the layer that it gets wrong; hooks leave nothing behind."""
-    names = ["enter.0", "blocks.3", "head"]
-    crops = patterns(3, SIZE)
-    expected = ModuleLayers(mini).values(crops, names)
-    program = trace(Tapped(mini, names), 8)
-    got = program.module()(torch.from_numpy(crops))
-
-    assert not any(module._forward_hooks for module in mini.modules())
-    for name, value in zip(names, got, strict=True):
-        np.testing.assert_allclose(expected[name], value.detach().numpy(), atol=1e-5)
 
 
 def test_a_network_traces_with_further_inputs_of_the_same_batch():
@@ -234,7 +133,7 @@ def test_a_network_traces_with_further_inputs_of_the_same_batch():
             return (self.scale * crops.float() - others[0] + others[1]).mean((1, 2, 3))
 
     others = (torch.zeros(2, 3, SIZE, SIZE), torch.zeros(2, 3, SIZE, SIZE))
-    program = trace(Behind(), 8, *others)
+    program = exported(Behind(), 8, *others)
     crops = torch.from_numpy(patterns(5, SIZE))
     got = program.module()(crops, torch.ones(5, 3, SIZE, SIZE), torch.zeros(5, 3, SIZE, SIZE))
 

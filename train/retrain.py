@@ -393,7 +393,7 @@ def _build(order: Retraining, artifact: Artifact) -> Facts:
 
 
 def _built(order: Retraining, artifact: Artifact, builder: "Builder") -> str:
-    from ralf.kernels.build import Order as BuildOrder
+    from ralf.kernels.build import BuildRequest as BuildOrder
     from ralf.kernels.build import build
 
     try:

@@ -17,7 +17,7 @@ import torch
 
 from ralf.kernels import choose_engine
 from ralf.kernels.artifact import SHIPPED, Artifact, publish, resolve
-from ralf.kernels.build import Order, available, build
+from ralf.kernels.build import BuildRequest, available, build
 from ralf.kernels.untrained import publish_untrained
 
 
@@ -53,7 +53,7 @@ def build_one(model: Artifact, builder: str, device: torch.device) -> None:
     """Build one plan and print its key, error and time."""
     start = time.perf_counter()
     try:
-        made = build(Order(model, device=device, crops=32, say=to_stderr), builder)
+        made = build(BuildRequest(model, device=device, crops=32, say=to_stderr), builder)
     except Exception as error:  # noqa: BLE001 - the other builders must still run
         traceback.print_exc()
         say(model=model.label, builder=builder, failed=f"{type(error).__name__}: {error}"[:500])

@@ -101,12 +101,12 @@ def chosen(args: argparse.Namespace, folder: Path) -> Artifact:
 
 def build_plans(artifact: Artifact, device: torch.device) -> None:
     """By every builder that is here; one that fails leaves the others, and a line."""
-    from ralf.kernels.build import Order, available, build
+    from ralf.kernels.build import BuildRequest, available, build
 
     for builder in available():
         say(f"building by {builder}")
         try:
-            build(Order(artifact, device=device, say=say), builder)
+            build(BuildRequest(artifact, device=device, say=say), builder)
         except EngineError as error:
             say(f"{builder}: {error}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ralf.kernels.trace import OPS
+from ralf.kernels.export import OPS
 
 
 class Cost(NamedTuple):

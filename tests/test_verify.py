@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 
 from ralf.kernels import artifact as models
 from ralf.kernels.artifact import Artifact, Golden
-from ralf.kernels.gate import Disagrees, Gate, decided_otherwise, thresholds, variations
 from ralf.kernels.manifest import Calibration
+from ralf.kernels.verify import AgreementCheck, Disagrees, decided_otherwise, thresholds, variations
 from tests.test_artifact import DRAFT, GOLDEN, contents
 
 LIMIT = math.log(0.7 / 0.3)
@@ -34,8 +34,8 @@ def artifact(tmp_path: Path) -> Artifact:
 
 def test_an_engine_within_the_budget_passes_and_is_measured(artifact: Artifact):
     """Error on the golden crops, spread on the random ones."""
-    gate = Gate(artifact, score, count=40)
-    agreement = gate.check("a plan", lambda crops: score(crops) + np.float32(0.03), "fp16")
+    gate = AgreementCheck(artifact, score, count=40)
+    agreement = gate.run("a plan", lambda crops: score(crops) + np.float32(0.03), "fp16")
 
     assert 0.03 == pytest.approx(agreement.error, abs=1e-5)
     assert 0.03 == pytest.approx(agreement.spread, abs=1e-5)
@@ -45,33 +45,33 @@ def test_an_engine_within_the_budget_passes_and_is_measured(artifact: Artifact):
 @pytest.mark.parametrize(("precision", "passes"), [("fp16", False), ("fp32", True)])
 def test_the_budget_is_that_of_the_precision(artifact: Artifact, precision, passes):
     """0.05 for FP16 here, 0.1 for all else; beyond it the message has both numbers."""
-    gate = Gate(artifact, score, count=8)
+    gate = AgreementCheck(artifact, score, count=8)
     if passes:
-        assert gate.check("a plan", lambda crops: score(crops) + np.float32(0.08), precision)
+        assert gate.run("a plan", lambda crops: score(crops) + np.float32(0.08), precision)
         return
     with pytest.raises(Disagrees, match=r"11 golden crops differ by 0\.0800, budget 0\.0500"):
-        gate.check("a plan", lambda crops: score(crops) + np.float32(0.08), precision)
+        gate.run("a plan", lambda crops: score(crops) + np.float32(0.08), precision)
 
 
 def test_an_engine_right_on_golden_crops_and_wrong_elsewhere_is_refused(artifact: Artifact):
     """What overfits the golden file is not an engine."""
-    gate = Gate(artifact, score, count=40)
+    gate = AgreementCheck(artifact, score, count=40)
 
     def overfit(crops: np.ndarray) -> np.ndarray:
         return score(crops) if len(crops) == 11 else -score(crops)
 
     with pytest.raises(Disagrees, match=r"decides \d+ of 40 random crops otherwise"):
-        gate.check("a plan", overfit, "fp16")
+        gate.run("a plan", overfit, "fp16")
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_an_engine_that_gives_no_number_is_refused(artifact: Artifact, wrong: float):
     """On golden crops or on others."""
-    gate = Gate(artifact, score, count=8)
+    gate = AgreementCheck(artifact, score, count=8)
     with pytest.raises(Disagrees, match="differ by inf"):
-        gate.check("a plan", lambda crops: score(crops) * np.float32(wrong), "fp16")
+        gate.run("a plan", lambda crops: score(crops) * np.float32(wrong), "fp16")
     with pytest.raises(Disagrees, match="otherwise than the FP32 module"):
-        gate.check(
+        gate.run(
             "a plan",
             lambda crops: score(crops) if len(crops) == 11 else score(crops) * wrong,
             "fp16",
@@ -81,9 +81,9 @@ def test_an_engine_that_gives_no_number_is_refused(artifact: Artifact, wrong: fl
 def test_the_reference_answers_once(artifact: Artifact):
     """However many engines are asked: it is the slow one."""
     asked: list[int] = []
-    gate = Gate(artifact, lambda crops: asked.append(len(crops)) or score(crops), count=6)
+    gate = AgreementCheck(artifact, lambda crops: asked.append(len(crops)) or score(crops), count=6)
     for _ in range(3):
-        gate.check("a plan", score, "fp16")
+        gate.run("a plan", score, "fp16")
 
     assert [6] == asked
 
