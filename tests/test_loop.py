@@ -81,8 +81,8 @@ def test_what_is_learnt_holds_on_faces_not_seen(tmp_path: Path):
 
     outcome = stub_run(tmp_path, **changes)
 
-    assert outcome.judged is not None
-    assert outcome.judged.auc > 0.95
+    assert outcome.validation is not None
+    assert outcome.validation.auc > 0.95
     assert outcome.state.best is not None and outcome.state.best > 0.95
 
 
@@ -103,7 +103,7 @@ from tests.training import MadeBatches, tiny
 from ralf.train.loop.loop import Options, train
 torch.set_num_threads(1)
 
-class NoLast(MadeBatches):  # whoever is to kill it may be slow: it does not finish before that
+class NoLast(MadeBatches):  # the test that kills it may be slow: it must not finish before
     def __getitem__(self, number):
         if number == 6:
             time.sleep(600)
@@ -240,7 +240,7 @@ def test_a_finished_run_does_nothing_more(tmp_path: Path):
 
     again = stub_run(tmp_path, **{"schedule.steps": "3"})
 
-    assert (again.ending, again.judged) == ("finished", None)
+    assert (again.ending, again.validation) == ("finished", None)
     assert before.state == load(tmp_path / LAST).state
 
 
@@ -451,11 +451,11 @@ def test_the_optimiser_is_given_the_schedules_rate(tmp_path: Path):
         **{"schedule.steps": "40", "warmup": "0.25", "optimiser.lr": "0.01"},
     )
 
-    told = {line["step"]: line["lr"] for line in lines(tmp_path, "train")}
+    rates = {line["step"]: line["lr"] for line in lines(tmp_path, "train")}
 
     schedule = tiny("ralf", warmup="0.25").schedule
     for step in (1, 20, 40):
-        assert told[step] == pytest.approx(0.01 * rate(schedule, step - 1, 40))
+        assert rates[step] == pytest.approx(0.01 * rate(schedule, step - 1, 40))
 
 
 def test_the_moving_average_is_one():
@@ -693,7 +693,7 @@ class Terminal(io.StringIO):
 
 
 def test_the_line_is_redrawn_on_a_terminal_and_sparse_elsewhere():
-    """A log file is not filled with carriage returns."""
+    """A log file is not filled with carriage returns; on a terminal the last line stays."""
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
         log_ = RunLog(None, 0, stream)
@@ -702,7 +702,9 @@ def test_the_line_is_redrawn_on_a_terminal_and_sparse_elsewhere():
         log_.say("done")
         log_.close()
 
-    assert terminal.getvalue().startswith("\r")
+    drawn, _, left = terminal.getvalue().partition("step 1  12.0 faces/s")
+    assert "\x1b[" in drawn
+    assert "\x1b[2K" in left and left.rsplit("\x1b[", 1)[-1].endswith("done\n")
     assert file.getvalue() == "step 1  12.0 faces/s\ndone\n"
 
 

@@ -116,8 +116,8 @@ def test_the_margin_loss_of_a_case_by_hand():
 def test_without_positives_the_loss_is_zero_and_not_nan():
     """A batch in which no two are forged alike."""
     anchors = sphere(3).requires_grad_()
-    nobody = torch.zeros(3, 3, dtype=torch.bool)
-    loss = margin_loss(anchors, anchors, nobody, sphere(2), temperature=0.1, margin=0.2)
+    none = torch.zeros(3, 3, dtype=torch.bool)
+    loss = margin_loss(anchors, anchors, none, sphere(2), temperature=0.1, margin=0.2)
     loss.backward()
 
     assert 0 == loss.item()

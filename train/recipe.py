@@ -65,7 +65,7 @@ class Part(BaseModel):
 class Augment(Part):
     """How crops are disturbed; each figure is a probability.
 
-    Real and forged of a pair are disturbed alike, so that quality never tells the label.
+    Real and forged of a pair are disturbed alike, so that quality never gives the label away.
     """
 
     flip: Share = 0.5

@@ -82,7 +82,7 @@ OUR_NOTES = (
 
 
 def ralf() -> Recipe:
-    """The product's full network: the paper's losses, trained for what uploads look like."""
+    """The product's full network: the paper's losses, trained on damage as uploads have it."""
     return Recipe(
         name="ralf",
         network=Network(build="ralf", base=32, blocks=8, backbone="xception", size=256),

@@ -158,7 +158,7 @@ def outcome_facts(outcome: Outcome, run: Path) -> Facts:
         "faces": state.faces,
         "best": state.best,
         "best_step": state.best_step,
-        "validation": outcome.judged.facts() if outcome.judged else None,
+        "validation": outcome.validation.facts() if outcome.validation else None,
     }
 
 

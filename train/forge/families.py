@@ -151,7 +151,7 @@ def _drawn_region(regions: Mapping[Region, float], rng: np.random.Generator) -> 
 
 
 def _as_coloured(out: Pixels, image: Image) -> Image:
-    """Whole values; a grey picture stays grey, or a tint alone would tell that it is forged."""
+    """Whole values; a grey picture stays grey, or a tint alone would show that it is forged."""
     channels = image[::4, ::4].astype(np.int16)
     grey = np.abs(channels - channels[..., 1:2]).max() <= 3
     return to_u8(np.repeat((out @ LUMA)[..., None], 3, axis=-1) if grey else out)

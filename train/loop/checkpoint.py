@@ -3,10 +3,10 @@
 One safetensors file holds every tensor (network, moving average, loss, moments of each optimiser);
 a JSON document in its header holds the rest: recipe, step, random states of every process, best
 figure so far, hash of the data, commit.  No pickle is written and none is read.  A checkpoint is
-replaced atomically: killed at any moment, the old file or the new one is there.
+replaced atomically: at any moment the old file or the new one is there, and whole.
 
-It refuses a file that is torn or of another make, tensors that do not fit the network, and a run
-whose recipe or data is not the one asked for: it names what differs.
+It refuses a file that is incomplete or was written by another program, tensors that do not fit the
+network, and a run whose recipe or data is not the one asked for: it names what differs.
 """
 
 import base64
@@ -86,7 +86,7 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the file beside its place, flush it, and put it there in one move."""
+    """Write a new file, flush it to disk, and rename it over the old one."""
     document = {
         "schema": SCHEMA,
         "recipe": json.loads(to_json(checkpoint.recipe)),
@@ -106,6 +106,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     staging.unlink(missing_ok=True)
     write(staging, data)
     staging.replace(path)
+    # The rename itself is on disk only when the folder is.
     flush_folder(path.parent)
 
 
@@ -206,13 +207,14 @@ def pack_optimiser(name: str, chosen: torch.optim.Optimizer) -> tuple[dict[str, 
 def unpack_optimiser(
     chosen: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Any
 ) -> None:
-    """Put back what pack_optimiser took."""
+    """Put back what pack_optimiser returned."""
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     for index, values in plain["state"].items():
         state.setdefault(int(index), {}).update(values)
+    # Tensors first, then scalars: together they are what state_dict() gave.
     chosen.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
 
 
@@ -231,7 +233,7 @@ def random_state(device: torch.device) -> str:
 
 
 def set_random_state(text: str, device: torch.device) -> None:
-    """Go on from where random_state was taken."""
+    """Draw on from where random_state was taken."""
     state = json.loads(text)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -124,6 +124,7 @@ def _spread(
     )
     shape = (*gradient.shape[:2], height, width)
     out = torch.empty(shape, dtype=gradient.dtype, memory_format=torch.channels_last).zero_()
+    # Rows and columns that stride left out have no gradient.
     out[:, :, ::stride, ::stride] = gradient
     return out
 
@@ -131,6 +132,7 @@ def _spread(
 def _of_input(spread: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
     side = weight.shape[-1]
     around = (side - 1 - padding[0], side - 1 - padding[1])
+    # The gradient of a convolution is a convolution with the taps mirrored.
     return F.conv2d(spread, weight.flip(2, 3), None, 1, around, 1, spread.shape[1])
 
 
@@ -140,6 +142,7 @@ def _of_weight(x: Tensor, spread: Tensor, weight: Tensor, padding: tuple[int, in
     height, width = spread.shape[2:]
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     out = torch.empty_like(weight)
+    # The squares overlap in the middle row and column, and give those taps the same values.
     for row in (0, 2):
         for column in (0, 2):
             part = padded[:, :, row : row + height + 2, column : column + width + 2]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ralf.kernels.artifact import MANIFEST, open_artifact
@@ -32,6 +33,7 @@ IMAGENET = "imagenet"
 
 def make_network(recipe: Recipe) -> nn.Module:
     """The recipe's network with its first weights, the same for the same seed."""
+    # Seeded here and not once per process, so that every process begins with the same weights.
     torch.manual_seed(recipe.seed)
     network = build(recipe.network.build, **recipe.network.dimensions)
     if recipe.init.network is not None:
@@ -56,6 +58,7 @@ def backbone_of(folder: Path) -> dict[str, Tensor]:
     }
     if kind not in FAMILIES or not found:
         raise CheckpointError(f"{folder} holds {of.build}: no backbone in it")
+    # Into timm's names, so that a training's backbone and timm's own are filled in by one function.
     named = {}
     for name, tensor in found.items():
         part, _, rest = name.partition(".")
@@ -107,8 +110,6 @@ def _file(source: str) -> Iterator[str | None]:
     if not all(Path(part).is_dir() for part in source.split(",")):
         yield None if source == IMAGENET else source
         return
-    from safetensors.torch import save_file
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{Path(source).name}.safetensors"
         save_file(_mean(source, backbone_of), path)

@@ -3,15 +3,14 @@
     batches[i] ─▶ step ─▶ … ─▶ end of an epoch ─▶ judge validation ─▶ best so far? keep it
                    └─ every two minutes, and at the end: last.safetensors
 
-A batch is a pure function of the recipe's seed and its number, so a run's place is its step: kill
-it anywhere, run the same command, and on a CPU the weights at the end are the same bits (on CUDA
-with --deterministic).  A time budget, SIGTERM and Ctrl-C end a run between two steps with a whole
-checkpoint; the next command goes on from it.
+A batch is a pure function of the recipe's seed and of its number, so the step alone says where a
+run stands.  Kill a run anywhere and type the same command: on a CPU the weights at the end are the
+same bits (on CUDA with --deterministic).  A time budget, SIGTERM and Ctrl-C end a run between two
+steps with a whole checkpoint; the next command goes on from it.
 
-The loop knows no detector: networks come from ralf.kernels.networks, losses through
-train.losses.objective.  Validation alone chooses weights and stops a run early; the test split is
-never seen here.  Under torchrun each process takes every n-th batch, and judges its share of
-the validation split.
+The loop knows no detector: networks come from ralf.kernels.networks, losses from ralf.train.losses.
+Only the validation split chooses weights and stops a run early; the test split is never used here.
+Under torchrun each process takes every n-th batch, and judges its share of the validation split.
 """
 
 import dataclasses
@@ -102,13 +101,13 @@ class Outcome:
 
     ending: Ending
     state: State
-    judged: Validation | None
+    validation: Validation | None
     """The last validation by this command."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What concerns this command, not the run: nothing here changes the weights it ends with."""
+    """What concerns this command and not the run: nothing here changes the weights at the end."""
 
     minutes: float | None = None
     workers: int = 0
@@ -116,9 +115,9 @@ class Options:
     save_every_s: float = 120.0
     deterministic: bool = False
     quiet: bool = False
-    """No words on stderr; the log is written all the same."""
+    """Nothing on stderr; the log in the run's folder is written all the same."""
     started_s: float | None = None
-    """On time.monotonic's clock, when the budget began; None: now."""
+    """When the minutes began, on time.monotonic's clock; None: now."""
 
 
 def train(
@@ -133,7 +132,7 @@ def train(
     options: Options = Options(),
     network: nn.Module | None = None,
 ) -> Outcome:
-    """Train until the recipe's end, the time's end, or a signal; goes on where `run` left off."""
+    """Train until the recipe ends, the time is up, or a signal comes; go on where `run` stopped."""
     run.mkdir(parents=True, exist_ok=True)
     _configure_torch(options.deterministic)
     found = load(run / LAST) if (run / LAST).exists() else None
@@ -159,7 +158,7 @@ def _configure_torch(deterministic: bool) -> None:
 
 
 class _Training:
-    """One command's stretch of a run."""
+    """The part of a run that one command does."""
 
     def __init__(
         self,
@@ -176,7 +175,7 @@ class _Training:
         self.stepper, self.recipe, self.ranks, self.run = (
             stepper, recipe, stepper.ranks, stepper.run,
         )  # fmt: skip
-        self.batches, self.validation = batches, validation
+        self.batches, self.validation_batches = batches, validation
         self.data_sha256, self.options, self.interrupt = data_sha256, options, interrupt
         self.commit = commit()
         each = recipe.optimiser.accumulate * self.ranks.world
@@ -184,14 +183,15 @@ class _Training:
         self.steps = recipe.schedule.steps or recipe.schedule.epochs * self.epoch_steps
         self.epochs = -(-self.steps // self.epoch_steps)
         self.state = found.state if found else State()
-        self.judged: Validation | None = None
-        self.judging_s = 0.0
+        self.validation: Validation | None = None
+        self.validation_s = 0.0
         self._started_s = time.monotonic()
         self._saved_s = self._started_s
         if found is not None:
             stepper.unpack(found.part, found.optimisers)
             set_random_state(found.random[self.ranks.rank], stepper.device)
         else:
+            # Processes draw apart from each other: their batches differ, so should any dropout.
             torch.manual_seed(recipe.seed + self.ranks.rank)
         first = self.ranks.first
         self.log = RunLog(
@@ -225,16 +225,16 @@ class _Training:
                 self._validate()
             elif due:
                 self._save()
-            ending = self._ending(
-                interrupted, late or (self._validation_due() and too_late_to_validate)
-            )
+            # A validation that is due and left out for lack of time is done by the next command.
+            late = late or (self._validation_due() and too_late_to_validate)
+            ending = self._ending(interrupted, late)
             if ending is None:
                 self._step(feed)
         finished = ending in ("finished", "stopped_early")
         self.state = dataclasses.replace(self.state, finished=finished)
         self._save()
         self.log.say(f"{ending.replace('_', ' ')} at step {self.state.step} of {self.steps}")
-        return Outcome(ending, self.state, self.judged)
+        return Outcome(ending, self.state, self.validation)
 
     def _ending(self, interrupted: bool, late: bool) -> Ending | None:
         patience = self.recipe.schedule.patience
@@ -261,7 +261,7 @@ class _Training:
         mine = [
             self.interrupt.asked,
             left_s < 0,
-            left_s < self.judging_s,
+            left_s < self.validation_s,
             now_s - self._saved_s >= options.save_every_s,
         ]
         if self.ranks.world == 1:
@@ -270,7 +270,7 @@ class _Training:
         return [bool(flag) for flag in self.ranks.total(flags).tolist()]
 
     def _feed(self) -> Iterator[Batch]:
-        """This process's batches from the run's place on."""
+        """This process's batches, from the step on where the run stands."""
         each = self.recipe.optimiser.accumulate
         world, rank = self.ranks.world, self.ranks.rank
         numbers = range(self.state.step * each * world + rank, self.steps * each * world, world)
@@ -282,9 +282,9 @@ class _Training:
             sampler=numbers,
             num_workers=self.options.workers,
             prefetch_factor=4,
-            # Spawned: this process has threads, and on a GPU a context, that no fork survives.
+            # Spawned, not forked: threads and a CUDA context do not survive a fork.
             multiprocessing_context="spawn",
-            # Its own, so that making a loader leaves the run's random state alone.
+            # Its own generator, so that making a loader leaves the run's random state alone.
             generator=torch.Generator(),
         )
         return iter(loader)
@@ -326,19 +326,19 @@ class _Training:
     def _validation_due(self) -> bool:
         step, every = self.state.step, self.recipe.schedule.evaluate_every
         ended = step % (every * self.epoch_steps) == 0 or step == self.steps
-        return self.validation is not None and ended and step > self.state.validated_step
+        return self.validation_batches is not None and ended and step > self.state.validated_step
 
     def _validate(self) -> None:
-        """Judge; keep the weights if they are the best so far."""
-        assert self.validation is not None
+        """Judge the validation split; keep the weights if they are the best so far."""
+        assert self.validation_batches is not None
         began_s = time.monotonic()
-        self.judged = judge_validation(
-            self.stepper.network, self.stepper.judged, self.validation,
+        found = self.validation = judge_validation(
+            self.stepper.network, self.stepper.judged_weights, self.validation_batches,
             device=self.stepper.device, dtype=self.stepper.dtype, ranks=self.ranks,
         )  # fmt: skip
-        self.judging_s = time.monotonic() - began_s
+        self.validation_s = time.monotonic() - began_s
         select = self.recipe.schedule.select
-        figure, step, best = self.judged.figure(select), self.state.step, self.state.best
+        figure, step, best = found.figure(select), self.state.step, self.state.best
         better = best is None or figure > best or select == "last"
         self.state = dataclasses.replace(
             self.state,
@@ -347,13 +347,13 @@ class _Training:
             best_step=step if better else self.state.best_step,
             validations_since_best=0 if better else self.state.validations_since_best + 1,
         )
-        self.log.record("validation", step, {**self.judged.facts(), "seconds": self.judging_s})
+        self.log.record("validation", step, {**found.facts(), "seconds": self.validation_s})
         self.log.say(
-            f"epoch {step / self.epoch_steps:.4g}  validation AUC {self.judged.auc:.4f}  "
-            f"BCE {self.judged.bce:.4f}  {self.judged.faces} faces{'  best' if better else ''}"
+            f"epoch {step / self.epoch_steps:.4g}  validation AUC {found.auc:.4f}  "
+            f"BCE {found.bce:.4f}  {found.faces} faces{'  best' if better else ''}"
         )
         if better and self.ranks.first:
-            weights = self.stepper.judged or self.stepper.network.state_dict()
+            weights = self.stepper.judged_weights or self.stepper.network.state_dict()
             judged = {f"network.{name}": tensor for name, tensor in weights.items()}
             save(self.run / BEST, self._checkpoint(judged, {}, ()))
         self._save()
@@ -368,7 +368,7 @@ class _Training:
     def _checkpoint(
         self, tensors: dict[str, torch.Tensor], plain: dict[str, Any], states: tuple[str, ...]
     ) -> Checkpoint:
-        metrics = {} if self.judged is None else {"validation": self.judged.facts()}
+        metrics = {} if self.validation is None else {"validation": self.validation.facts()}
         return Checkpoint(
             recipe=self.recipe,
             state=self.state,

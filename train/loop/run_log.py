@@ -1,8 +1,8 @@
-"""What a run tells while it trains: a line on stderr, a JSONL file, TensorBoard scalars.
+"""What a run reports while it trains: a line on stderr, a JSONL file, TensorBoard scalars.
 
-The line is redrawn in place on a terminal and printed every ten seconds elsewhere.  The JSONL file
-and TensorBoard hold the same facts; when a run goes on from a checkpoint, what was written
-after that checkpoint is cut off first, so that each step stands there once.
+The line is redrawn in place on a terminal, and printed every ten seconds elsewhere.  The JSONL file
+and TensorBoard hold the same facts.  When a run goes on from a checkpoint, what was written after
+that checkpoint is cut off first, so that each step stands there once.
 """
 
 import json
@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from ralf.kernels.atomic_files import replace_lines
@@ -20,12 +23,15 @@ REDRAW_S = 0.2
 
 
 class RunLog:
-    """One run's telling: files into `run`, words onto `stream`; None for either is silence."""
+    """Writes facts into files of `run`, and words to `stream`; None for either writes nothing."""
 
     def __init__(self, run: Path | None, step: int, stream: TextIO | None) -> None:
         self._stream = stream
-        self._told_s = float("-inf")
-        self._drawn = False
+        self._line: Live | None = None
+        if stream is not None and stream.isatty():
+            # Drawn by the loop itself: a thread that draws would take time from the training.
+            self._line = Live(console=Console(file=stream), auto_refresh=False, transient=True)
+        self._shown_s = float("-inf")
         self._files: tuple[TextIO, SummaryWriter] | None = None
         if run is not None:
             _cut(run / LOG, step)
@@ -44,28 +50,29 @@ class RunLog:
                 board.add_scalar(f"{event}/{name}", value, step)
 
     def progress(self, text: str) -> None:
-        """The live line."""
-        if self._stream is None:
-            return
-        live = self._stream.isatty()
+        """The line that shows how far the run is."""
         now_s = time.monotonic()
-        if now_s - self._told_s < (REDRAW_S if live else PRINT_S):
+        if now_s - self._shown_s < (REDRAW_S if self._line else PRINT_S):
             return
-        self._told_s = now_s
-        self._drawn = live
-        self._stream.write(f"\r\x1b[2K{text}" if live else f"{text}\n")
-        self._stream.flush()
+        self._shown_s = now_s
+        if self._line is None:
+            self.say(text)
+            return
+        self._line.start()
+        # One line, cut at the terminal's width: a wrapped one could not be redrawn.
+        self._line.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._stream is None:
-            return
-        self._stream.write(f"\r\x1b[2K{text}\n" if self._drawn else f"{text}\n")
-        self._drawn = False
-        self._stream.flush()
+        if self._line is not None:
+            self._line.stop()
+        if self._stream is not None:
+            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Flush everything."""
+        """Give the terminal back, and flush everything."""
+        if self._line is not None:
+            self._line.stop()
         for file in self._files or ():
             file.close()
 

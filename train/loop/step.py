@@ -3,8 +3,8 @@
     for each batch of the step:  forward → rival's step → terms → backward
     then once:                   average over processes → guard → clip → optimiser → moving average
 
-With one batch a step (the rule) the rival steps before the terms are computed, as published; with
-several it learns from all of them and steps with the network.  Gradients are sums over batches
+With one batch a step (the usual case) the rival steps before the terms are computed, as published;
+with several it learns from all of them and steps with the network.  Gradients are sums over batches
 divided by their number, so k batches of m faces are one of k·m for every term that is a mean.
 """
 
@@ -57,7 +57,7 @@ def on_device(batch: Batch, device: torch.device) -> OnDevice:
 
 
 class Stepper:
-    """All that moves while a network trains, and how it moves by one step."""
+    """Network, loss, optimisers and averages of a run, and one step of all of them."""
 
     def __init__(
         self, recipe: Recipe, network: nn.Module, device: torch.device, ranks: Ranks, run: Path
@@ -88,12 +88,12 @@ class Stepper:
         self.objective.train()
 
     @property
-    def judged(self) -> dict[str, Tensor] | None:
+    def judged_weights(self) -> dict[str, Tensor] | None:
         """The weights that validation and publishing use; None: the network's own."""
         return self.average.state if self.average else None
 
     def step(self, batches: Sequence[Batch], moment: Moment, steps: int) -> dict[str, float]:
-        """Move once; the terms, averaged over batches and processes."""
+        """Take one step; the loss's terms, averaged over batches and processes."""
         if self.running_norms is not None:
             self.running_norms.hold()
         self.main.zero_grad(set_to_none=True)
@@ -101,14 +101,16 @@ class Stepper:
         share = 1 / len(moved)
         sums: dict[str, Tensor] = {}
         for batch in moved:
-            for name, value in self._follow(batch, moment, share, alone=len(moved) == 1).items():
+            for name, value in self._backward(batch, moment, share, alone=len(moved) == 1).items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
         if self.rival is not None and len(moved) > 1:
             self._move_rival()
+        # By hand and not by DistributedDataParallel: distributed.py says why.
         self.ranks.average_(self._gradients(self.main))
         self.scaler.unscale_(self.main)
         norm = self._clip()
         terms = self._averaged(sums, share)
+        # The rate follows from the step alone, so that a run which goes on needs no scheduler.
         now = self.recipe.optimiser.lr * rate(self.recipe.schedule, moment.step, steps)
         # FP16's scaler expects an infinite gradient now and then, and skips that step itself.
         fine = torch.isfinite(norm) or self.scaler.is_enabled()
@@ -120,7 +122,7 @@ class Stepper:
         self._move(now, moment.step)
         return terms | {"gradient_norm": float(norm), "lr": self.main.param_groups[0]["lr"]}
 
-    def _follow(
+    def _backward(
         self, batch: OnDevice, moment: Moment, share: float, *, alone: bool
     ) -> dict[str, Tensor]:
         """Forward and both backward passes of one batch; its terms, detached."""
@@ -183,7 +185,7 @@ class Stepper:
             self.average.follow(self.network, step)
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and scalars of everything that moves."""
+        """Tensors and scalars of all that a checkpoint must hold."""
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"loss.{k}": v for k, v in self.objective.state_dict().items()}
         if self.average is not None:
@@ -197,7 +199,7 @@ class Stepper:
         return tensors, plain
 
     def unpack(self, parts: Any, plain: dict[str, Any]) -> None:
-        """Put back what pack took; parts(prefix) gives a prefix's tensors."""
+        """Put back what pack returned; parts(prefix) gives the tensors of a prefix."""
         self.network.load_state_dict(parts("network"))
         self.objective.load_state_dict(parts("loss"))
         if self.average is not None:

@@ -1,7 +1,8 @@
 """Judge the validation split in the middle of training: one figure chooses the weights.
 
-Deterministic batches, every process its share, all logits gathered; only the validation split is
-ever given here, never test.  The full tables are ralf.train.evaluate.judge's.
+The batches are the same every time; each process judges its share, and all logits are gathered.
+Only the validation split is given here, never the test split.  The full tables are made by
+ralf.train.evaluate.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,7 +35,7 @@ class Validation:
         return {"faces": self.faces, "auc": self.auc, "bce": self.bce, **families}
 
     def figure(self, select: str) -> float:
-        """What picks the best weights; higher is better."""
+        """The figure that chooses the best weights; higher is better."""
         return -self.bce if select == "bce" else self.auc
 
 
@@ -48,13 +49,14 @@ def judge_validation(
     dtype: torch.dtype,
     ranks: Ranks,
 ) -> Validation:
-    """Judge the network on the split, with other weights than its own where they are given."""
+    """Judge the network on the split, with `weights` in place of its own where they are given."""
     rows: list[np.ndarray] = []
     was_training = network.training
     network.eval()
     for number, batch in enumerate(batches):
         if number % ranks.world != ranks.rank:
             continue
+        # Each process judges every n-th batch: the split is judged once, whatever their number.
         crops = batch.crops.to(device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logit = functional_call(network, weights or {}, (crops,))

@@ -17,8 +17,8 @@ The losses that the paper compares with, by `loss.shape`: center loss (a centre 
 the mean squared distance), triplet (each face, the farthest of its class, the nearest of the other,
 the same margin), or none.
 
-A distance is a norm whose slope at zero is zero, never NaN.  A batch without one of the classes has
-no such loss and is refused: a term left out would be a bias that nobody sees.
+A distance is a norm whose slope at zero is zero, never NaN.  A batch without one of the classes
+has no such loss and is refused: to leave the term out would be a bias without a warning.
 """
 
 import math

@@ -5,8 +5,8 @@ VGG16 and VGG19 have the same layers up to there.  Pixels go in as 0..1, without
 and deviation, again as the authors do.
 
 Weights come from torchvision's hub, or from a safetensors file with torchvision's names; they are
-no part of the checkpoint.  Random features (source None) serve only to try the machinery, and
-are the same each time.
+not part of the checkpoint.  Random features (source None) are only for tests of the code; they are
+the same each time.
 """
 
 from pathlib import Path
@@ -45,6 +45,7 @@ class Perceptual(nn.Module):
         features: list[Tensor] = []
         x = images
         for layer in range(ENDS[-1]):
+            # In torchvision's order a layer that is no convolution and no pool is a ReLU.
             if layer in CONVS:
                 weight, bias = getattr(self, f"weight_{layer}"), getattr(self, f"bias_{layer}")
                 x = F.conv2d(x, weight, bias, padding=1)
@@ -91,6 +92,7 @@ def _from_hub(kind: Literal["vgg16", "vgg19"]) -> dict[str, Tensor]:
 
 
 def _random() -> dict[str, Tensor]:
+    # A generator of its own, so that the run's random numbers stay as they are.
     generator = torch.Generator().manual_seed(0)
     weights: dict[str, Tensor] = {}
     for layer, (incoming, outgoing) in CONVS.items():

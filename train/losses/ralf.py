@@ -7,7 +7,7 @@ the embedding (L_emb) and in how badly they are rebuilt (L_con); all reconstruct
 to a discriminator (L_adv).  What each reaches: L_emb the mask and the encoder; L_1, L_freq, L_adv
 and L_con mask, encoder and decoder; L_C everything but the discriminator; L_disc it alone.
 
-L_freq at the paper's weight speaks of the un-normalised DCT (torch_dct's and SciPy's default),
+L_freq at the paper's weight means the un-normalised DCT (torch_dct's and SciPy's default),
 whose coefficients are 2n times the orthonormal ones, √2 more in row and column 0 each.  Our DCT is
 orthonormal, so W carries these factors; tests/test_losses_ralf.py proves it equal.
 
@@ -49,7 +49,7 @@ class RalfLoss(Loss):
     freq: Literal["difference", "magnitude"] = "difference"
     """difference: |W(F(x~) − F(x))|, equation 5; magnitude: |W|F(x~)| − W|F(x)||, their code."""
     freq_scale: Literal["unnormalised", "ortho"] = "unnormalised"
-    """The scale of the coefficients that weight_freq speaks of."""
+    """The scale of the DCT that weight_freq is meant for."""
     freq_weighted: bool = True
     """False: W is one everywhere (a row of the paper's Table 4)."""
     radius_real: Annotated[float, Field(ge=0)] = 0.05
@@ -215,7 +215,7 @@ class Centre(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """RALF's opponent in training: tells photographs of real faces from reconstructions.
+    """RALF's opponent in training: it separates photographs of real faces from reconstructions.
 
     DCGAN's: 4×4 convolutions of stride 2, 8 to 256 channels at 256², then one logit.
 
@@ -273,7 +273,7 @@ class RalfObjective(Objective):
         )
 
     def _width(self, size: int) -> int:
-        """How wide the network's embedding is: asked of the network itself."""
+        """How wide the network's embedding is, from one blank crop."""
         parameter = next(self.network.parameters())
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=parameter.device)
         training = self.network.training
@@ -369,5 +369,5 @@ class RalfObjective(Objective):
         )
 
     def epoch_ended(self) -> None:
-        """The centre's turn, where it moves once an epoch."""
+        """Move the centre, where it moves once an epoch."""
         self.centre.epoch_ended()

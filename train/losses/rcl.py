@@ -1,11 +1,11 @@
 """An RCL-inspired loss: natural faces drawn together around a centre, forgeries kept out.
 
 RCL-inspired, not RCL: of "Real-centric Consistency Learning" only the abstract can be had, so its
-words are taken and their forms, written out here, are ours; its results are not claimed.
+words are used, the formulas written out here are ours, and its results are not claimed.
 
 Sample level, "forgery semantical-based pairing".  Batches are `kindred`: each natural face beside
 its own forgery, and each two neighbours forged in the same way, so that neither a person nor a
-picture tells the label, and a way of forging is seen on several people.
+picture gives the label away, and a way of forging is seen on several people.
 
 Feature level.  A face is projected to a unit vector z; `c` is the centre of natural faces, a moving
 average over batches and processes that no gradient moves.
