@@ -17,7 +17,7 @@ from ralf.train import chain as chains
 from ralf.train import retrain, trainings
 from ralf.train.chain import CHAINS, Chain, MadeClips, Training, chain_of
 from ralf.train.data.pool import Pool
-from ralf.train.evaluate.tables import Ask
+from ralf.train.evaluate.tables import TableOptions
 from ralf.train.loop import loop
 from ralf.train.loop.checkpoint import LAST, load
 from ralf.train.recipe_text import RecipeError
@@ -63,7 +63,7 @@ def _tiny_chain() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(chains.CHAINS, "tiny", TINY_CHAIN)
         patch.setattr(loop, "commit", lambda: "c" * 40)
-        patch.setattr(retrain, "Ask", partial(Ask, replicates=10))
+        patch.setattr(retrain, "TableOptions", partial(TableOptions, replicates=10))
         patch.setattr(Pool, "forgery", lambda self, frame, image, *_: red(image))
         yield
 

@@ -14,11 +14,10 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from ralf.train.data.cli import data_commands
+from ralf.train.data.cli import Commands, Run, add_command, data_commands, listed
 from ralf.train.evaluate.cli import evaluate_commands
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from ralf.train.evaluate.judge import JudgedModel
     from ralf.train.retrain import Retraining
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Run = Callable[[argparse.Namespace], int]
 OK, DIVERGED, STOPPED, USAGE, INTERRUPTED = 0, 1, 1, 2, 130
 
 
@@ -70,14 +67,7 @@ def refusing(run: Run) -> Run:
 
 
 def _add(subparsers: Commands, name: str, summary: str, run: Run) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.set_defaults(run=refusing(run))
-    return parser
+    return add_command(subparsers, name, summary, refusing(run))
 
 
 def _add_models_option(parser: argparse.ArgumentParser) -> None:
@@ -105,11 +95,6 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--families", default="", metavar="A,B", help="forgeries to blend")
     parser.add_argument("--fitted-on", default="", help="what it was fitted on, in words")
     parser.add_argument("--no-shift", action="store_true", help="fit the temperature alone")
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    """The parts between commas, each once."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def _changes(args: argparse.Namespace) -> dict[str, str]:
@@ -313,8 +298,8 @@ def _calibrated(judge: "JudgedModel", args: argparse.Namespace) -> "Calibrated":
         judge,
         read_all(args.data),
         args.split,
-        families=_parts(args.families),
-        conditions=_parts(args.conditions),
+        families=listed(args.families),
+        conditions=listed(args.conditions),
         fitted_on=args.fitted_on,
         shift=not args.no_shift,
     )
@@ -454,8 +439,8 @@ def _retraining(args: argparse.Namespace) -> "Retraining":
         targets=targets_of(args.targets, args.device),
         calibrate_on=args.calibrate_on,
         evaluate_on=args.evaluate_on,
-        conditions=_parts(args.conditions) or ("clean",),
-        golden_from=_parts(args.golden_from),
+        conditions=listed(args.conditions) or ("clean",),
+        golden_from=listed(args.golden_from),
         force=args.force,
         say=lambda text: print(f"ralf: {text}", file=sys.stderr, flush=True),
     )

@@ -41,7 +41,7 @@ from ralf.train.data.prepare import prepare
 from ralf.train.evaluate.judge import JudgedModel, evaluate, model_of_run
 from ralf.train.evaluate.tables import table
 from ralf.train.evaluate.tables.table import TableOptions
-from ralf.train.forge.clips import INDEX, Wanted, make_clips
+from ralf.train.forge.clips import INDEX, ClipOptions, make_clips
 from ralf.train.loop.checkpoint import BEST, has_checkpoint
 from ralf.train.publish import (
     PublishDetails,
@@ -231,8 +231,8 @@ def _clips(order: Retraining, families: Mapping[str, tuple[Any, ...]]) -> Facts:
     assert how is not None
     found: Facts = {}
     for split, drawn in families.items():
-        wanted = Wanted(families=drawn, crfs=how.crfs, seconds=how.seconds)
-        clips = make_clips(order.index, order.run / "clips" / split, wanted, split=split)
+        options = ClipOptions(families=drawn, crfs=how.crfs, seconds=how.seconds)
+        clips = make_clips(order.index, order.run / "clips" / split, options, split=split)
         folder = order.run / "crops" / split
         contract = order.training.last_recipe.data.input
         prepare(clips, folder, contract, frames=how.frames, device=order.training.device)

@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run = Callable[[argparse.Namespace], int]
 Refusing = Callable[[Run], Run]
 OK, NOT_FINE = 0, 1
@@ -52,7 +53,8 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
 
 
 def add_command(verbs: Commands, name: str, summary: str, run: Run) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
+    """A command whose help shows its defaults."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
@@ -146,4 +148,4 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def listed(text: str) -> tuple[str, ...]:
     """A,B as a tuple."""
-    return tuple(filter(None, text.split(",")))
+    return tuple(part.strip() for part in text.split(",") if part.strip())
