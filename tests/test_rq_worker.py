@@ -362,6 +362,19 @@ def test_a_pickled_payload_is_never_loaded(service: Service, tmp_path: Path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("data", [b"[" * 60_000, b"[" * 1_000_000])
+def test_a_payload_that_is_nested_too_deep_is_refused(service: Service, data: bytes):
+    """Python's JSON raises RecursionError, which is no ValueError."""
+    worker, job_id = service.workers[0].pid, uuid.uuid4().hex
+    forge(service, job_id, data)
+    failed = FailedJobRegistry(service.queue, connection=service.redis)
+    until(lambda: job_id in failed.get_job_ids() or service.workers[0].poll() is not None)
+
+    assert job_id in failed.get_job_ids()
+    assert service.reaches(service.submit("trivial"), "succeeded").attempts == 1
+    assert worker == service.workers[0].pid and service.workers[0].poll() is None
+
+
 def test_a_forged_entry_for_a_real_job_gives_it_a_named_end(service: Service, tmp_path: Path):
     """Tampering is seen by the client, not hidden."""
     with service.suspended():
@@ -376,7 +389,7 @@ def test_a_forged_entry_for_a_real_job_gives_it_a_named_end(service: Service, tm
 
 def test_nonsense_in_the_queue_does_not_stop_the_worker(service: Service):
     """Ids of no job, of no shape, entries of another type."""
-    for junk in (b"\xff\xfe", b"../../x", b"a" * 70, b"unknown"):
+    for junk in (b"\xff\xfe", b"../../x", b"a" * 70, b"a\n", b"unknown"):
         service.redis.rpush(f"rq:queue:{service.queue}", junk)
     service.redis.set("rq:job:string", "not a hash")
     service.redis.rpush(f"rq:queue:{service.queue}", "string")

@@ -66,7 +66,7 @@ LISTENER_END_S = 5.0
 """RQ's listening thread has so long to end; it is a daemon, so nothing depends on it."""
 PAYLOAD_BYTES = 65536
 REFUSED_TTL_S = 86400
-_JOB_ID = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def check_entry(raw: bytes | None, job_id: str, functions: Collection[str]) -> tuple[str, str]:
@@ -75,7 +75,7 @@ def check_entry(raw: bytes | None, job_id: str, functions: Collection[str]) -> t
         return "", "its entry in Redis has no data"
     try:
         function, instance, arguments, keywords = json.loads(_inflate(raw))
-    except (ValueError, TypeError, zlib.error):
+    except (ValueError, TypeError, zlib.error, RecursionError):
         return "", "its payload is not RQ's JSON of function, instance, arguments, keywords"
     if not isinstance(function, str) or function not in functions:
         listed = ", ".join(sorted(functions))
@@ -88,6 +88,8 @@ def check_entry(raw: bytes | None, job_id: str, functions: Collection[str]) -> t
 def _inflate(raw: bytes) -> bytes:
     """RQ compresses its payloads; our script does not. At most PAYLOAD_BYTES are inflated."""
     if raw[:1] != b"\x78":
+        if len(raw) > PAYLOAD_BYTES:
+            raise ValueError("the payload is larger than any of ours")
         return raw
     inflater = zlib.decompressobj()
     data = inflater.decompress(raw, PAYLOAD_BYTES)
@@ -283,7 +285,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
     def _entry(self, job_id: bytes) -> RqJob | None:
         """RQ's job of that id; of its entry only `data` is ever read. Nonsense is thrown away."""
         text = job_id.decode(errors="replace")
-        if not _JOB_ID.match(text):
+        if not _JOB_ID.fullmatch(text):  # match() with $ takes a newline at the end
             log.error("job.refused", job_id=text[:80], reason="not an id that Ralf gives")
             self.metrics.refused.inc()
             self.connection.lrem(self.queue.intermediate_queue_key, 0, job_id)
