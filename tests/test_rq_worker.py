@@ -1,5 +1,6 @@
 """Workers as real processes on a real Redis: whatever dies, each job has one end."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -441,6 +442,24 @@ def test_a_child_killed_in_the_middle_of_a_job_is_replaced(service: Service):
     status = service.reaches(job_id, "succeeded", "quarantined")
 
     assert (status.state, status.attempts) == ("succeeded", 2)
+
+
+def test_a_child_killed_from_outside_is_not_blamed_on_its_file(service: Service, tmp_path: Path):
+    """Another tenant may have the same bytes; and a quick success clears what they were blamed."""
+    (tmp_path / "clip.mp4").write_bytes(b"x" * 321)
+    media = Media(uri=f"file://{tmp_path}/clip.mp4")
+    files = f"{service.store.prefix}crashes:workers:*"
+    job_id = service.submit("hold_file", "hold:/no/such/file", media=media)
+    service.runs(job_id)
+    os.kill(service.child(), signal.SIGKILL)
+    status = service.reaches(job_id, "succeeded", "quarantined")
+    assert (status.state, status.attempts) == ("succeeded", 2)
+    assert service.redis.keys(files) == []
+
+    sha = hashlib.sha256(b"x" * 321).hexdigest()
+    service.redis.sadd(service.store.key("crashes", "workers", sha), "another-worker")
+    service.reaches(service.submit("weigh", media=media), "succeeded")
+    assert service.redis.keys(files) == []
 
 
 def test_a_worker_killed_in_the_middle_of_a_job_loses_nothing(make: Callable[..., Service]):

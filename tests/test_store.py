@@ -14,6 +14,7 @@ from rq.serializers import JSONSerializer
 
 from ralf.worker.contract import Callback, EvidencePolicy, Media, Progress, SessionPart
 from ralf.worker.service.deliver import Outbox
+from ralf.worker.service.janitor import Janitor
 from ralf.worker.service.records import Claim
 from ralf.worker.service.store import Store, connect
 from ralf.worker.settings import Settings
@@ -465,11 +466,13 @@ class TestCrash:
         assert outcomes == ["retried", "retried", "quarantined"]
 
     def test_a_file_is_counted_across_jobs(self, store):
-        """The same bytes under another token; the first job is then not run again either."""
+        """The same bytes under another token in another worker; neither job is run again."""
         store.submit([a_job("1"), a_job("2")])
         outcomes = [
-            store.crashed(claim(store), code="decoder_crashed", message="", file_sha="f" * 64)
-            for _ in range(2)
+            store.crashed(
+                claim(store, worker=worker), code="decoder_crashed", message="", file_sha="f" * 64
+            )
+            for worker in ("w1", "w2")
         ]
 
         assert outcomes == ["retried", "quarantined"]
@@ -477,17 +480,70 @@ class TestCrash:
         assert store.status("j1").state == "quarantined"
 
     def test_success_clears_the_count(self, store, redis):
-        """The file was not to blame."""
+        """The file was not to blame; its hash comes with the verdict, whether or not a beat did."""
         store.submit([a_job()])
-        store.crashed(claim(store), code="worker_lost", message="", file_sha="f" * 64)
+        store.crashed(claim(store), code="decoder_crashed", message="", file_sha="f" * 64)
         before = redis.keys("ralf:crashes:*")
-        store.end(claim(store), a_verdict())
+        redis.hset("ralf:job:j1", "file_sha", "")
+        store.end(claim(store), a_verdict(), file_sha="f" * 64)
 
         assert (len(before), redis.keys("ralf:crashes:*")) == (2, [])
 
+    def test_one_worker_alone_blocks_no_file(self, store):
+        """Its machine may be to blame: another tenant's job with the same bytes has its tries."""
+        store.submit([a_job("1"), a_job("2", tenant="other")])
+        for _ in range(2):
+            running = claim(store)
+            outcome = store.crashed(running, code="decoder_crashed", message="", file_sha="f" * 64)
+
+        assert (running.job_id, outcome) == ("j2", "retried")
+
+    def test_a_child_killed_from_outside_blames_no_file(self, store, redis):
+        """The job is counted, since it may be what uses the memory up; the bytes are not."""
+        store.submit([a_job("1"), a_job("2", tenant="other")])
+        outcomes = [
+            store.crashed(
+                claim(store, worker=worker),
+                code="decoder_crashed",
+                message="the child died of SIGKILL",
+                file_sha="f" * 64,
+                blame_file=False,
+            )
+            for worker in ("w1", "w2")
+        ]
+
+        assert outcomes == ["retried", "retried"]
+        assert redis.keys("ralf:crashes:workers:*") == []
+
+    def test_a_lost_worker_blames_no_file(self, store, redis):
+        """A machine that lost its power says nothing about the clip."""
+        store.submit([a_job()])
+        running = claim(store, now=1000.0)
+        store.beat(running, file_sha="f" * 64, now=1000.0)
+        Janitor(store, store.settings).run_once(now=1000.0)
+        Janitor(store, store.settings).run_once(now=1100.0)
+        Janitor(store, store.settings).run_once(now=1200.0)
+
+        assert store.status("j1").state == "queued"
+        assert redis.keys("ralf:crashes:*") == [b"ralf:crashes:job:j1"]
+
+    def test_a_hash_that_was_only_claimed_is_not_charged(self, store, redis):
+        """Else one tenant could have another's file put into quarantine, unseen."""
+        theirs = Media(uri="https://evil.example/a", sha256="e" * 64)
+        store.submit([a_job(tenant="evil", media=theirs)])
+        for worker in ("w1", "w2"):
+            running = claim(store, worker=worker)
+            store.crashed(running, code="decoder_crashed", message="")
+        own = Media(uri="https://a.b/c", sha256="e" * 64)
+        store.submit([a_job("own", tenant="honest", media=own)])
+
+        assert store.status("j1").state == "quarantined"
+        assert redis.keys("ralf:crashes:workers:*") == []
+        assert claim(store).job_id == "jown"
+
     def test_a_file_known_to_crash_is_not_run(self, store, redis):
         """When the client named its hash."""
-        redis.set(f"ralf:crashes:file:{'e' * 64}", 2)
+        redis.sadd(f"ralf:crashes:workers:{'e' * 64}", "w1", "w2")
         store.submit([a_job(media=Media(uri="https://a.b/c", sha256="e" * 64))])
 
         assert store.begin(pop(store), "w") is None

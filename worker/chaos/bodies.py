@@ -131,6 +131,11 @@ def hold(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     return blank_verdict(task), Evidence()
 
 
+def hold_file(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
+    """Holds as above, with a file that was fetched; only at its first attempt."""
+    return hold(task, parts) if task.run.attempt <= 1 else trivial(task, parts)
+
+
 def hold_analysis(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     """Analyses the clip; its first attempt waits half-way for the file in its tag, as hold does."""
     release = Path((task.job.tag or "").partition(":")[2])
@@ -208,13 +213,14 @@ _LEAKED: list[bytearray] = []
 
 BODIES: dict[str, Body] = {
     PREFIX + work.__name__: Body(
-        work, fetches=work in (weigh, hold_analysis), heavy=work is hold_analysis
+        work, fetches=work in (weigh, hold_file, hold_analysis), heavy=work is hold_analysis
     )
     for work in (
         *(
             trivial,
             weigh,
             hold,
+            hold_file,
             hold_analysis,
             sleep,
             sleep_once,

@@ -89,6 +89,8 @@ class ChildProcess:
         self.pid = 0
         self.jobs_done = 0
         self.first_rss = 0
+        self.exit_code: int | None = None
+        """Of the last child; None where it is not known."""
         self._process: subprocess.Popen[bytes] | None = None
         self._info: psutil.Process | None = None
         """Memory, processor time and the right process to kill, whoever spawned it."""
@@ -281,7 +283,7 @@ class ChildProcess:
             self._connection.close()
             self._connection = None
         self.ready = None
-        status = "left"
+        status, self.exit_code = "left", None
         if self.shared:
             self._leave_running()
         elif self._process is not None:
@@ -290,12 +292,21 @@ class ChildProcess:
             except subprocess.TimeoutExpired:
                 self.kill()
                 code = self._process.wait()
+            self.exit_code = code
             status = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
             if self._reader is not None:
                 self._reader.join(READ_OUT_S)
             self._process = self._reader = None
         self.pid, self._info = 0, None
         return status
+
+    @property
+    def may_blame_file(self) -> bool:
+        """Whether the last child's death can be due to the file that it was reading.
+
+        SIGKILL comes from outside: an operator, or the kernel when the machine's memory is full.
+        """
+        return self.exit_code not in (None, -signal.SIGKILL)
 
     def last_output(self) -> str:
         """The end of the child's stderr."""
@@ -316,8 +327,10 @@ class ChildProcess:
     def _leave_running(self) -> None:
         """A shared child outlives this parent's connection: it is only reaped later."""
         if self._process is not None:
-            _LEFT_RUNNING.append(self._process.pid)
-            self._process.returncode = 0  # or Popen complains that nobody waits
+            self.exit_code = self._process.poll()
+            if self.exit_code is None:
+                _LEFT_RUNNING.append(self._process.pid)
+                self._process.returncode = 0  # or Popen complains that nobody waits
             self._process = None
 
 

@@ -81,6 +81,8 @@ class RunResult:
     alone: bool = True
     verdict: Verdict | None = field(default=None, repr=False)
     evidence: Evidence | None = field(default=None, repr=False)
+    blame_file: bool = True
+    """A crash may be due to the file's bytes, and not only to this worker or its machine."""
     file_sha: str | None = None
     fetch_s: float = 0.0
     total_s: float = 0.0
@@ -338,7 +340,8 @@ class JobRun:
         if self._times.started is None:
             return RunResult("hand_back", "child_left", f"the child {how} before the job's turn")
         why = f"the child {how} in the middle of the job"
-        return self._crash(why, detail=self.child.last_output())
+        crash = self._crash(why, detail=self.child.last_output())
+        return replace(crash, blame_file=self.child.may_blame_file)
 
     def _wait(self, *, listen: bool) -> list[messages.Message] | None:
         """Until something happens, or TURN_S is over; None: the child has gone."""

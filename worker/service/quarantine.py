@@ -38,7 +38,7 @@ class Quarantine:
         if entry is None:
             return None
         if entry.file_sha:
-            self.redis.delete(self.store.key("crashes", "file", entry.file_sha))
+            self.redis.delete(self.store.key("crashes", "workers", entry.file_sha))
         again = entry.job.model_copy(
             update={"job_id": uuid.uuid4().hex, "token": f"retry:{job_id}", "deadline": None}
         )

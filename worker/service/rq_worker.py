@@ -127,7 +127,9 @@ def store_result(store: Store, claim: Claim, result: RunResult) -> str:
     match result.kind:
         case "verdict":
             assert result.verdict is not None
-            ended = store.end(claim, result.verdict, evidence=result.evidence)
+            ended = store.end(
+                claim, result.verdict, evidence=result.evidence, file_sha=result.file_sha
+            )
             return "succeeded" if ended else "lost"
         case "failure":
             return END_BY_CODE.get(result.code, "failed") if store.end(claim, failure) else "lost"
@@ -141,6 +143,7 @@ def store_result(store: Store, claim: Claim, result: RunResult) -> str:
                 detail=result.detail,
                 alone=result.alone,
                 file_sha=result.file_sha,
+                blame_file=result.blame_file,
             )
             return "crashed" if outcome == "retried" else outcome
         case "hand_back":

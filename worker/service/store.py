@@ -21,7 +21,7 @@ to those that only they use.
 The keys, under settings.redis_prefix: token:TENANT:TOKEN, job:ID, verdict:ID, evidence:ID,
 pending:PRIORITY:TENANT, turn:PRIORITY (tenants in turn), waiting:PRIORITY and running:PRIORITY
 (zsets of queued and running jobs), due, deadlines, popped, verdicts (stream), outbox, dead,
-delivery:ID, endpoints:disabled, crashes:job:ID, crashes:file:SHA, quarantine, session:TENANT:ID,
+delivery:ID, endpoints:disabled, crashes:job:ID, crashes:workers:SHA, quarantine, session:TENANT:ID,
 sessions:changed, swept; channel watch:ID.  Beside them RQ's own: rq:job:ID and
 rq:queue:ralf-PRIORITY hold an id and a function's name, as JSON; the job itself is in our keys.
 
@@ -217,7 +217,7 @@ class Store:
                 attempts=int(attempts),
             )
             text = failure.model_dump_json()
-            self.call("finish", now, job_id, nonce, "failed", text, text, "", "", "")
+            self.call("finish", now, job_id, nonce, "failed", text, text, "", "", "", "")
             return None
         return Claim(job, int(attempts), int(retries), run_alone == b"1", worker, nonce)
 
@@ -254,6 +254,7 @@ class Store:
         outcome: Verdict | Failure,
         *,
         evidence: Evidence | None = None,
+        file_sha: str | None = None,
         now: float | None = None,
     ) -> bool:
         """The job's one end; False, and nothing changed, when it had ended or the claim is void.
@@ -270,7 +271,8 @@ class Store:
             text = outcome.model_copy(update={"attempts": claim.attempt}).model_dump_json()
             state = END_BY_CODE.get(outcome.code, "failed")
             arguments = (state, text, text, "", "", "")
-        ended = bool(self.call("finish", now, claim.job_id, claim.nonce, *arguments))
+        names = (claim.job_id, claim.nonce)
+        ended = bool(self.call("finish", now, *names, *arguments, file_sha or ""))
         if ended and job.session is not None:
             # If the fold fails the end still stands: the session stays marked for the janitor.
             with suppress(exceptions.RedisError):
@@ -305,9 +307,14 @@ class Store:
         detail: str = "",
         alone: bool = True,
         file_sha: str | None = None,
+        blame_file: bool = True,
         now: float | None = None,
     ) -> Outcome:
-        """Count a crash that the job was alone with, and retry it alone or quarantine it."""
+        """Count a crash that the job was alone with, and retry it alone or quarantine it.
+
+        file_sha: the hash that the worker computed.  blame_file: the crash may be due to the bytes
+        and counts against them in every tenant's jobs.
+        """
         return self._outcome(
             "crashed",
             now,
@@ -318,6 +325,7 @@ class Store:
             detail[-DETAIL_BYTES:],
             _flag(alone),
             file_sha or "",
+            _flag(blame_file),
         )
 
     def refill(self, priority: Priority) -> int:

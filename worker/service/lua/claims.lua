@@ -4,7 +4,7 @@
 local op = {}
 
 function op.submit(now, id, body, document, tenant, priority, token, tag, callback, session,
-                   deadline, created, name, file_sha)
+                   deadline, created, name, claimed_sha)
   local token_key = P .. 'token:' .. tenant .. ':' .. token
   local stored = redis.call('HMGET', token_key, 'job_id', 'body')
   if stored[1] then
@@ -18,7 +18,7 @@ function op.submit(now, id, body, document, tenant, priority, token, tag, callba
   redis.call('HSET', job_key(id), 'state', 'queued', 'document', document, 'tenant', tenant,
     'priority', priority, 'token', token, 'tag', tag, 'callback', callback, 'session', session,
     'deadline', deadline, 'submitted_at', now, 'created', created, 'function', name,
-    'file_sha', file_sha, 'attempts', 0, 'retries', 0)
+    'claimed_sha', claimed_sha, 'attempts', 0, 'retries', 0)
   redis.call('ZADD', P .. 'waiting:' .. priority, now, id)
   if deadline ~= '' then redis.call('ZADD', P .. 'deadlines', deadline, id) end
   enqueue({id = id, tenant = tenant, priority = priority, created = created, worker = '',
@@ -41,10 +41,10 @@ function op.begin(now, id, claim, worker, alone)
     if job.state ~= 'queued' or tickets == 0 then return false end
     refill(job.priority)
     if too_late(job, now) then return false end
-    local crashes = job.file_sha ~= '' and redis.call('GET', P .. 'crashes:file:' .. job.file_sha)
-    if crashes and tonumber(crashes) >= C.quarantine_after then
-      quarantine(job, now, 'decoder_crashed', 'this file crashed ' .. crashes ..
-        ' times in other jobs; `ralf quarantine retry` clears its count')
+    local crashed = workers_crashed(job.file_sha ~= '' and job.file_sha or job.claimed_sha)
+    if crashed >= C.quarantine_after then
+      quarantine(job, now, 'decoder_crashed', 'this file crashed ' .. crashed ..
+        ' workers in other jobs; `ralf quarantine retry` clears its count')
       return false
     end
     job.attempts, job.worker = redis.call('HINCRBY', job_key(id), 'attempts', 1), worker
@@ -72,9 +72,10 @@ function op.beat(now, id, claim, alone, file_sha, progress, partial)
 end
 
 -- `end` is a word of Lua.
-function op.finish(now, id, claim, state, facts, failure, verdict, evidence, digest)
+function op.finish(now, id, claim, state, facts, failure, verdict, evidence, digest, file_sha)
   local job = held(id, claim)
   if not job then return 0 end
+  if file_sha and file_sha ~= '' then job.file_sha = file_sha end
   local function given(text) return text ~= '' and text end
   finish(job, now, state, facts, given(failure), given(verdict), given(evidence), digest)
   return 1
@@ -95,15 +96,12 @@ function op.retry(now, id, claim, delay, failure)
   return requeue(job, now, tonumber(delay))
 end
 
-function op.crashed(now, id, claim, code, message, detail, alone, file_sha)
+function op.crashed(now, id, claim, code, message, detail, alone, file_sha, blame_file)
   local job = held(id, claim)
   if not job then return 'lost' end
-  if file_sha ~= '' then
-    job.file_sha = file_sha
-    redis.call('HSET', job_key(id), 'file_sha', file_sha)
-  end
+  note_file(job, file_sha)
   job.alone = alone
-  return crash(job, now, code, message, detail)
+  return crash(job, now, code, message, detail, blame_file == '1')
 end
 
 function op.cancel(now, id)

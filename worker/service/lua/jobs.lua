@@ -11,7 +11,7 @@
 local P = C.prefix
 local FIELDS = {'state', 'tenant', 'priority', 'token', 'tag', 'callback', 'session', 'claim',
   'attempts', 'retries', 'worker', 'cancel', 'deadline', 'file_sha', 'alone', 'run_alone',
-  'crashes', 'submitted_at', 'created', 'function'}
+  'crashes', 'submitted_at', 'created', 'function', 'claimed_sha'}
 
 local function job_key(id) return P .. 'job:' .. id end
 local function queue_key(priority) return 'rq:queue:' .. C.queue .. priority end
@@ -172,7 +172,7 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
   if evidence then redis.call('SET', P .. 'evidence:' .. id, evidence, 'EX', C.evidence_ttl) end
   if state == 'succeeded' then
     redis.call('DEL', P .. 'crashes:job:' .. id)
-    if job.file_sha ~= '' then redis.call('DEL', P .. 'crashes:file:' .. job.file_sha) end
+    if job.file_sha ~= '' then redis.call('DEL', P .. 'crashes:workers:' .. job.file_sha) end
   end
   post(event, callback, job.tenant, id, text, now)
   if part then store_segment(job, part, now, digest, not verdict and data.code) end
@@ -221,7 +221,8 @@ end
 
 local function quarantine(job, now, code, message)
   local entry = cjson.encode({job_id = job.id,
-    tenant = job.tenant, code = code, message = message, at = now, file_sha = job.file_sha,
+    tenant = job.tenant, code = code, message = message, at = now,
+    file_sha = job.file_sha ~= '' and job.file_sha or job.claimed_sha,
     attempts = tonumber(job.attempts) or 0,
     document = redis.call('HGET', job_key(job.id), 'document'),
     crashes = decoded(job.crashes) or cjson.null})
@@ -230,14 +231,33 @@ local function quarantine(job, now, code, message)
   return ended
 end
 
-local function count_crash(key)
-  local count = redis.call('INCR', key)
-  redis.call('EXPIRE', key, C.crash_ttl)
-  return count
+-- The hash of the bytes as the worker computed it; what a client claims is charged for nothing.
+local function note_file(job, file_sha)
+  if file_sha == '' or file_sha == job.file_sha then return end
+  job.file_sha = file_sha
+  redis.call('HSET', job_key(job.id), 'file_sha', file_sha)
+end
+
+-- How many workers this file's bytes have crashed; one alone may have a broken machine.
+local function workers_crashed(file_sha)
+  if file_sha == '' then return 0 end
+  return redis.call('SCARD', P .. 'crashes:workers:' .. file_sha)
+end
+
+local function count_crash(job, blame_file)
+  local of_job = P .. 'crashes:job:' .. job.id
+  local count = redis.call('INCR', of_job)
+  redis.call('EXPIRE', of_job, C.crash_ttl)
+  if not blame_file or job.file_sha == '' then return count end
+  local of_file = P .. 'crashes:workers:' .. job.file_sha
+  redis.call('SADD', of_file, job.worker)
+  redis.call('EXPIRE', of_file, C.crash_ttl)
+  return math.max(count, workers_crashed(job.file_sha))
 end
 
 -- A crash counts when the job was alone in its child, or was to run alone.
-local function crash(job, now, code, message, detail)
+-- blame_file: the bytes may be the cause, and other jobs with them are counted together.
+local function crash(job, now, code, message, detail, blame_file)
   local log = decoded(job.crashes) or {}
   log[#log + 1] = {code = code, message = message, detail = detail, at = now,
     worker = job.worker, attempt = tonumber(job.attempts), alone = job.alone == '1'}
@@ -245,10 +265,7 @@ local function crash(job, now, code, message, detail)
   job.crashes = cjson.encode(log)
   redis.call('HSET', job_key(job.id), 'crashes', job.crashes, 'run_alone', '1')
   if job.alone == '1' or job.run_alone == '1' then
-    local count = count_crash(P .. 'crashes:job:' .. job.id)
-    if job.file_sha ~= '' then
-      count = math.max(count, count_crash(P .. 'crashes:file:' .. job.file_sha))
-    end
+    local count = count_crash(job, blame_file)
     if count >= C.quarantine_after then return quarantine(job, now, code, message) end
   end
   return requeue(job, now, 0)

@@ -38,7 +38,7 @@ function op.lost(now)
       if job and job.state == 'running' then
         -- One job that cannot be moved must not keep the others from being found.
         local ok, outcome = pcall(crash, job, now, 'worker_lost', 'worker ' .. job.worker ..
-          ' sent no heartbeat for ' .. C.lease .. ' s', '')
+          ' sent no heartbeat for ' .. C.lease .. ' s', '', false)
         report[#report + 1] = id
         report[#report + 1] = ok and outcome or 'stuck'
       else
