@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ralf.__main__ import main
+from ralf.worker.cli import scan as scan_module
 from ralf.worker.contract import Verdict
 from tests.hostile import REFUSED
 
@@ -225,6 +227,28 @@ def test_no_accident_looks_like_a_forged_verdict(
     code, said = ending
     assert code == scan(clip_of_none)
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_an_error_in_ralf_itself_does_not_stop_the_other_files(
+    clip_of_none: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The first file meets a bug; the second gets its verdict, and the exit code says 5."""
+    analyze, calls = scan_module.analyze, []
+
+    def fail_once(*given: Any, **options: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 1:
+            raise IndexError("list index out of range")
+        return analyze(*given, **options)
+
+    monkeypatch.setattr(scan_module, "analyze", fail_once)
+
+    code = scan(clip_of_none, clip_of_none, "--json")
+    said = capsys.readouterr()
+
+    assert 5 == code
+    assert 1 == len(said.out.splitlines())
+    assert "none.mp4: an error in Ralf itself: list index out of range" in said.err
 
 
 def test_a_missing_model_is_infrastructure(clip_of_none: Path, capsys: pytest.CaptureFixture[str]):

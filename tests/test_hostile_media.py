@@ -165,3 +165,35 @@ def test_noise_after_a_good_beginning_is_survived(tmp_path: Path, seed: int):
         with suppress(Rejected):
             clip = Clip(probe(bad, SETTINGS), Sampling(max_frames=4))
             assert list(PyavDecoder().decode([clip]))
+
+
+def test_one_flipped_bit_in_a_packets_pid_costs_only_its_picture(tmp_path: Path):
+    """PyAV raises IndexError for a packet of a stream that MPEG-TS did not announce."""
+    path = make_clip(tmp_path / "clip.ts", 50)
+    data = bytearray(path.read_bytes())
+    whole = probe(path, SETTINGS)
+    video = [at for at in range(0, len(data), 188) if data[at + 1 : at + 3] == b"A\0"]
+    data[video[len(video) // 2] + 1] ^= 4  # PID 256 becomes 1280
+    path.write_bytes(data)
+
+    found = probe(path, SETTINGS)
+    clip = Clip(found, Sampling(mode="uniform", max_frames=10))
+    frames = list(PyavDecoder(threads=1).decode([clip]))
+
+    assert found.frame_count >= whole.frame_count - 1
+    assert sum(len(part) for part in frames) >= 9
+
+
+def test_packets_of_unannounced_streams_without_end_are_a_break(tmp_path: Path):
+    """A file of nothing else is given up, at once and by name."""
+    path = make_clip(tmp_path / "clip.ts", 50)
+    data = bytearray(path.read_bytes())
+    first = next(at for at in range(0, len(data), 188) if data[at + 1 : at + 3] == b"A\0")
+    stray = bytearray(data[first : first + 188])
+    stray[1:3] = b"E\0"
+    path.write_bytes(bytes(data) + bytes(stray) * 20_000 + bytes(data[188 * 3 :]))
+
+    found = probe(path, SETTINGS)
+
+    assert found.frame_count == 50
+    assert [text for text in found.warnings if text.startswith("broken_clip")]

@@ -6,6 +6,7 @@ One bad file does not stop the others; the exit code is the worst that happened.
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ralf.kernels.atomic_files import replace_text
 from ralf.kernels.manifest import Finder
 from ralf.worker import telemetry
 from ralf.worker.contract import Evidence, EvidencePolicy, Sampling, Verdict, dump
-from ralf.worker.errors import JobError
+from ralf.worker.errors import JobError, RalfError
 from ralf.worker.page.page import page
 from ralf.worker.pipeline import Ask, Partial, analyze
 from ralf.worker.runtime import Parts, load
@@ -57,6 +58,13 @@ def run(args: argparse.Namespace) -> int:
         except JobError as error:
             print(f"ralf: {shown_name(file)}: {error.code}: {error}", file=sys.stderr)
             worst = max(worst, 4)
+            continue
+        except Exception as error:
+            if isinstance(error, RalfError | OSError):  # not the file's fault: the next would fail
+                raise
+            traceback.print_exc()
+            print(f"ralf: {shown_name(file)}: an error in Ralf itself: {error}", file=sys.stderr)
+            worst = 5
             continue
         verdict = verdict.model_copy(update={"tag": shown_name(file.name)})
         _show(file, verdict, as_json=args.json)

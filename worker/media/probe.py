@@ -45,6 +45,8 @@ FIRST_FRAME_PACKETS = 300
 """Packets from the first keyframe on within which one picture must decode."""
 RETRIES = 8
 """Read errors that the pass survives, before it gives up the rest of the file."""
+STRAY_PACKETS = 1000
+"""Packets of streams that the file did not announce; more of them count as read errors."""
 JUMP_BACK_S = 1.0
 """Decoding times never go back; by more than this, another recording was appended."""
 JUMP_ON_S = 3600.0
@@ -278,6 +280,7 @@ def packets(container: Any, stream: Any, on_error: Any) -> Any:
 
     To a decoder an empty packet means the end of the stream, so empty ones are skipped.
     """
+    strays = 0
     while True:
         try:
             for packet in container.demux(stream):
@@ -286,6 +289,12 @@ def packets(container: Any, stream: Any, on_error: Any) -> Any:
             return
         except av.FFmpegError as error:
             if not on_error(error):
+                return
+        except IndexError as error:
+            # PyAV's answer to a packet of a stream that began after the file was opened, such as
+            # an MPEG-TS packet with a flipped bit in its PID.  Reading on skips this packet alone.
+            strays += 1
+            if strays > STRAY_PACKETS and not on_error(error):
                 return
 
 
