@@ -190,8 +190,8 @@ def say(text: str) -> None:
 
 def size_mb(path: Path) -> int:
     """Megabytes on disk, each file counted once."""
-    told = subprocess.run(["du", "-sxm", path], capture_output=True, text=True, check=True)
-    return int(told.stdout.split()[0])
+    ran = subprocess.run(["du", "-sxm", path], capture_output=True, text=True, check=True)
+    return int(ran.stdout.split()[0])
 
 
 def free_port() -> int:
@@ -295,7 +295,7 @@ def serve_a_job(images: Images, clip: Path, folder: Path) -> dict[str, object]:
                 "client", "submit", "file:///uploads/clip.mp4", "--wait", str(PATIENCE_S)
             )
             asked = time.monotonic()
-            told = subprocess.run(
+            ran = subprocess.run(
                 images.container(
                     "client",
                     submit,
@@ -306,9 +306,9 @@ def serve_a_job(images: Images, clip: Path, folder: Path) -> dict[str, object]:
                 text=True,
                 check=False,
             )
-            if told.returncode:
-                raise SystemExit(f"submit exited {told.returncode}: {told.stderr[-2000:]}")
-            verdict = json.loads(told.stdout)
+            if ran.returncode:
+                raise SystemExit(f"submit exited {ran.returncode}: {ran.stderr[-2000:]}")
+            verdict = json.loads(ran.stdout)
             verdict_s = time.monotonic() - asked
         finally:
             exit_code = drain(worker)

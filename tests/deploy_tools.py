@@ -33,12 +33,12 @@ def tool(name: str) -> str:
 def run(name: str, *arguments: str | Path, cwd: Path = ROOT) -> str:
     """Run the program and return its output; raises AssertionError with it when it fails."""
     program = tool(name)
-    told = subprocess.run(
+    ran = subprocess.run(
         [program, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
         env={**os.environ, "PATH": SEARCHED},
     )
-    assert told.returncode == 0, f"{name} {arguments}: {told.stdout[-3000:]}{told.stderr[-3000:]}"
-    return told.stdout
+    assert ran.returncode == 0, f"{name} {arguments}: {ran.stdout[-3000:]}{ran.stderr[-3000:]}"
+    return ran.stdout

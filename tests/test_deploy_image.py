@@ -193,8 +193,8 @@ def test_scripts_can_be_run_and_parse():
 
 def test_the_proof_asks_for_root_before_it_does_anything():
     """--help works for every user and starts nothing."""
-    told = subprocess.run(
+    ran = subprocess.run(
         [sys.executable, DEPLOY / "prove_image.py", "--help"], capture_output=True, text=True
     )
-    assert told.returncode == 0
-    assert "--work" in told.stdout
+    assert ran.returncode == 0
+    assert "--work" in ran.stdout

@@ -60,14 +60,14 @@ def test_a_job_from_node_is_a_job_like_any_other(redis_url: str, address: str, s
         assert claim is not None
         verdict = a_verdict([a_track([0.9, 0.95])]).model_copy(update={"job_id": claim.job_id})
         store.end(claim, verdict)
-        told = json.loads(client.stdout.readline())
+        answer = json.loads(client.stdout.readline())
         code = client.wait(60)
     again = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
     assert (made["state"], made["existing"], code) == ("queued", False, 0)
     assert json.loads(entry[b"data"]) == [store.function, None, [made["job_id"]], {}]
     assert (claim.job.media.uri, claim.job.token) == (URI, "upload-42")
-    assert told["label"] == verdict.label
+    assert answer["label"] == verdict.label
     assert json.loads(again[0]) == {
         "job_id": made["job_id"],
         "state": "succeeded",
@@ -134,11 +134,11 @@ def test_node_believes_only_what_the_secret_signed(change: dict[str, str], code:
     }
     headers |= {name: value for name, value in change.items() if name in headers}
     old = "whsec_" + base64.b64encode(b"old").decode()
-    told = subprocess.run(
+    ran = subprocess.run(
         node(VERIFY),
         input=json.dumps({"headers": headers, "body": change.get("body", body)}),
         text=True,
         env={**os.environ, "WEBHOOK_SECRETS": change.get("secrets", f"{old} {secret}")},
     )
 
-    assert told.returncode == code
+    assert ran.returncode == code

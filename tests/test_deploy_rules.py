@@ -42,7 +42,7 @@ SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), 
 
 def dashboard_queries() -> list[str]:
     """Every query of the dashboard."""
-    return [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
+    return [target["expr"] for chart in DASHBOARD["panels"] for target in chart.get("targets", ())]
 
 
 def scaling_queries() -> list[str]:
