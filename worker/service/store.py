@@ -83,7 +83,7 @@ PAGE = 500
 
 
 def connect(url: str, *, attempts: int = 10) -> Redis:
-    """A client that waits out a restart of Redis of some ten seconds.
+    """A client that waits out a restart or a fail-over of Redis of some ten seconds.
 
     It sends a command again when the answer was lost, so every operation here may run twice.
     """
@@ -95,6 +95,8 @@ def connect(url: str, *, attempts: int = 10) -> Redis:
             exceptions.ConnectionError,
             exceptions.TimeoutError,
             exceptions.BusyLoadingError,
+            # After a fail-over this connection leads to what is now a replica: connect again.
+            exceptions.ReadOnlyError,
         ],
         health_check_interval=30,
     )

@@ -13,7 +13,8 @@ function op.submit(now, id, body, document, tenant, priority, token, tag, callba
       return {stored[2] == body and 'existing' or 'conflict', stored[1], old[1], old[2]}
     end
   end
-  redis.call('HSET', token_key, 'job_id', id, 'body', body)
+  local refused = refused_write('HSET', token_key, 'job_id', id, 'body', body)
+  if refused then return refused end
   redis.call('PERSIST', token_key)
   redis.call('HSET', job_key(id), 'state', 'queued', 'document', document, 'tenant', tenant,
     'priority', priority, 'token', token, 'tag', tag, 'callback', callback, 'session', session,

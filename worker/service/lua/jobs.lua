@@ -26,6 +26,17 @@ local function load_job(id)
   return job
 end
 
+-- A script's first write, done in a way that shows the client Redis' plain error: after a fail-over
+-- READONLY tells it to connect again, and Redis 6 hides that word in the text of a script's error.
+local function refused_write(...)
+  local reply = redis.pcall(...)
+  if type(reply) ~= 'table' or not reply.err then return nil end
+  if string.find(reply.err, 'READONLY', 1, true) then
+    return redis.error_reply('READONLY this Redis is a replica now')
+  end
+  return reply
+end
+
 local function notify(id, state) redis.call('PUBLISH', P .. 'watch:' .. id, state) end
 
 -- What RQ's dequeue and `rq info` read; written again when it is gone.

@@ -205,5 +205,8 @@ if not now then
 end
 -- With Redis' memory full only submissions are refused, and running jobs may end: Redis stops a script
 -- at a write that needs memory only while the script has written nothing. DEL needs no memory.
-if ARGV[1] ~= 'submit' then redis.call('DEL', P .. 'nothing') end
+if ARGV[1] ~= 'submit' then
+  local refused = refused_write('DEL', P .. 'nothing')
+  if refused then return refused end
+end
 return op[ARGV[1]](now, unpack(ARGV, 3))
