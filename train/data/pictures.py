@@ -122,9 +122,9 @@ class Pictures:
         for file, names in wanted.items():
             with np.load(file) as packed:
                 points = packed["points_eighth_px"].astype(np.float32) / 8
-                for place, name in enumerate(packed["files"].tolist()):
+                for row, name in enumerate(packed["files"].tolist()):
                     if name in names:
-                        found[names[name]] = points[place]
+                        found[names[name]] = points[row]
         return found
 
     def _hold(

@@ -56,8 +56,7 @@ def _noise(image: Image, variance: float, rng: np.random.Generator) -> Image:
     """Gaussian noise of this variance (values 0 to 1) on luma and both colour differences."""
     planes = image.astype(np.float32) / 255 @ _TO_YCC.T
     planes += np.float32(np.sqrt(variance)) * rng.standard_normal(planes.shape, np.float32)
-    noisy: Pixels = planes @ _FROM_YCC.T * np.float32(255)
-    return to_u8(noisy)
+    return to_u8((planes @ _FROM_YCC.T * np.float32(255)).astype(np.float32, copy=False))
 
 
 def _blur(image: Image, size: float, _rng: np.random.Generator) -> Image:

@@ -124,8 +124,9 @@ def embedding_figure(features: NDArray[np.floating], names: Sequence[str], seed:
     axes = figure.subplots()
     for number, name in enumerate(sorted(set(names), key=lambda name: (name != "real", name))):
         own = np.array([each == name for each in names])
+        across, up = flat[own].T
         axes.scatter(
-            *flat[own].T, s=14, label=name, alpha=0.8, linewidths=0,
+            across, up, s=14, label=name, alpha=0.8, linewidths=0,
             color=PALETTE[number % len(PALETTE)], marker=MARKS[number % len(MARKS)],
         )  # fmt: skip
     axes.set(xticks=[], yticks=[])

@@ -102,7 +102,7 @@ def reliability(
     """Mean probability, share forged and weight in each bin of equal width; unweighted: number."""
     weight = np.ones(len(forged)) if weight is None else weight
     place = np.clip((probability * bins).astype(int), 0, bins - 1)
-    number = np.bincount(place, weight, bins)
+    number: Floats = np.bincount(place, weight, bins).astype(np.float64)
     with np.errstate(invalid="ignore"):
         said = np.bincount(place, weight * probability, bins) / number
         true = np.bincount(place, weight * forged, bins) / number
@@ -138,7 +138,8 @@ def ece_by_chance(
 
 def at_even_odds(forged: Bools) -> Floats:
     """A weight for each row, so that all reals together weigh as much as all forgeries."""
-    return np.where(forged, 0.5 / max(1, forged.sum()), 0.5 / max(1, (~forged).sum()))
+    weight: Floats = np.where(forged, 0.5 / max(1, forged.sum()), 0.5 / max(1, (~forged).sum()))
+    return weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,7 +63,7 @@ def write_page(
             makers.append(("The learnt mask", lambda: mask_figure(mask)))
         else:
             left_out.append("mask: the network has none")
-        batches = list(crops.split(16))
+        batches = list(torch.split(crops, 16))
         if len(crops) >= 8:
             whole = lambda: embedding_figure(features_of(network, batches), names)  # noqa: E731
             makers.append(("Embedding, t-SNE", whole))

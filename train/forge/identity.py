@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ralf.train.forge.landmarks import FaceGeometry, fill, grown
+from ralf.train.forge.landmarks import FaceGeometry, Region, fill, grown
 from ralf.train.forge.manipulations import expression, smoothed
-from ralf.train.forge.pixels import Image, Pixels, blur, grid, remap, smooth_field, to_u8
+from ralf.train.forge.pixels import Image, Kernel, Pixels, blur, grid, remap, smooth_field, to_u8
 
 
 def as_another_person(
@@ -48,7 +48,7 @@ def change_features(
     bend = smooth_field(rng, height, width, cells=int(rng.integers(3, 7)), amplitude=amplitude)
     if speaks:
         bend = bend + expression(face, height, width, rng, eyes=0.05)
-    kernel = "bicubic" if rng.random() < 0.5 else "bilinear"
+    kernel: Kernel = "bicubic" if rng.random() < 0.5 else "bilinear"
     return remap(image, grid(height, width) + bend, kernel), face.moved(bend)
 
 
@@ -74,14 +74,16 @@ def light_face(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> P
     reach = rng.uniform(1.0, 2.2, 2) * face.eye_distance
     away = (((grid(height, width) - at) / reach) ** 2).sum(axis=-1)
     light = np.exp(-(away ** rng.uniform(0.7, 2)))[..., None]
-    return image * np.exp(light * rng.normal(0, 0.3)).astype(np.float32)
+    gain: Pixels = np.exp(light * rng.normal(0, 0.3)).astype(np.float32)
+    return image * gain
 
 
 def add_makeup(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """Make-up: lips, lids and cheeks in another colour."""
     height, width = image.shape[:2]
     unit, gain = face.eye_distance, np.zeros((height, width, 3), np.float32)
-    for region, depth in (("mouth", 0.25), ("eyes", 0.3)):
+    painted: tuple[tuple[Region, float], ...] = (("mouth", 0.25), ("eyes", 0.3))
+    for region, depth in painted:
         if rng.random() < 0.7:
             parts = [grown(part, rng.uniform(0.9, 1.3)) for part in face.outline(region)]
             mask = blur(fill(parts, height, width), unit * rng.uniform(0.01, 0.06))
@@ -91,5 +93,5 @@ def add_makeup(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> P
         for eye, corner in zip(face.five[:2], face.five[3:], strict=True):
             at = (eye + corner) / 2 + (eye - face.five[:2].mean(0)) * 0.3
             away = ((grid(height, width) - at) / (unit * rng.uniform(0.15, 0.35))) ** 2
-            gain += np.exp(-away.sum(-1))[..., None] * np.float32([0.08, -0.06, -0.03])
+            gain += np.exp(-away.sum(-1))[..., None] * np.array([0.08, -0.06, -0.03], np.float32)
     return image * np.exp(gain)

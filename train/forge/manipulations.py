@@ -195,8 +195,9 @@ def move_eyes(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pi
 
 def move_expression(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """The whole expression moved: mouth, nose, eyes."""
-    moves = expression(face, *image.shape[:2], rng, eyes=0.035)
-    return _drawn(remap(image, grid(*image.shape[:2]) + moves), face, rng)
+    height, width = image.shape[:2]
+    moves = expression(face, height, width, rng, eyes=0.035)
+    return _drawn(remap(image, grid(height, width) + moves), face, rng)
 
 
 def expression(

@@ -220,7 +220,9 @@ def unpack_optimiser(
 
 def random_state(device: torch.device) -> str:
     """Every random state of this process, as text."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = np.random.get_state()
+    assert isinstance(state, tuple)  # a dict only where legacy=False is asked for
+    kind, keys, position, has_gauss, gauss = state
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return json.dumps(
         {

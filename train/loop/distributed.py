@@ -51,7 +51,9 @@ class Ranks:
         flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
         dist.all_reduce(flat)
         flat /= self.world
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        for tensor, part in zip(
+            tensors, torch.split(flat, [each.numel() for each in tensors]), strict=True
+        ):
             tensor.copy_(part.reshape(tensor.shape))
 
     def gather(self, mine: T) -> list[T]:

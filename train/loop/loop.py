@@ -276,7 +276,7 @@ class _Training:
         numbers = range(self.state.step * each * world + rank, self.steps * each * world, world)
         if self.options.workers == 0:
             return (self.batches[number] for number in numbers)
-        loader = torch.utils.data.DataLoader(
+        loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
             self.batches,  # type: ignore[arg-type]
             batch_size=None,
             sampler=numbers,

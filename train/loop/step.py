@@ -66,7 +66,7 @@ class Stepper:
         self.dtype = computed_in(recipe, device)
         self.quick = QuickDepthwise() if device.type == "cpu" else nullcontext()
         if ranks.world > 1 and device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         if recipe.optimiser.norm_momentum is not None:
             for layer in network.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -135,13 +135,13 @@ class Stepper:
                 raise TypeError("an objective with a rival needs a rival_optimiser")
             if alone:
                 self.rival.zero_grad(set_to_none=True)
-            self.rival_scaler.scale(rival * share).backward()
+            self.rival_scaler.scale(rival * share).backward()  # type: ignore[no-untyped-call]
             parts["rival"] = rival.detach().float()
             if alone:
                 self._move_rival()
         with self._cast():
             terms = self.objective.terms(seen, batch, moment)
-        self.scaler.scale(terms.total * share).backward()
+        self.scaler.scale(terms.total * share).backward()  # type: ignore[no-untyped-call]
         parts |= {name: part.detach().float() for name, part in terms.parts.items()}
         return {"total": terms.total.detach().float(), **parts}
 

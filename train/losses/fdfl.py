@@ -62,7 +62,7 @@ class FdflLoss(Loss):
 def single_centre_loss(features: Tensor, forged: Tensor, centre: Tensor, margin: float) -> Tensor:
     """L_sc of features [m, D]; the margin is in units of √D."""
     refuse_one_class(forged)
-    distance = torch.linalg.vector_norm(exact(features) - centre, dim=1)
+    distance: Tensor = torch.linalg.vector_norm(exact(features) - centre, dim=1)
     natural, manipulated = distance[~forged].mean(), distance[forged].mean()
     return natural + F.relu(natural - manipulated + margin * math.sqrt(features.shape[1]))
 

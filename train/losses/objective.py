@@ -125,7 +125,8 @@ class BceObjective(Objective):
 
     def run(self, crops: Tensor) -> Tensor:
         """The logits."""
-        return self.network(crops)
+        logits: Tensor = self.network(crops)
+        return logits
 
     def terms(self, seen: Tensor, batch: Batch, moment: Moment) -> Terms:
         """One part."""
@@ -163,12 +164,13 @@ def exact(features: Tensor) -> Tensor:
 def feature_width(network: Any) -> int:
     """How many features the network's backbone gives; refused where it has no backbone."""
     backbone = getattr(network, "backbone", None)
-    if not isinstance(getattr(backbone, "width", None), int):
+    width = getattr(backbone, "width", None)
+    if not isinstance(width, int):
         raise RecipeError(
             f"this loss shapes the features of network.backbone, and {type(network).__name__} has "
             "no backbone with a width: choose another loss or another network"
         )
-    return int(backbone.width)
+    return width
 
 
 def objective(recipe: Recipe, network: nn.Module) -> Objective:

@@ -239,7 +239,8 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [m] of "is a real photograph"."""
-        return self.body(images).float().flatten(1).mean(1)
+        logits: Tensor = self.body(images).float().flatten(1).mean(1)
+        return logits
 
 
 def _dcgan_init(layer: nn.Module) -> None:
