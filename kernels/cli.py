@@ -1,17 +1,487 @@
-"""The commands of this room: `ralf models …` and `ralf build`.
+"""`ralf models …`, `ralf build` and `ralf bench engine|dct|residual`: options and output.
 
-`commands` adds parsers whose `run` takes the parsed arguments and returns the exit code.  Heavy
-libraries are imported inside the commands, so that --help is instant.
+Results go to stdout, errors and the answers of checks to stderr.  Exit codes: 0 done, 1 a model
+that does not verify or a check that fails, 2 usage, 5 no such model, or no queue to ask which
+versions its jobs pin.
+
+`commands` is registered under the entry-point group `ralf.commands`; it adds parsers whose `run`
+takes the parsed arguments and returns the exit code.  Commands import what they need when they run,
+so that --help is instant.  `python -m ralf.kernels.cli` runs them without the service's libraries,
+on a GPU host that has only torch.
 """
 
 import argparse
-from typing import Any
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ralf.kernels.build_cli import add_build
-from ralf.kernels.models_cli import models_commands
+if TYPE_CHECKING:
+    from ralf.kernels.artifact import Artifact
+    from ralf.kernels.build import BuildRequest
+    from ralf.kernels.plans import Measured, Plan
+
+Run = Callable[[argparse.Namespace], int]
+FAILED, USAGE, INFRASTRUCTURE = 1, 2, 5
 
 
 def commands(subparsers: "argparse._SubParsersAction[Any]") -> None:
-    """Add every command of this room."""
+    """Add every command of this room, without the benchmarks: those are verbs of `ralf bench`."""
     models_commands(subparsers)
     add_build(subparsers)
+
+
+def models_commands(subparsers: "argparse._SubParsersAction[Any]") -> None:
+    """Add `models` and its verbs."""
+    models = subparsers.add_parser("models", help="list, check, promote and roll back models")
+    verbs = models.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Run, about: str, **argument: Any) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about)
+        if argument:
+            parser.add_argument("model", **argument)
+        parser.add_argument(
+            "--models", metavar="DIR", help="folder of models (default: RALF_MODELS_DIR, or ours)"
+        )
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.set_defaults(run=guarded(run))
+        return parser
+
+    spec = "NAME, NAME@VERSION or a path"
+    verb("list", list_models, "what is published here, and what is promoted")
+    verb("show", show_model, "one model's manifest", metavar="MODEL", help=spec)
+    verify = verb(
+        "verify", verify_model, "check hashes and golden logits", metavar="MODEL", help=spec
+    )
+    verify.add_argument("--device", default="cpu", help="where the golden crops run (%(default)s)")
+    promote = verb(
+        "promote",
+        promote_model,
+        "make a version current if it passes",
+        metavar="NAME@VERSION",
+    )
+    promote.add_argument(
+        "--force", action="store_true", help="promote although a check fails; the history keeps why"
+    )
+    verb("rollback", roll_back, "go back to the version promoted before", metavar="NAME")
+    old = verb("gc", collect_old, "show which old versions may go; --apply removes", metavar="NAME")
+    old.add_argument("--apply", action="store_true", help="remove what is shown")
+    old.add_argument("--keep", type=int, default=3, help="newest versions that stay (%(default)s)")
+    old.add_argument(
+        "--recent", type=int, default=5, help="last promotions that stay (%(default)s)"
+    )
+    old.add_argument(
+        "--spare",
+        action="append",
+        default=[],
+        metavar="VERSION",
+        help="keep it too, repeatable",
+    )
+    old.add_argument(
+        "--no-queue", action="store_true", help="do not ask Redis which versions jobs pin"
+    )
+    fresh = verb("untrained", make_untrained, "publish and promote a model with random weights")
+    fresh.add_argument("--base", type=int, default=16, help="channels (%(default)s)")
+    fresh.add_argument("--blocks", type=int, default=4, help="blocks a stack (%(default)s)")
+    fresh.add_argument("--size", type=int, default=256, help="side of a crop (%(default)s)")
+
+
+def guarded(run: Run) -> Run:
+    """Turn an error of ours into one line on stderr and an exit code."""
+
+    def run_guarded(args: argparse.Namespace) -> int:
+        from ralf.kernels.artifact import ArtifactError, NotFound
+
+        try:
+            return run(args)
+        except NotFound as error:
+            print(f"ralf: {error}", file=sys.stderr)
+            return INFRASTRUCTURE
+        except ArtifactError as error:
+            print(f"ralf: {error}", file=sys.stderr)
+            return FAILED
+
+    return run_guarded
+
+
+def folder(args: argparse.Namespace) -> Path:
+    """The folder of models: the option, the environment, or the one that comes with the code."""
+    from ralf.kernels.artifact import models_folder
+
+    return models_folder(args.models)
+
+
+def print_result(args: argparse.Namespace, document: dict[str, Any], line: str) -> None:
+    """Print one result: as JSON if asked for, else as a line."""
+    print(json.dumps(document, ensure_ascii=False) if args.json else line)
+
+
+def label_of(artifact: "Artifact") -> dict[str, Any]:
+    """What every JSON result says about a model."""
+    return {
+        "name": artifact.name,
+        "version": artifact.version,
+        "path": str(artifact.path),
+        "untrained": artifact.manifest.untrained,
+    }
+
+
+def list_models(args: argparse.Namespace) -> int:
+    """Every version with its state; a damaged one makes the exit code 1."""
+    from ralf.kernels.artifact import ArtifactError, names, open_artifact, promoted, versions
+
+    root, rows = folder(args), []
+    for name in names(root):
+        current = promoted(root, name)
+        for version in versions(root, name):
+            row: dict[str, Any] = {"name": name, "version": version, "current": version == current}
+            try:
+                artifact = open_artifact(root / name / version)
+                row |= {"state": "untrained" if artifact.manifest.untrained else "ok"}
+            except ArtifactError as error:
+                row |= {"state": "damaged", "reason": str(error)}
+            rows.append(row)
+    if args.json:
+        print(json.dumps(rows, ensure_ascii=False))
+    else:
+        for row in rows:
+            mark = "*" if row["current"] else " "
+            reason = f"  {row['reason']}" if "reason" in row else ""
+            print(f"{mark} {row['name']}@{row['version']}  {row['state']}{reason}")
+        if not rows:
+            print(f"no models in {root}", file=sys.stderr)
+    return FAILED if any(row["state"] == "damaged" for row in rows) else 0
+
+
+def show_model(args: argparse.Namespace) -> int:
+    """Manifest, engines and history; the card too, unless JSON was asked for."""
+    from ralf.kernels.artifact import resolve
+    from ralf.kernels.plans import plans
+    from ralf.kernels.registry import events
+
+    artifact = resolve(folder(args), args.model)
+    document = artifact.manifest.model_dump(mode="json", by_alias=True)
+    built = [{"key": str(plan.key), "state": plan.record.state} for plan in plans(artifact)]
+    past = events(artifact.path.parent)
+    mine = [asdict(event) for event in past if event.version == artifact.version]
+    if args.json:
+        facts = {"manifest": document, "engines": built, "history": mine}
+        print(json.dumps(label_of(artifact) | facts, ensure_ascii=False))
+        return 0
+    print(f"{artifact.label}  {artifact.path}\n")
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+    for plan in built:
+        print(f"engine {plan['key']}  {plan['state']}")
+    for event in mine:
+        print(f"{event['at'] or 'earlier'}  {event['kind']}  {event['remark']}".rstrip())
+    print("\n" + artifact.read("card.md").decode())
+    return 0
+
+
+def verify_model(args: argparse.Namespace) -> int:
+    """Hashes; on a GPU every plan that it can load; then every golden crop through the engine."""
+    from ralf.kernels.artifact import resolve
+    from ralf.kernels.choose_engine import load
+    from ralf.kernels.engine import EngineError, budget_of, check_golden, pick_device
+
+    artifact = resolve(folder(args), args.model)
+    checked: list[str] = []
+    try:
+        place = pick_device(args.device)
+        if place.type == "cuda":
+            from ralf.kernels.verify import verify
+
+            plans = verify(
+                artifact, place, say=lambda line: print(f"ralf: {line}", file=sys.stderr)
+            )
+            checked = [str(plan.key) for plan in plans]
+        engine = load(artifact, args.device, golden_crops=1)
+        error = check_golden(engine)
+    except EngineError as failure:
+        print(f"ralf: {failure}", file=sys.stderr)
+        return FAILED
+    budget = budget_of(artifact, engine.precision)
+    found: dict[str, Any] = {"engine": engine.name, "precision": engine.precision}
+    found |= {"device": engine.device, "plans": checked}
+    print_result(
+        args,
+        label_of(artifact) | found | {"error": error, "budget": budget},
+        f"{artifact.label}: files whole; {engine.name} {engine.precision} on {engine.device} "
+        f"within {error:.6f} of the reference (budget {budget:.6f})",
+    )
+    return 0
+
+
+def promote_model(args: argparse.Namespace) -> int:
+    """Promote a version if every check passes, or --force overrides those that fail."""
+    from ralf.kernels.registry import promote
+
+    name, _, version = args.model.partition("@")
+    if not version:
+        print("ralf: promote takes NAME@VERSION; see: ralf models list", file=sys.stderr)
+        return USAGE
+    artifact, checks = promote(folder(args), name, version, force=args.force)
+    for check in checks:
+        print(check, file=sys.stderr)
+    answers = {"gates": [asdict(check) for check in checks]}
+    print_result(args, label_of(artifact) | answers, f"{artifact.name} is now {artifact.version}")
+    return 0
+
+
+def roll_back(args: argparse.Namespace) -> int:
+    """Promote the version that was promoted before the current one."""
+    from ralf.kernels.registry import rollback
+
+    artifact = rollback(folder(args), args.model)
+    print_result(args, label_of(artifact), f"{artifact.name} is back at {artifact.version}")
+    return 0
+
+
+def collect_old(args: argparse.Namespace) -> int:
+    """Show which old versions are kept, and why; remove the others only with --apply."""
+    from ralf.kernels.registry import collect
+
+    spared = dict.fromkeys(args.spare, "spared by --spare")
+    if not args.no_queue:
+        spared |= pinned_in_queue(args)
+    found = collect(
+        folder(args), args.model, keep=args.keep, recent=args.recent, spared=spared,
+        apply=args.apply,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps([asdict(each) for each in found], ensure_ascii=False))
+        return 0
+    gone = "removed" if args.apply else "would go"
+    for each in found:
+        print(f"{args.model}@{each.version}  {each.bytes / 1e6:.1f} MB  {each.kept or gone}")
+    if not args.apply and any(not each.kept for each in found):
+        print("nothing was removed; --apply removes what would go", file=sys.stderr)
+    return 0
+
+
+def pinned_in_queue(args: argparse.Namespace) -> dict[str, str]:
+    """Versions that jobs pin.  The caller of the command adds `pinned`: kernels knows no queue."""
+    ask = getattr(args, "pinned", None)
+    if ask is None:
+        return {}
+    try:
+        pins: dict[str, str] = ask(args.model)
+    except OSError as error:
+        from ralf.kernels.artifact import NotFound
+
+        raise NotFound(
+            f"the queue does not say which versions its jobs pin: {error}; start it, or "
+            "--no-queue where no job waits"
+        ) from error
+    return pins
+
+
+def make_untrained(args: argparse.Namespace) -> int:
+    """Publish and promote the model `untrained`."""
+    from ralf.kernels.registry import point_to
+    from ralf.kernels.untrained import publish_untrained
+
+    root = folder(args)
+    artifact = publish_untrained(root, base=args.base, blocks=args.blocks, size=args.size)
+    point_to(root, artifact.name, artifact.version)
+    print_result(args, label_of(artifact), f"{artifact.label}  {artifact.path}  (knows nothing)")
+    return 0
+
+
+# ralf build
+
+
+def add_build(subparsers: "argparse._SubParsersAction[Any]") -> None:
+    """Add `build`."""
+    parser = subparsers.add_parser(
+        "build",
+        help="build a model's TensorRT plan, check it, publish it",
+        description="Builds a TensorRT plan of a model, checks it against the FP32 module, and "
+        "publishes it beside the model; or refuses it and says why.",
+    )
+    parser.add_argument("model", metavar="ARTIFACT", help="NAME, NAME@VERSION or a path")
+    parser.add_argument("--models", metavar="DIR", help="folder of models")
+    parser.add_argument("--batch", metavar="N,…", help="batches (default: 1,8,64)")
+    parser.add_argument("--precision", default="fp16", help="fp16 or fp32; bf16 on a GPU")
+    parser.add_argument(
+        "--builder",
+        choices=["torch-tensorrt", "rtx-aot"],
+        help="torch-tensorrt needs a GPU; rtx-aot does not (default: by what is here)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--crops", type=int, metavar="N", help="random crops to decide on")
+    parser.add_argument("--again", action="store_true", help="even if the plan is there")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="by every builder that is here; then time every engine and record the fastest",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=guarded(run_build))
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """`ralf build`: build plans, and with --all time every engine."""
+    from ralf.kernels.artifact import resolve
+    from ralf.kernels.batching import BUCKETS
+    from ralf.kernels.build import BuildRequest, available, build
+    from ralf.kernels.choose_engine import measure
+    from ralf.kernels.engine import EngineError, pick_device
+
+    try:
+        buckets = tuple(map(int, args.batch.split(","))) if args.batch else BUCKETS
+    except ValueError:
+        print(f"ralf: --batch takes sizes as 1,8,64, got {args.batch!r}", file=sys.stderr)
+        return 2
+    artifact = resolve(folder(args), args.model)
+    made: list[Plan] = []
+    failed = 0
+    fastest: Measured | None = None
+    try:
+        device = pick_device(args.device)
+        request = BuildRequest(
+            artifact,
+            args.precision,
+            buckets,
+            device,
+            crops=args.crops,
+            again=args.again,
+            say=note,
+        )
+        builders = available() if args.all and not args.builder else [args.builder]
+        for builder in builders:
+            try:
+                made.append(build(request, builder))
+            except EngineError as error:
+                # with --all one builder's failure must not hide what the others make
+                failed += 1
+                note(str(error))
+        if args.all:
+            fastest = measure(artifact, device, say=note)
+    except EngineError as error:
+        note(str(error))
+        return FAILED
+    print_plans(args, request, made, fastest)
+    return FAILED if failed else 0
+
+
+def note(line: str) -> None:
+    """One line of progress, or an error, on stderr."""
+    print(f"ralf: {line}", file=sys.stderr, flush=True)
+
+
+def print_plans(
+    args: argparse.Namespace,
+    request: "BuildRequest",
+    made: "list[Plan]",
+    fastest: "Measured | None",
+) -> None:
+    """The plans that were built, on stdout."""
+    if args.json:
+        document = {
+            "model": request.artifact.label,
+            "plans": [plan.record.model_dump(mode="json", by_alias=True) for plan in made],
+            "fastest": fastest and fastest.model_dump(mode="json"),
+        }
+        print(json.dumps(document, ensure_ascii=False))
+        return
+    for plan in made:
+        error = plan.record.error
+        print(
+            f"{plan.key}  {plan.record.state}  {plan.record.size_bytes / 1e6:.1f} MB  "
+            f"within {error.get('golden', 0):.4f} of the reference "
+            f"(budget {error.get('budget', 0):.4f})"
+        )
+    if fastest:
+        print(f"fastest here: {fastest.engine}, {fastest.faces_per_s[fastest.engine]} faces/s")
+
+
+# ralf bench
+
+
+def add_benches(what: "argparse._SubParsersAction[Any]") -> None:
+    """Add `engine`, `dct` and `residual` to the verbs of `ralf bench`."""
+    engine = what.add_parser(
+        "engine",
+        help="every engine of a model against the papers' way of running it",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    engine.add_argument("model", nargs="?", metavar="MODEL", help="NAME, NAME@VERSION or a path")
+    engine.add_argument("--models", metavar="DIR", help="folder of models")
+    engine.add_argument("--fresh", choices=["ralf", "ralf-small"], help="with fresh weights")
+    engine.add_argument("--size", type=int, default=256, help="side of a crop, with --fresh")
+    engine.add_argument("--build", action="store_true", help="build plans first")
+    engine.add_argument("--compile", action="store_true", help="on a CPU, torch.compile as well")
+    engine.add_argument("--batch", type=int, help="crops a call; 64 on a GPU, 4 on a CPU")
+    engine.add_argument("--repeats", type=int, default=7)
+    _device_and_out(engine)
+    engine.set_defaults(run=guarded(_engine))
+    dct = what.add_parser(
+        "dct",
+        help="the destructor, fused and by other ways",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    dct.add_argument("--size", type=int, default=256, help="side of a crop")
+    dct.add_argument("--batch", type=int, help="crops; 64 on a GPU, 2 on a CPU")
+    dct.add_argument("--repeats", type=int, default=21)
+    dct.add_argument("--tilings", action="store_true", help="each listed tiling of the kernels")
+    _device_and_out(dct)
+    dct.set_defaults(run=guarded(_dct))
+    residual = what.add_parser(
+        "residual",
+        help="a level of the reconstructor by the ways that might be faster",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    residual.add_argument("--channels", type=int, default=32)
+    residual.add_argument("--size", type=int, default=256, help="side of a map")
+    residual.add_argument("--blocks", type=int, default=8)
+    residual.add_argument("--batch", type=int, help="maps; 64 on a GPU, 1 on a CPU")
+    residual.add_argument("--repeats", type=int, default=7)
+    residual.add_argument("--calls", type=int, default=3, help="calls a turn")
+    _device_and_out(residual)
+    residual.set_defaults(run=guarded(_residual))
+
+
+def _device_and_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--out", metavar="DIR", help="keep the record there, as bench/ does")
+
+
+def _engine(args: argparse.Namespace) -> int:
+    from ralf.kernels.bench.engine import run_engine
+
+    return _run_bench(run_engine, args)
+
+
+def _dct(args: argparse.Namespace) -> int:
+    from ralf.kernels.bench.dct import run_dct
+
+    return _run_bench(run_dct, args)
+
+
+def _residual(args: argparse.Namespace) -> int:
+    from ralf.kernels.bench.residual import run_residual
+
+    return _run_bench(run_residual, args)
+
+
+def _run_bench(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    from ralf.kernels.engine import EngineError
+
+    try:
+        return run(args)
+    except EngineError as error:
+        print(f"ralf bench: {error}", file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    alone = argparse.ArgumentParser(prog="python -m ralf.kernels.cli")
+    rooms = alone.add_subparsers(required=True, metavar="COMMAND")
+    commands(rooms)
+    bench = rooms.add_parser("bench", help="measure this machine")
+    add_benches(bench.add_subparsers(required=True, metavar="WHAT"))
+    arguments = alone.parse_args()
+    sys.exit(arguments.run(arguments))

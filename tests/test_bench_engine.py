@@ -12,7 +12,7 @@ from ralf.__main__ import main
 from ralf.kernels.bench import engine, residual
 from ralf.kernels.bench.dct import CHAIN, COPY, ratios
 from ralf.kernels.bench.engine import AUTHORS
-from ralf.kernels.bench.record import interleave
+from ralf.kernels.bench.record import interleave, nvidia_smi
 from ralf.kernels.engine import EngineError
 
 
@@ -104,7 +104,7 @@ def test_a_builder_that_fails_leaves_the_others(
 
     monkeypatch.setattr(build, "available", lambda: ["torch-tensorrt", "rtx-aot"])
     monkeypatch.setattr(build, "build", fails_first)
-    monkeypatch.setattr(build, "Order", lambda artifact, **_: artifact)
+    monkeypatch.setattr(build, "BuildRequest", lambda artifact, **_: artifact)
     engine.build_plans(SimpleNamespace(), torch.device("cpu"))
 
     assert ["torch-tensorrt", "rtx-aot"] == tried
@@ -145,12 +145,12 @@ def test_what_nvidia_smi_says_is_told_and_its_absence_is_not_an_error(
     """A machine without the tool has a record all the same."""
     device = torch.device("cuda", 0)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert {} == device._asked(device, "driver_version")
+    assert {} == nvidia_smi(device, "driver_version")
     tool = tmp_path / "nvidia-smi"
     tool.write_text('#!/bin/sh\necho "580.1, 700.00 W"\n')
     tool.chmod(0o755)
 
-    assert {"driver_version": "580.1", "power.limit": "700.00 W"} == device._asked(
+    assert {"driver_version": "580.1", "power.limit": "700.00 W"} == nvidia_smi(
         device, "driver_version", "power.limit"
     )
 

@@ -43,7 +43,7 @@ TORCH_FREE = {
     "kernels/manifest.py",
     "kernels/artifact.py",
     "kernels/registry.py",
-    "kernels/models_cli.py",
+    "kernels/cli.py",
     "kernels/atomic_files.py",
     "kernels/plans.py",
     "kernels/machine.py",

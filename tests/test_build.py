@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ralf.kernels import build as building
 from ralf.kernels import (
-    build_cli,
     build_rtx,
     build_trt,
     choose_engine,
+    cli,
     engine_trt,
     machine,
     plans,
@@ -373,7 +373,7 @@ def quiet(capsys: pytest.CaptureFixture[str]):
 def command(*words: str) -> Callable[[], int]:
     """`ralf build …`, ready to run."""
     parser = argparse.ArgumentParser()
-    build_cli.add_build(parser.add_subparsers())
+    cli.add_build(parser.add_subparsers())
     args = parser.parse_args(["build", *words])
     return lambda: args.run(args)
 

@@ -19,9 +19,17 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from ralf.kernels.batching import LARGEST
 from ralf.kernels.bench import baseline
-from ralf.kernels.bench.device import captured, facts, settle, short_name
-from ralf.kernels.bench.record import Record, interleave, machine
+from ralf.kernels.bench.record import (
+    Record,
+    captured,
+    gpu_facts,
+    interleave,
+    machine,
+    settle,
+    short_name,
+)
 from ralf.kernels.dct import (
     basis,
     centred,
@@ -39,7 +47,7 @@ CHAIN, COPY = "FP16 chain alone", "copy"
 def run_dct(args: argparse.Namespace) -> int:
     """Print the record."""
     device = pick_device(args.device)
-    batch = args.batch or (64 if device.type == "cuda" else 2)
+    batch = args.batch or (LARGEST if device.type == "cuda" else 2)
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 3, args.size, args.size)
     crops = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
@@ -67,7 +75,7 @@ def run_dct(args: argparse.Namespace) -> int:
         )
     record = Record(
         theme="dct",
-        machine=machine() | facts(device),
+        machine=machine() | gpu_facts(device),
         conditions={
             "crops": f"u8 {list(crops.shape)}",
             "out": "destroyed FP32; residual in the products' dtype",
@@ -78,7 +86,7 @@ def run_dct(args: argparse.Namespace) -> int:
         ratios=ratios({name: timing.median_s for name, timing in timings.items()}),
         facts={"largest error against FP64": errors, "bytes": moved(crops)},
     )
-    record.publish(args.out, short_name(device))
+    record.save(args.out, short_name(device))
     return 0
 
 

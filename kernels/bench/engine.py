@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ralf.kernels.artifact import Artifact, ArtifactError, models_folder, resolve
+from ralf.kernels.batching import default_batch
 from ralf.kernels.bench.baseline import AuthorsWay
-from ralf.kernels.bench.device import facts, settle, short_name
-from ralf.kernels.bench.record import Record, interleave, machine
+from ralf.kernels.bench.record import Record, gpu_facts, interleave, machine, settle, short_name
 from ralf.kernels.choose_engine import candidates, make
 from ralf.kernels.engine import EngineError, check_golden, pick_device
 from ralf.kernels.engine_cuda import OnCuda
@@ -49,7 +49,7 @@ def run_engine(args: argparse.Namespace) -> int:
         artifact = chosen(args, Path(folder))
         if args.build:
             build_plans(artifact, device)
-        batch = args.batch or (64 if device.type == "cuda" else 4)
+        batch = args.batch or default_batch(device)
         crops = torch.from_numpy(patterns(batch, artifact.manifest.input.size, seed=1))
         made_s: dict[str, float] = {}
         with torch.inference_mode():
@@ -63,7 +63,7 @@ def run_engine(args: argparse.Namespace) -> int:
     theirs = timings[AUTHORS].median_s
     record = Record(
         theme="engine",
-        machine=machine() | facts(device),
+        machine=machine() | gpu_facts(device),
         conditions={
             "model": artifact.label,
             "network": artifact.manifest.network.model_dump(),
@@ -82,7 +82,7 @@ def run_engine(args: argparse.Namespace) -> int:
             f"largest logit difference to {AUTHORS}": errors,
         },
     )
-    record.publish(args.out, short_name(device))
+    record.save(args.out, short_name(device))
     return 0
 
 

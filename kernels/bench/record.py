@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ralf.kernels.machine import processor
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "torch",
@@ -58,8 +61,8 @@ class Record:
         """As indented JSON."""
         return json.dumps(asdict(self), indent=2)
 
-    def publish(self, folder: str | None, device: str) -> None:
-        """Print it; with a folder, keep it there too, as THEME_DEVICE_YEARMONTH.json."""
+    def save(self, folder: str | None, device: str) -> None:
+        """Print it; with a folder, write it there too, as THEME_DEVICE_YEARMONTH.json."""
         print(self.dump())
         if folder is not None:
             path = Path(folder) / f"{self.theme}_{device}_{self.at[:7].replace('-', '')}.json"
@@ -126,3 +129,75 @@ def timing(seconds: list[float]) -> Timing:
     ordered = sorted(seconds)
     p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
     return Timing(round(statistics.median(ordered), 8), round(p95, 8), len(ordered))
+
+
+def gpu_facts(device: "torch.device") -> dict[str, Any]:
+    """Name, limits and versions of a GPU; of a CPU only the threads, `machine` has the rest."""
+    import torch
+
+    if device.type == "cpu":
+        return {"device": "cpu", "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    asked = nvidia_smi(device, "driver_version", "power.limit", "clocks.max.sm")
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        **asked,
+    }
+
+
+def nvidia_smi(device: "torch.device", *fields: str) -> dict[str, str]:
+    """The GPU's fields by nvidia-smi; nothing where that is missing."""
+    command = ["nvidia-smi", f"--id={device.index or 0}", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(
+            [*command, f"--query-gpu={','.join(fields)}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return {}
+    values = run.stdout.strip().split(", ") if run.returncode == 0 else []
+    return dict(zip(fields, values, strict=False))
+
+
+def short_name(device: "torch.device") -> str:
+    """For file names: cpu2, h200."""
+    if device.type == "cpu":
+        return f"cpu{len(os.sched_getaffinity(0))}"
+    import torch
+
+    return torch.cuda.get_device_name(device).split()[-1].lower()
+
+
+def settle(device: "torch.device") -> Callable[[], None]:
+    """A function that waits until the device has finished its work."""
+    if device.type == "cpu":
+        return lambda: None
+    import torch
+
+    return lambda: torch.cuda.synchronize(device)
+
+
+def captured(way: Callable[[], object], device: "torch.device") -> Callable[[], object]:
+    """On a GPU the function's kernels as one graph, so that Python's launches are not measured."""
+    if device.type == "cpu":
+        return way
+    import torch
+
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            way()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        way()
+    replay: Callable[[], object] = graph.replay
+    return replay

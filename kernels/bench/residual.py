@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ralf.kernels.bench.device import facts, settle, short_name
-from ralf.kernels.bench.record import Record, interleave, machine
+from ralf.kernels.batching import LARGEST
+from ralf.kernels.bench.record import Record, gpu_facts, interleave, machine, settle, short_name
 from ralf.kernels.engine import pick_device
 from ralf.kernels.networks.reconstructor import Residual, stack
 
@@ -27,7 +27,7 @@ Way = Callable[[], Tensor]
 def run_residual(args: argparse.Namespace) -> int:
     """Print the record."""
     device = pick_device(args.device)
-    batch = args.batch or (64 if device.type == "cuda" else 1)
+    batch = args.batch or (LARGEST if device.type == "cuda" else 1)
     torch.manual_seed(0)
     plain = stack(args.channels, args.blocks).half().to(device).eval().requires_grad_(False)
     last = deepcopy(plain)
@@ -44,7 +44,7 @@ def run_residual(args: argparse.Namespace) -> int:
     flop = batch * args.blocks * 2 * 9 * args.channels**2 * args.size**2 * 2
     record = Record(
         theme="residual",
-        machine=machine() | facts(device),
+        machine=machine() | gpu_facts(device),
         conditions={
             "input": f"FP16 {list(shape)}",
             "blocks": args.blocks,
@@ -62,7 +62,7 @@ def run_residual(args: argparse.Namespace) -> int:
             f"largest difference to {EAGER}": errors,
         },
     )
-    record.publish(args.out, short_name(device))
+    record.save(args.out, short_name(device))
     return 0
 
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ralf import __version__
-from ralf.kernels.bench.cli import add_benches
+from ralf.kernels.cli import add_benches
 from ralf.kernels.cli import commands as kernels
 from ralf.worker.cli.service import commands as service
 
