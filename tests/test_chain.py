@@ -16,8 +16,10 @@ from ralf.kernels import artifact as models
 from ralf.train import chain as chains
 from ralf.train import retrain, trainings
 from ralf.train.chain import CHAINS, Chain, MadeClips, Training, chain_of
+from ralf.train.data.index import Index
 from ralf.train.data.pool import Pool
 from ralf.train.evaluate.tables import TableOptions
+from ralf.train.forge.families import FAMILIES
 from ralf.train.loop import loop
 from ralf.train.loop.checkpoint import LAST, load
 from ralf.train.recipe_text import RecipeError
@@ -181,6 +183,22 @@ def its_parts(run: Path, artifact: models.Artifact, uninterrupted: Path) -> None
     assert ["one", "other"] == list(facts["one and other"]["facts"])
     before = json.loads((uninterrupted / "retrain.json").read_text())["done"]
     assert before["evaluate"]["facts"] == facts["evaluate"]["facts"]
+
+
+def test_clips_show_the_held_out_family_in_the_test_alone():
+    """Another family by --set: each training leaves it out, and calibration sees it no more."""
+    asked = {"data.held_out": "swap"}
+    shipped = CHAINS["shipped"]
+    index = Index(Path("nowhere"), ())
+    order = retrain.Retraining(
+        trainings.ChainRun(shipped, (), index, Path("runs/x"), asked), "x", Path("models")
+    )
+    families = retrain._clips_step(order).asks["families"]
+
+    assert {*FAMILIES} - {"swap"} == {*families["val"]}
+    assert ("swap",) * 3 == families["test"][len(families["val"]) :]
+    for training in shipped.trainings:
+        assert "swap" not in order.training.recipe(training).data.trained_families
 
 
 def test_the_chain_that_ships_is_declared_as_it_was_trained():

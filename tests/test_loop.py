@@ -33,6 +33,7 @@ from ralf.train.loop.validate import judge_validation
 from ralf.train.losses.objective import Moment, Objective
 from ralf.train.publish import publish_run
 from ralf.train.recipe import Optimiser, Recipe, Schedule
+from ralf.train.recipe_text import RecipeError
 from tests.training import Halves, MadeBatch, MadeBatches, StubRalf, environment, tiny
 
 DATA = "d" * 64
@@ -624,6 +625,19 @@ def test_a_run_may_go_on_from_a_published_version(tmp_path: Path):
     (version / "weights.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"weights\.safetensors"):
         make_network(tiny("small_classifier", **{"init.network": str(version)}))
+
+
+def test_weights_that_saw_the_held_out_family_are_no_beginning(tmp_path: Path):
+    """Or the card would call unseen what the classifier was trained on: of a run, of a version."""
+    run = tmp_path / "first"
+    classifier_run(run)
+    version = publish_run(run, "small", tmp_path / "models").path
+    for source in (run, version):
+        for field in ("init.backbone", "init.network"):
+            recipe = tiny("small_classifier", **{field: str(source), "held_out": "swap"})
+            with pytest.raises(RecipeError, match=r"was trained on swap, which data\.held_out"):
+                make_network(recipe)
+            make_network(tiny("small_classifier", **{field: str(source)}))
 
 
 def test_a_run_may_begin_at_the_mean_of_several(tmp_path: Path):

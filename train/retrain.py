@@ -210,7 +210,7 @@ def _ended(order: Retraining, training: Training, said: Facts) -> Facts:
 def _clips_step(order: Retraining) -> Step:
     assert order.clips is not None
     recipe = order.training.last_recipe
-    seen = recipe.data.families or seen_families({"held_out": recipe.data.unseen})
+    seen = recipe.data.trained_families or seen_families({"held_out": recipe.data.unseen})
     unseen = (recipe.data.unseen,) if recipe.data.unseen else ()
     families = {
         order.calibrate_on: seen,

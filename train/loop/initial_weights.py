@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ralf.kernels.artifact import MANIFEST, open_artifact
 from ralf.kernels.engine_torch import restore
-from ralf.kernels.manifest import Network
+from ralf.kernels.manifest import Network, held_out_family
 from ralf.kernels.networks import build
 from ralf.kernels.networks.backbones import FAMILIES, Backbone, load_backbone
 from ralf.train.loop.checkpoint import CheckpointError, judged, load, weights
@@ -36,6 +36,10 @@ def make_network(recipe: Recipe) -> nn.Module:
     # Seeded here and not once per process, so that every process begins with the same weights.
     torch.manual_seed(recipe.seed)
     network = build(recipe.network.build, **recipe.network.dimensions)
+    for named in (recipe.init.network, recipe.init.backbone):
+        for folder in map(Path, named.split(",") if named else ()):
+            if folder.is_dir():
+                _refuse_seen(folder, recipe)
     if recipe.init.network is not None:
         network.load_state_dict(_mean(recipe.init.network, lambda run: _network_of(run, recipe)))
     source = recipe.init.backbone
@@ -75,6 +79,22 @@ def _network_of(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
             + "; ".join(differences(of, recipe.network))
         )
     return trained
+
+
+def _refuse_seen(folder: Path, recipe: Recipe) -> None:
+    """RecipeError where the folder's training saw the family that this recipe holds out."""
+    held_out = recipe.data.held_out
+    if (folder / MANIFEST).is_file():
+        manifest = open_artifact(folder).manifest
+        seen = not manifest.untrained and held_out_family(manifest.trained) != held_out
+    else:
+        seen = held_out in load(judged(folder)).recipe.data.trained_families
+    # Weights that were trained on it would carry it into a model whose card calls it unseen.
+    if held_out is not None and seen:
+        raise RecipeError(
+            f"{folder} was trained on {held_out}, which data.held_out leaves out: begin from "
+            "weights that held it out too, or hold out another family"
+        )
 
 
 def _trained(folder: Path) -> tuple[Network, dict[str, Tensor]]:
