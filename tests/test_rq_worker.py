@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -70,9 +71,9 @@ class Service:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody reads fills up
         self.shared: Path | None = None
 
-    def worker(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def worker(self, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """One more worker, up when this returns."""
-        process = a_worker(self.settings, *arguments, stderr=self._log)
+        process = a_worker(self.settings, *arguments, prefix=prefix, stderr=self._log)
         self.workers.append(process)
         until(lambda: process.pid in self.registered() or process.poll() is not None)
         assert process.poll() is None, self.said()
@@ -172,11 +173,14 @@ def child_of(pid: int) -> int:
 
 
 def a_worker(
-    settings: Settings, *arguments: str, stderr: Any = subprocess.DEVNULL
+    settings: Settings,
+    *arguments: str,
+    prefix: Sequence[str] = (),
+    stderr: Any = subprocess.DEVNULL,
 ) -> "subprocess.Popen[bytes]":
     """A worker with test bodies, as a supervisor starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ralf", "worker", *TESTS, *arguments],
+        [*prefix, sys.executable, "-m", "ralf", "worker", *TESTS, *arguments],
         env=as_environment(settings, os.environ),
         cwd=ROOT,
         stderr=stderr,
@@ -460,6 +464,64 @@ def test_a_child_killed_from_outside_is_not_blamed_on_its_file(service: Service,
     service.redis.sadd(service.store.key("crashes", "workers", sha), "another-worker")
     service.reaches(service.submit("weigh", media=media), "succeeded")
     assert service.redis.keys(files) == []
+
+
+def own_mounts() -> bool:
+    """Whether this machine lets a test mount a small disk of its own."""
+    return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+def fill(folder: Path) -> None:
+    """Use up the disk's inodes."""
+    for number in range(1000):
+        (folder / str(number)).touch()
+
+
+@pytest.mark.skipif(not own_mounts(), reason="the kernel allows no mount in a user namespace")
+def test_a_full_work_disk_charges_no_job(make: Callable[..., Service], tmp_path: Path):
+    """Jobs go back to the queue and the worker is not ready, until there is room again."""
+    (tmp_path / "clip.mp4").write_bytes(b"x" * 1000)
+    disk, port = tmp_path / "disk", free_port()
+    disk.mkdir()
+    service = make(work_dir=str(disk), file_roots=(str(tmp_path),), http_port=port)
+    mount = f"mount -t tmpfs -o size=4m,nr_inodes=100 tmpfs {disk} && exec "
+    worker = service.worker(prefix=["unshare", "-rm", "sh", "-c", mount + '"$0" "$@"'])
+    inside = Path(f"/proc/{worker.pid}/root{disk}")
+    filler = inside / "filler"
+    filler.mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        fill(filler)
+    media = Media(uri=f"file://{tmp_path}/clip.mp4")
+    jobs = [service.submit("weigh", media=media) for _ in range(3)]
+    until(lambda: "worker.blocked" in service.said() or worker.poll() is not None)
+    until(lambda: get(port, "/readyz")[0] == 503)
+    stored = [service.redis.hgetall(service.store.key("job", job)) for job in jobs]
+
+    assert worker.poll() is None, service.said()
+    assert {fields[b"state"] for fields in stored} == {b"queued"}
+    assert {fields[b"retries"] for fields in stored} == {b"0"}
+    shutil.rmtree(filler)
+    assert {service.reaches(job, "succeeded", "failed").state for job in jobs} == {"succeeded"}
+    assert service.redis.keys(f"{service.store.prefix}crashes:*") == []
+    assert get(port, "/readyz")[0] == 200
+
+
+def test_a_work_folder_that_is_away_charges_no_job(make: Callable[..., Service], tmp_path: Path):
+    """As a full disk, on any machine: the folder is moved away while the worker runs."""
+    (tmp_path / "clip.mp4").write_bytes(b"x" * 1000)
+    work = tmp_path / "work"
+    work.mkdir()
+    service = make(work_dir=str(work), file_roots=(str(tmp_path),))
+    worker = service.worker()
+    (folder,) = work.iterdir()
+    folder.rename(tmp_path / "away")
+    job_id = service.submit("weigh", media=Media(uri=f"file://{tmp_path}/clip.mp4"))
+    until(lambda: "worker.blocked" in service.said() or worker.poll() is not None)
+    (tmp_path / "away").rename(folder)
+
+    assert service.reaches(job_id, "succeeded", "failed", "quarantined").state == "succeeded"
+    assert service.redis.hget(service.store.key("job", job_id), "retries") == b"0"
+    assert service.redis.keys(f"{service.store.prefix}crashes:*") == []
 
 
 def test_a_worker_killed_in_the_middle_of_a_job_loses_nothing(make: Callable[..., Service]):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ralf.worker.errors import Infrastructure
-from ralf.worker.service.work_dir import WorkDir
+from ralf.worker.service.work_dir import WorkDir, why_unusable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,3 +57,9 @@ def test_a_place_that_cannot_hold_a_socket_is_refused_by_name(tmp_path: Path):
     with pytest.raises(Infrastructure, match="there is none at"):
         WorkDir(tmp_path / "gone")
     assert [deep] == list(tmp_path.iterdir())
+
+
+def test_a_folder_that_takes_no_file_says_why(tmp_path: Path):
+    """And one that does leaves nothing behind."""
+    assert (why_unusable(tmp_path), list(tmp_path.iterdir())) == ("", [])
+    assert "No such file" in why_unusable(tmp_path / "gone")

@@ -1,7 +1,7 @@
 """/metrics, /healthz and /readyz of one process, for Prometheus and the kubelet.
 
     /healthz  200 while the process's own loop turns; 503 once it has not for three heartbeats
-    /readyz   200 while it can take a job: the child's model is loaded and checked
+    /readyz   200 while it can take a job: the child's model is checked, the work folder has room
     /metrics  Prometheus' text, the queue's figures read from Redis at that moment
 
 The server's thread is always alive, so an answer alone would prove nothing: it reads when the
@@ -47,7 +47,12 @@ class Health:
         """Whether a job would be taken now."""
         live, how = self.live()
         ready = live and self._ready()
-        return ready, "ready" if ready else f"no checked model yet; {how}"
+        return (
+            ready,
+            "ready"
+            if ready
+            else f"no checked model, no room in the work folder, or stopping; {how}",
+        )
 
 
 def queue_counts(store: Store) -> Callable[[], Iterator[Count]]:

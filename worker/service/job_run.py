@@ -12,6 +12,9 @@ child and for signals, and judges the run at each turn.  It ends a run early for
     a drain           SIGTERM and the grace is over, or a second SIGTERM: handed back, uncharged
     a lost lease      another worker may have the job: stop, touch nothing
 
+A work folder that takes no file, and any other OSError of this process, is no fault of the job: it
+is handed back without a charge, and the worker takes no other job until the folder takes files.
+
 run() always returns a RunResult; rq_worker.py writes it to the store.
 """
 
@@ -49,6 +52,7 @@ from ralf.worker.service.jobs import Body
 from ralf.worker.service.records import Claim
 from ralf.worker.service.store import Store
 from ralf.worker.service.wakeup import Wakeup
+from ralf.worker.service.work_dir import why_unusable
 from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
@@ -57,6 +61,8 @@ TURN_S = 0.5
 """The parent looks at the clock at least this often."""
 BEAT_S = 1.0
 """Between two beats: the lease, the progress, and whether the client has cancelled."""
+WORKER_IO = "worker_io"
+"""The code of a run that ended because this worker could not read or write."""
 BUSY_FACTOR = 5
 BUSY_SHARE = 0.05
 """Of one core, over the silence."""
@@ -194,13 +200,28 @@ class JobRun:
         self._planned: RunResult | None = None
         """The result once it is decided; until then the child may still give another."""
         self._kill_at: float | None = None
+        self._sent = False
+        """Whether the child has the job."""
 
     def run(self) -> RunResult:
         """Fetch and analyse; the folder of the fetched file is removed afterwards."""
         self.wakeup.operator_kill = ""
-        result = self._run()
+        try:
+            result = self._run()
+        except OSError as error:
+            result = self._io_failed(error)
         spent = time.monotonic() - self._begun
         return replace(result, file_sha=self._file_sha, fetch_s=self._fetch_s, total_s=spent)
+
+    def _io_failed(self, error: OSError) -> RunResult:
+        """The parent cannot go on with this job; the child must not either."""
+        log.error("job.io_failed", job_id=self.claim.job_id, error=repr(error))
+        if self._sent:
+            if not self.child.shared:
+                self.child.kill()
+            self.child.detach()
+        why = why_unusable(self.child.uploads) or f"{type(error).__name__}: {error}"
+        return RunResult("hand_back", WORKER_IO, why)
 
     def _run(self) -> RunResult:
         if not self.body.fetches:
@@ -234,7 +255,9 @@ class JobRun:
             error = fetching.error
             if isinstance(error, Cancelled):
                 return RunResult("failure", "cancelled", "cancelled by the client")
-            return RunResult.of(error)
+            full = isinstance(error.__cause__, OSError) and why_unusable(self.child.uploads)
+            # A file that fills the disk by itself leaves room once it is removed: that is charged.
+            return RunResult("hand_back", WORKER_IO, full) if full else RunResult.of(error)
         self._file_sha = fetching.file.sha256
         return fetching.file.path
 
@@ -252,6 +275,7 @@ class JobRun:
                 alone=claim.alone,
             )
         )
+        self._sent = True
         self._times.progressed = time.monotonic()
         while True:
             received = self._wait(listen=True)

@@ -51,11 +51,12 @@ from ralf.worker import telemetry
 from ralf.worker.contract import Failure, Priority
 from ralf.worker.errors import ModelUnavailable
 from ralf.worker.service.child_process import ChildProcess, ChildSupervisor
-from ralf.worker.service.job_run import JobRun, RunResult
+from ralf.worker.service.job_run import WORKER_IO, JobRun, RunResult
 from ralf.worker.service.jobs import Body
 from ralf.worker.service.records import Claim
 from ralf.worker.service.store import END_BY_CODE, Store
 from ralf.worker.service.wakeup import Wakeup
+from ralf.worker.service.work_dir import why_unusable
 from ralf.worker.telemetry import METRICS, Metrics
 
 log = structlog.get_logger()
@@ -240,6 +241,18 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         time.sleep(POP_S)
         return True
 
+    def _blocked(self) -> bool:
+        """A full disk: no job is taken, and /readyz says so, until the work folder has room."""
+        if not self.wakeup.blocked:
+            return False
+        self.wakeup.blocked = why_unusable(self.child.uploads)
+        self.metrics.ready.set(0 if self.wakeup.blocked else 1)
+        if self.wakeup.blocked:
+            time.sleep(POP_S)
+        else:
+            log.info("worker.unblocked")
+        return bool(self.wakeup.blocked)
+
     def dequeue_job_and_maintain_ttl(
         self, timeout: int | None, max_idle_time: int | None = None
     ) -> tuple[RqJob, Queue] | None:
@@ -251,7 +264,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
                 self._turn()
                 if self._stop_requested:
                     break
-                if self._suspended():
+                if self._suspended() or self._blocked():
                     continue
                 job = self._pop(block=timeout is not None)
             except RedisError as error:
@@ -340,6 +353,10 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             )
             result = run.run()
             self.supervisor.after_job(result.code)
+            if result.code == WORKER_IO:
+                self.wakeup.blocked = result.message
+                self.metrics.ready.set(0)
+                log.error("worker.blocked", reason=result.message)
             outcome = self._store(claim, result)
             log_finished(claim, result, outcome)
             succeeded = outcome in {"succeeded", "cancelled", "expired"}

@@ -60,7 +60,7 @@ def run_worker(
     health = Health(
         settings,
         pulse=lambda: wakeup.pulse,
-        ready=lambda: child.ready is not None and not wakeup.stopping,
+        ready=lambda: child.ready is not None and not (wakeup.stopping or wakeup.blocked),
     )
     janitor = threading.Thread(
         target=Janitor(store, settings).run_forever, args=(stop,), name="janitor", daemon=True

@@ -19,6 +19,8 @@ class Wakeup:
         """A second signal came: the running job goes back to the queue at once."""
         self.operator_kill = ""
         """An operator killed the child: the RQ command, stop-job or kill-horse."""
+        self.blocked = ""
+        """Why the worker can take no job now, such as a full disk; /readyz depends on it."""
         self.pulse = time.monotonic()
         """When the loop turned last; /healthz depends on it."""
         self._read, self.write = os.pipe()

@@ -15,6 +15,8 @@ from pathlib import Path
 from ralf.worker.errors import Infrastructure
 
 PREFIX = "ralf-"
+PROBE_BYTES = 1024**2
+"""A folder that does not take so much is full: no job is taken until it does."""
 _OWNER = "owner"
 MOST_BYTES = 85
 """A Unix socket's path holds 107 bytes; the folder's own name and the socket's take the rest."""
@@ -43,6 +45,16 @@ class WorkDir:
         """Remove it."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def why_unusable(folder: Path) -> str:
+    """Why no upload can be written there, such as a full disk; empty when one can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        return f"nothing can be written to the work folder {folder}: {error.strerror or error}"
+    return ""
 
 
 def _sweep(place: Path) -> None:
