@@ -86,11 +86,11 @@ def test_a_job_that_cannot_be_moved_does_not_hide_the_others(store, janitor, red
     assert report.lost == {"j1": "stuck", "j2": "retried"}
 
 
-def test_after_an_outage_a_running_job_is_not_taken_for_lost(store, janitor, redis):
+def test_after_an_outage_a_running_job_is_not_taken_for_lost(store):
     """Nobody could beat, nor sweep: who runs may say so first; who is dead is found later."""
+    janitor = Janitor(store, replace(SETTINGS, janitor_every_s=1.0))
 
     def swept(now: float) -> dict[str, str]:
-        redis.delete(store.key("janitor"))  # the last sweep was long ago
         report = janitor.run_if_due(now)
         assert report is not None
         return report.lost
@@ -104,6 +104,20 @@ def test_after_an_outage_a_running_job_is_not_taken_for_lost(store, janitor, red
 
     assert (after_the_outage, soon) == ({}, {})
     assert later == {dead.job_id: "retried"}
+
+
+def test_a_clock_that_goes_back_stops_neither_sweeps_nor_leases(store, janitor):
+    """By an hour: what was due soon is due soon, and a dead worker's job is found in a lease."""
+    store.submit([a_job("1"), a_job("2")], now=4000.0)
+    dead, late = claim(store, now=4000.0), claim(store, now=4000.0)
+    store.retry(late, a_failure("fetch_failed"), delay_s=10.0, now=4000.0)
+    assert janitor.run_if_due(4001.0) is not None
+    found = [janitor.run_if_due(400.0 + seconds) for seconds in range(0, 36, 5)]
+    swept = [report for report in found if report is not None]
+
+    assert len(swept) == len(found)
+    assert [job for report in swept for job in report.due] == ["j2"]
+    assert [report.lost for report in swept if report.lost] == [{dead.job_id: "retried"}]
 
 
 def test_a_worker_that_beats_keeps_its_job(store, janitor):

@@ -72,7 +72,6 @@ class Outbox:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.redis: Any = store.redis
-        self._due = store.key("outbox")
         self._dead = store.key("dead")
         self._disabled = store.key("endpoints", "disabled")
 
@@ -86,11 +85,12 @@ class Outbox:
         ]
 
     def delivered(self, delivery_id: str) -> None:
-        """Settled: forget it."""
-        with self.redis.pipeline() as pipe:
-            pipe.zrem(self._due, delivery_id)
-            pipe.delete(self._record(delivery_id))
-            pipe.execute()
+        """Settled: forget it.
+
+        By a script, as every write here: with its memory full Redis refuses a transaction, and the
+        same push would be sent again and again.
+        """
+        self.store.call("forget", None, "outbox", delivery_id)
 
     def postpone(self, delivery_id: str, due_at: float, error: str) -> None:
         """Try again at that time; does nothing when it was settled meanwhile."""
@@ -116,14 +116,11 @@ class Outbox:
 
     def drop(self, delivery_id: str) -> bool:
         """Forget a dead letter."""
-        with self.redis.pipeline() as pipe:
-            pipe.zrem(self._dead, delivery_id)
-            pipe.delete(self._record(delivery_id))
-            return bool(pipe.execute()[0])
+        return bool(self.store.call("forget", None, "dead", delivery_id))
 
     def disable_endpoint(self, tenant: str, url: str, *, now: float | None = None) -> None:
         """Push nothing to this address any more: it answered 410 Gone."""
-        self.redis.hset(self._disabled, f"{tenant} {url}", self._at(now))
+        self.store.call("disable", now, f"{tenant} {url}")
 
     def enable_endpoint(self, tenant: str, url: str) -> bool:
         """Push to it again; False if it was not disabled."""

@@ -84,11 +84,8 @@ class Janitor:
 
     def run_if_due(self, now: float | None = None) -> SweepReport | None:
         """One sweep, unless another janitor swept within settings.janitor_every_s."""
-        key = self.store.key("janitor")
-        every_ms = max(1, int(self.settings.janitor_every_s * 900))
-        if not self.store.redis.set(key, "1", nx=True, px=every_ms):
+        if not self.store.call("awake", now, 0.9 * self.settings.janitor_every_s):
             return None
-        self.store.call("awake", now)
         return self.run_once(now)
 
     def run_forever(

@@ -36,7 +36,7 @@ from types import FrameType
 from typing import Any, assert_never
 
 import structlog
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from rq import Queue, Worker, worker_registration
 from rq.executions import Execution
 from rq.job import Job as RqJob
@@ -288,10 +288,17 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
 
     def _pop(self, *, block: bool) -> RqJob | None:
         source, popped = self.queue.key, self.queue.intermediate_queue_key
-        if block:
-            job_id = self.connection.blmove(source, popped, POP_S)
-        else:
-            job_id = self.connection.lmove(source, popped)
+        try:
+            if block:
+                job_id = self.connection.blmove(source, popped, POP_S)
+            else:
+                job_id = self.connection.lmove(source, popped)
+        except OutOfMemoryError:
+            # With its memory full Redis refuses these two, but not our script.  Queued jobs run on.
+            job_id = self.store.pop(self.priority)
+            if job_id is None:
+                time.sleep(POP_S if block else 0.0)
+                return None
         if job_id is None:
             if not self.store.refill(self.priority):
                 return None

@@ -337,6 +337,10 @@ class Store:
         """
         return int(self.call("refill", None, priority))
 
+    def pop(self, priority: Priority) -> bytes | None:
+        """RQ's dequeue, without waiting, that works when Redis' memory is full."""
+        return cast("bytes | None", self.call("pop", None, priority))
+
     def fold_session(
         self, tenant: str, session_id: str, *, now: float | None = None
     ) -> SessionVerdict | None:

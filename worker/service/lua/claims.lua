@@ -120,3 +120,9 @@ function op.cancel(now, id)
 end
 
 function op.refill(now, priority) return refill(priority) end
+
+-- RQ's dequeue as a script: with its memory full Redis refuses BLMOVE, and a script may go on.
+function op.pop(now, priority)
+  refill(priority)
+  return redis.call('LMOVE', queue_key(priority), popped_key(priority), 'LEFT', 'RIGHT')
+end

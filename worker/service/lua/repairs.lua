@@ -12,21 +12,41 @@ function op.due(now)
   return ids
 end
 
--- Before a sweep. When there was none for long, Redis or all janitors were away, and no worker could
--- send a heartbeat. So every running job gets half a lease more before it counts as lost.
-function op.awake(now)
-  local last = redis.call('GET', P .. 'swept')
+-- The clock went back: what was written by the old clock would stay in the future for that long.
+-- Leases begin again, and what is due later moves back by the same time.
+local function follow_clock(now, back)
+  for _, priority in ipairs(C.priorities) do
+    local running = P .. 'running:' .. priority
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', running, now + C.lease, '+inf')) do
+      redis.call('ZADD', running, now + C.lease, id)
+    end
+  end
+  for _, name in ipairs({'due', 'outbox', 'sessions:changed'}) do
+    local later = redis.call('ZRANGEBYSCORE', P .. name, now, '+inf', 'WITHSCORES')
+    for i = 1, #later, 2 do
+      redis.call('ZADD', P .. name, math.max(now, tonumber(later[i + 1]) - back), later[i])
+    end
+  end
+  redis.call('DEL', P .. 'popped')
+end
+
+-- Before a sweep: whether it is time for one, and what the pause before it means. When there was none
+-- for long, Redis or all janitors were away, and no worker could send a heartbeat. So every running
+-- job gets half a lease more before it counts as lost.
+function op.awake(now, every)
+  local last = tonumber(redis.call('GET', P .. 'swept') or nil)
+  if last and last <= now and now - last < tonumber(every) then return 0 end
   redis.call('SET', P .. 'swept', now)
-  if not last or now - tonumber(last) <= C.lease / 2 then return 0 end
-  local spared, grace = 0, now + C.lease / 2
+  if last and last > now then follow_clock(now, last - now) end
+  if not last or now - last <= C.lease / 2 then return 1 end
+  local grace = now + C.lease / 2
   for _, priority in ipairs(C.priorities) do
     local running = P .. 'running:' .. priority
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', running, '-inf', grace)) do
       redis.call('ZADD', running, grace, id)
-      spared = spared + 1
     end
   end
-  return spared
+  return 1
 end
 
 function op.lost(now)
@@ -162,6 +182,17 @@ function op.settle(now, id, place, at, error)
   redis.call('ZADD', P .. place, at, id)
   redis.call('HSET', P .. 'delivery:' .. id, 'error', error)
   return 1
+end
+
+-- A delivery that needs no more pushes, or a dead letter that nobody wants; forget it.
+function op.forget(now, place, id)
+  local found = redis.call('ZREM', P .. place, id)
+  redis.call('DEL', P .. 'delivery:' .. id)
+  return found
+end
+
+function op.disable(now, endpoint)
+  return redis.call('HSET', P .. 'endpoints:disabled', endpoint, now)
 end
 
 function op.revive(now, id)
