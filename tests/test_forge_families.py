@@ -10,7 +10,7 @@ from skimage.data import astronaut
 from demo import samples
 from demo.samples import PORTRAITS, make_samples, portraits
 from ralf.train.forge import families, manipulations
-from ralf.train.forge.families import FAMILIES, REGISTRY, Portrait, Task, forge
+from ralf.train.forge.families import FAMILIES, REGISTRY, ForgeryTask, Portrait, forge
 from ralf.train.forge.landmarks import FaceGeometry, fill
 from ralf.train.forge.pixels import blur, grid, remap, resize
 from ralf.train.recipe import HELD_OUT
@@ -155,7 +155,7 @@ def test_a_family_is_one_function():
     """Its name is the family's; the decorator says how often it is drawn, and where it is seen."""
 
     @families.family(share=2.5, region="mouth")
-    def darkened(task: Task) -> np.ndarray:
+    def darkened(task: ForgeryTask) -> np.ndarray:
         return task.image * np.float32(0.5)
 
     try:

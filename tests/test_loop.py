@@ -25,7 +25,7 @@ from ralf.kernels.networks.backbones import NetworkError
 from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, load
 from ralf.train.loop.distributed import ALONE
 from ralf.train.loop.initial_weights import make_network
-from ralf.train.loop.loop import Options, Outcome, train
+from ralf.train.loop.loop import Options, TrainingOutcome, train
 from ralf.train.loop.optimise import MovingAverage, computed_in, optimiser, rate
 from ralf.train.loop.run_log import RunLog
 from ralf.train.loop.step import Diverged, Stepper
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def stub_run(
     run: Path, *, options: Options = QUIET, network: nn.Module | None = None, **changes: Any
-) -> Outcome:
+) -> TrainingOutcome:
     """Train the stub with RALF's whole loss."""
     batches = changes.pop("batches", MadeBatches())
     validation = changes.pop("validation", [MadeBatches()[100]])
@@ -132,7 +132,7 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_bits(tmp_path: Path):
     reached = load(run / LAST).state.step
     assert 2 <= reached < 7
 
-    def go(where: Path) -> Outcome:
+    def go(where: Path) -> TrainingOutcome:
         return train(
             recipe, MadeBatches(), [MadeBatches()[100]], where, data_sha256=DATA, options=QUIET
         )  # fmt: skip
@@ -175,7 +175,7 @@ class Stopping(MadeBatches):
         return super().__getitem__(number)
 
 
-def stop_at(step: int, run: Path, **changes: Any) -> Outcome:
+def stop_at(step: int, run: Path, **changes: Any) -> TrainingOutcome:
     """Train until so many steps are done, then SIGTERM."""
     return stub_run(run, batches=Stopping(step - 1), **changes)
 
@@ -207,7 +207,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path):
 
 def test_a_run_off_the_main_thread_takes_no_signals(tmp_path: Path):
     """Python allows handlers only there."""
-    outcomes: list[Outcome] = []
+    outcomes: list[TrainingOutcome] = []
     thread = threading.Thread(
         target=lambda: outcomes.append(stub_run(tmp_path, **{"schedule.steps": "2"}))
     )

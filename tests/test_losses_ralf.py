@@ -17,8 +17,8 @@ from ralf.train.losses.objective import Moment, cross_entropy, objective
 from ralf.train.losses.perceptual import CONVS, ENDS, perceptual
 from ralf.train.losses.ralf import (
     PERCEPTUAL_WEIGHTS,
-    Centre,
     Discriminator,
+    EmbeddingCentre,
     RalfLoss,
     RalfObjective,
     adversarial_loss,
@@ -98,7 +98,7 @@ def embeddings(*values: float) -> Tensor:
 
 def test_the_centre_of_an_epoch_is_the_mean_of_its_reals():
     """Unequal batches weigh by their faces; forgeries do not count; before its end it stands."""
-    centre = Centre(1, RalfLoss(centre="epoch"))
+    centre = EmbeddingCentre(1, RalfLoss(centre="epoch"))
 
     centre.see(embeddings(1, 3, 100, 100), FORGED)
     centre.see(embeddings(8, 100), torch.tensor([False, True]))
@@ -114,7 +114,7 @@ def test_the_centre_of_an_epoch_is_the_mean_of_its_reals():
 
 def test_the_uploads_centre_is_the_sum_of_both_class_means():
     """Their bug, by its flag: all faces over the number of reals."""
-    centre = Centre(1, RalfLoss(centre="epoch", centre_sums_forged=True))
+    centre = EmbeddingCentre(1, RalfLoss(centre="epoch", centre_sums_forged=True))
 
     centre.see(embeddings(1, 3, 10, 20), FORGED)
     centre.epoch_ended()
@@ -124,7 +124,7 @@ def test_the_uploads_centre_is_the_sum_of_both_class_means():
 
 def test_a_moving_centre_starts_at_its_first_batch_and_follows():
     """Its own weight is counted, so there is no pull towards zero."""
-    centre = Centre(1, RalfLoss(centre="step", centre_momentum=0.5))
+    centre = EmbeddingCentre(1, RalfLoss(centre="step", centre_momentum=0.5))
 
     centre.see(embeddings(2, 4, 50, 50), FORGED)
     first = centre.position.item()
@@ -138,12 +138,12 @@ def test_a_moving_centre_starts_at_its_first_batch_and_follows():
 def test_the_centre_keeps_no_graph(how: str):
     """Kept sums would hold every step's graph alive; the upload's flag brings that back."""
     embedding = torch.rand(4, 2, requires_grad=True)
-    centre = Centre(2, RalfLoss(centre=how))
+    centre = EmbeddingCentre(2, RalfLoss(centre=how))
     centre.see(embedding, FORGED)
 
     assert not centre.total.requires_grad
     assert not centre.position.requires_grad
-    leaking = Centre(2, RalfLoss(centre="epoch", centre_keeps_graph=True))
+    leaking = EmbeddingCentre(2, RalfLoss(centre="epoch", centre_keeps_graph=True))
     leaking.see(embedding, FORGED)
     assert leaking.total.requires_grad
     leaking.epoch_ended()

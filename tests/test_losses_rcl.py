@@ -16,8 +16,8 @@ from torch import Tensor
 from ralf.kernels.networks import build
 from ralf.train.losses.objective import Moment, OneClass, objective
 from ralf.train.losses.rcl import (
-    Centre,
     Draws,
+    ProjectionCentre,
     RclLoss,
     RclObjective,
     fused_negatives,
@@ -147,7 +147,7 @@ def test_cosines_far_apart_do_not_overflow():
 
 def test_the_centre_follows_natural_faces_on_the_sphere():
     """The first batch is its first place; later ones move it by their share."""
-    centre = Centre(2, momentum=0.75)
+    centre = ProjectionCentre(2, momentum=0.75)
     empty = centre.position.clone()
     centre.see(directions(20, 40))
     first = centre.position.clone()
@@ -165,12 +165,12 @@ RANKED = """
 import sys
 import torch
 from pydantic import ValidationError
-from ralf.train.losses.rcl import Centre
+from ralf.train.losses.rcl import ProjectionCentre
 from ralf.train.loop.distributed import joined
 with joined(torch.device("cpu")) as ranks:
     torch.manual_seed(5)
     faces = torch.nn.functional.normalize(torch.randn(3, 7, 4), dim=2)
-    centre = Centre(4, 0.9)
+    centre = ProjectionCentre(4, 0.9)
     for batch in faces:
         # Five natural faces here, two there: a mean of means would weigh them alike.
         centre.see(batch[:5] if ranks.first else batch[5:])
@@ -191,7 +191,7 @@ def test_two_processes_have_the_centre_of_all_their_faces(tmp_path: Path):
     )
     assert said.returncode == 0, said.stderr[-3000:]
     torch.manual_seed(5)
-    alone = Centre(4, 0.9)
+    alone = ProjectionCentre(4, 0.9)
     for batch in F.normalize(torch.randn(3, 7, 4), dim=2):
         alone.see(batch)
 
@@ -230,7 +230,7 @@ def test_natural_faces_on_their_centre_and_forgeries_opposite_cost_little():
     judged = made()
     near, far = directions(0, 5, -5), directions(175, 180, 185)
     draws = Draws.of(0, 5, torch.device("cpu"))
-    judged.centre = Centre(2, 0.9)
+    judged.centre = ProjectionCentre(2, 0.9)
     judged.centre.see(near)
     good = judged._natural(near, far, draws)
     bad = judged._natural(torch.cat((near[:1], far[1:])), near, draws)

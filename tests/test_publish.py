@@ -10,6 +10,7 @@ import torch
 from ralf.__main__ import main
 from ralf.kernels.artifact import Artifact, golden, open_artifact, versions
 from ralf.kernels.choose_engine import load as load_engine
+from ralf.kernels.manifest import held_out_family
 from ralf.kernels.networks import build
 from ralf.kernels.untrained import patterns
 from ralf.train.calibrate import calibrate, restored
@@ -36,6 +37,24 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def published(run: Path, models: Path, **details: object) -> Artifact:
     """As ralf-small."""
     return publish_run(run, "ralf-small", models, PublishDetails(**details))  # type: ignore[arg-type]
+
+
+def test_the_card_names_the_family_that_was_held_out(tmp_path: Path):
+    """What data.held_out says goes by the manifest's record onto the card."""
+    recipe = tiny("small_classifier", **{"schedule.steps": "1", "data.held_out": "swap"})
+    train(
+        recipe, MadeBatches(), None, tmp_path / "run", data_sha256="d" * 64,
+        options=Options(quiet=True),
+    )  # fmt: skip
+    portrait = Portion(dataset="portraits", method="real", split="train", count=3)
+    artifact = published(tmp_path / "run", tmp_path / "models", data=(portrait,))
+    card = artifact.read("card.md").decode()
+
+    assert "swap" == held_out_family(artifact.manifest.trained)
+    assert "Never trained on, kept for judging: swap." in card
+    made = next(line for line in card.splitlines() if line.startswith("Forgeries made"))
+    assert "boundary" in made and "swap" not in made
+    assert "changed from `small_classifier`: data.held_out: 'boundary' → 'swap'" in card
 
 
 def test_the_engine_gives_the_checkpoints_logits(run: Path, tmp_path: Path):

@@ -24,7 +24,7 @@ from ralf.train.data.batches import Batches
 from ralf.train.data.evaluation_set import validation_batches
 from ralf.train.data.index import Index
 from ralf.train.loop.distributed import ALONE, Ranks
-from ralf.train.loop.loop import Options, Outcome, caught, train
+from ralf.train.loop.loop import Options, TrainingOutcome, caught, train
 from ralf.train.recipe import Recipe
 
 _PR_SET_PDEATHSIG = 1
@@ -133,7 +133,7 @@ def train_on(
     ranks: Ranks = ALONE,
     options: Options | None = None,
     allow_leaks: bool = False,
-) -> Outcome:
+) -> TrainingOutcome:
     """Train a recipe on the data's train split, judged by its val split; goes on from `run`."""
     batches = Batches(index, recipe.data, "train", recipe.seed, allow_leaks=allow_leaks)
     return train(
@@ -148,7 +148,7 @@ def train_on(
     )
 
 
-def outcome_facts(outcome: Outcome, run: Path) -> Facts:
+def outcome_facts(outcome: TrainingOutcome, run: Path) -> Facts:
     """What `ralf train` prints at the end."""
     state = outcome.state
     return {

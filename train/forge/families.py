@@ -45,7 +45,7 @@ class Portrait:
 
 
 @dataclass(frozen=True)
-class Task:
+class ForgeryTask:
     """What a family's function gets."""
 
     image: Pixels  # f32 [h, w, 3], 0 to 255
@@ -63,7 +63,7 @@ class Joined:
     mask: Pixels  # f32 [h, w], 0 to 1
 
 
-Make = Callable[[Task], Pixels | Joined]
+Make = Callable[[ForgeryTask], Pixels | Joined]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def forge(
     if made_by.needs_donor and donor is None:
         raise ValueError(f"a {name} needs a donor: pass donor=Portrait(image, face)")
     target = image.astype(np.float32)
-    source = made_by.make(Task(target, face, rng, donor))
+    source = made_by.make(ForgeryTask(target, face, rng, donor))
     if isinstance(source, Joined):
         return _as_coloured(source.image, image), source.mask
     mask = _mask(face, _drawn_region(made_by.region, rng), image.shape[:2], rng)
@@ -182,19 +182,19 @@ def _mask(
 
 
 @family(share=3.0, either_side=True)
-def self_blend(task: Task) -> Pixels:
+def self_blend(task: ForgeryTask) -> Pixels:
     """The face over itself, its statistics shifted and slightly moved."""
     return manipulations.displace(manipulations.shift(task.image, task.rng), task.face, task.rng)
 
 
 @family(share=2.0, region="inner")
-def inner(task: Task) -> Pixels:
+def inner(task: ForgeryTask) -> Pixels:
     """As self_blend, between brows and mouth only."""
     return manipulations.displace(manipulations.shift(task.image, task.rng), task.face, task.rng)
 
 
 @family(share=3.0, needs_donor=True)
-def swap(task: Task) -> Pixels:
+def swap(task: ForgeryTask) -> Pixels:
     """Another person's face, warped onto this one and matched in colour."""
     assert task.donor is not None
     source = task.donor.image.astype(np.float32)
@@ -202,43 +202,43 @@ def swap(task: Task) -> Pixels:
 
 
 @family(share=1.5, region={"mouth": 0.4, "lower": 0.6})
-def mouth(task: Task) -> Pixels:
+def mouth(task: ForgeryTask) -> Pixels:
     """The mouth opened, closed or widened, as lip-sync and reenactment do."""
     return manipulations.move_mouth(task.image, task.face, task.rng)
 
 
 @family(share=1.0, region="eyes")
-def eyes(task: Task) -> Pixels:
+def eyes(task: ForgeryTask) -> Pixels:
     """Brows and lids moved."""
     return manipulations.move_eyes(task.image, task.face, task.rng)
 
 
 @family(share=1.5, region={"inner": 0.4, "face": 0.6})
-def reenact(task: Task) -> Pixels:
+def reenact(task: ForgeryTask) -> Pixels:
     """The whole expression moved."""
     return manipulations.move_expression(task.image, task.face, task.rng)
 
 
 @family(share=0.7)
-def resample(task: Task) -> Pixels:
+def resample(task: ForgeryTask) -> Pixels:
     """The face through a small size and back, as an autoencoder draws it."""
     return manipulations.redraw(task.image, task.face, task.rng)
 
 
 @family(share=1.5)
-def smooth(task: Task) -> Pixels:
+def smooth(task: ForgeryTask) -> Pixels:
     """Skin without its texture."""
     return manipulations.smooth_skin(task.image, task.face, task.rng)
 
 
 @family(share=0.5)
-def spectrum(task: Task) -> Pixels:
+def spectrum(task: ForgeryTask) -> Pixels:
     """The periodic traces of transposed convolution."""
     return manipulations.upsample(task.image, task.face, task.rng)
 
 
 @family(share=1.0)
-def boundary(task: Task) -> Joined:
+def boundary(task: ForgeryTask) -> Joined:
     """An ellipse, not a hull; joined band by band of a pyramid, not by one feather.
 
     It is made in another way than the others on purpose: our recipes hold it out, to judge by what

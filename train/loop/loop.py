@@ -96,7 +96,7 @@ class BatchSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """How a command ended."""
 
     ending: Ending
@@ -131,7 +131,7 @@ def train(
     ranks: Ranks = ALONE,
     options: Options = Options(),
     network: nn.Module | None = None,
-) -> Outcome:
+) -> TrainingOutcome:
     """Train until the recipe ends, the time is up, or a signal comes; go on where `run` stopped."""
     run.mkdir(parents=True, exist_ok=True)
     _configure_torch(options.deterministic)
@@ -215,7 +215,7 @@ class _Training:
             f"step {state.step} of {self.steps} ({self.epoch_steps} an epoch)"
         )
 
-    def go(self) -> Outcome:
+    def go(self) -> TrainingOutcome:
         """Steps, validations and saves until something ends them."""
         feed = self._feed()
         ending: Ending | None = None
@@ -234,7 +234,7 @@ class _Training:
         self.state = dataclasses.replace(self.state, finished=finished)
         self._save()
         self.log.say(f"{ending.replace('_', ' ')} at step {self.state.step} of {self.steps}")
-        return Outcome(ending, self.state, self.validation)
+        return TrainingOutcome(ending, self.state, self.validation)
 
     def _ending(self, interrupted: bool, late: bool) -> Ending | None:
         patience = self.recipe.schedule.patience

@@ -173,7 +173,7 @@ def alpha(how: str, moment: Moment) -> float:
     return 1.0 if how == "one" else moment.progress
 
 
-class Centre(nn.Module):
+class EmbeddingCentre(nn.Module):
     """Equation 3: where real faces lie in the embedding; moved by data, never by gradient."""
 
     position: Tensor
@@ -265,7 +265,7 @@ class RalfObjective(Objective):
         if self.loss.freq_scale == "unnormalised":
             weights = weights * unnormalised(size)
         self.register_buffer("weights", weights.float(), persistent=False)
-        self.centre = Centre(self._width(size), self.loss)
+        self.centre = EmbeddingCentre(self._width(size), self.loss)
         self.discriminator = Discriminator(size) if self.loss.weight_adv else None
         self.features = (
             perceptual(self.loss.perceptual, recipe.init.perceptual)

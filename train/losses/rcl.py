@@ -73,7 +73,7 @@ class RclLoss(Loss):
     centre_momentum: Share = 0.99
 
 
-class Centre(nn.Module):
+class ProjectionCentre(nn.Module):
     """Where natural faces lie on the sphere: a moving average, saved with the run."""
 
     total: Tensor
@@ -166,7 +166,7 @@ class RclObjective(Objective):
         self.project = nn.Sequential(
             nn.Linear(wide, wide // 4), nn.ReLU(), nn.Linear(wide // 4, self.loss.width)
         )
-        self.centre = Centre(self.loss.width, self.loss.centre_momentum)
+        self.centre = ProjectionCentre(self.loss.width, self.loss.centre_momentum)
 
     def run(self, crops: Tensor) -> Any:
         """Embedding and logit."""
