@@ -12,6 +12,7 @@ from ralf.kernels.artifact import Artifact, golden, open_artifact, versions
 from ralf.kernels.choose_engine import load as load_engine
 from ralf.kernels.manifest import held_out_family
 from ralf.kernels.networks import build
+from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import patterns
 from ralf.train.calibrate import calibrate, restored
 from ralf.train.card import Portion, portions, without_places
@@ -184,6 +185,20 @@ def test_the_card_tells_data_licences_figures_and_what_is_missing(run: Path, tmp
         assert part in card
     bare = published(run, tmp_path).file("card.md").read_text()
     assert "Not recorded" in bare
+
+
+def test_the_card_says_that_the_version_to_be_replaced_was_forced(run: Path, tmp_path: Path):
+    """Promotion compares with that version, so its figures are no bar to be proud of."""
+    first = published(run, tmp_path)
+    point_to(tmp_path, first.name, first.version, remark="forced past metrics REFUSED: asked more")
+    forced = f"the version to be replaced, {first.version}, was itself forced past metrics REFUSED"
+    fitted = calibrate(np.arange(8.0), np.arange(8) > 3, fitted_on="new")
+
+    assert "forced past" not in first.file("card.md").read_text()
+    assert forced in published(run, tmp_path).file("card.md").read_text()
+    assert forced in recalibrate(first, tmp_path, fitted).file("card.md").read_text()
+    point_to(tmp_path, first.name, published(run, tmp_path).version)
+    assert "forced past" not in published(run, tmp_path).file("card.md").read_text()
 
 
 def test_rows_are_counted_by_collection_method_and_split():
