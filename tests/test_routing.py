@@ -22,12 +22,10 @@ from ralf.worker.media.routing import (
     RATES,
     InProgress,
     RoutedDecoder,
-    frames_read,
-    pixels_read,
     refusal,
     route,
 )
-from ralf.worker.media.sampling import plan
+from ralf.worker.media.sampling import frames_read, pixels_read, plan
 from ralf.worker.media.types import Clip, Frames, Probe
 from ralf.worker.runtime import choose_decoder, why_no_dali
 from ralf.worker.settings import Settings, SettingsError

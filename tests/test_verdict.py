@@ -513,3 +513,44 @@ def test_segments_of_a_stream_judge_as_the_whole():
 def test_a_shown_score_stays_on_its_side_of_the_threshold(score: float, text: str):
     """0.6196 must not read as 0.620 where 0.62 decides."""
     assert text == score_text(score, 0.62)
+
+
+# What lies between the frames
+
+
+def test_a_segment_above_the_threshold_forbids_likely_authentic():
+    """200 s of a face that scores 0.98, in two hours of one that scores 0.05."""
+    logit = np.full(300, -3.0)
+    logit[5:14] = 4.0
+
+    result = judged(faces(logit, time_s=np.arange(300) * 24.0 + 12))
+
+    assert result.score is not None and result.score < 0.3
+    assert [(132_000 - 1000, 324_000 + 1000)] == [(s.start_ms, s.end_ms) for s in result.segments]
+    assert "inconclusive" == result.label
+    assert "below 0.3; but t1 scored 0.982 from 02:11.000 to 05:25.000." in result.reason
+
+
+@given(st.lists(logits, min_size=3, max_size=60))
+@settings(deadline=None)
+def test_no_authentic_verdict_lists_a_segment(values: list[float]):
+    """Whatever the scores."""
+    result = judged(faces(values))
+
+    assert not (result.label == "likely_authentic" and result.segments)
+
+
+@pytest.mark.parametrize(("step_s", "warns"), [(9.9, False), (10.5, True), (225.0, True)])
+def test_long_gaps_between_frames_are_told(step_s: float, warns: bool):
+    """A forgery of ten seconds must not pass unseen without a word."""
+    result = judged(faces([-3.0] * 8, time_s=np.arange(8) * step_s))
+
+    assert round(step_s * 1000) == result.longest_gap_ms
+    assert warns == any(text.startswith("sparse_sampling: up to") for text in result.warnings)
+
+
+def test_a_single_frame_of_a_long_clip_is_told():
+    """There is no gap between one frame and another, and all the same a long time unseen."""
+    result = judged(faces([-3.0], time_s=[30.0]), duration_s=60.0)
+
+    assert any(text.startswith("sparse_sampling: up to 60.0 s") for text in result.warnings)

@@ -282,6 +282,8 @@ class Made(Output):
     decoder: str
     colour_policy: str
     sampling: SamplingUsed
+    longest_gap_ms: Milliseconds | None = None
+    """The longest time between two sampled frames: a shorter forgery could lie in it."""
     finder: dict[str, Any]
     calibration: dict[str, Any]
     aggregation: dict[str, Any]

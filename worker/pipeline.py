@@ -39,14 +39,15 @@ from ralf.worker.contract import (
     Verdict,
 )
 from ralf.worker.ensemble import FaceScorer
-from ralf.worker.errors import BadRequest
+from ralf.worker.errors import BadRequest, TooManyPixels
 from ralf.worker.evidence import StrongestFaces, pictures
 from ralf.worker.media.crops import cut
 from ralf.worker.media.probe import probe
-from ralf.worker.media.sampling import plan, thinning
+from ralf.worker.media.sampling import for_long_clip, pixels_read, plan, thinning
 from ralf.worker.media.tracks import Tracker
 from ralf.worker.media.types import Clip, Frames, Probe
 from ralf.worker.runtime import Parts
+from ralf.worker.settings import Settings
 from ralf.worker.verdict import Judgement, Scores, calibrated, judge
 
 
@@ -139,14 +140,21 @@ class _Walk:
         with self.timed("probe"):
             self.probe: Probe = ask.probed or probe(path, parts.settings)
             self.sha256 = ask.sha256 or file_sha256(path)
-        self.sampling = ask.sampling or parts.default_sampling
+        self.sampling = ask.sampling or for_long_clip(
+            parts.default_sampling,
+            self.probe,
+            most_frames=parts.settings.max_frames,
+            most_pixels=parts.settings.max_decode_pixels / 4,  # a choice of ours costs less
+        )
         if self.sampling.max_frames > parts.settings.max_frames:
             raise BadRequest(
                 f"sampling.max_frames should be at most {parts.settings.max_frames} here "
                 f"(RALF_MAX_FRAMES), got {self.sampling.max_frames}"
             )
         self.clip = Clip(self.probe, self.sampling)
-        self.total = len(plan(self.clip))
+        wanted = plan(self.clip)
+        refuse_work(pixels_read(self.probe, wanted), parts.settings)
+        self.total = len(wanted)
         self.tracker = Tracker(max_tracks=min(ask.max_tracks, parts.settings.max_tracks))
         self.scorer = FaceScorer(parts.engine)
         self.scores = Scores.none()
@@ -164,7 +172,7 @@ class _Walk:
         """Say where this walk differs from the one that the model was calibrated with."""
         if self.manifest.untrained:
             self.warn("untrained_model: these weights were never trained; the score means nothing")
-        if self.sampling != self.parts.default_sampling:
+        if self.ask.sampling not in (None, self.parts.default_sampling):
             self.warn("uncalibrated_sampling: the model was calibrated with another sampling")
         if (thinned := thinning(self.clip)) is not None:
             self.warn(thinned)
@@ -344,6 +352,7 @@ class _Walk:
             decoder="+".join(self.decoders) or self.parts.decoder.name,
             colour_policy=manifest.input.colour,
             sampling=self.sampling,
+            longest_gap_ms=self.judgement().longest_gap_ms,
             finder=self.parts.finder_settings.model_dump(),
             calibration=manifest.calibration.model_dump(),
             aggregation=manifest.aggregation.model_dump(),
@@ -369,6 +378,16 @@ def without_decision(judgement: Judgement) -> Judgement:
         tracks=tuple(track.model_copy(update=why) for track in judgement.tracks),
         segments=(),
     )
+
+
+def refuse_work(pixels: float, settings: Settings) -> None:
+    """Refuse a clip whose sampled frames cost too much to decode, before decoding begins."""
+    if pixels > settings.max_decode_pixels:
+        raise TooManyPixels(
+            f"{pixels:.2g} pixels would have to be decoded for the sampled frames; at most "
+            f"{settings.max_decode_pixels:.2g} are taken (RALF_MAX_DECODE_PIXELS); sample fewer "
+            "frames, or encode the clip with more keyframes or smaller pictures"
+        )
 
 
 def file_sha256(path: Path) -> str:

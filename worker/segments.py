@@ -70,6 +70,13 @@ class ScoredFrames:
             calibration=calibration,
         )
 
+    @property
+    def longest_gap_ms(self) -> int:
+        """The longest time between two sampled frames; of a single frame, the whole clip."""
+        if len(self.frames_ms) < 2:
+            return self.duration_ms
+        return int(np.diff(self.frames_ms).max())
+
 
 def milliseconds(seconds: Reals) -> Ints:
     """Whole milliseconds of the clip's clock, which begins at 0."""

@@ -55,6 +55,9 @@ class Settings:
     max_frames: int = field(default=300, metadata=CHILD)
     """The most frames that any job may ask to sample."""
     max_tracks: int = field(default=16, metadata=CHILD)
+    max_decode_pixels: int = field(default=250_000_000_000, metadata=CHILD)
+    """The most pixels that one job may decode for its sampled frames: some ten minutes of two
+    cores.  Few bytes can hold many large pictures, so max_bytes is no bound of this work."""
 
     # bounds of one walk
     chunk_bytes: int = field(default=64 * 1024**2, metadata=CHILD)

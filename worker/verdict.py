@@ -2,6 +2,9 @@
 
     face logits ─▶ a level per track ─▶ calibrated ─▶ video = strongest decisive track ─▶ label
 
+Where a segment of a track is at or above the threshold, the video is never `likely_authentic`: a
+short forgery in a long clip hardly moves its track's level, but the segment shows it.
+
 worker/scores.py says what a level is, and why more forged evidence never lowers it.  The maximum
 over tracks keeps that property: another track can only raise a maximum.
 
@@ -23,7 +26,7 @@ from ralf.kernels.manifest import Aggregation, Calibration, Manifest
 from ralf.worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
 from ralf.worker.scores import Ints, Reals, Scores, calibrated, level
 from ralf.worker.segments import ScoredFrames, segments_of, timeline_of
-from ralf.worker.wording import score_text
+from ralf.worker.wording import clock, score_text
 
 __all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "threshold_for"]
 
@@ -31,6 +34,8 @@ MAX_TRACKS = 16
 MAX_SAMPLES = 300
 """Listed per track; all are judged."""
 MAX_SEGMENTS = 240
+LONG_GAP_MS = 10_000
+"""A forgery of this length matters to people, so it must not pass unseen without a warning."""
 T = TypeVar("T")
 
 
@@ -45,6 +50,8 @@ class Judgement:
     tracks: tuple[Track, ...]
     segments: tuple[Segment, ...]
     timeline: Timeline
+    longest_gap_ms: int
+    """The longest time between two sampled frames."""
     warnings: tuple[str, ...]
     track_names: dict[int, str]
     """The listed tracks' names by their number in the Scores."""
@@ -113,13 +120,13 @@ def judge_by(
         _TrackScore.of(f"t{place}", rows, scored, aggregation)
         for place, rows in enumerate(_by_first_appearance(scored.scores), 1)
     ]
-    label, score, reason = _decide(tracks, threshold, len(scored.frames_ms))
     segments = [
         segment
         for track in tracks
         if track.score is not None
         for segment in segments_of(track.name, track.votes, scored, threshold.forged_at)
     ]
+    label, score, reason = _decide(tracks, segments, threshold, len(scored.frames_ms))
     listed = _strongest(tracks, [track.rank for track in tracks], max_tracks)
     kept = _strongest(segments, [s.score for s in segments], MAX_SEGMENTS)
     return Judgement(
@@ -130,7 +137,9 @@ def judge_by(
         tracks=tuple(track.document(scored, width, height) for track in listed),
         segments=tuple(sorted(kept, key=lambda s: (s.start_ms, s.track_id))),
         timeline=timeline_of(scored),
+        longest_gap_ms=scored.longest_gap_ms,
         warnings=(
+            *_sampling_warnings(scored),
             *_small_warnings(scored, aggregation),
             *_undecided_warnings(tracks, scored, label, threshold),
             *_bound_warnings("tracks", len(listed), len(tracks)),
@@ -242,7 +251,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _decide(
-    tracks: Sequence[_TrackScore], threshold: Threshold, frames: int
+    tracks: Sequence[_TrackScore],
+    segments: Sequence[Segment],
+    threshold: Threshold,
+    frames: int,
 ) -> tuple[Label, float | None, str]:
     """The label, the score and the sentence that says what decided."""
     if not frames:
@@ -262,7 +274,22 @@ def _decide(
     label, why = threshold.decide(score)
     points = score_text(score, threshold.forged_at, threshold.authentic_below)
     over = _count(len(strongest.votes), "face")
-    return label, score, f"{who} scored {points} over {over}: {why}."
+    reason = f"{who} scored {points} over {over}: {why}."
+    if label == "likely_authentic" and segments:
+        # A forged minute among many authentic ones: the track's mean is low, and the minute is not.
+        worst = max(segments, key=lambda segment: segment.score)
+        high = score_text(worst.score, threshold.forged_at)
+        when = f"from {clock(worst.start_ms)} to {clock(worst.end_ms)}"
+        return "inconclusive", score, f"{reason[:-1]}; but {worst.track_id} scored {high} {when}."
+    return label, score, reason
+
+
+def _sampling_warnings(scored: ScoredFrames) -> list[str]:
+    gap_ms = scored.longest_gap_ms
+    if gap_ms <= LONG_GAP_MS:
+        return []
+    gap = f"up to {gap_ms / 1000:.1f} s lie between two sampled frames"
+    return [f"sparse_sampling: {gap}; a forgery that is shorter could be missed"]
 
 
 def _small_warnings(scored: ScoredFrames, aggregation: Aggregation) -> list[str]:

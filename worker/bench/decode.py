@@ -24,8 +24,8 @@ from ralf.worker.contract import Sampling
 from ralf.worker.media.decode_dali import DaliDecoder, dali_version
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.media.probe import probe
-from ralf.worker.media.routing import frames_read, route
-from ralf.worker.media.sampling import plan
+from ralf.worker.media.routing import route
+from ralf.worker.media.sampling import frames_read, plan
 from ralf.worker.media.types import Clip, Decoder
 from ralf.worker.runtime import cores, why_no_dali
 from ralf.worker.settings import Settings

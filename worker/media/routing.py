@@ -23,7 +23,7 @@ import structlog
 from numpy.typing import NDArray
 
 from ralf.worker.errors import JobError
-from ralf.worker.media.sampling import plan
+from ralf.worker.media.sampling import pixels_read, plan
 from ralf.worker.media.types import Clip, Decoder, Frames, Probe
 
 log = structlog.get_logger()
@@ -114,25 +114,6 @@ def refusal(probe: Probe, backend: Backend) -> str:
 def _fits(probe: Probe) -> bool:
     sides = (probe.coded_width, probe.coded_height)
     return min(sides) >= LEAST_SIDE and max(sides) <= MOST_SIDE.get(probe.codec, 0)
-
-
-def frames_read(probe: Probe, wanted: NDArray[np.int64]) -> int:
-    """Frames that are read for the wanted ones: from each keyframe up to the last wanted frame.
-
-    The CPU decoder skips frames that no other refers to; that is not counted.
-    """
-    if not len(wanted):
-        return 0
-    group = np.searchsorted(probe.keyframes, wanted, side="right")
-    last_of_group = np.flatnonzero(np.r_[np.diff(group) > 0, True])
-    ends = wanted[last_of_group]
-    starts = np.r_[0, probe.keyframes][group[last_of_group]]
-    return int((ends - starts + 1).sum())
-
-
-def pixels_read(probe: Probe, wanted: NDArray[np.int64]) -> float:
-    """The pixels of these frames."""
-    return float(frames_read(probe, wanted)) * probe.coded_width * probe.coded_height
 
 
 def route(

@@ -4,11 +4,17 @@ Only presentation times count, so a variable frame rate needs no special case, a
 gets the same frames.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ralf.worker.contract import Sampling
 from ralf.worker.errors import BadRequest
-from ralf.worker.media.types import Clip
+from ralf.worker.media.types import Clip, Probe
+
+GAP_S = 10.0
+"""A long clip is sampled so often, because a forgery of this length matters to people."""
 
 
 def plan(clip: Clip) -> NDArray[np.int64]:
@@ -38,6 +44,42 @@ def plan(clip: Clip) -> NDArray[np.int64]:
     elif sampling.mode == "keyframes":
         count = min(count, len(spans))
     return _on_screen(times, spans, _centres(count, float(lengths.sum())))
+
+
+def for_long_clip(
+    sampling: Sampling, probe: Probe, *, most_frames: int, most_pixels: float
+) -> Sampling:
+    """The same sampling, but of a long clip more frames, so that gaps are GAP_S at most.
+
+    Never more than most_frames, nor frames that cost more than most_pixels to decode: then the
+    gaps stay longer, and the verdict warns.
+    """
+    wanted = min(math.ceil(probe.duration_s / GAP_S), most_frames)
+    while sampling.mode == "uniform" and wanted > sampling.max_frames:
+        finer = sampling.model_copy(update={"max_frames": wanted})
+        if pixels_read(probe, plan(Clip(probe, finer))) <= most_pixels:
+            return finer
+        wanted //= 2
+    return sampling
+
+
+def frames_read(probe: Probe, wanted: NDArray[np.int64]) -> int:
+    """Frames that are read for the wanted ones: from each keyframe up to the last wanted frame.
+
+    The CPU decoder skips frames that no other refers to; that is not counted.
+    """
+    if not len(wanted):
+        return 0
+    group = np.searchsorted(probe.keyframes, wanted, side="right")
+    last_of_group = np.flatnonzero(np.r_[np.diff(group) > 0, True])
+    ends = wanted[last_of_group]
+    starts = np.r_[0, probe.keyframes][group[last_of_group]]
+    return int((ends - starts + 1).sum())
+
+
+def pixels_read(probe: Probe, wanted: NDArray[np.int64]) -> float:
+    """The pixels of these frames: what decoding them costs, known before it begins."""
+    return float(frames_read(probe, wanted)) * probe.coded_width * probe.coded_height
 
 
 def thinning(clip: Clip) -> str | None:
