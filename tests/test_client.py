@@ -1,13 +1,17 @@
 """The client as a backend sees it: idempotent, following, and plain about what went wrong."""
 
 import asyncio
+import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import jsonschema
 import pytest
 from redis import Redis
+from redis.exceptions import RedisError
 
 from ralf.worker.client import (
     AsyncClient,
@@ -35,6 +39,7 @@ from ralf.worker.contract import (
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_verdict, an_evidence
+from tests.redis_server import RedisServer
 from tests.test_store import claim
 
 URI = "https://media.example/1.mp4"
@@ -323,6 +328,73 @@ def test_without_redis_it_says_what_to_check(tmp_path):
     client = connect(f"unix://{tmp_path}/none.sock", settings=Settings())
     with pytest.raises(QueueUnavailable, match=r"RALF_REDIS_URL.*never stored twice"):
         client.submit(URI, token="u")
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """One that a test may break."""
+    server = RedisServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("CONFIG", "SET", "min-replicas-to-write", "1"), "NOREPLICAS"),
+        (("REPLICAOF", "127.0.0.1", "1"), "(?i)replica"),
+        (("ACL", "SETUSER", "default", "-evalsha"), "(?i)no permissions"),
+    ],
+)
+def test_what_redis_refuses_is_a_client_error(own_redis: RedisServer, command, said):
+    """Whatever its reason, a backend catches ClientError; the URL is not in the message."""
+    client = connect(own_redis.url, settings=Settings())
+    client.submit(URI, token="t")
+    with Redis.from_url(own_redis.url) as redis:
+        redis.execute_command(*command)
+    with pytest.raises(QueueUnavailable, match=said) as raised:
+        client.submit(f"{URI}?signature=secret", token="u")
+    client.close()
+
+    assert "secret" not in str(raised.value)
+
+
+def test_a_busy_redis_is_a_client_error(own_redis: RedisServer):
+    """Another's endless script."""
+    client = connect(own_redis.url, settings=Settings())
+    client.submit(URI, token="t")
+    with Redis.from_url(own_redis.url) as redis, Redis.from_url(own_redis.url) as other:
+        redis.config_set("lua-time-limit", "10")
+        endless = threading.Thread(target=suppressed, args=(other, "while true do end"))
+        endless.start()
+        time.sleep(0.2)
+        with pytest.raises(QueueUnavailable, match="BUSY"):
+            client.status("j")
+        redis.script_kill()
+        endless.join()
+    client.close()
+
+
+def suppressed(redis: Redis, script: str) -> None:
+    """Run it, whatever becomes of it."""
+    with suppress(RedisError):
+        redis.eval(script, 0)
+
+
+def test_a_silent_redis_costs_no_more_than_the_timeout():
+    """It accepts connections and says nothing, as a paused machine does."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(64)
+        client = connect(f"redis://127.0.0.1:{silent.getsockname()[1]}", timeout=1.0)
+        start = time.monotonic()
+        with pytest.raises(QueueUnavailable, match="RALF_REDIS_URL"):
+            client.submit(URI, token="t")
+        took = time.monotonic() - start
+        client.close()
+
+    assert took < 30.0  # three retries inside three retries of 5 s took 83 s
 
 
 def test_a_full_redis_refuses_submissions_and_lets_what_runs_end(client, store, redis):

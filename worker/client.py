@@ -117,10 +117,16 @@ class Submission:
     """Of an existing job that has one."""
 
 
-def connect(url: str | None = None, *, settings: Settings | None = None) -> "Client":
-    """A client of the Redis at that address, or at RALF_REDIS_URL."""
+def connect(
+    url: str | None = None, *, settings: Settings | None = None, timeout: float = 10.0
+) -> "Client":
+    """A client of the Redis at that address, or at RALF_REDIS_URL.
+
+    When Redis does not answer, a call raises QueueUnavailable after about `timeout` seconds.
+    """
     settings = settings or Settings.from_environment()
-    return Client(connect_redis(url or settings.redis_url, attempts=3), settings)
+    redis = connect_redis(url or settings.redis_url, attempts=3, timeout_s=timeout)
+    return Client(redis, settings)
 
 
 def request(
@@ -338,13 +344,18 @@ class Client:
                 "Ralf that does not fit this client wrote it; use the workers' version here"
             ) from fault
         except exceptions.ResponseError as fault:
-            if "used memory > 'maxmemory'" not in str(fault):  # Redis 6 has no class for it
-                raise
+            # Without the command that redis-py names: its arguments may hold a signed URL.
+            said = str(fault).rpartition("caused error: ")[2]
+            if "used memory > 'maxmemory'" in said:  # Redis 6 has no class for it
+                raise QueueUnavailable(
+                    "Redis is out of memory and takes no job; give it more (maxmemory), or wait "
+                    "until verdicts expire"
+                ) from fault
             raise QueueUnavailable(
-                "Redis is out of memory and takes no job; give it more (maxmemory), or wait until "
-                "verdicts expire"
+                f"Redis refused ({said}); when it is mended send the same again: a token is never "
+                "stored twice"
             ) from fault
-        except (exceptions.ConnectionError, exceptions.TimeoutError) as fault:
+        except exceptions.RedisError as fault:
             raise QueueUnavailable(
                 f"Redis does not answer ({fault}); check RALF_REDIS_URL and that it runs, then "
                 "send the same again: a token is never stored twice"

@@ -35,9 +35,12 @@ docs/integration.md.
 
 import hashlib
 import json
+import math
 import random
+import threading
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC
 from importlib.resources import files
@@ -82,15 +85,54 @@ FOLD_TRIES = 8
 PAGE = 500
 
 
-def connect(url: str, *, attempts: int = 10) -> Redis:
+_call = threading.local()
+
+
+class GaveUp(exceptions.RedisError):
+    """Redis did not answer in the time that a call may take."""
+
+
+class _RetryUntil(Retry):
+    """Retries, but not after `seconds` from the start of the outermost call.
+
+    redis-py retries to connect inside each retry of a command, so their numbers multiply: with
+    three retries each, a Redis that accepts connections and says nothing blocked a call for 83 s.
+    """
+
+    def __init__(self, retries: int, seconds: float) -> None:
+        super().__init__(EqualJitterBackoff(base=0.05, cap=2.0), retries)
+        self._seconds = seconds
+
+    def call_with_retry(self, do: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """redis-py's, with a look at the clock before each try."""
+        outermost = getattr(_call, "until", None) is None
+        if outermost:
+            _call.until = time.monotonic() + self._seconds
+
+        def in_time() -> Any:
+            if time.monotonic() >= _call.until:
+                raise GaveUp(f"no answer within {self._seconds:g} s")
+            return do()
+
+        try:
+            return super().call_with_retry(in_time, *args, **kwargs)
+        finally:
+            if outermost:
+                _call.until = None
+
+
+def connect(url: str, *, attempts: int = 10, timeout_s: float = math.inf) -> Redis:
     """A client that waits out a restart or a fail-over of Redis of some ten seconds.
 
-    It sends a command again when the answer was lost, so every operation here may run twice.
+    It sends a command again when the answer was lost, so every operation here may run twice.  No
+    call lasts much longer than timeout_s.
     """
     return Redis.from_url(
         url,
-        socket_timeout=5.0,  # redis-py before 8 waits for ever; a blocking pop asks for a second
-        retry=Retry(EqualJitterBackoff(base=0.05, cap=2.0), attempts),
+        # redis-py before 8 waits for ever; a blocking pop asks for a second
+        socket_timeout=min(5.0, timeout_s / 2),
+        socket_connect_timeout=min(5.0, timeout_s / 2),
+        retry=_RetryUntil(attempts, timeout_s),
         retry_on_error=[
             exceptions.ConnectionError,
             exceptions.TimeoutError,
