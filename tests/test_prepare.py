@@ -16,7 +16,7 @@ from demo.samples import forged, portraits
 from ralf.kernels.manifest import Finder, InputContract, Sampling
 from ralf.train.data import prepare as module
 from ralf.train.data.batches import Batches
-from ralf.train.data.extract import Extractor, Task, Way
+from ralf.train.data.extract import Extractor, FileTask, PrepareOptions
 from ralf.train.data.index import Index, IndexFault, Row, load
 from ralf.train.data.layouts import read
 from ralf.train.data.prepare import prepare
@@ -171,11 +171,11 @@ def test_a_file_that_kills_its_process_is_named_and_the_rest_is_finished(
     assert {row for row in prepared if not row.label} == set(made)
 
 
-def _dies_on_the_forgery(task: Task):
+def _dies_on_the_forgery(task: FileTask):
     if task.rows[0].label:
-        (module._here.folder / "done" / f"{task.name}.begun").touch()
+        (module._extractor.folder / "done" / f"{task.name}.begun").touch()
         os._exit(9)
-    return module._here.work(task)
+    return module._extractor.work(task)
 
 
 def two_people(root, box_of: int) -> Index:
@@ -211,7 +211,7 @@ def test_masks_say_which_face_was_manipulated(tmp_path, manipulated):
 def test_a_reviewed_face_is_cut_again(films, tmp_path):
     """The box that a person looked at finds its face in the same frame."""
     shutil.copy(films / "real/kaine.mp4", tmp_path / "clip.mp4")
-    extractor = Extractor(Way(CONTRACT, 3), tmp_path)
+    extractor = Extractor(PrepareOptions(CONTRACT, 3), tmp_path)
     clip = extractor._clip(str(tmp_path / "clip.mp4"))
     (frames,) = extractor.decoder.decode([clip])
     box = extractor.finder.find(frames).boxes[0] / [320, 240, 320, 240]

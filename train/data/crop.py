@@ -44,9 +44,9 @@ class Cut:
 
 
 def region(image: Image, face: FaceGeometry, cut: Cut) -> tuple[Image, FaceGeometry]:
-    """The part of the picture that the crop can see, a little more, and no finer than it needs.
+    """The part of the picture around the crop, reduced to the resolution that the crop needs.
 
-    What lies outside the picture stays outside: padding comes last, as in serving.
+    It is not padded where the picture ends: padding is added when the crop is cut, as in serving.
     """
     left, top, right, bottom = cut.box(face)
     reach = max(right - left, bottom - top) * (1.0 if cut.contract.squeeze else cut.contract.margin)

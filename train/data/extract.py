@@ -1,8 +1,8 @@
-"""One file → its faces: probe, decode, find, follow, choose, store.  The worker's parts throughout.
+"""One file → its faces, by the worker's own parts: probe, decode, find, follow, choose, store.
 
-A file that cannot be used is an Outcome with its reason, never a gap.  Pictures go the same way
-without probe and decoder; a folder of frames whose faces are not found keeps its frames as crops,
-since that is what such datasets hold.
+A file that cannot be used gets a FileOutcome with its reason; none is left out in silence.
+Pictures go the same way without probe and decoder.  A folder of frames in which no face is found
+keeps its frames as they are, since datasets of frames hold crops of faces already.
 """
 
 import hashlib
@@ -37,23 +37,23 @@ from ralf.worker.settings import Settings
 
 
 @dataclass(frozen=True)
-class Way:
-    """How files are prepared; the same for all of one folder."""
+class PrepareOptions:
+    """How files are prepared; the same for all files of one folder."""
 
     contract: InputContract
     frames: int
     quality: int = 98
-    """JPEG's, without chroma subsampling; 0 stores PNG."""
+    """JPEG quality, without chroma subsampling; 0 stores PNG."""
 
     @property
     def longest(self) -> int:
-        """Stored faces are no larger: enough to cut any margin without enlarging."""
+        """Longest side of a stored face: enough to cut any margin without enlarging."""
         return round(1.6 * self.contract.size)
 
 
 @dataclass(frozen=True)
-class Task:
-    """One file, or one folder of frames, and the rows that speak of it."""
+class FileTask:
+    """One file, or one folder of frames, and the rows about it."""
 
     path: str
     rows: tuple[Row, ...]
@@ -63,14 +63,14 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What its stored faces and its note are named by."""
+        """The name of its stored faces and of its outcome file."""
         row = self.rows[0]
         said = "|".join((row.path, *row.key[:3]))
         return f"{Path(row.path).stem[:40]}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FileOutcome:
     """What became of one file."""
 
     path: str
@@ -88,62 +88,64 @@ class Outcome:
 class Extractor:
     """The worker's decoder and finder, made once a process."""
 
-    def __init__(self, way: Way, folder: Path, *, device: str = "cpu", threads: int = 1) -> None:
-        self.way, self.folder, self.settings = way, folder, Settings()
+    def __init__(
+        self, options: PrepareOptions, folder: Path, *, device: str = "cpu", threads: int = 1
+    ) -> None:
+        self.options, self.folder, self.settings = options, folder, Settings()
         self.decoder = PyavDecoder(self.settings.chunk_bytes, threads=threads)
-        self.finder = Mtcnn(way.contract.finder, device)
+        self.finder = Mtcnn(options.contract.finder, device)
 
-    def work(self, task: Task) -> tuple[Outcome, list[Row]]:
+    def work(self, task: FileTask) -> tuple[FileOutcome, list[Row]]:
         """The file's faces, stored, and their rows."""
         row = task.rows[0]
-        seen = _Seen()
+        seen = _FacesOfFile()
         try:
             for frames in self._pictures(task) if task.pictures else self._video(task):
                 seen.add(frames, self.finder.find(frames))
         except JobError as error:
             if not seen.images:
-                return Outcome(row.path, reason=f"{error.code}: {error}"), []
-            seen.odd.append(f"{error.code} after {len(seen.images)} frames")
+                return FileOutcome(row.path, reason=f"{error.code}: {error}"), []
+            seen.remarks.append(f"{error.code} after {len(seen.images)} frames")
         except (UnidentifiedImageError, OSError) as error:
-            return Outcome(row.path, reason=f"unreadable_picture: {error}"), []
+            return FileOutcome(row.path, reason=f"unreadable_picture: {error}"), []
         rows = [self._store(task, whose, kept) for whose, kept in self._choose(task, seen)]
         if not rows and task.pictures:
             rows = self._as_they_are(task)
-            seen.odd.append("no_faces: kept as crops")
+            seen.remarks.append("no_faces: kept as crops")
         elif not rows:
-            seen.odd.append("no_faces")
+            seen.remarks.append("no_faces")
         asked = seen.asked or len(task.pictures)
-        reason = "; ".join(dict.fromkeys(seen.odd))
-        return Outcome(row.path, asked, len(seen.images), len(seen), len(rows), reason), rows
+        reason = "; ".join(dict.fromkeys(seen.remarks))
+        return FileOutcome(row.path, asked, len(seen.images), len(seen), len(rows), reason), rows
 
     def _clip(self, path: str) -> Clip:
-        sampling = self.way.contract.sampling.model_dump() | {"max_frames": self.way.frames}
+        sampling = self.options.contract.sampling.model_dump() | {"max_frames": self.options.frames}
         return Clip(probe(path, self.settings), Sampling(**sampling))
 
-    def _video(self, task: Task) -> Iterator[Frames]:
+    def _video(self, task: FileTask) -> Iterator[Frames]:
         yield from self.decoder.decode([self._clip(task.path)])
 
-    def _pictures(self, task: Task) -> Iterator[Frames]:
-        """Each picture as a clip of one frame: they may differ in size."""
+    def _pictures(self, task: FileTask) -> Iterator[Frames]:
+        """Each picture as a clip of its own, because pictures may differ in size."""
         places = range(len(task.pictures))
-        if len(places) > self.way.frames:
-            even = (np.arange(self.way.frames) + 0.5) * len(places) / self.way.frames
+        if len(places) > self.options.frames:
+            even = (np.arange(self.options.frames) + 0.5) * len(places) / self.options.frames
             places = [int(place) for place in even]  # type: ignore[assignment]
         for place in places:
             with Picture.open(task.pictures[place]) as opened:
                 yield _still(np.array(opened.convert("RGB")), place, task.pictures[place])
 
-    def _choose(self, task: Task, seen: "_Seen") -> Iterator[tuple[Row, StoredFace]]:
-        """Which found faces are kept, and under whose row."""
+    def _choose(self, task: FileTask, seen: "_FacesOfFile") -> Iterator[tuple[Row, StoredFace]]:
+        """The found faces to store, each with the row that it belongs to."""
         if not len(seen):
             return
-        row, longest = task.rows[0], self.way.longest
+        row, longest = task.rows[0], self.options.longest
         faces, numbers = seen.faces, np.array(seen.numbers)
         if row.frame >= 0 and row.kind == "video":
             size = (seen.images[0].shape[0], seen.images[0].shape[1])
             pairs = under_reviewed_boxes(faces, numbers, task.rows, size)
             if len(pairs) < len(task.rows):
-                seen.odd.append(f"{len(task.rows) - len(pairs)} reviewed faces not found again")
+                seen.remarks.append(f"{len(task.rows) - len(pairs)} reviewed faces not found again")
         else:
             tracks = np.concatenate(seen.tracks)
             masks = self._masks(task, seen) if task.masks else None
@@ -162,48 +164,48 @@ class Extractor:
             )
             yield whose, kept
 
-    def _masks(self, task: Task, seen: "_Seen") -> NDArray[np.bool_] | None:
-        """The mask video's same frames, [n, h, w]; None, and said so, where it does not fit."""
+    def _masks(self, task: FileTask, seen: "_FacesOfFile") -> NDArray[np.bool_] | None:
+        """The same frames of the mask video, [n, h, w]; None where it does not fit the video."""
         try:
             parts = list(self.decoder.decode([self._clip(task.masks)]))
         except JobError as error:
-            seen.odd.append(f"masks unused: {error.code}")
+            seen.remarks.append(f"masks unused: {error.code}")
             return None
         numbers = [int(number) for part in parts for number in part.indices]
         masks = np.concatenate([part.pixels.float().mean(dim=1).numpy() > 16 for part in parts])
         if numbers != seen.numbers or masks.shape[1:] != seen.images[0].shape[:2]:
-            seen.odd.append("masks unused: other frames or size than the video")
+            seen.remarks.append("masks unused: other frames or size than the video")
             return None
         return np.asarray(masks)
 
-    def _store(self, task: Task, row: Row, kept: StoredFace) -> Row:
+    def _store(self, task: FileTask, row: Row, kept: StoredFace) -> Row:
         """The face as a file, and its row."""
         mine = "" if len({one.video for one in task.rows}) == 1 else f"-{row.video.split('/')[-1]}"
-        suffix = "jpg" if self.way.quality else "png"
+        suffix = "jpg" if self.options.quality else "png"
         name = f"faces/{task.name}{mine}-{kept.frame:05d}.{suffix}"
-        lossy = {"quality": self.way.quality, "subsampling": 0} if self.way.quality else {}
+        lossy = {"quality": self.options.quality, "subsampling": 0} if self.options.quality else {}
         Picture.fromarray(kept.image).save(self.folder / name, **lossy)
         return replace(
             row, path=name, kind="image", frame=kept.frame, masks="", box=kept.box, five=kept.five,
             mesh="", face_px=kept.face_px,
         )  # fmt: skip
 
-    def _as_they_are(self, task: Task) -> list[Row]:
-        places = np.unique(np.linspace(0, len(task.pictures) - 1, self.way.frames).astype(int))
+    def _as_they_are(self, task: FileTask) -> list[Row]:
+        places = np.unique(np.linspace(0, len(task.pictures) - 1, self.options.frames).astype(int))
         return [
             replace(task.rows[0], path=task.pictures[place], kind="image", frame=int(place))
             for place in places
         ]
 
 
-class _Seen:
-    """What has been seen of one file so far."""
+class _FacesOfFile:
+    """The frames and faces found in one file so far."""
 
     def __init__(self) -> None:
         self.images: list[Image] = []
         self.numbers: list[int] = []
         self.tracks: list[NDArray[np.int64]] = []
-        self.odd: list[str] = []
+        self.remarks: list[str] = []
         self.asked = 0
         self._faces: list[Faces] = []
         self._tracker = Tracker(max_tracks=16)
@@ -215,8 +217,8 @@ class _Seen:
         self.numbers += [int(number) for number in frames.indices]
         self.asked = frames.total
         if frames.replaced:
-            self.odd.append("frames stood in for broken neighbours")
-        self.odd += frames.warnings
+            self.remarks.append("frames stood in for broken neighbours")
+        self.remarks += frames.warnings
 
     def __len__(self) -> int:
         return sum(len(faces) for faces in self._faces)

@@ -1,12 +1,12 @@
-"""The index: one table of everything there is to train on, whatever layout it came from.
+"""The index: one table of all data to train on, whatever layout it came from.
 
-A row is a video, a folder of frames, or one picture, with the truth about it: label 1 is forged.
-`target` is whose face it shows and `source` whose it was made from, both with the name of the
-collection they belong to ("ffpp:071"), so that DeeperForensics' reals are seen to be
-FaceForensics++'s.  `group` joins what must stay on one side of a split.
+A row is a video, a folder of frames, or one picture, with its label: 1 is forged.  `target` is the
+person whose face it shows and `source` the person whose face was put there.  Both carry the name
+of their collection ("ffpp:071"), so that a person of FaceForensics++ has the same name in
+DeeperForensics.  `group` joins rows that must be in the same split.
 
-The table is a CSV file; its SHA-256 over the sorted rows is the data's name in every checkpoint.
-`leaks` finds each identity that stands in two splits; training refuses one unless told.
+The table is a CSV file; the SHA-256 of its sorted rows names the data in every checkpoint.  `leaks`
+finds each identity that is in two splits; training refuses such an index unless leaks are allowed.
 """
 
 import csv
@@ -26,7 +26,7 @@ Split = Literal["train", "val", "test", "check", ""]
 SPLITS: tuple[Split, ...] = get_args(Split)
 MESHES = "landmarks.npz"
 REAL = "real"
-"""The method of what nobody forged."""
+"""The method of an authentic face."""
 
 
 class IndexFault(ValueError):
@@ -39,7 +39,7 @@ class Row:
 
     dataset: str
     method: str
-    """real, or how it was forged."""
+    """How it was forged, or "real"."""
     compression: str = ""
     split: Split = ""
     video: str
@@ -76,16 +76,16 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What a video is told apart by: never its name alone."""
+        """What identifies a video: its name alone does not."""
         return (self.dataset, self.method, self.compression, self.video)
 
     @property
     def identities(self) -> frozenset[str]:
-        """Everyone whose face went into it."""
+        """Everyone whose face is in it."""
         return frozenset({self.target, self.source} - {""})
 
     def geometry(self, mesh: np.ndarray | None = None) -> FaceGeometry | None:
-        """Where the face is, if the row knows."""
+        """Where the face is, if that is known."""
         if not self.box or not self.five:
             return None
         five = np.array(self.five, np.float32).reshape(5, 2)
@@ -99,7 +99,7 @@ class Index:
     root: Path
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-    """What the reader of the layout could not know or had to choose."""
+    """What the layout's reader could not know, or had to choose."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -117,11 +117,11 @@ class Index:
         return f"Index({len(self) - forged} real, {forged} forged, {self.root})"
 
     def whole_path(self, row: Row) -> str:
-        """The row's path from anywhere."""
+        """The row's path with the root."""
         return row.path if Path(row.path).is_absolute() else str(self.root / row.path)
 
     def anywhere(self, row: Row) -> Row:
-        """The row with whole paths, to stand in an index of another root."""
+        """The row with absolute paths, for an index with another root."""
         mesh = row.mesh
         if mesh and "::" not in mesh:
             mesh = f"{(self.root / MESHES).absolute()}::{mesh}"
@@ -129,7 +129,7 @@ class Index:
         return replace(row, path=path, mesh=mesh)
 
     def elsewhere(self, root: Path) -> "Index":
-        """The same rows under another root, their paths whole."""
+        """The same rows under another root, with absolute paths."""
         return Index(root, tuple(self.anywhere(row) for row in self), self.notes)
 
     def where(self, **wanted: object) -> "Index":
@@ -153,7 +153,7 @@ class Index:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def save(self, path: str | Path) -> Path:
-        """One CSV row a Row; written whole or not at all."""
+        """A CSV file with a line for each row, written whole or not at all."""
         path = Path(path)
         names = [field.name for field in fields(Row)]
         partial = path.with_suffix(path.suffix + ".part")
@@ -208,7 +208,7 @@ def _row(text: dict[str, str]) -> Row:
 
 @dataclass(frozen=True)
 class Leak:
-    """Someone, or some video, seen on both sides of a split."""
+    """A person, a video or a group that is in two splits."""
 
     what: Literal["identity", "video", "group"]
     name: str
@@ -219,7 +219,7 @@ class Leak:
 
 
 def leaks(rows: Iterable[Row]) -> list[Leak]:
-    """Each identity, group and source video that stands in more than one split."""
+    """Each identity, group and source video that is in more than one split."""
     seen: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in rows:
         if not row.split:
@@ -239,7 +239,7 @@ def leaks(rows: Iterable[Row]) -> list[Leak]:
 
 
 def split_by_identity(index: Index, *, val: float = 0.1, test: float = 0.1) -> Index:
-    """New splits that no identity or group straddles, drawn by a hash of its name."""
+    """New splits, drawn by a hash of the name; each identity and group is in one split only."""
     parent: dict[str, str] = {}
 
     def top(name: str) -> str:
@@ -250,7 +250,7 @@ def split_by_identity(index: Index, *, val: float = 0.1, test: float = 0.1) -> I
     names = [_bonds(row) for row in index]
     for bond in names:
         for other in bond[1:]:
-            # The smaller name leads, so that the draw does not hang on the order of rows.
+            # The smaller name becomes the root, so that the order of rows does not change the draw.
             first, second = sorted((top(bond[0]), top(other)))
             parent[second] = first
     rows = [
@@ -261,7 +261,7 @@ def split_by_identity(index: Index, *, val: float = 0.1, test: float = 0.1) -> I
 
 
 def _bonds(row: Row) -> list[str]:
-    """All that ties a row to others."""
+    """The names that a row shares with others: they must be in the same split."""
     named = sorted(row.identities) + ([f"group {row.group}"] if row.group else [])
     return named or [f"video {row.dataset}/{row.video}"]
 

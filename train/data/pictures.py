@@ -1,9 +1,9 @@
-"""Pictures by row: found, held in memory as they are encoded, decoded when asked for.
+"""The pictures of an index's rows, held in memory as encoded files and decoded on demand.
 
-Encoded files take a tenth of the memory that pixels take, and decoding a 400-pixel JPEG costs 2 ms
-of the 25 that a training pair costs.  They lie in one tensor in shared memory, so that worker
-processes read the same bytes.  What does not fit into the budget is read from disk each time.
-A picture that cannot be read is an error that names it; another one is never put in its place.
+Encoded files take a tenth of the memory that pixels take.  Decoding a 400-pixel JPEG takes 2 of
+the 25 ms that a training pair takes.  The files are in one tensor in shared memory, so that loader
+processes read the same bytes.  Files beyond the memory budget are read from disk each time.  A
+picture that cannot be read is an error that names it; it is never replaced by another one.
 """
 
 import io
@@ -34,7 +34,7 @@ class Frame:
 
     @property
     def name(self) -> str:
-        """Dataset, method, compression, video and frame: what a score is filed under."""
+        """Dataset, method, compression, video and frame: identifies a score."""
         return "/".join((*self.row.key, str(self.number)))
 
 
@@ -130,7 +130,7 @@ class Pictures:
     def _hold(
         self, frames: Sequence[Frame], ram_bytes: int
     ) -> tuple[torch.Tensor, dict[str, tuple[int, int]]]:
-        """As many encoded pictures as fit, end to end, and where each lies."""
+        """As many encoded pictures as fit, end to end, and the place of each."""
         parts: list[NDArray[np.uint8]] = []
         places: dict[str, tuple[int, int]] = {}
         end = 0

@@ -54,7 +54,8 @@ _FROM_YCC = np.linalg.inv(_TO_YCC).astype(np.float32)
 
 def _noise(image: Image, variance: float, rng: np.random.Generator) -> Image:
     """Gaussian noise of this variance (values 0 to 1) on luma and both colour differences."""
-    planes = image.astype(np.float32) / 255 @ _TO_YCC.T
+    scaled = image.astype(np.float32) / np.float32(255)
+    planes = np.asarray(scaled @ _TO_YCC.T, np.float32)
     planes += np.float32(np.sqrt(variance)) * rng.standard_normal(planes.shape, np.float32)
     return to_u8((planes @ _FROM_YCC.T * np.float32(255)).astype(np.float32, copy=False))
 

@@ -2,12 +2,13 @@
 
     mask         how much of each frequency the destructor takes away
     spectrum     forged over real power in each frequency (the paper's Figure 1)
-    strips       crop, destroyed, rebuilt, residual, and where the decision looks (Grad-CAM)
+    strips       crop, destroyed, rebuilt, residual, and what the decision depends on (Grad-CAM)
     roc          with the band of a bootstrap by video
-    reliability  what was said against what was true
+    reliability  stated probabilities against true shares
     embedding    t-SNE of the last layer, by way of forging (the paper's Figure 5)
 
-Colours are told apart without colour vision (Okabe and Ito's), and marks differ as well.
+The colours are Okabe and Ito's, which people with any colour vision can distinguish; the marks
+differ as well.
 """
 
 import io
@@ -98,7 +99,7 @@ def roc_figure(found: Scored, replicates: int = 200, seed: int = 0) -> Figure:
 
 
 def reliability_figure(forged: NDArray[np.bool_], probability: NDArray[np.float64]) -> Figure:
-    """Said against true, and how many were said so."""
+    """Stated probability against true share, and the number of faces in each bin."""
     said, true, number = reliability(forged, probability)
     figure = _figure()
     above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
@@ -113,7 +114,7 @@ def reliability_figure(forged: NDArray[np.bool_], probability: NDArray[np.float6
 
 
 def embedding_figure(features: NDArray[np.floating], names: Sequence[str], seed: int = 0) -> Figure:
-    """t-SNE to two dimensions; one mark and colour a way of forging."""
+    """t-SNE to two dimensions; a mark and a colour for each way of forging."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, max(2.0, (len(features) - 1) / 3))
@@ -135,7 +136,7 @@ def embedding_figure(features: NDArray[np.floating], names: Sequence[str], seed:
 
 
 def last_linear(network: nn.Module) -> nn.Linear:
-    """The layer that gives the one logit."""
+    """The layer whose output is the logit."""
     found = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
     if not found:
         raise ValueError("the network has no linear layer with one output")
@@ -144,7 +145,7 @@ def last_linear(network: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def features_of(network: nn.Module, batches: Sequence[Tensor]) -> NDArray[np.float32]:
-    """What the last layer sees, [m, c]."""
+    """The input of the last layer, [m, c]."""
     seen: list[Tensor] = []
     hook = last_linear(network).register_forward_pre_hook(
         lambda _module, given: seen.append(given[0].detach().float().cpu())
@@ -186,7 +187,7 @@ def grad_cam(network: nn.Module, crops: Tensor) -> Tensor:
 
 
 def strips_figure(network: nn.Module, crops: Tensor, names: Sequence[str]) -> Figure:
-    """A row a face: the crop, what the network made of it where it can show that, and Grad-CAM."""
+    """A row for each face: the crop, what the network shows of its work, and Grad-CAM."""
     columns: list[tuple[str, NDArray[np.floating]]] = [("crop", _pictures(crops.float() / 255))]
     explain = getattr(network, "explain", None)
     if explain is not None:

@@ -1,8 +1,8 @@
-"""The paper's figures, to print beside ours where the data is the same.
+"""Figures that papers published, to print beside ours where the data is the same.
 
-AUC, accuracy and EER in percent, as printed.  A row is shown only for the dataset and compression
-that it was measured on; protocols still differ (one random frame a video there), and a table says
-so.  Sources: RALF's Tables 1 to 6.
+AUC, accuracy and EER are in percent, as printed.  A row is shown only for the dataset and
+compression that it was measured on.  Protocols still differ (the papers take one random frame of
+each video), and each table says so.  The source is RALF's Tables 1 to 6.
 """
 
 PROTOCOL = "published rows: one frame a video, trained as their papers say; ours: see the columns"

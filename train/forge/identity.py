@@ -15,6 +15,8 @@ from ralf.train.forge.landmarks import FaceGeometry, Region, fill, grown
 from ralf.train.forge.manipulations import expression, smoothed
 from ralf.train.forge.pixels import Image, Kernel, Pixels, blur, grid, remap, smooth_field, to_u8
 
+CHEEK_TONE = np.array([0.08, -0.06, -0.03], np.float32)
+
 
 def as_another_person(
     image: Image, face: FaceGeometry, seed: int | None
@@ -56,11 +58,12 @@ def shade(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels
     """Light from one side, or through leaves."""
     light = uneven_light(rng, *image.shape[:2])
     warmth = 1 + rng.normal(0, 0.2) * np.array([1, 0, -1]) + rng.normal(0, 0.04, 3)
-    return image * np.exp(light * (rng.uniform(0.05, 0.4) * warmth)).astype(np.float32)
+    gain: Pixels = np.exp(light * (rng.uniform(0.05, 0.4) * warmth)).astype(np.float32)
+    return image * gain
 
 
 def uneven_light(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:
-    """Light here and shade there, with soft borders or hard ones: [h, w, 1], -1 to 1."""
+    """A field of light and shade, with soft borders or hard ones: [h, w, 1], -1 to 1."""
     hills = smooth_field(rng, height, width, cells=int(rng.integers(1, 5)), amplitude=1)[..., 0]
     hardness = np.exp(rng.uniform(np.log(0.7), np.log(12)))
     light: NDArray[np.float64] = np.tanh(hardness * (hills - rng.normal(0, 0.3)))[..., None]
@@ -79,11 +82,11 @@ def light_face(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> P
 
 
 def add_makeup(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
-    """Make-up: lips, lids and cheeks in another colour."""
+    """Make-up on lips, lids and cheeks."""
     height, width = image.shape[:2]
     unit, gain = face.eye_distance, np.zeros((height, width, 3), np.float32)
-    painted: tuple[tuple[Region, float], ...] = (("mouth", 0.25), ("eyes", 0.3))
-    for region, depth in painted:
+    parts_and_depths: tuple[tuple[Region, float], ...] = (("mouth", 0.25), ("eyes", 0.3))
+    for region, depth in parts_and_depths:
         if rng.random() < 0.7:
             parts = [grown(part, rng.uniform(0.9, 1.3)) for part in face.outline(region)]
             mask = blur(fill(parts, height, width), unit * rng.uniform(0.01, 0.06))
@@ -93,5 +96,5 @@ def add_makeup(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> P
         for eye, corner in zip(face.five[:2], face.five[3:], strict=True):
             at = (eye + corner) / 2 + (eye - face.five[:2].mean(0)) * 0.3
             away = ((grid(height, width) - at) / (unit * rng.uniform(0.15, 0.35))) ** 2
-            gain += np.exp(-away.sum(-1))[..., None] * np.array([0.08, -0.06, -0.03], np.float32)
+            gain += np.exp(-away.sum(-1))[..., None] * CHEEK_TONE
     return image * np.exp(gain)
