@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 
 from ralf.worker.contract import Sampling, Span
 from ralf.worker.errors import CorruptMedia, Rejected, UnreadableFile
+from ralf.worker.media import containers
 from ralf.worker.media.decode_pyav import PyavDecoder, plan
 from ralf.worker.media.probe import probe
 from ralf.worker.media.types import Clip
 from ralf.worker.settings import Settings
 from tests.clips import decode_all, make_clip, number_of
-from tests.hostile import BROKEN, REFUSED, SMEARED, flipped
+from tests.hostile import BROKEN, REFUSED, SMEARED, flipped, patch
 from tests.test_probe import open_files
 
 SETTINGS = Settings()
@@ -197,3 +199,86 @@ def test_packets_of_unannounced_streams_without_end_are_a_break(tmp_path: Path):
 
     assert found.frame_count == 50
     assert [text for text in found.warnings if text.startswith("broken_clip")]
+
+
+def box(kind: bytes, body: bytes) -> bytes:
+    """An MP4 box."""
+    return struct.pack(">I", 8 + len(body)) + kind + body
+
+
+@pytest.mark.parametrize("inside", [b"moof traf", b"traf", b"", b"moov trak"])
+def test_a_fragment_cannot_promise_samples_that_the_file_has_no_room_for(
+    tmp_path: Path, inside: bytes
+):
+    """85 million in 1.9 kB took FFmpeg 2.95 GiB; wherever the box is."""
+    run = box(b"trun", struct.pack(">II", 0, 85_000_000))
+    for kind in reversed(inside.split()):
+        run = box(kind, run)
+    path = make_clip(tmp_path / "clip.mp4", 12)
+    path.write_bytes(path.read_bytes() + run)
+
+    with pytest.raises(CorruptMedia, match="a fragment promises 85000000 samples"):
+        probe(path, SETTINGS)
+
+
+def test_a_run_that_lists_its_samples_needs_room_for_them(tmp_path: Path):
+    """Four bytes for each size."""
+    run = box(b"trun", struct.pack(">II", 0x200, 11) + bytes(4 * 10))
+    path = make_clip(tmp_path / "clip.mp4", 12)
+    path.write_bytes(path.read_bytes() + box(b"moof", box(b"traf", run)))
+
+    with pytest.raises(CorruptMedia, match="promises 11 samples and has room for 10"):
+        probe(path, SETTINGS)
+
+
+def test_compact_sample_sizes_are_bounded_too(tmp_path: Path):
+    """stz2 is stsz with fewer bits; FFmpeg allocates as much for it."""
+    path = make_clip(tmp_path / "clip.mp4", 24)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"stsz" + bytes(8), b"stz2" + struct.pack(">II", 0, 8), 1))
+    patch(path, b"stz2", 8, struct.pack(">I", 85_000_000))
+
+    with pytest.raises(CorruptMedia, match="promises 85000000 samples"):
+        probe(path, SETTINGS)
+
+
+def test_fragmented_clips_pass(tmp_path: Path):
+    """As cameras, recorders and players write them."""
+    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+    path = make_clip(tmp_path / "clip.mp4", 48, gop=12, container_options=options)
+
+    assert b"trun" in path.read_bytes()
+    assert 48 == probe(path, SETTINGS).frame_count
+
+
+def test_large_attachments_are_refused(tmp_path: Path):
+    """FFmpeg holds them in memory; small ones, such as a font, pass."""
+    path = make_clip(tmp_path / "clip.mkv", 12)
+    data = path.read_bytes()
+    small, large = (
+        bytes.fromhex("1941A469") + struct.pack(">Q", 1 << 56 | length) for length in (1000, 2**27)
+    )
+    path.write_bytes(data + small + bytes(1000))
+    assert 12 == probe(path, SETTINGS).frame_count
+
+    with path.open("r+b") as file:
+        file.seek(len(data))
+        file.write(large)
+        file.truncate(len(data) + 12 + 2**27)
+    with pytest.raises(CorruptMedia, match="bytes of attachments"):
+        probe(path, SETTINGS)
+
+
+def test_reading_boxes_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However deep they are nested, and however many there are."""
+    path = make_clip(tmp_path / "clip.mp4", 12)
+    path.write_bytes(path.read_bytes() + box(b"moov", box(b"free", b"") * 20_000))
+    assert 12 == probe(path, SETTINGS).frame_count
+
+    monkeypatch.setattr(containers, "WALK_SECONDS", 0.0)
+    with pytest.raises(CorruptMedia, match="boxes took more than 0 s"):
+        probe(path, SETTINGS)
+    monkeypatch.setattr(containers, "_MOST_BOXES", 10_000)
+    monkeypatch.setattr(containers, "WALK_SECONDS", 60.0)
+    with pytest.raises(CorruptMedia, match="more than 10000 boxes"):
+        probe(path, SETTINGS)

@@ -1,13 +1,18 @@
 """Which container a file is, by its first bytes, and what an MP4's boxes say.
 
 The file name's ending is ignored.  FFmpeg is told which demuxer to use, because its own guess could
-choose a playlist that opens other files.  The boxes are checked before FFmpeg reads them, with
-little memory.  Refused are encrypted video (a sample entry `encv` or `drmi`), and tables that
-promise more samples than the file has room for, because FFmpeg would allocate them.
+choose a playlist that opens other files.
+
+The boxes are checked before FFmpeg reads them, with little memory and within WALK_SECONDS.  Refused
+are encrypted video (a sample entry `encv` or `drmi`), tables that promise more samples than the
+file has room for (FFmpeg allocates an entry for each: 85 million in a file of 1.9 kB took 3 GiB),
+and more than MOST_ATTACHED bytes of cover pictures or Matroska attachments, which FFmpeg keeps in
+memory.  FFmpeg reads these boxes wherever they are, so the check does the same.
 """
 
 import os
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +56,20 @@ _KNOWN_OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"fLaC", "FLAC"),
 )
 _ENCRYPTED_ENTRIES = {b"encv", b"drmi"}
-_MOST_BOXES = 1_000_000
-"""The most boxes of an honest file; four hours of half-second fragments are 60,000."""
+_PARENTS = frozenset(
+    b"moov trak mdia minf stbl moof traf mvex edts dinf udta ilst tref sinf schi wave gmhd".split()
+)
+"""Boxes that FFmpeg searches for other boxes."""
+_DEEPEST = 16
+_MOST_BOXES = 3_000_000
+"""The most boxes of an honest file; four hours in fragments of 0.1 s are 1.4 million."""
+_MOST_TABLES = 4096
+WALK_SECONDS = 10.0
+"""For reading boxes or elements; 300,000 take about one second."""
+MOST_SAMPLES = 16_000_000
+"""In fragments; FFmpeg keeps some 32 bytes of each.  Four hours at 300 frames/s are 4.3 million."""
+MOST_ATTACHED = 64 * 1024**2
+_SEGMENT, _ATTACHMENTS = 0x18538067, 0x1941A469
 
 
 def check_file(name: str, max_bytes: int, most_frames: int) -> tuple[Demuxer, int, tuple[int, int]]:
@@ -77,6 +94,8 @@ def check_file(name: str, max_bytes: int, most_frames: int) -> tuple[Demuxer, in
         demuxer = demuxer_of(head)
         if demuxer == "mov":
             check_boxes(file, size, most_frames)
+        elif demuxer == "matroska":
+            refuse_attachments(file, size)
         elif demuxer == "mpegts":
             refuse_scrambled(head)
     return demuxer, size, packet_layout(head) or (0, 188)
@@ -150,11 +169,25 @@ class _Box:
     end: int
 
 
-def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[_Box]:
+class _Clock:
+    """Ends a walk over boxes that takes too long or meets too many of them."""
+
+    def __init__(self) -> None:
+        self.count, self.end = 0, time.monotonic() + WALK_SECONDS
+
+    def tick(self) -> None:
+        """Count one box."""
+        self.count += 1
+        if self.count > _MOST_BOXES:
+            raise CorruptMedia(f"more than {_MOST_BOXES} boxes; no honest file has so many")
+        if self.count % 1024 == 0 and time.monotonic() > self.end:
+            raise CorruptMedia(f"reading {self.count} boxes took more than {WALK_SECONDS:g} s")
+
+
+def _boxes(file: BinaryIO, start: int, end: int, clock: _Clock) -> Iterator[_Box]:
     """The boxes between two offsets, one level deep; a box that leaves them is cut at the end."""
-    for _ in range(_MOST_BOXES):
-        if end - start < 8:
-            return
+    while end - start >= 8:
+        clock.tick()
         file.seek(start)
         header = file.read(16)
         size, kind, body = int.from_bytes(header[:4], "big"), header[4:8], start + 8
@@ -166,33 +199,58 @@ def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[_Box]:
             return
         yield _Box(kind, body, min(start + size, end))
         start += size
-    raise CorruptMedia(f"more than {_MOST_BOXES} boxes in one level of an MP4")
 
 
-def _inside(file: BinaryIO, box: _Box, *path: bytes) -> Iterator[_Box]:
-    """Every box at the end of the path below this one."""
-    for child in _boxes(file, box.start, box.end):
-        if child.kind == path[0]:
-            yield from [child] if len(path) == 1 else _inside(file, child, *path[1:])
+def _all_boxes(
+    file: BinaryIO, start: int, end: int, clock: _Clock, parents: tuple[_Box, ...] = ()
+) -> Iterator[tuple[_Box, tuple[_Box, ...]]]:
+    """Every box at every depth, with the boxes that it is in."""
+    for box in _boxes(file, start, end, clock):
+        yield box, parents
+        if box.kind in _PARENTS and len(parents) < _DEEPEST:
+            yield from _all_boxes(file, box.start, box.end, clock, (*parents, box))
 
 
 def check_boxes(file: BinaryIO, size: int, most_frames: int) -> None:
-    """Refuse an MP4 without an index, with encrypted video, or with an impossible sample table."""
-    movie = next((box for box in _boxes(file, 0, size) if box.kind == b"moov"), None)
-    if movie is None:
+    """Refuse an MP4 without an index, with encrypted video, or with impossible tables."""
+    clock, fragment_samples, has_index = _Clock(), 0, False
+    tables: list[tuple[_Box, _Box | None]] = []
+    for box, parents in _all_boxes(file, 0, size, clock):
+        if box.kind == b"moov" and not parents:
+            has_index = True
+        elif box.kind == b"trun":
+            fragment_samples += _run_samples(file, box, size)
+            if fragment_samples > MOST_SAMPLES:
+                raise CorruptMedia(f"more than {MOST_SAMPLES} samples in fragments")
+        elif box.kind in (b"udta", b"meta") and box.end - box.start > MOST_ATTACHED:
+            raise CorruptMedia(f"{box.end - box.start} bytes of metadata; remove the pictures")
+        elif box.kind in (b"hdlr", b"stsd", b"stsz", b"stz2"):
+            track = next((parent for parent in parents if parent.kind == b"trak"), None)
+            tables.append((box, track))
+            if len(tables) > _MOST_TABLES:
+                raise CorruptMedia(f"more than {_MOST_TABLES} sample tables")
+    if not has_index:
         raise CorruptMedia(
             "no index (moov box) in this MP4: it was cut short, or never finished; upload it again"
         )
-    for track in _inside(file, movie, b"trak"):
-        video = any(
-            _read(file, box, 12)[8:12] == b"vide" for box in _inside(file, track, b"mdia", b"hdlr")
-        )
-        for table in _inside(file, track, b"mdia", b"minf", b"stbl"):
-            for box in _boxes(file, table.start, table.end):
-                if box.kind == b"stsd" and video:
-                    _refuse_encrypted(file, box)
-                elif box.kind == b"stsz":
-                    _check_sizes(file, box, size, most_frames if video else None)
+    _check_tables(file, tables, size, most_frames)
+
+
+def _check_tables(
+    file: BinaryIO, tables: list[tuple[_Box, _Box | None]], size: int, most_frames: int
+) -> None:
+    """The sample entries and sample sizes of each track."""
+    videos = {
+        track
+        for box, track in tables
+        if box.kind == b"hdlr" and _read(file, box, 12)[8:12] == b"vide"
+    }
+    for box, track in tables:
+        video = track in videos
+        if box.kind == b"stsd" and video:
+            _refuse_encrypted(file, box)
+        elif box.kind in (b"stsz", b"stz2"):
+            _check_sizes(file, box, size, most_frames if video else None)
 
 
 def _read(file: BinaryIO, box: _Box, count: int) -> bytes:
@@ -201,7 +259,7 @@ def _read(file: BinaryIO, box: _Box, count: int) -> bytes:
 
 
 def _refuse_encrypted(file: BinaryIO, descriptions: _Box) -> None:
-    for entry in _boxes(file, descriptions.start + 8, descriptions.end):
+    for entry in _boxes(file, descriptions.start + 8, descriptions.end, _Clock()):
         if entry.kind in _ENCRYPTED_ENTRIES:
             raise EncryptedMedia(
                 f"the video track is encrypted (sample entry {entry.kind.decode()}); "
@@ -212,7 +270,10 @@ def _refuse_encrypted(file: BinaryIO, descriptions: _Box) -> None:
 def _check_sizes(file: BinaryIO, box: _Box, file_size: int, most_frames: int | None) -> None:
     head = _read(file, box, 12)
     each, count = int.from_bytes(head[4:8], "big"), int.from_bytes(head[8:12], "big")
-    room = file_size // each if each else (box.end - box.start - 12) // 4
+    if box.kind == b"stz2":  # the sizes are packed into 4, 8 or 16 bits each
+        room = (box.end - box.start - 12) * 8 // max(4, each & 0xFF)
+    else:
+        room = file_size // each if each else (box.end - box.start - 12) // 4
     if len(head) < 12 or count > room:
         raise CorruptMedia(
             f"the sample table promises {count} samples and has room for {max(room, 0)}; "
@@ -220,3 +281,58 @@ def _check_sizes(file: BinaryIO, box: _Box, file_size: int, most_frames: int | N
         )
     if most_frames is not None and count > most_frames:
         raise TooManyFrames(f"{count} frames in the sample table; at most {most_frames} are taken")
+
+
+def _run_samples(file: BinaryIO, box: _Box, file_size: int) -> int:
+    """Samples of a fragment's run, refused where neither the box nor the file has room for them."""
+    head = _read(file, box, 8)
+    flags, count = int.from_bytes(head[:4], "big"), int.from_bytes(head[4:8], "big")
+    # Duration, size, flags and time offset have four bytes each, where the run lists them.
+    each = 4 * sum(bool(flags & bit) for bit in (0x100, 0x200, 0x400, 0x800))
+    fixed = 8 + 4 * sum(bool(flags & bit) for bit in (0x1, 0x4))
+    room = (box.end - box.start - fixed) // each if each else file_size
+    if len(head) < 8 or count > room:
+        raise CorruptMedia(
+            f"a fragment promises {count} samples and has room for {max(room, 0)}; "
+            "the file was cut short or made up"
+        )
+    return count
+
+
+def refuse_attachments(file: BinaryIO, size: int) -> None:
+    """Refuse a Matroska file with large attachments (fonts, pictures).
+
+    Reads the elements' headers, and stops at one that is none, or after WALK_SECONDS.  FFmpeg may
+    still find attachments behind it, so the child's memory limit stays necessary.
+    """
+    at, attached, end = 0, 0, time.monotonic() + WALK_SECONDS
+    while at < size and time.monotonic() < end:
+        file.seek(at)
+        element, length, header = _element(file.read(12))
+        if not header:
+            return
+        if element == _ATTACHMENTS:
+            attached += length if length is not None else size - at
+            if attached > MOST_ATTACHED:
+                raise CorruptMedia(f"{attached} bytes of attachments; remove them")
+        at += header
+        # An element of unknown length, as in live recordings, is read from the inside.
+        if element != _SEGMENT and length is not None:
+            at += length
+
+
+def _element(head: bytes) -> tuple[int, int | None, int]:
+    """An EBML element's id, its length (None: unknown), and its header's length (0: invalid)."""
+    if not head or not head[0] >> 4:
+        return 0, None, 0
+    id_bytes = 9 - head[0].bit_length()
+    rest = head[id_bytes:]
+    if not rest or not rest[0]:
+        return 0, None, 0
+    length_bytes = 9 - rest[0].bit_length()
+    if len(rest) < length_bytes:
+        return 0, None, 0
+    most = (1 << 7 * length_bytes) - 1
+    length = int.from_bytes(rest[:length_bytes], "big") & most
+    element = int.from_bytes(head[:id_bytes], "big")
+    return element, None if length == most else length, id_bytes + length_bytes
