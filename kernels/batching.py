@@ -1,13 +1,13 @@
 """Batches that a device can hold: a few fixed sizes, and half of them when its memory runs out.
 
 Compiled networks, plans and CUDA graphs are made for one batch size each, so any number of crops
-is cut into those sizes, the buckets, and the last part is padded.  What a bucket costs is about
-its size and a little for the call itself (on one H200 a RALF plan took 3.5 ms for 1 face, 33.8
+is cut into those sizes, the buckets, and the last part is padded.  The cost of a bucket is about
+its size plus a little for the call (on one H200 a RALF plan took 3.5 ms for 1 face, 33.8
 for 32 and 61 for 64: 2.6 ms a call and 0.92 ms a face), so 9 faces are 8 and 1, not 64.
 
-A device that runs out of memory gets its largest bucket halved, for good: the next call would run
-out again.  The parts that were done stay done.  At a batch of one there is nothing left to halve,
-and the device's own error goes to the caller, who knows of jobs and retries.
+When a device runs out of memory, its largest bucket is halved for the rest of the process: the next
+call would run out again.  Results of earlier parts are kept.  At a batch of one nothing can be
+halved, and the device's own error goes to the caller, which knows jobs and retries.
 
 Used by every engine that runs on a GPU; knows nothing of networks.
 """
@@ -35,7 +35,7 @@ def default_batch(device: torch.device) -> int:
 
 
 class Batching:
-    """The buckets of one engine, and what its device has taught it about them."""
+    """The buckets of one engine, smaller after the device ran out of memory."""
 
     def __init__(self, buckets: Sequence[int] = BUCKETS) -> None:
         if not buckets or min(buckets) < 1:
@@ -48,10 +48,10 @@ class Batching:
         return self.buckets[-1]
 
     def __call__(self, crops: Tensor, score: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """Crops [m, ...] → one tensor [m, ...], m ≥ 1, by as few calls as pay.
+        """Crops [m, ...] → one tensor [m, ...], m ≥ 1, in the cheapest sequence of buckets.
 
-        `score(part, bucket)` gets up to `bucket` crops and answers for each of them, in order; what
-        it says of padding is cut off.  It may be asked again for a part that did not fit.
+        `score(part, bucket)` gets up to `bucket` crops and returns a row for each, in order; rows
+        of padding are cut off.  A part that did not fit is scored again in smaller buckets.
         """
         done: list[Tensor] = []
         start = 0
@@ -69,11 +69,11 @@ class Batching:
         return torch.cat(done)
 
     def _halve(self, bucket: int) -> None:
-        """No batch of this size again; another thread may have learnt the same meanwhile."""
+        """Use no batch of this size again; another thread may have halved it meanwhile."""
         kept = {size for size in self.buckets if size < bucket}
         self.buckets = tuple(sorted(kept | {bucket // 2}))
         log.warning("engine.batch_halved", was=bucket, batch=self.most)
-        # What the failed attempt left in torch's cache may be just what the smaller one needs.
+        # The failed attempt left memory in torch's cache, which the smaller batch may need.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

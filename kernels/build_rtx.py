@@ -2,7 +2,7 @@
 
 The builder compiles ahead of time for a range of architectures; the rest happens on the GPU, when
 the plan is first loaded there.  Types are those of the graph (strongly typed), and FP32 products
-stay FP32: TF32 would take 13 bits from the frequencies that the destructor takes apart.
+stay FP32: TF32 would drop 13 bits of the frequencies that the destructor computes.
 
 Without a GPU the runtime does not deserialise a plan (seen with 1.4.0.76: it asks for a CUDA
 stream first).  What can be checked is checked: the parsed network's inputs and outputs, every
@@ -20,15 +20,15 @@ from ralf.kernels.export import Built
 
 
 def version() -> str:
-    """Of the builder, and so of the runtime that the plan needs."""
+    """The builder's version, which the runtime must have too."""
     return str(_bindings().__version__)
 
 
 def architectures() -> tuple[str, ...]:
-    """Where a plan of this builder runs.
+    """The architectures on which a plan of this builder runs.
 
-    By its documentation 8.0, 8.6, 8.9, 12.0 "and later".  9.0 is there because a 1.4 plan was run
-    on an H200; 1.7.1 was seen to refuse it.
+    By its documentation 8.0, 8.6, 8.9, 12.0 "and later".  9.0 is listed because a 1.4 plan ran on
+    an H200; 1.7.1 refuses it.
     """
     hopper = ("sm90",) if version().startswith("1.4.") else ()
     return ("sm80", "sm86", "sm89", *hopper, "sm120")
@@ -50,7 +50,7 @@ def build(graph: Path, size: int, buckets: tuple[int, ...]) -> Built:
     config.profiling_verbosity = trt.ProfilingVerbosity.LAYER_NAMES_ONLY
     if buckets[-1] > 1:
         profile = builder.create_optimization_profile()
-        # The largest is the one that throughput is made of.
+        # Optimise for the largest batch: it decides the throughput.
         smallest, largest = ((batch, 3, size, size) for batch in (1, buckets[-1]))
         profile.set_shape(name, smallest, largest, largest)
         config.add_optimization_profile(profile)
@@ -88,8 +88,10 @@ def _check_ends(trt: Any, network: Any, size: int) -> str:
             return str(crops.name)
     ends = [network.get_input(i) for i in range(network.num_inputs)]
     ends += [network.get_output(i) for i in range(network.num_outputs)]
-    told = ", ".join(f"{end.name} {end.dtype} {tuple(end.shape)}" for end in ends)
-    raise EngineError(f"the graph should take u8 [m,3,{size},{size}], give FP32 [m]; it has {told}")
+    listed = ", ".join(f"{end.name} {end.dtype} {tuple(end.shape)}" for end in ends)
+    raise EngineError(
+        f"the graph should take u8 [m,3,{size},{size}], give FP32 [m]; it has {listed}"
+    )
 
 
 def _bindings() -> Any:

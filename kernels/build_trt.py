@@ -1,13 +1,13 @@
 """torch-tensorrt: the whole network as one plan, built on the GPU that will run it.
 
-Either flavour is taken as it is found: `torch-tensorrt` brings standard TensorRT, whose builder
+It uses the flavour that is installed: `torch-tensorrt` brings standard TensorRT, whose builder
 times its kernels on this GPU; `torch-tensorrt-rtx` has the same name and interface and brings
 TensorRT-RTX.  Types are those of the traced network, FP32 products stay FP32 (see build_rtx), and
-nothing may fall back to torch: a plan is all of the network, or it is not built.
+no part may fall back to torch: a plan is the whole network, or it is not built.
 
-The destructor is either inside the plan, as the matrix products that it means, or in front of it,
-as the fused op whose results the plan then takes beside the crops.  Which is faster is measured
-by ralf.kernels.build, which asks for both.
+The destructor is either inside the plan, as plain matrix products, or runs before it as the fused
+op, whose results the plan takes in addition to the crops.  ralf.kernels.build builds both and keeps
+the faster.
 
 Neither engine cache nor shared timing cache is used: torch-tensorrt keeps both as pickles in a
 folder that any user can write.
@@ -30,20 +30,20 @@ OPTIMIZATION = 5
 """TensorRT's highest: searches longest."""
 
 
-class Split(Protocol):
-    """A network whose destructor can run apart from the rest."""
+class SplitNetwork(Protocol):
+    """A network whose destructor can run separately, before the rest."""
 
     size: int
 
     def destroy(self, crops: Tensor) -> tuple[Tensor, ...]:
-        """What the fused op makes of the crops."""
+        """The fused op's results for the crops."""
 
     def follow(self, crops: Tensor, *destroyed: Tensor) -> Any:
         """All that comes after, its logit included."""
 
 
-class Behind(nn.Module):
-    """The network behind the op: takes what the op made beside the crops."""
+class AfterDestructor(nn.Module):
+    """The network without its destructor: takes the op's results in addition to the crops."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -51,23 +51,23 @@ class Behind(nn.Module):
         self.size = network.size
 
     def forward(self, crops: Tensor, *destroyed: Tensor) -> Tensor:
-        logit: Tensor = cast("Split", self.network).follow(crops, *destroyed).logit
+        logit: Tensor = cast("SplitNetwork", self.network).follow(crops, *destroyed).logit
         return logit
 
 
 def flavour() -> Flavour:
-    """Of the torch-tensorrt that is installed."""
+    """The flavour of the torch-tensorrt that is installed."""
     return "rtx" if _library().ENABLED_FEATURES.tensorrt_rtx else "trt"
 
 
 def version() -> str:
-    """Of the TensorRT under it, and so of the runtime that the plan needs."""
+    """The version of TensorRT in it, which the runtime must have too."""
     _library()
     return str(runtime_module(flavour()).__version__)
 
 
 def splits(network: nn.Module) -> bool:
-    """Whether the op can stand in front of it, and all that it makes is used behind it."""
+    """Whether the destructor can run as an op before the plan, which then uses all its results."""
     guided = getattr(network, "guide", None) is not None
     return guided and hasattr(network, "destroy") and hasattr(network, "follow")
 
@@ -84,8 +84,8 @@ def build(
         device = next(network.parameters()).device
         blank = torch.zeros((min(2, most), 3, side, side), dtype=torch.uint8, device=device)
         with torch.no_grad():
-            others = cast("Split", network).destroy(blank)
-        network = Behind(network)
+            others = cast("SplitNetwork", network).destroy(blank)
+        network = AfterDestructor(network)
     program = exported(network, most, *others)
     examples = [torch.zeros(0, dtype=torch.uint8), *others]
     shapes = [(3, network.size, network.size), *(tuple(other.shape[1:]) for other in others)]

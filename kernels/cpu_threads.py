@@ -1,13 +1,13 @@
-"""Work side by side on a CPU: each piece in a thread of its own, which uses no further threads.
+"""Independent pieces of work in parallel on a CPU, each in one thread that uses no further threads.
 
-A network is hundreds of small operations.  Split inside, each of them ends with all threads
-waiting for the slowest, and on a machine that has other work to do every such wait costs a turn
-of the scheduler: measured on two busy cores, finding faces took 1.4 s a frame against 0.19 s in
-lanes.
-torch lets go of Python's lock inside its operations, so the lanes do run at once.
+A network is hundreds of small operations.  If each is split over threads, each ends with all
+threads waiting for the slowest, and on a busy machine every wait costs a turn of the scheduler.
+Measured on two busy cores, finding faces took 1.4 s a frame that way and 0.19 s with one thread for
+each piece.  torch releases Python's lock inside its operations, so the threads run at the same
+time.
 
-The number of lanes is torch's own number of threads in the calling thread; with one, or with one
-piece of work, everything runs where it was called.
+The number of threads is torch's own in the calling thread.  With one thread, or one piece of work,
+everything runs in the caller.
 """
 
 import threading
@@ -26,24 +26,24 @@ def side_by_side(work: Sequence[Callable[[], Result]]) -> list[Result]:
     count = torch.get_num_threads()
     if count == 1 or len(work) < 2:
         return [piece() for piece in work]
-    return list(_lanes(count).map(lambda piece: piece(), work))
+    return list(_pool(count).map(lambda piece: piece(), work))
 
 
 @lru_cache(maxsize=4)
-def _lanes(count: int) -> ThreadPoolExecutor:
-    """Threads that were each told to compute alone.
+def _pool(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one thread.
 
-    torch keeps the number of threads per thread, and besides a default for threads to come, which
-    the same call sets; the caller puts that back once all lanes are there.
+    torch keeps the number of threads per thread, and a default for new threads; set_num_threads
+    changes both, so the caller sets the default back after all threads have started.
     """
-    lanes = ThreadPoolExecutor(count, thread_name_prefix="lane")
-    all_there = threading.Barrier(count)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="side-by-side")
+    all_started = threading.Barrier(count)
 
-    def alone(_: int) -> None:
-        torch.get_num_threads()  # a thread's first question sets it to the default, so ask now
+    def use_one_thread(_: int) -> None:
+        torch.get_num_threads()  # the first call in a thread sets the default there, so call it now
         torch.set_num_threads(1)
-        all_there.wait()
+        all_started.wait()
 
-    list(lanes.map(alone, range(count)))
+    list(pool.map(use_one_thread, range(count)))
     torch.set_num_threads(count)
-    return lanes
+    return pool

@@ -1,9 +1,8 @@
-"""An engine: u8 crops in, logits of being forged out, whatever runs underneath.
+"""What all engines share: u8 crops in, logits of being forged out.
 
-`load` picks the implementation for the device and proves it: an engine whose logits on the
-model's own golden crops differ from the FP32 reference's by more than the manifest's error
-budget is refused, not warned about.  Asking for a device that is not there is an error; nothing
-falls back in silence.
+`check_golden` compares an engine with the FP32 reference on the model's own golden crops; a
+difference above the manifest's error budget is an error, not a warning.  A device that is not there
+is an error too: nothing falls back without a word.  ralf.kernels.choose_engine loads an engine.
 """
 
 from typing import Protocol
@@ -17,11 +16,11 @@ from ralf.kernels.manifest import PRECISIONS, Precision
 
 
 class EngineError(Exception):
-    """An engine cannot be had, or does not agree with its model's reference."""
+    """An engine cannot be built or loaded, or disagrees with its model's reference."""
 
 
 class Engine(Protocol):
-    """What the pipeline asks."""
+    """What the pipeline needs from an engine."""
 
     @property
     def name(self) -> str:
@@ -29,7 +28,7 @@ class Engine(Protocol):
 
     @property
     def precision(self) -> Precision:
-        """Of the bulk of the arithmetic."""
+        """The precision of most of the arithmetic."""
 
     @property
     def device(self) -> str:
@@ -44,7 +43,7 @@ class Engine(Protocol):
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device that a setting names, or an EngineError that says what is there."""
+    """The torch device that a setting names; EngineError if it does not exist here."""
     kind, colon, index = device.partition(":")
     if kind not in {"auto", "cpu", "cuda"} or (
         colon and not (kind == "cuda" and index.isdecimal())
@@ -85,7 +84,7 @@ def check_golden(engine: Engine, most: int | None = None) -> float:
 
 
 def check_crops(crops: Tensor, artifact: Artifact) -> None:
-    """EngineError unless the crops are what the model's contract says."""
+    """EngineError unless the crops have the type and shape of the model's input."""
     side = artifact.manifest.input.size
     if crops.dtype != torch.uint8 or crops.shape[1:] != (3, side, side):
         raise EngineError(
@@ -95,6 +94,6 @@ def check_crops(crops: Tensor, artifact: Artifact) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """EngineError for a name that no engine has."""
+    """EngineError for an unknown precision."""
     if precision not in PRECISIONS:
         raise EngineError(f"precision should be one of {PRECISIONS}, got {precision!r}")

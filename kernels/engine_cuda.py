@@ -1,9 +1,9 @@
 """A network on CUDA: compiled once for each bucket, on a stream of its own.
 
-torch.compile makes one program per batch size, when the engine is loaded and never later: to
-compile may take minutes, and a job that waited for it would look hung.  So crops come in the
-buckets of kernels.batching, and a size that has no program, because memory ran out and the batch
-was halved, runs eagerly.  So does everything where compiling fails; the log says why, once.
+torch.compile makes one program per batch size when the engine is loaded, and never later: compiling
+may take minutes, and a job that waits for it seems to hang.  So crops come in the buckets of
+ralf.kernels.batching.  A size without a program (memory ran out and the batch was halved) runs
+eagerly.  If compiling fails everything runs eagerly, and the log gives the reason once.
 
 Crops from the CPU go over by pinned memory, which the host fills while the device computes the
 batch before.  One caller at a time.
@@ -21,7 +21,7 @@ from ralf.kernels.batching import BUCKETS, Batching
 
 PROGRAMS = 64
 """Programs that one class of network may have in a process: models × buckets.  torch's own limit
-of 8 is meant for shapes that never settle; behind it, it would go eager without a word."""
+is 8; beyond it torch would run eagerly without any message."""
 
 log = structlog.get_logger()
 
@@ -32,7 +32,7 @@ def buckets_of(max_batch: int) -> tuple[int, ...]:
 
 
 def stream_of(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream of one's own; none on a CPU, where the tests run this file."""
+    """A new stream; None on a CPU, where the tests run this file."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
@@ -61,7 +61,7 @@ class OnCuda:
 
     @property
     def compiled(self) -> bool:
-        """Whether compiling worked, for one bucket at least."""
+        """Whether compiling worked for at least one bucket."""
         return bool(self.ready)
 
     def __call__(self, crops: Tensor) -> Tensor:
@@ -71,12 +71,12 @@ class OnCuda:
 
     @contextmanager
     def on_stream(self, crops: Tensor) -> Iterator[None]:
-        """Behind what made the crops, and beside everything else on the device."""
+        """Run on our stream, after the work that made the crops."""
         if self.stream is None:
             yield
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        if crops.is_cuda:  # their memory is not to be reused before this stream is done with it
+        if crops.is_cuda:  # so that their memory is not reused before this stream has read it
             crops.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
             yield
@@ -86,10 +86,10 @@ class OnCuda:
         return run(self._batch(part, bucket)).float()
 
     def _batch(self, part: Tensor, bucket: int) -> Tensor:
-        """The part and zeros behind it, on the device.
+        """The part, filled up with zeros, on the device.
 
-        Always a fresh tensor, made in inference mode: the caller's may have other strides or come
-        from outside that mode, and torch.compile would take either for another program.
+        Always a new tensor made in inference mode: the caller's may have other strides or come
+        from outside that mode, and torch.compile would make another program for it.
         """
         pinned = self.stream is not None and not part.is_cuda
         shape = (bucket, *part.shape[1:])
@@ -99,16 +99,16 @@ class OnCuda:
         return batch.to(self.device, non_blocking=True)
 
     def _warm(self) -> None:
-        """Every bucket's program, and one call of each: what a first call would cost is paid."""
+        """Compile for every bucket and call each once, so that no job pays for a first call."""
         blank = torch.zeros((1, 3, self.side, self.side), dtype=torch.uint8)
         for bucket in self.batching.buckets:
             self._compile(blank, bucket)
-        self(blank.expand(self.batching.most, -1, -1, -1))  # halves here what does not fit
+        self(blank.expand(self.batching.most, -1, -1, -1))  # halves a batch that does not fit
         for bucket in self.batching.buckets:
             self(blank.expand(bucket, -1, -1, -1))
 
     def _compile(self, blank: Tensor, bucket: int) -> None:
-        """This bucket's program; where there is none to be had, all go on eagerly."""
+        """Compile for this bucket; if that fails, all buckets run eagerly."""
         if self.program is None:
             return
         import torch._dynamo.config as dynamo  # seconds to import, and only needed here
@@ -118,8 +118,8 @@ class OnCuda:
             with room, torch.inference_mode(), self.on_stream(blank):
                 self.program(self._batch(blank, bucket))
         except torch.OutOfMemoryError:
-            return  # the batching will learn it, too
-        # Whatever the compiler, its C++ or its ptxas meets; its own errors are RuntimeErrors.
+            return  # the warm-up call will halve the bucket
+        # torch's own errors are RuntimeErrors; a missing compiler or ptxas raises the others.
         except (RuntimeError, ImportError, OSError) as error:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             log.warning("engine.compile_failed", batch=bucket, reason=reason)

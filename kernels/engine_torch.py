@@ -2,11 +2,11 @@
 
 CPU: channels-last, and bf16 where the processor multiplies it in hardware (avx512_bf16, amx) and
 the manifest says that it was measured to agree; FP32 elsewhere.  CUDA: FP16, channels-last,
-compiled for a few batch sizes (kernels.compiled), eager where compiling fails or is not wanted.
-What runs in the smaller dtype is the network's own choice (its `lower`).
+compiled for a few batch sizes (ralf.kernels.engine_cuda), eager if compiling fails or is not
+wanted.  The network itself decides what runs in the smaller dtype (its `lower`).
 
-Here too: a network as the bytes of a model, `pack`, and back, `restore`.  Weights are FP16 on
-disk, and the reference is those weights in FP32.  Nothing is unpickled.
+This file also writes a network as the bytes of a model (`pack`) and reads it back (`restore`).
+Weights are FP16 on disk, and the reference is those weights in FP32.  Nothing is unpickled.
 
 CPU seconds a face, one thread of a busy AVX-512 machine, all in one run:
 
@@ -49,20 +49,20 @@ EXPLAIN_BATCH = 8
 
 
 class Detector(Protocol):
-    """What a network of this project is, beside an nn.Module."""
+    """What a network has in addition to an nn.Module."""
 
     def __call__(self, crops: Tensor) -> Tensor: ...
     def lower(self, dtype: torch.dtype) -> nn.Module: ...
 
 
 class Explainer(Protocol):
-    """A detector that has pictures to show."""
+    """A detector that can show pictures of what it judged by."""
 
     def explain(self, crops: Tensor) -> Explanation: ...
 
 
 class Several(Protocol):
-    """Several detectors that judge as one."""
+    """A network of several detectors."""
 
     def members(self, crops: Tensor) -> Tensor: ...
 
@@ -78,7 +78,7 @@ class TorchEngine:
     max_batch: int
     name: str = "torch"
     runner: OnCuda | None = field(default=None, repr=False)
-    """What runs it on CUDA."""
+    """Runs the network on CUDA; None on a CPU."""
 
     @classmethod
     def of(
@@ -110,7 +110,7 @@ class TorchEngine:
 
     @property
     def explains(self) -> bool:
-        """Whether the network has more to show than a number."""
+        """Whether the network can show pictures."""
         return hasattr(self.network, "explain")
 
     @torch.inference_mode()
@@ -121,10 +121,10 @@ class TorchEngine:
             return torch.zeros(0)
         if self.runner is not None:
             return self.runner(crops)
-        return self._in_lanes(self.network, crops)
+        return self._in_threads(self.network, crops)
 
-    def _in_lanes(self, score: Callable[[Tensor], Tensor], crops: Tensor) -> Tensor:
-        """As many lanes as cores, each with its share, in batches no larger than the bound."""
+    def _in_threads(self, score: Callable[[Tensor], Tensor], crops: Tensor) -> Tensor:
+        """Split the crops over torch's threads, in batches of at most max_batch."""
         share = -(-len(crops) // torch.get_num_threads())
         pieces = batches(crops, min(self.max_batch, share))
         return torch.cat(side_by_side([partial(_alone, score, one) for one in pieces]))
@@ -137,7 +137,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def members(self, crops: Tensor) -> Tensor:
-        """What an ensemble's members say, FP32 [m, k] on the CPU; their mean is the logit."""
+        """The logits of an ensemble's members, FP32 [m, k] on the CPU; their mean is the logit."""
         check_crops(crops, self.artifact)
         if not self.detectors:
             raise EngineError(f"{self.artifact.label} is one detector: it has no members")
@@ -145,13 +145,13 @@ class TorchEngine:
         if not len(crops):
             return torch.zeros(0, len(self.detectors))
         if self.device == "cpu":
-            return self._in_lanes(ensemble.members, crops)
+            return self._in_threads(ensemble.members, crops)
         parts = [ensemble.members(part.to(self.device)) for part in batches(crops, self.max_batch)]
         return torch.cat(parts).float().cpu()
 
     @torch.inference_mode()
     def explain(self, crops: Tensor) -> Explanation:
-        """What the network took away, put back, and looked at, FP32 on the CPU."""
+        """The network's pictures of each crop (its `explain`), FP32 on the CPU."""
         check_crops(crops, self.artifact)
         if not self.explains:
             build_name = self.artifact.manifest.network.build
@@ -167,13 +167,13 @@ class TorchEngine:
 
 
 def _alone(score: Callable[[Tensor], Tensor], crops: Tensor) -> Tensor:
-    """One lane's piece; inference mode belongs to the thread that entered it."""
+    """One thread's piece; each thread must enter inference mode itself."""
     with torch.inference_mode():
         return score(crops).float()
 
 
 def explainer(engine: Engine) -> TorchEngine | None:
-    """The torch engine that shows what this one judged by; None where there is none."""
+    """The torch engine that can show pictures for this engine; None if there is none."""
     found = getattr(engine, "explainer", engine)
     return found if isinstance(found, TorchEngine) else None
 

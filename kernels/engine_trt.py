@@ -158,16 +158,16 @@ def destructor(
 def check_key(artifact: Artifact, key: Key, here: Device, runtime: str) -> None:
     """EngineError where another version or architecture is needed than is here."""
     _check_gpu(here)
-    cure = f"build one here: {plans.command(artifact)}"
+    advice = f"build one here: {plans.command(artifact)}"
     if runtime != key.version:
         raise EngineError(
             f"{key} of {artifact.label} needs {MODULES[key.flavour]} {key.version}, "
-            f"here is {runtime}; {cure}"
+            f"here is {runtime}; {advice}"
         )
     if here.architecture not in key.architectures:
         raise EngineError(
             f"{key} of {artifact.label} is for {', '.join(key.architectures)}, "
-            f"{here.name} is {here.architecture}; {cure}"
+            f"{here.name} is {here.architecture}; {advice}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a model: what it is, what it eats, and what it was measured to do.
+"""The manifest of a model: its network, its input, and the figures measured with it.
 
 One JSON document, checked by pydantic, never changed after publishing: the version of a model is
 the first 8 hex digits of this file's SHA-256.  Imports no torch, so that a backend may read it.
@@ -24,16 +24,16 @@ class Strict(BaseModel):
 
 
 class Sampling(Strict):
-    """Which frames of a clip are looked at."""
+    """Which frames of a clip are judged."""
 
     mode: Literal["uniform", "fps", "keyframes"] = "uniform"
     max_frames: Annotated[int, Field(ge=1, le=300)] = 32
     fps: Annotated[float, Field(gt=0, le=120)] | None = None
-    """Only for mode fps: frames looked at per second of video."""
+    """Only for mode fps: frames judged per second of video."""
 
 
 class Finder(Strict):
-    """How faces are looked for."""
+    """How faces are found."""
 
     long_side: Annotated[int, Field(ge=128, le=8192)] = 640
     """Frames are reduced so that their longer side is this, or what shows min_face at 12 pixels if
@@ -43,7 +43,7 @@ class Finder(Strict):
 
 
 class InputContract(Strict):
-    """How a crop must be cut for this model; training's prepare and the worker both read it."""
+    """How crops are cut for this model; preparation of training data and the worker read it."""
 
     size: Annotated[int, Field(ge=32, le=1024)] = 256
     margin: Annotated[float, Field(ge=1.0, le=3.0)] = 1.3
@@ -57,25 +57,25 @@ class InputContract(Strict):
 
 
 class Network(BaseModel):
-    """`build` names a network of ralf.kernels.networks; all else are its dimensions."""
+    """`build` names a network of ralf.kernels.networks; every other field is a dimension of it."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     build: str
 
     @property
     def dimensions(self) -> dict[str, Any]:
-        """What build(name, **dimensions) takes."""
+        """The keyword arguments of ralf.kernels.networks.build."""
         return dict(self.model_extra or {})
 
 
 class Aggregation(Strict):
-    """How face scores become a track's, and tracks' the video's."""
+    """How the scores of faces become a track's score, and tracks' scores the video's."""
 
     track: Literal["top_half_mean", "mean", "trimmed_mean", "top_k_mean"] = "top_half_mean"
     k: Annotated[int, Field(ge=1, le=300)] = 8
     """Only for top_k_mean."""
     min_faces: Annotated[int, Field(ge=1, le=300)] = 3
-    """A track with fewer sampled faces cannot decide alone."""
+    """A track with fewer sampled faces does not decide the video alone."""
     min_face_px: Annotated[int, Field(ge=1, le=2000)] = 48
     """Faces smaller than this are shown but do not count."""
 
@@ -89,14 +89,15 @@ class Calibration(Strict):
 
 
 class Reference(Strict):
-    """How scores were spread when the model was published; what drift is measured from."""
+    """The distribution of scores when the model was published; drift is measured against it."""
 
     edges: tuple[Unit, ...]
-    """Ascending, between the bins: below the first, …, at or above the last."""
+    """Ascending limits between the bins; the first bin is below the first, the last at or above the
+    last."""
     counts: tuple[Annotated[int, Field(ge=0)], ...]
     """Videos in each bin: one more than edges."""
     of: str = ""
-    """Whose scores, in words."""
+    """Which videos were scored, in words."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Reference":
@@ -129,19 +130,19 @@ class Manifest(Strict):
     """The most that another engine's logit may differ from the FP32 reference's on golden.npz.
 
     `logit` holds for every engine; `logit_PRECISION` (fp32, bf16, fp16) replaces it for engines
-    of that precision.  `logit_bf16` is there only where bf16 was measured, when the model was
-    published, to stay within half of `logit`; without it a CPU runs the model in FP32.
+    of that precision.  `logit_bf16` is there only if bf16 stayed within half of `logit` when the
+    model was published; without it a CPU runs the model in FP32.
     """
     targets: tuple[str, ...] = ("cpu",)
-    """Where the model is to run: cpu, sm90, sm90-verified.  Each needs its engine before the
-    model is promoted."""
+    """Where the model is to run: cpu, sm90, sm90-verified.  It is promoted only when each target
+    has its engine."""
     margins: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: {"test_auc": 0.01, "* auc seen": 0.01, "* auc held out": 0.02}
     )
-    """Figures in `metrics` of which more is better, * for any text, and the most by which each may
-    fall below the promoted version's."""
+    """Figures in `metrics` that should be high (* stands for any text), and how far each may fall
+    below the promoted version's."""
     reference: Reference | None = None
-    """Scores of videos at publishing; None: the first that a worker sees."""
+    """Scores of videos at publishing; None: a worker takes the first scores that it computes."""
     trained: dict[str, Any] = Field(default_factory=dict)
     untrained: bool = False
     """True for weights that were never trained: every verdict then says so."""

@@ -6,8 +6,8 @@ Small batches spend their time launching kernels: there a CUDA graph is captured
 plain launching, and kept where it is faster.  A captured graph is bound to its context's shapes
 and addresses, which is why no two buckets share a context.
 
-RTX plans are compiled for the GPU at hand when they are first run, seconds a bucket; what comes
-of it is kept in a file of the user's own, so that the next process starts at once.
+RTX plans are compiled for the GPU at hand when they first run, which takes seconds a bucket; the
+result is kept in a file of the user's own, so that the next process starts at once.
 
 The bindings come as an argument: standard TensorRT and TensorRT-RTX have the same interface.
 """
@@ -36,7 +36,7 @@ TURNS = 5
 
 
 class Queue:
-    """The engine's own CUDA stream; all that is CUDA's in here, so that tests can do without."""
+    """The engine's own CUDA stream; all CUDA calls are in this class, so a test can fake it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -49,7 +49,7 @@ class Queue:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Work inside goes onto the stream, after what the caller's stream was given before."""
+        """Work inside runs on the stream, after the work already on the caller's stream."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             yield
@@ -61,7 +61,7 @@ class Queue:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """The work as one CUDA graph; inside a turn."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: a decoder in another thread may go on calling CUDA meanwhile.
+        # thread_local: other threads (a decoder) may call CUDA during the capture.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             work()
         replay: Callable[[], None] = graph.replay
@@ -69,8 +69,8 @@ class Queue:
 
 
 @dataclass(eq=False)
-class Slot:
-    """One bucket's context, buffers and workspace; all of them live as long as it does."""
+class BucketState:
+    """One bucket's context, buffers and workspace, which must all live equally long."""
 
     context: Any
     inputs: tuple[Tensor, ...]
@@ -90,8 +90,8 @@ class Session:
     device: torch.device
     cache: Path | None = None
     front: Callable[[Tensor], tuple[Tensor, ...]] | None = None
-    """Makes the plan's further inputs from the crops, where it takes any: a kernel of ours."""
-    slots: dict[int, Slot] = field(default_factory=dict)
+    """Computes the plan's further inputs from the crops, if it takes any: our fused kernel."""
+    states: dict[int, BucketState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.logger = self.trt.Logger(self.trt.Logger.WARNING)
@@ -103,7 +103,7 @@ class Session:
                 f"{self.device} (its reason is on stderr); build it again here"
             )
         self.content = b""
-        # A runtime lists its tensors in an order of its own.
+        # The order in which a runtime lists its tensors is not defined.
         names = sorted(
             (self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)), key=_place
         )
@@ -118,7 +118,7 @@ class Session:
         self._configure()
 
     def _configure(self) -> None:
-        """RTX: compile each shape once and for all, and remember what was compiled."""
+        """RTX: compile each shape once, and keep what was compiled."""
         self.config = self.compiled = None
         if not hasattr(self.engine, "create_runtime_config"):
             return
@@ -135,7 +135,7 @@ class Session:
         self.config.set_runtime_cache(self.compiled)
 
     def remember(self) -> None:
-        """Keep what RTX compiled; a folder that cannot be written only costs the next start."""
+        """Write what RTX compiled to a file; if that fails, only the next start is slower."""
         if self.compiled is None or self.cache is None:
             return
         data = bytes(self.compiled.serialize())
@@ -149,29 +149,29 @@ class Session:
 
     def run(self, bucket: int, crops: Tensor) -> tuple[Tensor, ...]:
         """Up to `bucket` crops; FP32 outputs of `bucket` rows on the CPU, padding included."""
-        slot = self.slot(bucket)
+        state = self.state(bucket)
         with self.queue.turn():
-            slot.inputs[0][: len(crops)].copy_(crops, non_blocking=True)
-            # What lies behind is an older batch's: finite pixels, and nobody reads their scores.
-            slot.launch()
-            # Copies: the slot's own are overwritten by the next part.
-            outputs = tuple(output.to("cpu", torch.float32, copy=True) for output in slot.outputs)
+            state.inputs[0][: len(crops)].copy_(crops, non_blocking=True)
+            # Rows beyond these crops are an older batch's: finite pixels whose scores nobody reads.
+            state.launch()
+            # Copies: the next part overwrites the buffers.
+            outputs = tuple(output.to("cpu", torch.float32, copy=True) for output in state.outputs)
         self.queue.finish()
         return outputs
 
-    def slot(self, bucket: int) -> Slot:
-        """The bucket's slot, made on first use; torch's out-of-memory error goes to the caller."""
-        if bucket not in self.slots:
+    def state(self, bucket: int) -> BucketState:
+        """The bucket's state, made on first use; torch's out-of-memory error goes to the caller."""
+        if bucket not in self.states:
             with self.queue.turn():
-                self.slots[bucket] = self._make(bucket)
+                self.states[bucket] = self._make(bucket)
             self.queue.finish()
-        return self.slots[bucket]
+        return self.states[bucket]
 
     def drop(self, above: int) -> None:
         """Give back the memory of larger buckets."""
-        self.slots = {bucket: slot for bucket, slot in self.slots.items() if bucket <= above}
+        self.states = {bucket: state for bucket, state in self.states.items() if bucket <= above}
 
-    def _make(self, bucket: int) -> Slot:
+    def _make(self, bucket: int) -> BucketState:
         context = self._context()
         inputs = tuple(self._input(context, name, bucket) for name in self.taken)
         # The workspace is sized for these shapes and handed over before anything runs.
@@ -192,12 +192,12 @@ class Session:
             if not context.execute_async_v3(self.queue.handle):
                 raise EngineError("TensorRT could not start the plan (its reason is on stderr)")
 
-        slot = Slot(context, inputs, tuple(outputs), workspace, launch)
+        state = BucketState(context, inputs, tuple(outputs), workspace, launch)
         launch()  # RTX compiles here; and a graph is captured only of what has run before
         self.queue.finish()
         if bucket <= GRAPH_MOST:
-            self._try_graph(slot)
-        return slot
+            self._try_graph(state)
+        return state
 
     def _input(self, context: Any, name: str, bucket: int) -> Tensor:
         shape = (bucket, *tuple(self.engine.get_tensor_shape(name))[1:])
@@ -230,18 +230,18 @@ class Session:
             raise EngineError(f"the plan's {name} is {kind}; expected u8 or a float")
         return known[kind]
 
-    def _try_graph(self, slot: Slot) -> None:
-        capturable = getattr(slot.context, "is_stream_capturable", None)
+    def _try_graph(self, state: BucketState) -> None:
+        capturable = getattr(state.context, "is_stream_capturable", None)
         if capturable is not None and not capturable(self.queue.handle):
             return
-        plain = slot.launch
+        plain = state.launch
         try:
             replay = self.queue.capture(plain)
         except (RuntimeError, EngineError) as error:
-            log.info("engine.no_graph", batch=len(slot.inputs[0]), reason=str(error))
+            log.info("engine.no_graph", batch=len(state.inputs[0]), reason=str(error))
             return
         if self._median(replay) <= GRAPH_GAIN * self._median(plain):
-            slot.launch, slot.graphed = replay, True
+            state.launch, state.graphed = replay, True
 
     def _median(self, work: Callable[[], None]) -> float:
         spent = []

@@ -1,8 +1,8 @@
-"""A model that knows nothing: the real network with fresh weights, published like any other.
+"""A model with random weights: the real network, never trained, published like any other.
 
-It lets the whole walk run before a trained model ships.  The seed is fixed, the batch norms'
-statistics are those of its own golden patterns so that numbers stay in range, and its manifest,
-its card and every verdict made with it say that it was never trained.
+With it the whole pipeline can run before there is a trained model.  The seed is fixed, the batch
+norms' statistics are those of its own golden patterns so that numbers stay in range, and its
+manifest, its card and every verdict made with it say that it was never trained.
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ import torch
 
 from ralf.kernels.bench.baseline import AuthorsWay, Concatenated, dct2, idct2
 from ralf.kernels.networks.ralf import Ralf
-from ralf.kernels.networks.reconstructor import Fuse
+from ralf.kernels.networks.reconstructor import ScaleFusion
 from ralf.kernels.untrained import patterns, settle
 
 DIMENSIONS = {"base": 8, "blocks": 1, "backbone": "tf_efficientnet_lite0", "size": 64}
@@ -26,7 +26,7 @@ def test_its_transform_is_scipys_without_the_norm(shape: tuple[int, ...]):
 @pytest.mark.parametrize("scale", [0, 1])
 def test_fusing_by_concatenation_is_fusing_in_parts(scale: int):
     """Resizing by nearest neighbour commutes with a 1×1 convolution."""
-    fuse = Fuse(8, scale)
+    fuse = ScaleFusion(8, scale)
     maps = [torch.rand(2, 8 << i, 16 >> i, 16 >> i) for i in range(3)]
 
     torch.testing.assert_close(Concatenated(fuse)(*maps), fuse(*maps), rtol=1e-4, atol=1e-5)

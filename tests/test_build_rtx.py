@@ -49,7 +49,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network = Small().eval().requires_grad_(False)
     network.body.half()
-    export.export(network, path, most=8, precision="fp16")
+    export.write_onnx(network, path, most=8, precision="fp16")
     return path
 
 
@@ -87,7 +87,7 @@ def test_a_batch_of_one_alone_needs_no_profile(tmp_path: Path):
     """A plan for batch 1."""
     network = Small().eval().requires_grad_(False)
     network.body.half()
-    export.export(network, tmp_path / "one.onnx", most=1, precision="fp16")
+    export.write_onnx(network, tmp_path / "one.onnx", most=1, precision="fp16")
 
     assert build_rtx.build(tmp_path / "one.onnx", SIZE, (1,)).content
 

@@ -319,7 +319,7 @@ def test_small_batches_try_a_graph_and_keep_it_where_it_is_faster(
     # buckets are made largest first: 8 then 1; replays, then plain launches
     times = {False: iter([0.9, 1.0]), True: iter([1.0, 1.0])}
     engine = TrtEngine.of(artifact, KEY, b"plan", (1, 8, GRAPH_MOST + 1), device=CPU)
-    graphed = {bucket: slot.graphed for bucket, slot in engine.session.slots.items()}
+    graphed = {bucket: state.graphed for bucket, state in engine.session.states.items()}
 
     assert 2 == engine.session.queue.captured
     assert {1, 8, GRAPH_MOST + 1} == set(graphed)
@@ -340,7 +340,7 @@ def test_a_capture_that_fails_leaves_plain_launches(
     monkeypatch.setattr(FakeQueue, "capture", fails)
     engine = TrtEngine.of(artifact, KEY, b"plan", (1, 8), device=CPU)
 
-    assert [False, False] == [slot.graphed for slot in engine.session.slots.values()]
+    assert [False, False] == [state.graphed for state in engine.session.states.values()]
     assert 3 == len(engine(torch.from_numpy(patterns(3, SIZE))))
 
 
@@ -498,7 +498,7 @@ def test_the_session_knows_nothing_of_cuda_but_its_queue():
     """So that what is tested here is what runs there."""
     text = Path(trt_session.__file__).read_text()
 
-    assert text.count("torch.cuda.") == text.split("class Slot")[0].count("torch.cuda.")
+    assert text.count("torch.cuda.") == text.split("class BucketState")[0].count("torch.cuda.")
 
 
 @pytest.mark.gpu

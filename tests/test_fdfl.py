@@ -11,8 +11,16 @@ from scipy.fft import dctn
 from torch import nn
 
 from ralf.kernels.networks import build
-from ralf.kernels.networks.backbones import FAMILIES, Backbone, NetworkError, Seen
-from ralf.kernels.networks.fdfl import FUSIONS, SCALE, YCBCR, Fdfl, Fuse, MiningBlock, Spectrum
+from ralf.kernels.networks.backbones import FAMILIES, Backbone, Features, NetworkError
+from ralf.kernels.networks.fdfl import (
+    FUSIONS,
+    SCALE,
+    YCBCR,
+    Fdfl,
+    MiningBlock,
+    Spectrum,
+    StreamFusion,
+)
 from tests.test_networks import cost, crops
 
 SMALL = {"backbone": "tf_efficientnet_lite0", "size": 64, "fusion": "concat"}
@@ -145,7 +153,7 @@ def test_every_fusion_gives_a_logit_a_face(fusion: str):
     network, faces = small(fusion=fusion), crops(2)
     seen = network.trace(faces)
 
-    assert isinstance(seen, Seen)
+    assert isinstance(seen, Features)
     assert (2, 1280) == seen.embedding.shape
     assert torch.equal(network(faces), seen.logit)
     torch.testing.assert_close(network.backbone.head(seen.embedding).squeeze(1), seen.logit)
@@ -154,12 +162,12 @@ def test_every_fusion_gives_a_logit_a_face(fusion: str):
 def test_fusions_do_what_they_say():
     """On maps of one number: the sum, the shut gate, the weighed mean."""
     pixels, frequencies = torch.full((1, 4, 2, 2), 2.0), torch.full((1, 4, 2, 2), 6.0)
-    halfway = Fuse("attention", 4)
+    halfway = StreamFusion("attention", 4)
     for parameter in halfway.parameters():
         nn.init.zeros_(parameter)
 
-    assert torch.equal(Fuse("sum", 4)(pixels, frequencies), torch.full_like(pixels, 8))
-    assert torch.equal(Fuse("gate", 4)(pixels, frequencies), pixels)
+    assert torch.equal(StreamFusion("sum", 4)(pixels, frequencies), torch.full_like(pixels, 8))
+    assert torch.equal(StreamFusion("gate", 4)(pixels, frequencies), pixels)
     torch.testing.assert_close(halfway(pixels, frequencies), torch.full_like(pixels, 4))
 
 
@@ -248,7 +256,7 @@ def test_its_onnx_graph_gives_its_logits(tmp_path: Path):
     from ralf.kernels import export
 
     network, faces = small(size=32), crops(3, 32)
-    export.export(network, tmp_path / "n.onnx", most=4, precision="fp32")
+    export.write_onnx(network, tmp_path / "n.onnx", most=4, precision="fp32")
     got = export.logits(export.session(tmp_path / "n.onnx"), faces.numpy())
 
     np.testing.assert_allclose(network(faces).detach().numpy(), got, atol=1e-3)

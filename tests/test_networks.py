@@ -18,7 +18,7 @@ from ralf.kernels.dct import destruct_reference
 from ralf.kernels.networks import build, options
 from ralf.kernels.networks.backbones import FAMILIES, Backbone, NetworkError, load_backbone
 from ralf.kernels.networks.ralf import Ralf
-from ralf.kernels.networks.reconstructor import Fuse, Reconstructor, double, half
+from ralf.kernels.networks.reconstructor import Reconstructor, ScaleFusion, double, half
 
 TINY = {"base": 4, "blocks": 1, "backbone": "tf_efficientnet_lite0", "size": 64}
 
@@ -70,12 +70,12 @@ def test_small_ralf_costs_19_gflop_a_face():
 
 def test_fusing_scale_by_scale_is_the_convolution_of_the_concatenation():
     """The cheap form computes the published one."""
-    fuse = Fuse(4, 0)
+    fuse = ScaleFusion(4, 0)
     maps = [torch.rand(1, 4 << i, 16 >> i, 16 >> i) for i in range(3)]
     whole = torch.cat([maps[0], double(maps[1]), double(double(maps[2]))], 1)
     weight = torch.cat([part.weight for part in fuse.parts], 1)
     expected = fuse.body(nn.functional.conv2d(whole, weight, fuse.parts[2].bias))
-    fine = Fuse(4, 1)
+    fine = ScaleFusion(4, 1)
     whole = torch.cat([half(maps[0]), maps[1], double(maps[2])], 1)
     weight = torch.cat([part.weight for part in fine.parts], 1)
     expected_fine = fine.body(nn.functional.conv2d(whole, weight, fine.parts[2].bias))
@@ -287,7 +287,7 @@ def test_it_exports_with_a_dynamic_batch(name: str):
 def export(network: nn.Module, faces: Tensor) -> torch.export.ExportedProgram:
     """With any batch of 1 to 64."""
     batch = torch.export.Dim("m", min=1, max=64)
-    return torch.export.export(network, (faces,), dynamic_shapes=({0: batch},))
+    return torch.export.write_onnx(network, (faces,), dynamic_shapes=({0: batch},))
 
 
 def test_ralf_exports_to_onnx():

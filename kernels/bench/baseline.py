@@ -1,6 +1,6 @@
-"""RALF the way its papers' authors run it: what `ralf bench engine` and `dct` compare with.
+"""RALF the way its papers' authors run it: the baseline of `ralf bench engine` and `dct`.
 
-The same network with the same weights, and none of what this project does about speed:
+The same network with the same weights, and none of this project's optimisations:
 - the DCT by an FFT of reordered samples (Makhoul's), un-normalised, as the common packages do it;
 - the three scales fused as drawn in the paper: resized to one size, concatenated, convolved;
 - FP32, eager, channels first, residuals as separate operations.
@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from ralf.kernels.networks.backbones import unit
 from ralf.kernels.networks.ralf import Ralf
-from ralf.kernels.networks.reconstructor import Fuse
+from ralf.kernels.networks.reconstructor import ScaleFusion
 
 
 def dct(samples: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def idct2(spectrum: Tensor) -> Tensor:
 class Concatenated(nn.Module):
     """Fuse as it is defined: every map at this scale's size, one 1×1 convolution of them all."""
 
-    def __init__(self, fuse: Fuse) -> None:
+    def __init__(self, fuse: ScaleFusion) -> None:
         super().__init__()
         self.scale = fuse.scale
         weights: list[Tensor] = [part.get_parameter("weight") for part in fuse.parts]
@@ -89,7 +89,7 @@ class AuthorsWay(Ralf):
         way.load_state_dict(network.state_dict())
         fuses = way.reconstructor.fuses
         for index, fuse in enumerate(fuses):
-            assert isinstance(fuse, Fuse)
+            assert isinstance(fuse, ScaleFusion)
             fuses[index] = Concatenated(fuse)
         return way.to(network.mask.device).eval().requires_grad_(False)
 

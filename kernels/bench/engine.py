@@ -1,10 +1,10 @@
 """`ralf bench engine`: faces a second by every engine that this machine can make of a model.
 
-The baselines run in the same process, in turns: the papers' way in FP32 (kernels.authors), and on
-CUDA the same with TF32 and under FP16 autocast.  Then the network in plain FP32 channels-last,
-torch's engine eager and compiled, and each plan that was verified here.  All take u8 crops in the
-CPU's memory and end with logits there.  Making, compiling and building are not timed with them;
-seconds to make each engine are told apart.
+The baselines run in the same process, in turns: the papers' way in FP32
+(ralf.kernels.bench.baseline), and on CUDA the same with TF32 and under FP16 autocast.  Then the
+network in plain FP32 channels-last, torch's engine eager and compiled, and each plan that was
+verified here.  All take u8 crops in the CPU's memory and end with logits there.  Making, compiling
+and building are not timed with them; the seconds to make each engine stand in a field of their own.
 
 --fresh measures a network with fresh weights, --build builds its plans first: together they are
 all that a session on a new GPU needs.

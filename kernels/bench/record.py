@@ -1,7 +1,7 @@
 """A benchmark's record: what was measured, on what, and how; one JSON document a run.
 
-Speed is told as ratios between ways measured side by side in one run, their turns interleaved, so
-that a machine that slows down slows them all.  Medians and p95 over repeats; warm-ups excluded.
+Speed is given as ratios between functions measured in one run with interleaved turns, so that a
+machine that slows down slows all of them.  Medians and p95 over repeats; warm-ups excluded.
 """
 
 import json

@@ -2,13 +2,13 @@
 
 The cut is where RALF merges its guide: for Xception after conv1-bn1-relu-conv2-bn2-relu, for the
 others after the first convolution with its norm and activation; all at half the input's size.
-Inside the rest a second place is known, where FDFL merges: between Xception's entry and middle
+Inside the rest there is a second place, where FDFL merges: between Xception's entry and middle
 flow, and in the others where a sixteenth of the input's size is first reached.
 
 Initial weights come from a safetensors file in timm's names or from timm's hub.  They were
 learnt on photographs, and RALF feeds the stem residuals: non-negative, near zero.  They go in
 as they are, unscaled, as in the paper.  Every stem's first convolution has no bias and a batch
-norm behind it, which takes up the other scale and offset once its statistics are those of
+norm behind it, which corrects scale and offset once its statistics are those of
 residuals: so train with the norms in training mode, and never freeze the stem's statistics.
 
 The only file that imports timm.
@@ -28,7 +28,7 @@ Pool = Literal["max", "mean"]
 
 
 class NetworkError(ValueError):
-    """A network cannot be built or filled as asked; the message says what would do."""
+    """A network cannot be built or filled as asked; the message says what is possible."""
 
 
 class Family(NamedTuple):
@@ -43,8 +43,8 @@ class Family(NamedTuple):
     """What comes into it."""
 
 
-class Seen(NamedTuple):
-    """What losses on features look at."""
+class Features(NamedTuple):
+    """What losses on features read."""
 
     embedding: Tensor  # [m, c] pooled, FP32
     logit: Tensor  # [m] of being forged, FP32
@@ -105,11 +105,11 @@ class Backbone(nn.Module):
         """The stem's (merged) features [B, c, h, w] → logits [B], the head in FP32."""
         return self.conclude(self.rest(features)).logit
 
-    def conclude(self, maps: Tensor) -> Seen:
+    def conclude(self, maps: Tensor) -> Features:
         """The last maps [B, c, h, w], pooled and judged."""
         pooled = maps.amax((2, 3)) if self.pool == "max" else maps.float().mean((2, 3))
         logits: Tensor = self.head(pooled.to(dtype_of(self.head)))
-        return Seen(pooled.float(), logits.squeeze(1).float())
+        return Features(pooled.float(), logits.squeeze(1).float())
 
     def enter(self, features: Tensor) -> Tensor:
         """The rest up to the middle flow."""
@@ -154,7 +154,7 @@ def load_backbone(
     """Fill the backbone from a file, or from timm's hub; the names left as they were (the head).
 
     A file's head is taken when it, too, has one output.  Anything else that is missing, unknown
-    or of another shape is an error: a half-loaded backbone trains, badly, without a word.
+    or of another shape is an error: a half-loaded backbone would train badly without any message.
     """
     if weights is None and not pretrained:
         raise NetworkError(

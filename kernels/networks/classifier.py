@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ralf.kernels.networks.backbones import Backbone, Pool, Seen, dtype_of, lower_backbone, unit
+from ralf.kernels.networks.backbones import Backbone, Features, Pool, dtype_of, lower_backbone, unit
 
 
 class Classifier(nn.Module):
@@ -14,7 +14,7 @@ class Classifier(nn.Module):
         self.size = size
         self.backbone = Backbone(backbone, pool)
 
-    def trace(self, crops: Tensor) -> Seen:
+    def trace(self, crops: Tensor) -> Features:
         """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and what losses read."""
         stem = self.backbone.stem
         return self.backbone.conclude(

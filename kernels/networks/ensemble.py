@@ -1,4 +1,4 @@
-"""Several detectors as one: the mean of what each says, on its own calibrated scale.
+"""Several detectors as one: the mean of their logits, each on its own calibrated scale.
 
     crops ─▶ member 1 ─▶ (logit − shift) / temperature ─┐
         └──▶ member 2 ─▶ …                              ├─▶ mean ─▶ one logit
@@ -6,8 +6,8 @@
 
 One detector's logit of 2 may be another's of 5, so each is brought to its own calibration first;
 the mean is calibrated anew, as any model's logits are.  To everything else it is a network like
-the others: one set of weights, one logit a face, plans, golden crops.  `members` tells what went
-into the mean.  Pictures of where to look come from the first member that has any.
+the others: one set of weights, one logit a face, plans, golden crops.  `members` gives the
+logits that the mean was taken of.  Pictures come from the first member that has any.
 
 It refuses members of different crops, and ensembles within ensembles.
 """

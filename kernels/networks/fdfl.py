@@ -14,8 +14,8 @@ fusion, which is a dimension, since the paper compares several and names none th
     gate        x + a·f, the factor a zero at first: begins as the backbone; the default
     sum         x + f
     concat      both side by side, one 1 × 1 convolution, norm, ReLU
-    attention   a weight from 0 to 1 at each place and channel says which of both is taken
-    none        x alone: what the branch must beat
+    attention   a weight from 0 to 1 at each place and channel weighs pixels against frequencies
+    none        x alone: the baseline for this branch
 
 A fresh convolution in its middle costs a trained backbone what it knew.  Validation AUC from the
 same warm backbone, 50 batches of 16 at 128 px, cross entropy alone or with the single-center loss:
@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from ralf.kernels.dct import basis
 from ralf.kernels.networks.backbones import (
     Backbone,
+    Features,
     NetworkError,
     Pool,
-    Seen,
     dtype_of,
     lower_backbone,
     unit,
@@ -130,7 +130,7 @@ class MiningBlock(nn.Module):
         return left
 
 
-class Fuse(nn.Module):
+class StreamFusion(nn.Module):
     """Two maps of one shape to one; the module's docstring says how."""
 
     def __init__(self, kind: Fusion, width: int) -> None:
@@ -144,7 +144,7 @@ class Fuse(nn.Module):
             self.factor = nn.Parameter(torch.zeros(width))
 
     def forward(self, pixels: Tensor, frequencies: Tensor) -> Tensor:
-        """What goes on into the middle flow."""
+        """The input of the middle flow."""
         if self.kind == "sum":
             return pixels + frequencies
         if self.kind == "gate":
@@ -179,10 +179,10 @@ class Fdfl(nn.Module):
             self.spectrum = Spectrum()
             self.norm = nn.BatchNorm2d(CHANNELS)
             self.mining = MiningBlock(width)
-            self.fuse = Fuse(fusion, width)
+            self.fuse = StreamFusion(fusion, width)
 
-    def trace(self, crops: Tensor) -> Seen:
-        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and what losses look at."""
+    def trace(self, crops: Tensor) -> Features:
+        """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and what losses read."""
         image, backbone = unit(crops), self.backbone
         dtype = dtype_of(backbone.stem)
         maps = backbone.enter(backbone.stem((image * 2 - 1).to(dtype)))

@@ -1,7 +1,7 @@
 """The three small networks of MTCNN (Zhang et al. 2016), with the weights facenet-pytorch carries.
 
-P-Net slides over a picture and names places where a face may be; R-Net looks at each place again
-at 24×24 and throws most of them out; O-Net looks at the rest at 48×48 and adds five landmarks.
+P-Net slides over a picture and proposes places where a face may be; R-Net judges each place again
+at 24×24 and rejects most; O-Net judges the rest at 48×48 and adds five landmarks.
 How they are chained is worker/media/mtcnn.py; this file knows pictures of one size only.
 
 Each network gives the *logit* of a face rather than two probabilities: the softmax of two numbers
@@ -139,7 +139,7 @@ class ONet(nn.Module):
 
 
 class Cascade(NamedTuple):
-    """The three networks, in the order a picture meets them."""
+    """The three networks in the order in which they run."""
 
     pnet: PNet
     rnet: RNet

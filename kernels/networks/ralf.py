@@ -1,4 +1,4 @@
-"""RALF: take frequencies out of a face, put authentic ones back, judge by what that changed.
+"""RALF: take frequencies out of a face, put authentic ones back, judge by the difference.
 
     crops ─▶ destruct ─▶ destroyed ─▶ reconstruct ─▶ rebuilt
       x                     │                           │
@@ -7,7 +7,7 @@
       └─ sees=both: x ─▶ plain stem ──────────── + ◀ gate
 
 The mask is one learnt matrix for all three colours, half open at the start.  A real face should
-come back as it was; a forged one should not, and the guide says where something was taken out.
+come back as it was; a forged one should not, and the guide shows where something was taken out.
 Equations are those of the paper (eq. 1 for the destructor); the logit is of *forged*, where the
 paper's is of real.
 
@@ -49,7 +49,7 @@ Sees = Literal["residual", "both"]
 
 
 class Trace(NamedTuple):
-    """Everything training looks at, FP32."""
+    """Every intermediate value that training uses, FP32."""
 
     image: Tensor  # [m, 3, s, s] 0..1
     destroyed: Tensor  # [m, 3, s, s]
@@ -60,7 +60,7 @@ class Trace(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What a reviewer may see, FP32."""
+    """Pictures for a reviewer, FP32."""
 
     destroyed: Tensor  # [m, 3, s, s] about 0..1
     rebuilt: Tensor  # [m, 3, s, s] about 0..1
@@ -69,7 +69,7 @@ class Explanation(NamedTuple):
 
 
 class SpatialAttention(nn.Module):
-    """CBAM's: where to look, from the largest and the mean channel at each place."""
+    """CBAM's spatial attention, from the largest and the mean channel at each place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,13 +153,13 @@ class Ralf(nn.Module):
         return self.trace(crops).logit
 
     def explain(self, crops: Tensor) -> Explanation:
-        """What was taken, what came back, where they differ, and where the guide points."""
+        """The destroyed image, the rebuilt one, their difference, and the guide's attention."""
         trace = self.trace(crops)
         residual = (trace.image - trace.rebuilt).abs()
         return Explanation(trace.destroyed, trace.rebuilt, residual, trace.attention)
 
     def lower(self, dtype: torch.dtype) -> "Ralf":
-        """Convolutions in a smaller dtype, as far as the logit bears it (see Numerics)."""
+        """Convolutions in a smaller dtype, where the logit stays accurate (see Numerics)."""
         self.reconstructor.to(dtype)
         if dtype is torch.float16:
             lower_backbone(self.classifier, dtype)

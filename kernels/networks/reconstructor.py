@@ -3,7 +3,7 @@
 After MIMO-UNet: three scales at once.  The image enters at full, half and quarter size; each scale
 has its own stack of residual blocks going down (encoders) and coming up (decoders), 1×, 2× and 4×
 `base` channels wide.  No batch norm anywhere.  As RALF uses it, one output at full size, and the
-network says only what is to be added: out = z + destroyed.
+network gives only what is added to its input: out = z + destroyed.
 
     image ──▶ enter ─▶ E0 ─────────────── fuse0 ──▶ D0 ─▶ leave ─▶ z
       ½   ──▶ shallow ─▶ gate ─▶ E1 ───── fuse1 ──▶ D1 ─▲
@@ -68,7 +68,7 @@ def stack(width: int, blocks: int) -> nn.Module:
 
 
 class Shallow(nn.Module):
-    """What a reduced image says at its own scale: shallow features, the image kept among them."""
+    """Shallow features of a reduced image at its own scale, the image itself among them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -85,8 +85,8 @@ class Shallow(nn.Module):
         return merged
 
 
-class Gate(nn.Module):
-    """The scale above lets through what it agrees with."""
+class FeatureAttention(nn.Module):
+    """MIMO-UNet's: the scale above plus a convolution of its product with our own features."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Gate(nn.Module):
         return gated
 
 
-class Fuse(nn.Module):
+class ScaleFusion(nn.Module):
     """The three encoders' maps as one scale's share for its decoder.
 
     By definition a 1×1 convolution of the maps resized to one size and concatenated.  Resizing
@@ -141,8 +141,8 @@ class Reconstructor(nn.Module):
         self.down = nn.ModuleList([conv(c1, c2, 3, stride=2), conv(c2, c4, 3, stride=2)])
         self.encoders = nn.ModuleList(stack(c, blocks) for c in (c1, c2, c4))
         self.shallow = nn.ModuleList([Shallow(c2), Shallow(c4)])
-        self.gates = nn.ModuleList([Gate(c2), Gate(c4)])
-        self.fuses = nn.ModuleList([Fuse(base, 0), Fuse(base, 1)])
+        self.gates = nn.ModuleList([FeatureAttention(c2), FeatureAttention(c4)])
+        self.fuses = nn.ModuleList([ScaleFusion(base, 0), ScaleFusion(base, 1)])
         self.decoders = nn.ModuleList(stack(c, blocks) for c in (c1, c2, c4))
         self.up = nn.ModuleList([deconv(c2, c1), deconv(c4, c2)])
         self.joins = nn.ModuleList([conv(2 * c1, c1, 1), conv(2 * c2, c2, 1)])
