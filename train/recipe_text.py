@@ -108,7 +108,10 @@ def _full_name(known: Mapping[str, Any], name: str) -> str:
         return ends[0]
     if ends:
         raise RecipeError(f"{name!r} could be {' or '.join(ends)}: write the whole name")
-    raise RecipeError(f"no {name!r} in this recipe; known: {', '.join(known)}")
+    # Of a part that is there, its own names are enough; else all of them.
+    part = name.rpartition(".")[0]
+    near = [full for full in known if part and full.rpartition(".")[0] == part]
+    raise RecipeError(f"no {name!r} in this recipe; known: {', '.join(near or known)}")
 
 
 def _parsed(text: str, kind: Any, name: str) -> Any:
