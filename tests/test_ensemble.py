@@ -106,7 +106,7 @@ def test_it_is_a_model_like_any_other(models: Path, capsys: pytest.CaptureFixtur
 
 
 def test_pictures_come_from_the_member_that_has_some(models: Path):
-    """RALF shows where to look; an ensemble without it explains nothing."""
+    """RALF shows the residual; an ensemble without it explains nothing."""
     crops = torch.from_numpy(patterns(2, SIZE))
     forest, *others = members_of(models)
     trio = load_engine(resolve(models, "trio"), "cpu", precision="fp32")
@@ -145,7 +145,7 @@ def test_the_command_publishes_and_scan_lists_each_detectors_score(
     names = list(NETWORKS)
     command = ["ensemble", *names, "--name", "mean-of-three", "--models", str(models), "--promote"]
     assert 0 == main(command)
-    told = capsys.readouterr()
+    said = capsys.readouterr()
     artifact = resolve(models, "mean-of-three")
     verdicts = {}
     for name in ("mean-of-three", *names):
@@ -154,8 +154,8 @@ def test_the_command_publishes_and_scan_lists_each_detectors_score(
         verdicts[name] = json.loads(capsys.readouterr().out)
     made = verdicts["mean-of-three"]["made"]
 
-    assert str(artifact.path) == told.out.strip()
-    assert "centre@" in told.err and "not calibrated" in told.err and "forest@" not in told.err
+    assert str(artifact.path) == said.out.strip()
+    assert "centre@" in said.err and "not calibrated" in said.err and "forest@" not in said.err
     assert [each.label for each in members_of(models)] == list(made["detectors"])
     alone = {resolve(models, name).label: verdicts[name]["score"] for name in names}
     assert alone == pytest.approx(made["detectors"], abs=0.02)
@@ -169,12 +169,12 @@ def test_the_mean_is_calibrated_on_data_as_any_model_is(
     index = faces(tmp_path / "d", val=6, forgeries="boundary")
     command = ["ensemble", "forest", "blocks", "--name", "fitted", "--models", str(models)]
     code = main([*command, "--data", str(index.root), "--fitted-on", "six faces"])
-    told = capsys.readouterr()
+    said = capsys.readouterr()
 
     if code:  # random weights may rank forgeries below reals, which calibration refuses
-        assert "higher scores should mean forged" in told.err
+        assert "higher scores should mean forged" in said.err
         return
-    manifest = resolve(models, f"fitted@{Path(told.out.strip()).name}").manifest
+    manifest = resolve(models, f"fitted@{Path(said.out.strip()).name}").manifest
     assert "six faces" == manifest.calibration.fitted_on
     assert {"fpr_0.01", "fpr_0.05", "low"} == set(manifest.thresholds)
 

@@ -236,7 +236,7 @@ def test_made_crops_are_always_the_same_and_no_two_alike():
 
 
 def test_without_validation_the_last_average_is_published(tmp_path: Path):
-    """There is no best where nobody looked."""
+    """Without validation there are no best weights."""
     recipe = tiny("small_classifier", **{"schedule.steps": "2"})
     quiet = Options(quiet=True)
     train(recipe, MadeBatches(), None, tmp_path / "run", data_sha256="d" * 64, options=quiet)

@@ -99,9 +99,9 @@ def test_a_recipe_goes_from_a_batch_to_a_served_logit(
     reached = load(tmp_path / "killed" / LAST).state.step
     go(recipe, tmp_path / "killed")
 
-    told = lines(tmp_path / "whole", "train")
-    assert told[0]["bce"] > 0.4
-    assert told[-1]["bce"] < 0.1
+    logged = lines(tmp_path / "whole", "train")
+    assert logged[0]["bce"] > 0.4
+    assert logged[-1]["bce"] < 0.1
     assert 11 == reached
     assert same_tensors(tmp_path / "whole" / LAST, tmp_path / "killed" / LAST)
 

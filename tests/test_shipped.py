@@ -1,4 +1,4 @@
-"""The model that comes with the code: whole, small, told of truly, and better than chance."""
+"""The model that comes with the code: whole, small, described truly, and better than chance."""
 
 from pathlib import Path
 

@@ -112,7 +112,7 @@ def test_publish_and_calibrate_make_versions_that_serve_the_same_logits(
 def test_calibrating_warns_of_a_split_that_chose_the_weights_and_of_no_other(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """A run that takes the last weights was only looked at by validation."""
+    """Where the last weights are taken, validation chose nothing."""
     run, models = tmp_path / "run", tmp_path / "models"
     assert main(train_command(pictures, run, "--set", "schedule.select=last")) == 0
     assert main(["publish", str(run), "--name", "small", "--models", str(models)]) == 0
@@ -143,8 +143,8 @@ def test_a_calibrated_score_speaks_of_videos_counted_once(run: Path, tmp_path: P
     newest = max(models.glob("small/????????"), key=lambda path: path.stat().st_mtime_ns)
     manifest = resolve(models, f"small@{newest.name}").manifest
     assert manifest.calibration.fitted_on == "test: clean,jpeg=95"
-    told = manifest.metrics["calibration"]["thresholds"]
-    assert {2} == {each["faces"] for each in told.values()}
+    found = manifest.metrics["calibration"]["thresholds"]
+    assert {2} == {each["faces"] for each in found.values()}
 
 
 def test_people_on_both_sides_are_refused_unless_told(

@@ -83,7 +83,7 @@ def test_several_run_at_the_same_time_and_each_ones_last_line_comes_back(tmp_pat
 
 
 def test_when_one_fails_the_other_is_stopped_and_the_failed_one_named(tmp_path: Path):
-    """It is asked first, so that its checkpoint is whole."""
+    """It is asked to stop, not killed, so that its checkpoint is whole."""
     mark = tmp_path / "began"
     fails = script(
         f"import pathlib, time\nwhile not pathlib.Path({str(mark)!r}).exists(): time.sleep(0.01)\n"
@@ -97,7 +97,7 @@ def test_when_one_fails_the_other_is_stopped_and_the_failed_one_named(tmp_path: 
 
 
 def test_a_signal_to_this_process_stops_all_of_them(tmp_path: Path):
-    """Both are asked, and what they print is not looked for."""
+    """Both are asked to stop, and it does not matter what they print."""
     marks = [tmp_path / "a", tmp_path / "b"]
 
     def signal_when_begun() -> None:
@@ -180,7 +180,7 @@ def test_a_stage_of_two_trains_in_processes_what_it_trains_here(pictures: Path, 
 
 
 def test_several_processes_of_one_training_are_torchruns():
-    """Each is given to `ralf train` as a person would type it."""
+    """The arguments reach `ralf train` as a person would type them."""
     words = TrainCommand(("ralf_small", "--out", "run"), processes=2).words
 
     assert ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] == words[1:5]

@@ -107,6 +107,7 @@ def calibrate(
         f"fpr_{rate:g}": at_false_positives(score[~forged], rate, reals)
         for rate in FALSE_POSITIVE_RATES
     }
+    # `low` stays below every other threshold: between them a video is inconclusive.
     lowest = min(threshold.score for threshold in thresholds.values())
     thresholds["low"] = at_misses(score[forged], MISSED, at_most=lowest, people=forgeries)
     plain = Calibration()
@@ -221,12 +222,13 @@ def fit(
     smooth: bool = True,
     balanced: bool = True,
 ) -> Calibration:
-    """Temperature, and shift unless told not to, of the greatest likelihood."""
+    """The temperature and, if asked for, the shift of the greatest likelihood."""
     logit, forged = _checked(logit, forged)
     weights = at_even_odds(forged) if balanced else np.full(len(forged), 1 / len(forged))
     n, m = int(forged.sum()), int((~forged).sum())
     high, low = ((n + 1) / (n + 2), 1 / (m + 2)) if smooth else (1.0, 0.0)
     target = np.where(forged, high, low)
+    # In units of their own spread, so that the search needs no tuning for a network's scale.
     scale = float(logit.std()) or 1.0
     unit = logit / scale
 

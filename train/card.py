@@ -54,7 +54,7 @@ def card(
     failures: Sequence[str] = (),
     forced: str = "",
 ) -> str:
-    """The card's text; `forced` tells of an earlier version that was promoted past a check."""
+    """The card's text; `forced` names an earlier version that was promoted past a check."""
     trained = manifest.trained
     sections = {
         f"# {manifest.name}": _summary(manifest, recipe),
@@ -173,6 +173,7 @@ def _made(recipe: Recipe, trained: Mapping[str, Any], golden_source: str, forced
         "golden crops": golden_source,
     }
     lines = [f"- {name}: {value}" for name, value in facts.items()]
+    # A reader knows the recipe by its name, so only what differs from it is listed.
     made = RECIPES.get(recipe.name)
     changed = differences(made(), without_places(recipe)) if made else []
     lines += [f"- changed from `{recipe.name}`: {each}" for each in changed]

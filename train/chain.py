@@ -131,6 +131,8 @@ def _from_classifiers(
         "schedule.evaluate_every": "5",
         "optimiser.ema": "0.99",
     }
+    # Two seeds are two orders of batches from the same weights: far enough apart that the mean
+    # helps, near enough that a mean of weights is still a working network.
     branches = tuple(
         Training(
             f"branch{seed}",

@@ -33,6 +33,7 @@ def draft_ensemble(members: Sequence[Artifact], name: str) -> tuple[Manifest, nn
     """The ensemble's manifest, uncalibrated, and its network with the members' weights."""
     if len(members) < 2:
         raise EnsembleError(f"an ensemble has two members or more, got {len(members)}")
+    # One crop is cut for all of them, so the first member's input contract must be everybody's.
     for other in members[1:]:
         refuse_unlike(members[0], other)
     first = members[0].manifest

@@ -73,6 +73,7 @@ def publish_run(
         raise ValueError(f"golden crops should be [n, 3, {size}, {size}], got {crops.shape}")
     network = build(recipe.network.build, **recipe.network.dimensions)
     network.load_state_dict(weights(checkpoint))
+    # What is hashed into the version must not depend on when or where it is published.
     draft = Manifest(
         name=name,
         network=recipe.network,
@@ -183,6 +184,7 @@ def golden_faces(run: Path, index: Index, datasets: Sequence[str]) -> tuple[NDAr
         have = sorted({row.dataset for row in index})
         raise IndexFault(f"no rows of {', '.join(datasets)} (have: {', '.join(have)})")
     data = load(judged(run)).recipe.data
+    # Not from the train split: the model knows those faces, and golden crops should be hard.
     split = "val" if len(kept.where(split="val")) else kept.rows[0].split
     examples = Examples(kept, data, split)
     chosen = []

@@ -92,6 +92,7 @@ def digests(steps: list[Step]) -> dict[str, str]:
     so_far = hashlib.sha256()
     found = {}
     for step in steps:
+        # The hash goes on growing, so a step is asked anew when any step before it is.
         so_far.update(json.dumps([step.name, step.asks], sort_keys=True).encode())
         found[step.name] = so_far.hexdigest()
     return found
@@ -110,6 +111,7 @@ def outlook(steps: list[Step], run: Path) -> list[tuple[Step, bool]]:
 def do_steps(steps: list[Step], run: Path, say: Say) -> dict[str, Facts]:
     """Do in order what is not done yet; the facts of all steps."""
     run.mkdir(parents=True, exist_ok=True)
+    # A lock, not a file: it ends with the process, so a killed one blocks nobody.
     with unused(run) as free:
         if not free:
             raise FolderBusy(
@@ -124,6 +126,7 @@ def do_steps(steps: list[Step], run: Path, say: Say) -> dict[str, Facts]:
                 redo = True
                 say(f"{step.name}: {step.condition}")
                 facts = step.work(done)
+                # What was built on an older outcome of this step no longer counts.
                 later = [each.name for each in steps[number + 1 :]]
                 record.record(step, asked[step.name], facts, later)
             else:
