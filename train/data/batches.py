@@ -131,6 +131,7 @@ class Batches:
         videos = self.pool.forged if stream else self.pool.real
         most = self.data.frames
         total = sum(min(size, most) for size in sizes)
+        # Shuffled rounds use every frame equally often; independent draws would not.
         cycle, within = divmod(place, total)
         video, frame = _shuffle(self.seed, stream, cycle, sizes, most)[within]
         picked: Frame = videos[video][frame]

@@ -50,6 +50,7 @@ def region(image: Image, face: FaceGeometry, cut: Cut) -> tuple[Image, FaceGeome
     """
     left, top, right, bottom = cut.box(face)
     reach = max(right - left, bottom - top) * (1.0 if cut.contract.squeeze else cut.contract.margin)
+    # A tenth wider than the crop: blur and encoders reach across its border.
     middle, half = np.array([left + right, top + bottom]) / 2, 0.55 * reach
     height, width = image.shape[:2]
     x0, y0 = (int(max(0, value)) for value in np.floor(middle - half))

@@ -94,6 +94,7 @@ class Examples:
         forged = [frame for video in self.pool.forged[:limit] for frame in self._spread(video)]
         items = [Example(frame) for frame in (*real, *forged)]
         for number, frame in enumerate(real):
+            # One family for each frame keeps validation short; tables ask for all of them.
             turn = self.families[number % len(self.families) :][:1] if self.families else ()
             families = self.families if self.each == "all" else turn
             items += [Example(frame, family) for family in families]

@@ -267,5 +267,6 @@ def _bonds(row: Row) -> list[str]:
 
 
 def _draw(name: str, val: float, test: float) -> Split:
+    # By a hash and not by chance: one more video moves no other to another split.
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return "test" if place < test else "val" if place < test + val else "train"

@@ -145,6 +145,7 @@ def _run_alone(task: FileTask, options: PrepareOptions, out: Path, device: str) 
 def _run_in_processes(
     tasks: Iterable[FileTask], options: PrepareOptions, out: Path, workers: int, device: str
 ) -> Iterator[Ended]:
+    # Not forked: torch's threads do not survive a fork.
     spawn = multiprocessing.get_context("spawn")
     setup = (options, out, device)
     with ProcessPoolExecutor(workers, spawn, initializer=_start_process, initargs=setup) as pool:

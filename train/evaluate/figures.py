@@ -65,6 +65,7 @@ def spectrum_figure(real: Tensor, forged: Tensor) -> Figure:
     ratio = 10 * np.log10(np.maximum(spectrum_ratio(real, forged), 1e-12))
     figure = _figure(7.6, 3.4)
     left, right = figure.subplots(1, 2)
+    # A few coefficients are far out; a scale up to them would hide all others.
     most = float(np.quantile(np.abs(ratio), 0.99)) or 1.0
     shown = left.imshow(ratio, cmap="PuOr_r", vmin=-most, vmax=most)
     figure.colorbar(shown, label="dB")

@@ -65,6 +65,7 @@ def open_model(spec: str, models: Path, *, device: str = "cpu") -> JudgedModel:
         artifact = resolve(models, spec)
     except ArtifactError as error:
         raise ArtifactError(f"{error} (a folder of `ralf train` would do too)") from error
+    # In FP32 on every device, so that figures do not depend on the machine.
     engine = load_engine(artifact, device, precision="fp32")
     model = model_of_manifest(artifact.label, engine, artifact.manifest)
     return replace(model, network=getattr(engine, "network", None))

@@ -83,6 +83,7 @@ def average_precision(forged: Bools, score: Floats, weight: Floats | None = None
 def tpr_at(forged: Bools, score: Floats, rate: float, weight: Floats | None = None) -> float:
     """The most forgeries caught by a threshold that calls at most `rate` of the reals forged."""
     fpr, tpr = roc(forged, score, weight)
+    # Rates are sums of fractions: one that should equal `rate` may be larger by rounding.
     return float("nan") if np.isnan(fpr).any() else float(tpr[fpr <= rate + 1e-12].max())
 
 

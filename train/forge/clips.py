@@ -155,6 +155,7 @@ def _clips(task: _StillTask, pool: Pool, out: Path) -> list[Row]:
 
 def _write(image: Image, path: Path, crf: int, name: str, seconds: float) -> None:
     """The clip, written whole or not at all; its motion depends on the still's name alone."""
+    # A generator of its own, so that the family changes nothing about the motion.
     rng = _seeded(f"{name} moves")
     size = SIZES[rng.integers(len(SIZES))]
     frames = animate(

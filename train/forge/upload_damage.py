@@ -78,6 +78,7 @@ def draw_damage(augment: Augment, rng: np.random.Generator, *, face_px: float) -
         changed["quality"] = float(rng.uniform(18, 42))
         changed["motion"] = tuple(int(step) for step in rng.integers(-3, 4, 2))
         changed["intra"] = bool(rng.random() < 0.2)
+    # JPEG is drawn only where H.264 was not: the division keeps its overall share as asked for.
     elif chance[6] < augment.jpeg / max(1 - augment.h264, 1e-6):
         changed["codec"], changed["quality"] = "jpeg", float(rng.integers(30, 96))
     if rng.random() < augment.other:

@@ -45,6 +45,7 @@ def aggregation(models: Sequence[JudgedModel], index: Index, options: TableOptio
         most = max(Counter(each.scored.video).values())
         for frames in (count for count in FRAMES if count <= most):
             part = each.scored.where(evenly_spread(each.scored, frames))
+            # Of one frame every mean is the same.
             for rule in RULES if frames > 1 else RULES[:1]:
                 pooled = part.pooled(rule)
                 m = measure(pooled, model.calibration, replicates=options.replicates)

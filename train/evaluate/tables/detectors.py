@@ -66,7 +66,7 @@ class Comparison:
         """What the interval allows to say."""
         if self.low > 0:
             return "above it"
-        return "below it" if self.high < 0 else "not to be told from it"
+        return "below it" if self.high < 0 else "not distinguishable from it"
 
 
 @dataclass(frozen=True)
