@@ -174,7 +174,7 @@ def test_it_exports_to_onnx_with_any_batch(warm: bool):
     network, crops = Filter(size), torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     if warm:
         network(crops)
-    program = torch.export.write_onnx(
+    program = torch.export.export(
         network, (crops,), dynamic_shapes=({0: torch.export.Dim("m", min=1, max=64)},)
     )
     table = torch.export.default_decompositions()

@@ -287,7 +287,7 @@ def test_it_exports_with_a_dynamic_batch(name: str):
 def export(network: nn.Module, faces: Tensor) -> torch.export.ExportedProgram:
     """With any batch of 1 to 64."""
     batch = torch.export.Dim("m", min=1, max=64)
-    return torch.export.write_onnx(network, (faces,), dynamic_shapes=({0: batch},))
+    return torch.export.export(network, (faces,), dynamic_shapes=({0: batch},))
 
 
 def test_ralf_exports_to_onnx():

@@ -249,11 +249,11 @@ def compiled_once_for_all_threads(device: torch.device) -> Facts:
 
 def export_for_builders(device: torch.device) -> Facts:
     """torch.export takes the network on this version of torch."""
-    from ralf.kernels.export import trace
+    from ralf.kernels.export import exported
     from ralf.kernels.networks import build
 
     network = build("ralf", base=4, blocks=1, backbone="tf_efficientnet_lite0", size=64)
-    trace(network.eval().requires_grad_(False).to(device), 8)
+    exported(network.eval().requires_grad_(False).to(device), 8)
     return {}
 
 
