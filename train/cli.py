@@ -199,7 +199,9 @@ def _add_publish(subparsers: Commands) -> None:
     parser.add_argument(
         "--failure", action="append", default=[], help="a known failure, repeatable"
     )
-    parser.add_argument("--promote", action="store_true", help="make it current, gate by gate")
+    parser.add_argument(
+        "--promote", action="store_true", help="make it current if it passes the checks"
+    )
 
 
 def run_publish(args: argparse.Namespace) -> int:
@@ -375,7 +377,7 @@ def _add_retrain(subparsers: Commands) -> None:
     parser.add_argument("--conditions", default="clean", metavar="A,B", help="while calibrating")
     parser.add_argument("--evaluate-on", default="test", metavar="SPLIT")
     parser.add_argument("--golden-from", default="", metavar="DATASET,…", help="faces may ship")
-    parser.add_argument("--force", action="store_true", help="promote past gates that refuse")
+    parser.add_argument("--force", action="store_true", help="promote past checks that fail")
     parser.add_argument("--dry-run", action="store_true", help="show the steps and stop")
 
 
