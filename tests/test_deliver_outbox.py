@@ -1,5 +1,7 @@
 """Deliveries: made by a job's end, taken for a while, settled once."""
 
+from dataclasses import replace
+
 import pytest
 
 from ralf.worker.contract import Callback
@@ -133,3 +135,15 @@ def test_a_disabled_endpoint_stays_so_until_enabled(outbox):
     assert outbox.disabled_endpoints() == [("a", "https://x.y/z")]
     assert outbox.enable_endpoint("a", "https://x.y/z")
     assert not outbox.endpoint_disabled("a", "https://x.y/z")
+
+
+def test_only_the_latest_dead_letters_are_kept(redis):
+    """An endpoint that never answers does not fill Redis."""
+    outbox = Outbox(Store(redis, replace(Settings(), dead_letters_max=2)))
+    for number in range(4):
+        end_one(outbox, str(number), now=float(number))
+        (delivery,) = outbox.take(1, 60.0, now=float(number))
+        outbox.bury(delivery.id, "gone", now=float(number))
+
+    assert [letter.subject for letter in outbox.dead()] == ["j3", "j2"]
+    assert len(redis.keys("ralf:delivery:*")) == 2

@@ -1,5 +1,7 @@
 """What is put aside can be looked into, run again, or forgotten."""
 
+from dataclasses import replace
+
 import pytest
 
 from ralf.worker.service.quarantine import Quarantine
@@ -82,3 +84,13 @@ def test_other_jobs_go_on(quarantine):
     quarantine.store.submit([a_job("2")])
 
     assert quarantine.store.end(claim(quarantine.store), a_verdict())
+
+
+def test_only_the_latest_are_kept(redis):
+    """A client that crashes workers all day does not fill Redis."""
+    store = Store(redis, replace(Settings(), quarantine_max=2, quarantine_after=1))
+    for number in range(4):
+        store.submit([a_job(str(number))], now=float(number))
+        store.crashed(claim(store, now=float(number)), code="hung", message="", now=float(number))
+
+    assert [entry.job.job_id for entry in Quarantine(store).list()] == ["j3", "j2"]

@@ -97,7 +97,7 @@ def test_embedded_serves_and_leaves_nothing_behind():
 
     assert verdict is not None
     assert verdict.tag == "hello"
-    assert set(pids) == {"redis", "worker", "deliverer"}
+    assert set(pids) == {"redis-0", "worker-0", "worker-1", "deliverer-0"}
     assert [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()] == []
     assert not Path(service.redis_url.removeprefix("unix://")).exists()
 
@@ -131,7 +131,7 @@ def test_embedded_dies_with_whoever_started_it():
         pids = owner.stdout.readline().split()
         owner.kill()
 
-    assert len(pids) == 2
+    assert len(pids) == 3
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
@@ -252,12 +252,34 @@ def test_a_second_sigterm_while_the_process_ends_does_not_make_it_a_death(redis_
     assert ended(process) == 0
 
 
+def test_embedded_serves_both_priorities():
+    """A job of priority high would wait for ever without a worker of its own."""
+    with embedded(QUICK, bodies="test", deliver=False) as service:
+        store = Store(connect(service.redis_url), service.settings)
+        asked = [a_job("1"), a_job("2", priority="high")]
+        store.submit(asked, function=bodies.PREFIX + "trivial")
+        until(lambda: all(store.verdict(job.job_id) for job in asked))
+        store.redis.close()
+
+
+def test_embedded_starts_a_killed_deliverer_again():
+    """And the queue goes on meanwhile."""
+    with embedded(QUICK, bodies="test") as service:
+        before = service.pids
+        os.kill(before["deliverer-0"], signal.SIGKILL)
+        dead = (0, before["deliverer-0"])
+        until(lambda: service.ended() == "" and service.pids["deliverer-0"] not in dead)
+        after = service.pids
+
+    assert {name for name in before if before[name] != after[name]} == {"deliverer-0"}
+
+
 def test_embedded_tells_which_part_has_ended():
     """Whoever runs it can stop instead of serving nobody."""
     with embedded(QUICK, bodies="test", deliver=False) as service:
         well = service.ended()
-        os.kill(service.pids["worker"], signal.SIGKILL)
+        os.kill(service.pids["worker-1"], signal.SIGKILL)
         until(lambda: service.ended() != "")
 
         assert well == ""
-        assert service.ended() == "worker-0 ended with -9"
+        assert service.ended() == "worker-1 ended with -9"

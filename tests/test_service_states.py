@@ -50,6 +50,7 @@ class House:
                 pipe.lrange(f"ralf:turn:{priority}", 0, -1)
                 pipe.lrange(f"rq:queue:ralf-{priority}", 0, -1)
                 pipe.lrange(f"rq:queue:ralf-{priority}:intermediate", 0, -1)
+                pipe.smembers(f"ralf:stale:{priority}")
                 for tenant in TENANTS:
                     pipe.lrange(f"ralf:pending:{priority}:{tenant}", 0, -1)
             replies = iter(pipe.execute())
@@ -65,7 +66,11 @@ class House:
             self.running |= {member.decode() for member in running}
             self.turns.append([tenant.decode() for tenant in next(replies)])
             lists = [running, next(replies), next(replies)]
-            pending = {tenant: next(replies) for tenant in TENANTS}
+            stale = next(replies)  # entries of expired jobs, which nobody will take
+            pending = {
+                tenant: [job_id for job_id in next(replies) if job_id not in stale]
+                for tenant in TENANTS
+            }
             self.tenants_waiting.append({name for name, ids in pending.items() if ids})
             for ids in (*lists, *pending.values()):
                 self.places.update(ids)

@@ -640,6 +640,37 @@ def test_redis_clock_decides_what_is_late(store):
     assert store.begin(pop(store), "w") is None
 
 
+class TestLongQueues:
+    def test_a_thousand_deadlines_do_not_search_a_long_list(self, store, redis):
+        """Each search of 20,000 entries would block Redis for about half a millisecond."""
+        late = datetime.now(UTC) + timedelta(seconds=1000)
+        jobs = [a_job(str(n), deadline=late if n % 20 == 0 else None) for n in range(20_000)]
+        store.submit(jobs)
+        redis.config_resetstat()
+        expired = store.call("expire", store.now() + 2000)
+        spent = redis.info("commandstats")["cmdstat_lrem"]["usec_per_call"]
+
+        assert len(expired) == 1000
+        assert spent < 50
+
+    def test_an_expired_job_is_skipped_and_its_tenant_keeps_its_turn(self, store, redis):
+        """Those that are left run in their order, and nothing stays behind."""
+        late = datetime.now(UTC) + timedelta(seconds=1000)
+        store.submit([a_job(str(n), deadline=late if 1 < n < 6 else None) for n in range(8)])
+        store.call("expire", store.now() + 2000)
+        store.cancel("j6")
+        served = []
+        while job_id := pop(store) or (store.refill("default") and pop(store)):
+            claimed = store.begin(job_id, "w")
+            served.append(job_id)
+            store.end(claimed, a_verdict())
+        store.refill("default")
+
+        assert served == ["j0", "j1", "j7"]
+        assert store.call("audit", None) == 0
+        assert redis.keys("ralf:pending:*") + redis.keys("ralf:stale:*") == []
+
+
 class TestAllOrNone:
     """An end is written whole or not at all, whatever lies in Redis."""
 

@@ -228,7 +228,16 @@ def doubled(receipts: Sequence[Receipt]) -> int:
 
 def leftovers(store: Store) -> list[str]:
     """Entries where only unended jobs, running workers and unsent pushes may have some."""
-    ours = ["pending:*", "turn:*", "waiting:*", "running:*", "due", "deadlines", "popped"]
+    ours = [
+        "pending:*",
+        "stale:*",
+        "turn:*",
+        "waiting:*",
+        "running:*",
+        "due",
+        "deadlines",
+        "popped",
+    ]
     ours += ["outbox", "delivery:*", "dead", "endpoints:disabled", "sessions:changed"]
     rq = ["rq:workers", "rq:worker:*", "rq:suspended", "rq:finished:*", "rq:failed:*"]
     rq += ["rq:deferred:*", "rq:scheduled:*", "rq:canceled:*", "rq:execution*"]

@@ -1,7 +1,7 @@
 """Start, watch and stop the service's processes.
 
     Supervisor    some processes: started, started again, signalled, stopped in order
-    embedded      a Redis, a worker and a deliverer on one machine: `ralf serve --embedded`
+    embedded      a Redis, workers and a deliverer on one machine: `ralf serve --embedded`
     redis_alone   a Redis for chaos and benches, which add what else they need
 
 worker_group.py uses a supervisor too: several workers around one child.
@@ -33,7 +33,7 @@ from redis.exceptions import RedisError
 import ralf
 from ralf.worker.errors import Infrastructure
 from ralf.worker.service.jobs import Bodies
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import PRIORITIES, Store, connect
 from ralf.worker.settings import Settings
 
 Role = Literal["redis", "worker", "janitor", "deliverer"]
@@ -383,8 +383,8 @@ class Embedded:
 
     @property
     def pids(self) -> dict[str, int]:
-        """The process id of each role."""
-        return {process.role: process.pid for process in self.supervisor.processes}
+        """The process id of each process by its name."""
+        return {process.name: process.pid for process in self.supervisor.processes}
 
     def ended(self) -> str:
         """Which process has ended by itself, and how; empty while all is well."""
@@ -400,7 +400,10 @@ def embedded(
     data: Path | None = None,
     deliver: bool = True,
 ) -> Iterator[Embedded]:
-    """A real Redis, one worker and one deliverer while the block runs; stopped in any case.
+    """A real Redis, a worker for each priority and a deliverer while the block runs.
+
+    The two workers share one child, so that the model is in memory once.  A deliverer that ends is
+    started again: the queue does not depend on it.
 
     With `data` the queue is kept in that folder, through a crash too: an append-only file, written
     before each answer, as docs/redis.md asks for.  Without it the queue is forgotten.
@@ -420,20 +423,29 @@ def embedded(
             supervisor.wait_for_redis()
             if deliver:
                 # The port of /metrics is the worker's.
-                supervisor.add("deliverer", settings=replace(inside, http_port=0), restart=False)
-            worker = supervisor.add("worker", "--bodies", bodies, restart=False)
+                supervisor.add("deliverer", settings=replace(inside, http_port=0))
+            for priority in PRIORITIES:
+                port = settings.http_port if priority == "default" else 0
+                supervisor.add(
+                    "worker",
+                    *("--bodies", bodies, "--priority", priority, "--capacity", "2"),
+                    settings=replace(inside, http_port=port),
+                    restart=False,
+                    shared=folder / "child",
+                )
             supervisor.tend()
-            _wait_for_worker(supervisor, worker)
+            _wait_for_workers(supervisor)
             yield Embedded(inside, supervisor)
         finally:
             supervisor.stop("worker", "deliverer")
             supervisor.stop("redis")
 
 
-def _wait_for_worker(supervisor: Supervisor, worker: Process) -> None:
+def _wait_for_workers(supervisor: Supervisor) -> None:
     store = Store(connect(supervisor.settings.redis_url), supervisor.settings)
     seconds = supervisor.settings.child_start_timeout_s + START_S
     try:
-        supervisor.wait_until(lambda: store.counts().workers["default"] > 0, worker, seconds)
+        for worker in supervisor.of("worker"):
+            supervisor.wait_until(lambda: all(store.counts().workers.values()), worker, seconds)
     finally:
         store.redis.close()

@@ -8,12 +8,16 @@ from ralf.worker.service.store import Store
 
 
 class Quarantine:
-    """What `ralf quarantine list | show | retry | drop` works on; kept until dropped."""
+    """What `ralf quarantine list | show | retry | drop` works on.
+
+    A job stays until it is dropped, or until settings.quarantine_max later ones came.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.redis: Any = store.redis
         self._entries = store.key("quarantine")
+        self._order = store.key("quarantine", "at")
 
     def list(self) -> "list[Quarantined]":
         """All of them, the latest first."""
@@ -27,6 +31,7 @@ class Quarantine:
 
     def drop(self, job_id: str) -> bool:
         """Remove it; its job stays quarantined, its file's crash count expires by itself."""
+        self.redis.zrem(self._order, job_id)
         return bool(self.redis.hdel(self._entries, job_id))
 
     def retry(self, job_id: str, *, now: float | None = None) -> Submitted | None:

@@ -6,6 +6,7 @@
 --   rq:queue:…                next for any worker; rq:queue:…:intermediate: popped, not yet begun
 --   due                       waiting for its retry (zset by time)
 --   running:PRIORITY          begun (zset by the end of its lease)
+-- stale:PRIORITY (set) names the entries of pending lists whose jobs have ended.
 -- waiting:PRIORITY (zset by submission) holds all queued jobs, so that a lost one can be found.
 
 local P = C.prefix
@@ -55,19 +56,29 @@ end
 
 -- Fill RQ's list, one tenant after the other, until it holds two jobs for each worker.
 local function refill(priority)
-  local queue, turn = queue_key(priority), P .. 'turn:' .. priority
+  local queue, turn, stale = queue_key(priority), P .. 'turn:' .. priority, P .. 'stale:' .. priority
   local workers = redis.call('SCARD', 'rq:workers:' .. C.queue .. priority)
   local room = 2 * math.max(1, workers) - redis.call('LLEN', queue)
-  local moved = 0
-  while moved < room do
+  local moved, skipped = 0, 0
+  while moved < room and skipped < 5000 do
     local tenant = redis.call('LPOP', turn)
-    if not tenant then break end
+    if not tenant then
+      redis.call('DEL', stale)
+      break
+    end
     local pending = P .. 'pending:' .. priority .. ':' .. tenant
     local id = redis.call('LPOP', pending)
     if id then
-      redis.call('RPUSH', queue, id)
-      moved = moved + 1
-      if redis.call('EXISTS', pending) == 1 then redis.call('RPUSH', turn, tenant) end
+      local ended = redis.call('SREM', stale, id) == 1
+      if ended then
+        skipped = skipped + 1
+      else
+        redis.call('RPUSH', queue, id)
+        moved = moved + 1
+      end
+      if redis.call('EXISTS', pending) == 1 then
+        redis.call(ended and 'LPUSH' or 'RPUSH', turn, tenant)
+      end
     end
   end
   return moved
@@ -84,12 +95,18 @@ local function enqueue(job, first)
   if redis.call(first and 'LPUSH' or 'RPUSH', pending_key(job), job.id) == 1 then take_turn(job) end
 end
 
--- Remove a queued job from wherever it waits.
-local function unlist(job)
-  redis.call('LREM', queue_key(job.priority), 0, job.id)
-  redis.call('LREM', popped_key(job.priority), 0, job.id)
-  redis.call('LREM', pending_key(job), 0, job.id)
-  redis.call('ZREM', P .. 'due', job.id)
+-- Remove a queued job from wherever it waits. With `lazily` its entry in a tenant's pending list is
+-- only marked as stale, and refill() drops it: when a thousand deadlines pass at once, a thousand
+-- searches of a long list would block Redis. The other lists are short.
+local function unlist(job, lazily)
+  local found = redis.call('LREM', queue_key(job.priority), 0, job.id)
+    + redis.call('LREM', popped_key(job.priority), 0, job.id)
+    + redis.call('ZREM', P .. 'due', job.id)
+  if found == 0 and lazily then
+    redis.call('SADD', P .. 'stale:' .. job.priority, job.id)
+  elseif found == 0 then
+    redis.call('LREM', pending_key(job), 0, job.id)
+  end
   redis.call('HDEL', P .. 'popped', job.id)
 end
 
@@ -239,6 +256,10 @@ local function quarantine(job, now, code, message)
     crashes = decoded(job.crashes) or cjson.null})
   local ended = fail(job, now, 'quarantined', code, message)
   redis.call('HSET', P .. 'quarantine', job.id, entry)
+  redis.call('ZADD', P .. 'quarantine:at', now, job.id)
+  while redis.call('ZCARD', P .. 'quarantine:at') > C.quarantine_most do
+    redis.call('HDEL', P .. 'quarantine', redis.call('ZPOPMIN', P .. 'quarantine:at')[1])
+  end
   return ended
 end
 

@@ -96,7 +96,7 @@ function op.expire(now)
       redis.call('ZREM', P .. 'deadlines', id)
     elseif job.state == 'queued' then
       too_late(job, now)
-      unlist(job)
+      unlist(job, true)
       expired[#expired + 1] = id
     end
   end
@@ -123,6 +123,7 @@ function op.audit(now)
   local missing = -redis.call('ZCARD', P .. 'due')
   for _, priority in ipairs(C.priorities) do
     missing = missing + redis.call('ZCARD', P .. 'waiting:' .. priority)
+      + redis.call('SCARD', P .. 'stale:' .. priority)
       - redis.call('LLEN', queue_key(priority)) - redis.call('LLEN', popped_key(priority))
     for _, tenant in ipairs(redis.call('LRANGE', P .. 'turn:' .. priority, 0, -1)) do
       missing = missing - redis.call('LLEN', P .. 'pending:' .. priority .. ':' .. tenant)
@@ -181,6 +182,9 @@ function op.settle(now, id, place, at, error)
   redis.call('ZREM', P .. 'outbox', id)
   redis.call('ZADD', P .. place, at, id)
   redis.call('HSET', P .. 'delivery:' .. id, 'error', error)
+  while redis.call('ZCARD', P .. 'dead') > C.dead_most do
+    redis.call('DEL', P .. 'delivery:' .. redis.call('ZPOPMIN', P .. 'dead')[1])
+  end
   return 1
 end
 
