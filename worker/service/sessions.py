@@ -161,6 +161,11 @@ def fold(tenant: str, session_id: str, stored: Mapping[str, str]) -> SessionVerd
     )
 
 
+def is_alert(verdict: SessionVerdict) -> bool:
+    """Whether the session's alert is due; the script sends it once for each session."""
+    return verdict.label == "likely_forged"
+
+
 def facts(verdict: SessionVerdict) -> dict[str, Any]:
     """The short form in the stream and in alerts; client.session() reads the whole verdict."""
     return {

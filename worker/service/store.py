@@ -396,7 +396,7 @@ class Store:
             stored = self.hash(self.key("session", tenant, session_id))
             verdict = sessions.fold(tenant, session_id, stored)
             facts = json.dumps(sessions.facts(verdict))
-            alert = _flag(verdict.label == "likely_forged")
+            alert = _flag(sessions.is_alert(verdict))
             written = self.call(
                 "fold", now, tenant, session_id, verdict.revision, dump(verdict), facts, alert
             )
