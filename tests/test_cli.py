@@ -115,13 +115,61 @@ def test_every_bad_file_of_the_list_is_named_and_leaves_nothing(
 def test_one_bad_file_does_not_stop_the_others(
     tmp_path: Path, clip_of_none: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """The good one is judged; the code is the worst that happened."""
-    code = scan(tmp_path / "missing.mp4", clip_of_none, "--json")
+    """Each has its line of JSON; the code is the worst that happened."""
+    missing = tmp_path / "missing.mp4"
+    code = scan(missing, clip_of_none, "--json")
     captured = capsys.readouterr()
+    failed, judged = map(json.loads, captured.out.splitlines())
 
     assert 4 == code
-    assert "no_faces" == json.loads(captured.out)["label"]
+    assert "no_faces" == judged["label"]
+    assert {
+        "schema": "ralf.scan_error/1",
+        "file": str(missing),
+        "code": "unreadable_file",
+        "message": f"cannot read {missing}: No such file or directory",
+    } == failed
     assert "unreadable_file" in captured.err
+
+
+def test_a_forged_file_is_not_hidden_by_a_bad_one(
+    tmp_path: Path, clip_of_two: Path, clip_of_none: Path, eager_models: Path
+):
+    """With --fail-on 1 comes before 4, in either order; without it nothing is 1."""
+    missing = tmp_path / "missing.mp4"
+    eager = ["--models", eager_models, "--model", "eager", "--max-frames", 4]
+
+    assert 1 == scan(clip_of_two, missing, *eager, "--fail-on", "forged")
+    assert 1 == scan(missing, clip_of_two, *eager, "--fail-on", "forged")
+    assert 4 == scan(missing, clip_of_none, *eager, "--fail-on", "forged")
+    assert 4 == scan(clip_of_two, missing, *eager)
+
+
+def test_no_name_is_cut_where_nobody_sees_a_terminal(
+    tmp_path: Path, clip_of_two: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A path of 300 characters, and each track on one line."""
+    long = tmp_path / ("a" * 100) / ("b c " * 40) / "clip.mp4"
+    long.parent.mkdir(parents=True)
+    shutil.copy(clip_of_two, long)
+
+    assert 0 == scan(long, "--max-frames", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{long}: ")
+    assert 2 == sum(line.split()[:1] in (["t1"], ["t2"]) for line in lines)
+    assert all(len(line) < 1000 for line in lines)
+
+
+def test_a_terminal_sees_that_it_starts(
+    clip_of_none: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Loading takes seconds: a line says so, and gives way; --quiet has none."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+
+    assert 0 == scan(clip_of_none)
+    assert capsys.readouterr().err.startswith("ralf: loading the model …\r\x1b[K")
+    assert 0 == scan(clip_of_none, "--quiet")
+    assert "" == capsys.readouterr().err
 
 
 def test_a_page_is_written_for_each_file(tmp_path: Path, clip_of_none: Path):
@@ -170,6 +218,8 @@ def test_a_verdict_says_which_file_it_speaks_of(
         ["--max-frames", "100000"],
         ["--min-face", "0"],
         ["--min-face", "5000"],
+        ["--device", "gpu"],
+        ["--device", "cuda:x"],
     ],
 )
 def test_nonsense_is_a_usage_error(clip_of_none: Path, arguments: list[str]):
@@ -247,8 +297,9 @@ def test_an_error_in_ralf_itself_does_not_stop_the_other_files(
     said = capsys.readouterr()
 
     assert 5 == code
-    assert 1 == len(said.out.splitlines())
-    assert "none.mp4: an error in Ralf itself: list index out of range" in said.err
+    failed, judged = map(json.loads, said.out.splitlines())
+    assert ("internal_error", "no_faces") == (failed["code"], judged["label"])
+    assert "an error in Ralf itself: list index out of range" in said.err
 
 
 def test_a_missing_model_is_infrastructure(clip_of_none: Path, capsys: pytest.CaptureFixture[str]):

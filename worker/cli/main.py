@@ -2,15 +2,18 @@
 
 Heavy libraries are imported when a command runs, so that `ralf --help` is instant.  Results go to
 stdout, everything else to stderr.  Exit codes: 0 done, 1 a forged verdict with --fail-on, 2 usage,
-4 bad media, 5 infrastructure, 130 interrupted.
+4 bad media, 5 infrastructure, 130 interrupted.  Where several files end in different ways, `scan`
+returns 1 before 5 before 4 before 0.
 """
 
 import argparse
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from ralf import __version__
 from ralf.kernels.cli import add_benches
@@ -65,10 +68,16 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "scan",
         help="judge video files here and now, without Redis",
         description="Judges video files here and now: no Redis, no GPU needed.",
+        epilog="exit codes: 0 each file was judged; 1 a verdict that --fail-on names, also where "
+        "another file could not be judged; 5 an error in Ralf; 4 a file could not be judged",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     scan.add_argument("files", nargs="+", metavar="FILE")
-    scan.add_argument("--json", action="store_true", help="one JSON document a file on stdout")
+    scan.add_argument(
+        "--json",
+        action="store_true",
+        help="one line of JSON for each file on stdout: a verdict, or why there is none",
+    )
     scan.add_argument(
         "--report",
         metavar="PAGE",
@@ -83,7 +92,7 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     scan.add_argument("--min-face", type=int, metavar="PX", help="smallest face (model's own)")
     scan.add_argument("--model", metavar="NAME", help="name, name@version or folder")
     scan.add_argument("--models", metavar="DIR", help="where models lie")
-    scan.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    scan.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     scan.add_argument(
         "--fail-on",
         choices=["forged", "inconclusive"],
@@ -94,9 +103,31 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def _run_scan(args: argparse.Namespace) -> int:
-    from ralf.worker.cli.scan import run
+    with _starting(quiet=args.quiet):
+        from ralf.worker.cli.scan import prepare
 
-    return run(args)
+        scan = prepare(args)
+    return scan.run()
+
+
+def device(text: str) -> str:
+    """A device as --device takes it; whether this machine has it is found when it is opened."""
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"should be auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+@contextmanager
+def _starting(*, quiet: bool) -> Iterator[None]:
+    """A line on the terminal while libraries and the model are loaded, which takes seconds."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    print("ralf: loading the model …", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # the line gives way to the bar
 
 
 def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -120,7 +151,7 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     find.add_argument("clip", nargs="?", metavar="CLIP", help="a video; the samples' crowd if none")
     find.add_argument("--frames", type=int, default=8)
     find.add_argument("--repeats", type=int, default=5)
-    find.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
+    find.add_argument("--device", type=device, default="cpu", help="auto, cpu, cuda or cuda:N")
     find.set_defaults(run=_run_bench_find)
     decode = what.add_parser(
         "decode",
@@ -131,7 +162,7 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     decode.add_argument("--frames", type=int, default=32, help="frames wanted of each clip")
     decode.add_argument("--at-once", type=int, default=8, help="clips that DALI decodes together")
     decode.add_argument("--repeats", type=int, default=3)
-    decode.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    decode.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     decode.set_defaults(run=_run_bench_decode)
     pipeline = what.add_parser(
         "pipeline",
@@ -143,7 +174,7 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     pipeline.add_argument("--at-once", type=int, default=8, help="clips walked together")
     pipeline.add_argument("--repeats", type=int, default=3)
     pipeline.add_argument("--model", metavar="NAME", help="name, name@version or folder")
-    pipeline.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N")
+    pipeline.add_argument("--device", type=device, default=None, help="auto, cpu, cuda or cuda:N")
     pipeline.add_argument("--stride", action="store_true", help="what seeking less often changes")
     pipeline.add_argument("--soak", type=int, default=0, metavar="N", help="then N clips: slopes")
     pipeline.add_argument("--soak-seconds", type=float, default=3600.0, help="its longest time")

@@ -1,6 +1,7 @@
 """`ralf scan`: files on disk, verdicts on the terminal, pages for people.
 
-One bad file does not stop the others; the exit code is the worst that happened.
+One bad file does not stop the others.  The exit code is the first of RANK that happened to a file:
+a caller that asks for --fail-on must learn of a forged file, whatever its neighbours are.
 """
 
 import argparse
@@ -9,9 +10,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -20,7 +23,7 @@ from rich.text import Text
 from ralf.kernels.atomic_files import replace_text
 from ralf.kernels.manifest import Finder
 from ralf.worker import telemetry
-from ralf.worker.contract import Evidence, EvidencePolicy, Sampling, Verdict, dump
+from ralf.worker.contract import Evidence, EvidencePolicy, Output, Sampling, Verdict, dump
 from ralf.worker.errors import JobError, RalfError
 from ralf.worker.page.page import page
 from ralf.worker.pipeline import Ask, Partial, analyze
@@ -34,10 +37,66 @@ STYLES = {
     "inconclusive": "bold yellow",
     "no_faces": "bold",
 }
+RANK = (0, 4, 5, 1)
+"""Exit codes of one file, the last one first: see the module's docstring."""
+ENDLESS = 1_000_000
+"""Columns of a line that nobody sees on a terminal: a program that reads it wants whole names."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """The command's body; returns the exit code."""
+class ScanError(Output):
+    """Why a file has no verdict: what --json prints in the verdict's place."""
+
+    schema_: Literal["ralf.scan_error/1"] = Field("ralf.scan_error/1", alias="schema")
+    file: str
+    code: str
+    """The code that a job would end with; internal_error: an error in Ralf itself."""
+    message: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One command, ready to judge: its options are checked and the model is loaded."""
+
+    args: argparse.Namespace
+    files: Sequence[Path]
+    parts: Parts
+    ask: Ask
+    report: Callable[[Path], Path] | None
+
+    def run(self) -> int:
+        """Judge every file; returns the exit code."""
+        return max((self._one(file) for file in self.files), key=RANK.index)
+
+    def _one(self, file: Path) -> int:
+        """Judge one file and show what came of it; returns the exit code for this file alone."""
+        args = self.args
+        try:
+            with _bar(file, quiet=args.quiet or (args.json and not sys.stderr.isatty())) as show:
+                verdict, evidence = analyze(file, self.parts, ask=self.ask, progress=show)
+        except JobError as error:
+            self._show_error(file, error.code, str(error))
+            return 4
+        except Exception as error:
+            if isinstance(error, RalfError | OSError):  # not the file's fault: the next would fail
+                raise
+            traceback.print_exc()
+            self._show_error(file, "internal_error", f"an error in Ralf itself: {error}")
+            return 5
+        verdict = verdict.model_copy(update={"tag": shown_name(file.name)})
+        _show(file, verdict, as_json=args.json)
+        if self.report is not None:
+            _write_page(self.report(file), verdict, evidence)
+        return _failed_on(args.fail_on, verdict)
+
+    def _show_error(self, file: Path, code: str, message: str) -> None:
+        name = shown_name(file)
+        print(f"ralf: {name}: {code}: {message}", file=sys.stderr)
+        if self.args.json:
+            print(dump(ScanError(file=name, code=code, message=message)), flush=True)
+
+
+def prepare(args: argparse.Namespace) -> Scan:
+    """Check the options, then load the model."""
     files = [Path(name) for name in args.files]
     settings = Settings.from_environment()
     if args.models:
@@ -50,28 +109,7 @@ def run(args: argparse.Namespace) -> int:
     # pictures are only for the page
     wanted = EvidencePolicy(thumbnails=report is not None)
     ask = Ask(sampling=_sampling(args, parts), evidence=wanted)
-    worst = 0
-    for file in files:
-        try:
-            with _bar(file, quiet=args.quiet or (args.json and not sys.stderr.isatty())) as show:
-                verdict, evidence = analyze(file, parts, ask=ask, progress=show)
-        except JobError as error:
-            print(f"ralf: {shown_name(file)}: {error.code}: {error}", file=sys.stderr)
-            worst = max(worst, 4)
-            continue
-        except Exception as error:
-            if isinstance(error, RalfError | OSError):  # not the file's fault: the next would fail
-                raise
-            traceback.print_exc()
-            print(f"ralf: {shown_name(file)}: an error in Ralf itself: {error}", file=sys.stderr)
-            worst = 5
-            continue
-        verdict = verdict.model_copy(update={"tag": shown_name(file.name)})
-        _show(file, verdict, as_json=args.json)
-        if report is not None:
-            _write_page(report(file), verdict, evidence)
-        worst = max(worst, _failed_on(args.fail_on, verdict))
-    return worst
+    return Scan(args, files, parts, ask, report)
 
 
 def _failed_on(policy: str | None, verdict: Verdict) -> int:
@@ -196,7 +234,8 @@ def _show(file: Path, verdict: Verdict, *, as_json: bool) -> None:
     if as_json:
         print(dump(verdict), flush=True)
         return
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    on_terminal = sys.stdout.isatty()
+    console = Console(highlight=False, width=None if on_terminal else ENDLESS)
     word, style = LABEL_WORDS[verdict.label].lower(), STYLES[verdict.label]
     score = "" if verdict.score is None else f"  score {verdict.score:.3f}"
     line = Text.assemble(f"{shown_name(file)}: ", (word, style), score)
