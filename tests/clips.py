@@ -107,6 +107,17 @@ def _fast_frame(image: Image, pixel_format: str, matrix: str, full: bool) -> Any
     return out
 
 
+def _tag(holder: Any, matrix: str, transfer: int | None, full_range: bool) -> None:
+    """Write the colour tags of a frame or of an encoder; `transfer` 16 is PQ, 18 is HLG."""
+    named = matrix != "untagged"
+    if named:
+        holder.colorspace = MATRICES[matrix][2]
+    if transfer is not None:
+        holder.color_trc, holder.color_primaries = transfer, 9
+    if named or full_range:
+        holder.color_range = 2 if full_range else 1
+
+
 def _options(codec: str, quality: int, gop: int, b_frames: int) -> dict[str, str]:
     """Options for the fastest encoding in one thread; `quality` 0 is the best."""
     match codec:
@@ -146,6 +157,7 @@ def make_clip(
     hflip: bool = False,
     vflip: bool = False,
     matrix: str = "untagged",
+    transfer: int | None = None,
     full_range: bool = False,
     pixel_format: str = "yuv420p",
     gop: int = 12,
@@ -187,10 +199,7 @@ def make_clip(
         context.time_base = time_base or 1 / rate
         if codec in ("mpeg4", "libvpx"):
             context.max_b_frames = b_frames if codec == "mpeg4" else 0
-        if named:
-            context.colorspace = MATRICES[matrix][2]
-        if named or full_range:
-            context.color_range = 2 if full_range else 1
+        _tag(context, matrix, transfer, full_range)
         if rotation or hflip or vflip:
             stream.set_display_rotation(rotation, hflip=hflip, vflip=vflip)
         file.metadata.update(metadata or {})
@@ -207,10 +216,7 @@ def make_clip(
         for number, image in enumerate(_chain(first, images)):
             convert = yuv_frame if exact else _fast_frame
             frame = convert(image, pixel_format, matrix if named else "bt601", full_range)
-            if named:
-                frame.colorspace = MATRICES[matrix][2]
-            if named or full_range:
-                frame.color_range = 2 if full_range else 1
+            _tag(frame, matrix, transfer, full_range)
             frame.time_base = context.time_base
             frame.pts = int(pts[number]) if pts is not None else int(number * unit)
             encoded = stream.encode(frame)

@@ -2,7 +2,8 @@
 
 The policy is `by_tag_untagged_601`: a tagged matrix and range are followed, and an untagged picture
 is BT.601 limited, whatever its size.  Formats that are full range by name (yuvj) are read as such.
-Matrices that swscale does not know are read as BT.601, with a warning.
+Matrices that swscale does not know are read as BT.601, with a warning.  HDR pictures become SDR by
+tonemap.py.
 
 Nothing here imports av; it reads attributes of frames that its callers decoded.
 """
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ralf.worker.media.tonemap import Transfer
 
 # FFmpeg's AVColorSpace by number: its name here, and swscale's number for the same matrix.
 _MATRICES: dict[int, tuple[str, int]] = {
@@ -27,7 +30,8 @@ _MATRICES: dict[int, tuple[str, int]] = {
 _UNTAGGED = {2, 3}
 _BT601 = 5
 _UNKNOWN = {8: "ycgco", 11: "smpte2085", 14: "ictcp", 15: "ipt", 16: "ycgco-re", 17: "ycgco-ro"}
-_HDR = {16: "PQ", 18: "HLG"}
+_HDR: dict[int, Transfer] = {16: "PQ", 18: "HLG"}
+_BT2020 = 9
 _LIMITED, FULL = 1, 2
 _LUMA: dict[str, tuple[float, float]] = {
     "bt601": (0.299, 0.114),
@@ -53,6 +57,15 @@ def colour_of(frame: Any) -> Colour:
     return Colour(matrix, FULL if _is_full(frame) else _LIMITED)
 
 
+def hdr_of(frame: Any) -> tuple[Transfer, bool] | None:
+    """The transfer of an HDR picture and whether its primaries are BT.2020; None for SDR."""
+    transfer = _HDR.get(frame.color_trc)
+    if transfer is None:
+        return None
+    # Phones tag the matrix more reliably than the primaries.
+    return transfer, _BT2020 in (frame.color_primaries, frame.colorspace)
+
+
 def _is_full(frame: Any) -> bool:
     return bool(frame.color_range == FULL) or str(frame.format.name).startswith("yuvj")
 
@@ -71,7 +84,7 @@ def describe_colour(frame: Any) -> tuple[str, str, list[str]]:
     if number == 10:
         notes.append("colour: BT.2020 constant luminance is read as non-constant")
     if frame.color_trc in _HDR:
-        notes.append(f"colour: {_HDR[frame.color_trc]} is shown without tone mapping")
+        notes.append(f"colour: {_HDR[frame.color_trc]} is HDR and was converted to SDR")
     if _is_full(frame):
         return space, "pc", notes
     return space, "tv" if frame.color_range == _LIMITED else "unspecified", notes

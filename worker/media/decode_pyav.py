@@ -27,9 +27,10 @@ import torch
 from numpy.typing import NDArray
 
 from ralf.worker.errors import CorruptMedia, JobError
-from ralf.worker.media.colour import FULL, colour_of
+from ralf.worker.media.colour import FULL, colour_of, hdr_of
 from ralf.worker.media.probe import hidden, open_media, packets
 from ralf.worker.media.sampling import plan
+from ralf.worker.media.tonemap import to_sdr
 from ralf.worker.media.types import Clip, Frames, Probe
 
 __all__ = ["PyavDecoder", "frames_per_chunk", "plan", "range_in_stream"]
@@ -382,23 +383,31 @@ class _RgbConverter:
 
     def write(self, frame: Any, out: NDArray[np.uint8]) -> None:
         """Write one picture to out, [3, h, w]."""
-        colour = colour_of(frame)
+        colour, hdr = colour_of(frame), hdr_of(frame)
         width, height = self.size
         rgb = self.converter.reformat(
             frame,
             width=width,
             height=height,
-            format="gbrp",
+            format="gbrp16le" if hdr else "gbrp",
             src_colorspace=colour.matrix,
             src_color_range=colour.range,
             dst_color_range=2,
             interpolation=_SCALING,
             threads=1,
         )
-        for channel, plane in zip((1, 2, 0), rgb.planes, strict=True):  # stored as G, B, R
-            rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, :width]
-            rows = np.rot90(rows, self.turns)
-            out[channel] = rows[:, ::-1] if self.mirrored else rows
+        kind = np.dtype("<u2" if hdr else "u1")
+        planes = [
+            np.frombuffer(plane, kind).reshape(height, plane.line_size // kind.itemsize)[:, :width]
+            for plane in rgb.planes
+        ]
+        red_green_blue = [planes[2], planes[0], planes[1]]  # stored as G, B, R
+        if hdr:
+            transfer, wide = hdr
+            red_green_blue = list(to_sdr(np.stack(red_green_blue), transfer, wide=wide))
+        for channel, rows in enumerate(red_green_blue):
+            turned = np.rot90(rows, self.turns)
+            out[channel] = turned[:, ::-1] if self.mirrored else turned
 
 
 def range_in_stream(probe: Probe) -> str:

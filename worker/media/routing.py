@@ -104,6 +104,7 @@ def refusal(probe: Probe, backend: Backend) -> str:
         (probe.interlaced, "interlaced pictures"),
         (probe.unshown > 0 or probe.start_s < 0, "frames that are not shown"),
         (bool((np.diff(probe.times_s) <= 0).any()), "frames that share a time"),
+        (any("is HDR" in text for text in probe.warnings), "HDR pictures"),
         (any(text.startswith("broken") for text in probe.warnings), "it is broken"),
         (any(text.startswith("streams") for text in probe.warnings), "several video streams"),
         (probe.size_bytes > MOST_BYTES, f"more than {MOST_BYTES} bytes"),
