@@ -9,6 +9,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import (
     accuracy_score,
     brier_score_loss,
+    roc_auc_score,
     roc_curve,
 )
 
@@ -61,6 +62,20 @@ def precision_by_threshold(forged, score, weight) -> float:
         total += (recall - before) * weight[called & forged].sum() / weight[called].sum()
         before = recall
     return total
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_auc_is_scikit_learns_with_ties_and_weights(seed: int):
+    """Rows of weight 0 do not count; equal scores count half."""
+    rng = np.random.default_rng(seed)
+    forged = np.array([True, False, *(rng.random(60) < 0.4)])
+    score = rng.integers(0, 12, 62) / 4 + forged
+    weight = np.array([1.0, 1.0, *rng.integers(0, 4, 60)])
+
+    assert auc(forged, score) == pytest.approx(roc_auc_score(forged, score), abs=1e-12)
+    assert auc(forged, score, weight) == pytest.approx(
+        roc_auc_score(forged, score, sample_weight=weight), abs=1e-12
+    )
 
 
 @given(rows)

@@ -1,7 +1,7 @@
 """How good scores are: ranking, errors at fixed rates, calibration; by frame and by video.
 
 Every figure is of P(forged) or of the logit, with 1 = forged.  Ranking figures (AUC, EER, AP, TPR
-at a rate) depend only on the order of the scores and come from scikit-learn's curves.  ECE and
+at a rate) depend only on the order of the scores; curves and AP are scikit-learn's.  ECE and
 Brier need probabilities; ECE is ours because scikit-learn's bins take no weights.  A video's score
 is pooled from its frames by the worker's own rule (worker.scores.level).  A video is identified by
 dataset, method, compression and name: `000_003` of two manipulations are two videos.
@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import binomtest
-from sklearn.metrics import auc as area_under
 from sklearn.metrics import average_precision_score, roc_curve
 
 from ralf.kernels.manifest import Aggregation, Calibration
@@ -51,9 +50,20 @@ def _has_both(forged: Bools, weight: Floats | None) -> bool:
 
 
 def auc(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
-    """The chance that a forged one scores above a real one; ties count half."""
-    fpr, tpr = roc(forged, score, weight)
-    return float("nan") if np.isnan(fpr).any() else float(area_under(fpr, tpr))
+    """The chance that a forged one scores above a real one; ties count half.
+
+    A sum over ranks: a bootstrap needs it a thousand times, and building a whole ROC curve by
+    scikit-learn for each takes about twenty times as long.
+    """
+    if not _has_both(forged, weight):
+        return float("nan")
+    order = np.argsort(score, kind="stable")
+    counted = np.ones(len(score)) if weight is None else weight[order]
+    last_of_ties = np.flatnonzero(np.diff(score[order], append=np.inf))
+    forgeries = np.cumsum(np.where(forged[order], counted, 0.0))[last_of_ties]
+    reals = np.cumsum(np.where(forged[order], 0.0, counted))[last_of_ties]
+    below = reals - np.diff(reals, prepend=0.0) / 2
+    return float(np.diff(forgeries, prepend=0.0) @ below / (forgeries[-1] * reals[-1]))
 
 
 def eer(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
