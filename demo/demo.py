@@ -53,7 +53,7 @@ def main() -> int:
             given,
             work_dir=work,
             file_roots=(str(OUT / "clips"),),
-            webhook_secrets=(f"default={secret}",),
+            webhook_secrets=(f"*/default={secret}",),
             allow_private_addresses=True,  # the receiver is on this machine
             fetch_ports=(inbox.port,),
             log_level="warning",

@@ -37,7 +37,7 @@ def write_secrets(folder: Path, host: str = "redis") -> Path:
         lines = [f"RALF_REDIS_URL=redis://{role}:{password}@{host}:6379/0"]
         if role == "deliverer":
             key = base64.b64encode(secrets.token_bytes(32)).decode()
-            lines.append(f"RALF_WEBHOOK_SECRETS=default=whsec_{key}")
+            lines.append(f"RALF_WEBHOOK_SECRETS=*/default=whsec_{key}")
         _write(folder / f"{role}.env", "\n".join(lines), 0o600)
     # Redis runs as another user and must read this file; it contains only hashes.
     _write(folder / "users.acl", users.rstrip("\n"), 0o644)

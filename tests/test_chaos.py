@@ -110,7 +110,7 @@ class World:
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
-        self.store = Store(redis, replace(Settings(), webhook_secrets=(f"default={SECRET}",)))
+        self.store = Store(redis, replace(Settings(), webhook_secrets=(f"*/default={SECRET}",)))
         self.receipts: list[Receipt] = []
         self.seen: list[SeenEnd] = []
         callback = Callback(url="http://127.0.0.1:1/hook")
@@ -313,7 +313,7 @@ def test_the_receiver_records_signatures_and_refuses_some_pushes():
     """A right signature and a wrong one; the unreliable address takes it after some refusals."""
     settings = replace(
         Settings(),
-        webhook_secrets=(f"default={SECRET}",),
+        webhook_secrets=(f"*/default={SECRET}",),
         allow_private_addresses=True,
         webhook_timeout_s=0.5,
     )
@@ -323,7 +323,7 @@ def test_the_receiver_records_signatures_and_refuses_some_pushes():
             push(
                 replace(settings, fetch_ports=receiver.ports), receiver.unreliable, f"msg_{number}"
             )
-        bad = replace(settings, webhook_secrets=(f"default={other_secret()}",))
+        bad = replace(settings, webhook_secrets=(f"*/default={other_secret()}",))
         push(replace(bad, fetch_ports=receiver.ports), receiver.steady, "msg_bad")
     receipts = receiver.receipts
     by_id = {name: [r for r in receipts if r.id == name] for name in {r.id for r in receipts}}

@@ -80,7 +80,7 @@ def deliverer(store: Store, web: Web | None = None, clock=None, **settings) -> D
     """One that may push to loopback; no jitter."""
     ports = {"fetch_ports": (web.port,)} if web else {}
     given = (
-        {"webhook_secrets": (f"main={OLD}",), "allow_private_addresses": True} | ports | settings
+        {"webhook_secrets": (f"*/main={OLD}",), "allow_private_addresses": True} | ports | settings
     )
     return Deliverer(store, Settings(**given), clock=clock, jitter=lambda: 1.0)
 
@@ -157,7 +157,7 @@ class TestPush:
         """A receiver may know either."""
         with serving(lambda request: reply(204)) as web:
             end_one(store, web.url)
-            secrets = (f"main={OLD}", f"other={a_secret(3)}", f"main={NEW}")
+            secrets = (f"*/main={OLD}", f"*/other={a_secret(3)}", f"*/main={NEW}")
             deliverer(store, web, webhook_secrets=secrets).run_once()
         [request] = web.requests
 
@@ -177,28 +177,56 @@ class TestPush:
             assert web.connections == 0
             assert "no secret 'theirs'" in letter.error
             assert Outbox(store).redeliver(letter.id)
-            deliverer(store, web, webhook_secrets=(f"theirs={NEW}",)).run_once()
+            deliverer(store, web, webhook_secrets=(f"*/theirs={NEW}",)).run_once()
 
         assert len(web.requests) == 1
 
+    def test_a_secret_signs_for_its_own_tenant_only(self, store):
+        """Another's job may name it, and is pushed unsigned to nobody; * is for everyone."""
+        secrets = (f"acme/main={OLD}", f"*/shared={NEW}")
+        with serving(lambda request: reply(204)) as web:
+            for name, tenant, secret_id in (
+                ("1", "acme", "main"),
+                ("2", "globex", "main"),
+                ("3", "globex", "shared"),
+            ):
+                end_one(store, web.url, name, tenant=tenant, secret_id=secret_id)
+            deliverer(store, web, webhook_secrets=secrets).run_once()
+            bodies = [json.loads(request.body)["data"]["job_id"] for request in web.requests]
+
+        [letter] = Outbox(store).dead()
+        assert sorted(bodies) == ["j1", "j3"]
+        assert letter.subject == "j2"
+        assert "no secret 'main' for tenant globex" in letter.error
+
     @pytest.mark.parametrize(
         "entry",
-        ["main", "main=", f"={OLD}", "main=hunter2", "main=whsec_!", f"main={a_secret(1, 23)}"],
+        [
+            "main",
+            "*/main=",
+            f"={OLD}",
+            f"main={OLD}",
+            f"/main={OLD}",
+            f"*/={OLD}",
+            "*/main=hunter2",
+            "*/main=whsec_!",
+            f"*/main={a_secret(1, 23)}",
+        ],
     )
     def test_a_secret_that_is_none_stops_the_start(self, store, entry):
         """The message does not repeat it."""
         with pytest.raises(SettingsError, match="entry 2 should be") as caught:
-            deliverer(store, webhook_secrets=(f"main={OLD}", entry))
+            deliverer(store, webhook_secrets=(f"*/main={OLD}", entry))
 
         assert "hunter2" not in str(caught.value)
 
     def test_unpadded_base64_is_a_secret_too(self):
         """As other tools print it."""
-        padded, bare = Secrets([f"a={OLD}"]), Secrets([f"a={OLD.rstrip('=')}"])
+        padded, bare = Secrets([f"*/a={OLD}"]), Secrets([f"*/a={OLD.rstrip('=')}"])
         at = datetime(2026, 1, 1, tzinfo=UTC)
 
         assert OLD.endswith("=")
-        assert padded.sign("a", "m", at, "x") == bare.sign("a", "m", at, "x") != ""
+        assert padded.sign("t", "a", "m", at, "x") == bare.sign("t", "a", "m", at, "x") != ""
 
     def test_logs_and_metrics_show_neither_secret_nor_path(self, store):
         """The host is enough to find it."""
@@ -381,7 +409,7 @@ class TestGuard:
             for number, name in enumerate(tricks):
                 url = tricks[name].format(port=web.port)
                 end_one(store, url, str(number), now=clock.now)
-            settings = Settings(webhook_secrets=(f"main={OLD}",))
+            settings = Settings(webhook_secrets=(f"*/main={OLD}",))
             pusher = Deliverer(store, settings, egress=guarded(web), clock=clock)
             while next_due(store) is not None:
                 pusher.run_once()
@@ -397,7 +425,7 @@ class TestGuard:
         """So that the test above can fail."""
         with serving(lambda request: reply(204)) as web:
             end_one(store, f"http://public.example:{web.port}/hook")
-            settings = Settings(webhook_secrets=(f"main={OLD}",))
+            settings = Settings(webhook_secrets=(f"*/main={OLD}",))
             Deliverer(store, settings, egress=guarded(web)).run_once()
 
         assert web.requests[0].headers["host"] == f"public.example:{web.port}"
@@ -575,7 +603,7 @@ class TestExamples:
                 push = a_delivery(**(vars(stored) | {"url": f"http://127.0.0.1:{port}/"}))
                 ours = deliverer(store, fetch_ports=(port,))
                 theirs = deliverer(
-                    store, fetch_ports=(port,), webhook_secrets=(f"main={a_secret(9)}",)
+                    store, fetch_ports=(port,), webhook_secrets=(f"*/main={a_secret(9)}",)
                 )
                 results = [one.push(push) for one in (theirs, ours, ours)]
                 receiver.terminate()

@@ -81,7 +81,7 @@ def test_each_role_does_its_part(users: dict[str, str]):
     with serving(lambda request: reply(204)) as web:
         base = replace(
             QUICK,
-            webhook_secrets=(f"default={OLD}",),
+            webhook_secrets=(f"*/default={OLD}",),
             allow_private_addresses=True,
             fetch_ports=(web.port,),
         )

@@ -453,11 +453,25 @@ class TestLocal:
             get((root / "a").as_uri(), folder)
 
     def test_what_is_not_a_regular_file_is_unreadable(self, root, folder):
-        """A folder, a pipe (which does not block), nothing at all."""
+        """A folder, a pipe (which does not block)."""
         os.mkfifo(root / "pipe")
-        for name in ("a", "pipe", "missing.mp4"):
+        for name in ("a", "pipe"):
             with pytest.raises(UnreadableFile):
                 get((root / name).as_uri(), folder, file_roots=(str(root),))
+
+    def test_a_missing_file_is_tried_again(self, root, folder):
+        """A spool that another machine fills may show it a moment later."""
+        with pytest.raises(FetchFailed, match="does not exist"):
+            get((root / "missing.mp4").as_uri(), folder, file_roots=(str(root),))
+
+    def test_a_root_may_belong_to_one_tenant(self, root, folder):
+        """As a bucket does; a folder without a tenant is for everyone."""
+        (root / "clip.mp4").write_bytes(DATA)
+        uri = (root / "clip.mp4").as_uri()
+        for entry in (f"acme={root}", f"*={root}", str(root)):
+            assert get(uri, folder, file_roots=(entry,)).sha256 == SHA
+        with pytest.raises(FetchDenied, match="for this tenant"):
+            get(uri, folder, file_roots=(f"acme={root}",), tenant="globex")
 
     def test_a_link_that_appears_after_the_look_is_not_followed(
         self, root, folder, tmp_path, monkeypatch

@@ -62,7 +62,7 @@ def test_the_whole_service_runs_as_its_user_and_a_reader_reads(users: dict[str, 
         settings = replace(
             QUICK,
             redis_url=users["ralf"],
-            webhook_secrets=(f"default={OLD}",),
+            webhook_secrets=(f"*/default={OLD}",),
             allow_private_addresses=True,
             fetch_ports=(web.port,),
         )

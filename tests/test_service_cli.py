@@ -259,7 +259,7 @@ def served(
             "RALF_FILE_ROOTS": str(clip_of_two.parent),
             "RALF_CHUNK_BYTES": str(2 * 640 * 360 * 3),
             "RALF_HEARTBEAT_S": "0.05",
-            "RALF_WEBHOOK_SECRETS": f"default={OLD}",
+            "RALF_WEBHOOK_SECRETS": f"*/default={OLD}",
             "RALF_ALLOW_PRIVATE_ADDRESSES": "1",
             "RALF_FETCH_PORTS": str(inbox.port),
             "RALF_THREADS": "1",

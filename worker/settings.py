@@ -107,7 +107,8 @@ class Settings:
 
     # fetching and delivering
     file_roots: tuple[str, ...] = ()
-    """Folders that file: URIs may name; none means file: is refused by the service."""
+    """Folders that file: URIs may name: tenant=/folder, or /folder for everyone; none means that
+    file: is refused by the service."""
     allow_private_addresses: bool = False
     """Only for a closed network of your own and for tests: lifts the SSRF guard."""
     fetch_hosts: tuple[str, ...] = ()
@@ -133,7 +134,7 @@ class Settings:
     )
     """Between one attempt at a push and the next: ten attempts over some 75 hours."""
     webhook_secrets: tuple[str, ...] = ()
-    """secret_id=whsec_…; the same id twice means rotation: both sign."""
+    """tenant/secret_id=whsec_…; the tenant * is everyone; the same twice: both sign (rotation)."""
     webhook_max_body: int = 20_000
 
     # watching

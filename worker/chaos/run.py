@@ -133,7 +133,7 @@ def chaos(plan: Plan) -> dict[str, Any]:
             work_dir=str(folder / "work"),
             allow_private_addresses=True,
             fetch_ports=receiver.ports,
-            webhook_secrets=(f"default={secret}",),
+            webhook_secrets=(f"*/default={secret}",),
             log_format="json",
         )
         (folder / "work").mkdir()

@@ -154,19 +154,24 @@ class Secrets:
     """The signing secrets by id, checked when they are read and never printed."""
 
     def __init__(self, entries: Sequence[str]) -> None:
-        self._hooks: dict[str, list[Webhook]] = {}
+        self._hooks: dict[tuple[str, str], list[Webhook]] = {}
         for number, entry in enumerate(entries, 1):
             name, _, secret = entry.partition("=")
-            if not name or not 24 <= _length(secret) <= 64:
+            tenant, _, secret_id = name.partition("/")
+            if not tenant or not secret_id or not 24 <= _length(secret) <= 64:
                 raise SettingsError(
-                    f"RALF_WEBHOOK_SECRETS: entry {number} should be secret_id=whsec_ and the "
-                    "base64 of 24 to 64 random bytes"
+                    f"RALF_WEBHOOK_SECRETS: entry {number} should be TENANT/secret_id=whsec_ and "
+                    "the base64 of 24 to 64 random bytes; the tenant * is every tenant"
                 )
-            self._hooks.setdefault(name, []).append(Webhook(secret))
+            self._hooks.setdefault((tenant, secret_id), []).append(Webhook(secret))
 
-    def sign(self, secret_id: str, message_id: str, at: datetime, body: str) -> str:
-        """One signature for each secret of that id; empty when there is none. at is in UTC."""
-        hooks = self._hooks.get(secret_id, ())
+    def sign(self, tenant: str, secret_id: str, message_id: str, at: datetime, body: str) -> str:
+        """One signature for each secret of that id that this tenant may use; empty without one.
+
+        A tenant that could name another's secret could make pushes that the other's receiver
+        believes.  `at` is in UTC.
+        """
+        hooks = self._hooks.get((tenant, secret_id)) or self._hooks.get(("*", secret_id), [])
         return " ".join(hook.sign(message_id, at, body) for hook in hooks)
 
 
@@ -325,12 +330,13 @@ class Deliverer:
                 "dead", f"its body has more than {self.settings.webhook_max_body} bytes"
             )
         at = datetime.fromtimestamp(int(self.now()), UTC)
-        signature = self.secrets.sign(delivery.secret_id, delivery.id, at, body)
+        signature = self.secrets.sign(delivery.tenant, delivery.secret_id, delivery.id, at, body)
         if not signature:
             return PushResult(
                 "dead",
-                f"RALF_WEBHOOK_SECRETS has no secret {delivery.secret_id!r}, and nothing is sent "
-                "unsigned; add it, then: ralf deliver --redeliver",
+                f"RALF_WEBHOOK_SECRETS has no secret {delivery.secret_id!r} for tenant "
+                f"{delivery.tenant}, and nothing is sent unsigned; add it, then: "
+                "ralf deliver --redeliver",
             )
         headers = {
             "Content-Type": "application/json",

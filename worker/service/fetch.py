@@ -77,7 +77,7 @@ def fetch(
 
     scheme = media.uri.partition(":")[0].lower()
     if scheme == "file":
-        return _local(media, settings, watch)
+        return _local(media, tenant, settings, watch)
     if scheme in {"http", "https"}:
         door = egress or Egress(settings, hosts=settings.fetch_hosts)
         with receiving(media, folder, settings, watch) as upload:
@@ -142,10 +142,12 @@ class FetchThread:
 # file
 
 
-def _local(media: Media, settings: Settings, watch: Callable[[], None]) -> Fetched:
-    path, root = _inside(media.uri, settings)
+def _local(media: Media, tenant: str, settings: Settings, watch: Callable[[], None]) -> Fetched:
+    path, root = _inside(media.uri, tenant, settings)
     try:
         handle = _opened(path, root)
+    except FileNotFoundError as error:  # a spool on another machine may show it a moment later
+        raise FetchFailed(f"{path} does not exist") from error
     except OSError as error:
         raise UnreadableFile(f"{path} could not be opened: {error.strerror}") from error
     before = os.fstat(handle)
@@ -166,7 +168,19 @@ def _local(media: Media, settings: Settings, watch: Callable[[], None]) -> Fetch
     return upload.finish()
 
 
-def _inside(uri: str, settings: Settings) -> tuple[Path, Path]:
+def _roots(tenant: str, settings: Settings) -> list[str]:
+    """The folders that this tenant's URIs may name."""
+    roots = []
+    for entry in settings.file_roots:
+        owner, bound, folder = entry.partition("=")
+        if entry.startswith("/") or not bound:  # a path may have = in it
+            roots.append(entry)
+        elif owner in (tenant, "*"):
+            roots.append(folder)
+    return roots
+
+
+def _inside(uri: str, tenant: str, settings: Settings) -> tuple[Path, Path]:
     """The path without links, and the root that it is under."""
     found = re.fullmatch(r"(?i:file)://(?:localhost)?(/[^?#]*)", uri)
     try:
@@ -179,11 +193,11 @@ def _inside(uri: str, settings: Settings) -> tuple[Path, Path]:
             + ("" if settings.file_roots else ", which names none")
         )
     path = Path(os.path.realpath(name))
-    for root in settings.file_roots:
+    for root in _roots(tenant, settings):
         real = Path(os.path.realpath(root))
         if path != real and path.is_relative_to(real):
             return path, real
-    raise FetchDenied("the file is not under a folder of RALF_FILE_ROOTS")
+    raise FetchDenied("the file is not under a folder of RALF_FILE_ROOTS for this tenant")
 
 
 def _opened(path: Path, root: Path) -> int:
