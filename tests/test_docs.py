@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 import re
+import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ralf.__main__ import main
 from ralf.train.cli import commands as train
 from ralf.worker.cli.main import parser
 from ralf.worker.settings import Settings
@@ -75,12 +78,56 @@ def test_every_command_on_a_page_exists_with_its_options(page: Path):
         assert given <= known, f"{page.name} says: ralf {' '.join(words)}"
 
 
+def lines_of_code(text: str) -> Iterator[str]:
+    """Each whole `ralf …` line of the text's code blocks, without comments and redirects."""
+    blocks = re.findall(r"(?s:```(?:bash|sh|console)?\n(.*?)```)|(?m:^ {4}(.*)$)", text)
+    for line in "\n".join(map("".join, blocks)).splitlines():
+        for command in re.split(r" [|&] | & ?| +or +|;", re.split(r" #|  +", line.strip())[0]):
+            if re.match(r"ralf [a-z]", command.strip()):
+                yield re.sub(r"\$\(.*?\)", "EXPANDED", re.sub(r"\d?>\S+", "", command.strip()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_command_line_of_a_code_block_parses(page: Path, capsys: pytest.CaptureFixture[str]):
+    """The real parser takes it: no missing argument, no value of a wrong type or choice."""
+    for line in lines_of_code(page.read_text()):
+        try:
+            parser([train]).parse_args(shlex.split(line)[1:])
+        except SystemExit as end:
+            if end.code != 0:
+                pytest.fail(f"{page.name} says: {line}: {capsys.readouterr().err}")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_walk_from_portraits_to_a_promoted_model_goes_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Each line of docs/training.md's first block; the scan is made with the model of that walk."""
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    for line in block.replace("/tmp/walk", str(tmp_path)).splitlines():
+        capsys.readouterr()
+        if not line.startswith("ralf "):
+            subprocess.run(["bash", "-c", line], check=True)
+            continue
+        # The shell expands stars and $(…) as for a reader; the command runs here, to start once.
+        printed = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {line}"], text=True)
+        assert main(printed.split("\0")[1:-1]) == 0, line
+
+    assert (
+        f"mine@{(tmp_path / 'models/mine/current').read_text().strip()}" in capsys.readouterr().out
+    )
+
+
 def test_the_search_for_commands_sees_them():
     """A search that finds nothing would always pass."""
     text = "Run `ralf scan a.mp4`.\n\n    RALF_X=1 ralf worker --high 1 & ralf deliver  # text\n"
 
     assert list(commands(text)) == [["scan", "a.mp4"], ["worker", "--high", "1"], ["deliver"]]
     assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 50
+    lines = "    ralf scan $(cat a).mp4 2>log | tee b  # text\n"
+    assert list(lines_of_code(lines)) == ["ralf scan EXPANDED.mp4 "]
+    assert sum(len(list(lines_of_code(page.read_text()))) for page in PAGES) > 40
 
 
 def test_every_setting_and_make_target_on_a_page_exists():

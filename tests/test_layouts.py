@@ -502,6 +502,17 @@ def test_drawn_splits_never_leak(found):
     assert {row.video: row.split for row in drawn} == {row.video: row.split for row in turned}
 
 
+def test_a_split_that_came_out_empty_is_said():
+    """The draw is by name, so one person fills one split; nobody asked for a test split here."""
+    fine = {"dataset": "d", "method": "real", "label": 0, "path": "p", "kind": "video"}
+    drawn = split_by_identity(Index(Path(), (Row(**fine, video="v"),)), val=0.4, test=0)
+    empty = "val" if drawn.rows[0].split == "train" else "train"
+
+    assert [note for note in drawn.notes if "is empty" in note] == [
+        f"split '{empty}' is empty: with few people, ask for a larger share"
+    ]
+
+
 def test_a_row_that_contradicts_itself_is_refused():
     """Labels other than 0 and 1, splits nobody knows."""
     fine = {"dataset": "d", "method": "m", "video": "v", "path": "p", "kind": "video"}

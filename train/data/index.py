@@ -257,7 +257,12 @@ def split_by_identity(index: Index, *, val: float = 0.1, test: float = 0.1) -> I
         replace(row, split=_draw(top(bond[0]), val, test))
         for row, bond in zip(index, names, strict=True)
     ]
-    return Index(index.root, tuple(rows), (*index.notes, "splits drawn by identity"))
+    notes = [*index.notes, "splits drawn by identity"]
+    # Few people leave a split empty by chance, and training would fail only hours later.
+    for split, share in (("train", 1 - val - test), ("val", val), ("test", test)):
+        if share > 0 and not any(row.split == split for row in rows):
+            notes.append(f"split {split!r} is empty: with few people, ask for a larger share")
+    return Index(index.root, tuple(rows), tuple(notes))
 
 
 def _bonds(row: Row) -> list[str]:
