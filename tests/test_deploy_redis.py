@@ -155,6 +155,11 @@ def test_a_janitor_brings_a_lost_job_back(users: dict[str, str]):
         ("deliverer", "SUBSCRIBE ralf:watch:j1"),
         ("reader", "SET ralf:verdict:j1 x"),
         ("reader", "GET ralf:evidence:j1"),
+        ("reader", "HGETALL ralf:job:j1"),
+        ("reader", "XSETID ralf:verdicts 1-0"),
+        ("reader", "XGROUP DESTROY ralf:verdicts review"),
+        ("reader", "XGROUP SETID ralf:verdicts review 0"),
+        ("reader", "XTRIM ralf:verdicts MAXLEN 0"),
     ],
 )
 def test_a_role_is_refused_what_other_roles_may_do(users: dict[str, str], role: str, command: str):
