@@ -637,3 +637,29 @@ class TestExamples:
             ("j2", "verdict.failed", "failed"),
         ]
         assert redis.xpending("ralf:verdicts", "review")["pending"] == 0
+
+
+class TestShares:
+    """Threads are shared out by endpoint and by tenant."""
+
+    def test_a_tenants_many_hanging_hosts_leave_threads_to_the_others(self, store):
+        """40 hosts had 31 of 32 threads: each is new, then failing, and has one of its own."""
+        pusher = deliverer(store)
+        hosts = [f"acme https://host-{number}.example" for number in range(40)]
+        admitted = [pusher._admitted(host, "acme") for host in hosts]
+        other = [pusher._admitted("globex https://hooks.example", "globex") for _ in range(5)]
+
+        assert admitted.count("") == deliver.TENANT_SHARE
+        assert other == ["", "", "", "", "new"]
+
+    def test_a_slow_endpoint_that_succeeds_keeps_some_threads(self, store, monkeypatch):
+        """One that answers after 2.3 s fell from all threads to a single one."""
+        monkeypatch.setattr(deliver, "SLOW_S", 0.0)
+        with serving(lambda request: reply(204)) as web:
+            end_one(store, web.url)
+            pusher = deliverer(store, web)
+            pusher.run_once()
+        endpoint = f"default {web.url}"
+        admitted = [pusher._admitted(endpoint, "default") for _ in range(8)]
+
+        assert admitted.count("") == deliver.SHARE["slow"] == 6

@@ -16,8 +16,9 @@ makes them true.  A deliverer leases what it takes: it may die at any point, and
 again after the lease; at worst it is pushed twice, under the same id.  Several deliverers may run.
 
 One push may take webhook_timeout_s in all.  How many threads an endpoint gets depends on its last
-push: a new endpoint gets a few, a quick one any number, a slow or failing one a single thread, so
-that it cannot hold up the others.
+push: a new or slow endpoint gets a few, a quick one any number, a failing one a single thread.  One
+tenant's endpoints that are not quick share a part of the threads.  So neither an endpoint nor a
+tenant can hold up the others.
 """
 
 import base64
@@ -50,11 +51,13 @@ log = structlog.get_logger()
 RETRY_AFTER_MOST_S = 86400.0
 BUSY = frozenset({429, 502, 503, 504})
 THREADS = 32
-SHARE = {"new": 4, "quick": THREADS, "slow": 1}
+SHARE = {"new": 4, "quick": THREADS, "slow": 6, "failing": 1}
+TENANT_SHARE = 8
+"""Threads of one tenant's endpoints that are not quick: 40 hosts that hang hold no more."""
 SLOW_S = 2.0
 PUT_OFF_S = 0.5
-"""A delivery that got no thread waits this long, and is not counted as tried.  For a slow endpoint
-it waits three quarters of a push's timeout."""
+"""A delivery that got no thread waits this long, and is not counted as tried.  For a failing
+endpoint it waits three quarters of a push's timeout."""
 POLL_S = 0.5
 LEASE_SPARE_S = 10.0
 """A taken delivery is due again after three timeouts and this."""
@@ -241,7 +244,7 @@ class Deliverer:
         self._jitter, self._beat = jitter, beat
         self._lock = threading.Lock()
         self._running: Counter[str] = Counter()
-        self._manner: dict[str, Literal["quick", "slow"]] = {}
+        self._manner: dict[str, Literal["quick", "slow", "failing"]] = {}
         self._free = threading.Event()
 
     def run_forever(self, stop: threading.Event) -> None:
@@ -274,33 +277,45 @@ class Deliverer:
         taken = self.outbox.take(free, lease, now=now)
         for delivery in taken:
             endpoint = _endpoint(delivery)
-            manner = self._admitted(endpoint)
+            manner = self._admitted(endpoint, delivery.tenant)
             if manner:
-                wait = 0.75 * self.settings.webhook_timeout_s if manner == "slow" else PUT_OFF_S
+                failing = manner == "failing"
+                wait = 0.75 * self.settings.webhook_timeout_s if failing else PUT_OFF_S
                 self.outbox.put_off(delivery.id, now + wait * random.uniform(0.5, 1.5))
             else:
                 pool.submit(self._handle, delivery, endpoint)
         return len(taken)
 
-    def _admitted(self, endpoint: str) -> str:
+    def _admitted(self, endpoint: str, tenant: str) -> str:
         """Count one more push to this endpoint and give ""; when the endpoint already has its share
-        of threads, give how it behaved instead: new, quick or slow."""
+        of threads, give how it behaved instead: new, quick, slow or failing; or tenant, when the
+        tenant's endpoints have their share."""
         with self._lock:
             manner = self._manner.get(endpoint, "new")
             if self._running[endpoint] >= SHARE[manner]:
                 return manner
+            if manner != "quick" and self._not_quick(tenant) >= TENANT_SHARE:
+                return "tenant"
             self._running[endpoint] += 1
             return ""
+
+    def _not_quick(self, tenant: str) -> int:
+        """Pushes under way to the tenant's endpoints that are new, slow or failing."""
+        return sum(
+            count
+            for endpoint, count in self._running.items()
+            if endpoint.startswith(f"{tenant} ") and self._manner.get(endpoint) != "quick"
+        )
 
     def _handle(self, delivery: Delivery, endpoint: str) -> None:
         """In a thread of the pool: push, settle, and give the thread back whatever happens."""
         began = time.monotonic()
-        manner: Literal["quick", "slow"] = "slow"
+        manner: Literal["quick", "slow", "failing"] = "failing"
         try:
             result = self.push(delivery)
             took = time.monotonic() - began
-            if result.kind == "delivered" and took < SLOW_S:
-                manner = "quick"
+            if result.kind == "delivered":
+                manner = "quick" if took < SLOW_S else "slow"
             self._settle(delivery, result, took)
         except RedisError as error:  # it is due again after its lease, under the same id
             log.warning("redis.unreachable", delivery=delivery.id, error=str(error))
