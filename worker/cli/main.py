@@ -66,13 +66,19 @@ def _pinned(model: str) -> dict[str, str]:
 def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     scan = commands.add_parser(
         "scan",
-        help="judge video files here and now, without Redis",
-        description="Judges video files here and now: no Redis, no GPU needed.",
+        help="judge videos and images here and now, without Redis",
+        description="Judges videos and images here and now: no Redis, no GPU needed.",
         epilog="exit codes: 0 each file was judged; 1 a verdict that --fail-on names, also where "
         "another file could not be judged; 5 an error in Ralf; 4 a file could not be judged",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    scan.add_argument("files", nargs="+", metavar="FILE")
+    scan.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="a video (MP4, MOV, MKV, WebM, AVI, MPEG-TS), an image (JPEG, PNG, WebP, GIF), a "
+        "folder of them (subfolders too, hidden files not), an http(s), s3 or gs URL, or - (stdin)",
+    )
     scan.add_argument(
         "--json",
         action="store_true",
@@ -82,6 +88,11 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "--report",
         metavar="PAGE",
         help="write the verdict as an HTML page; with several files, a folder",
+    )
+    scan.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        help="write each verdict as FILE.json and FILE.html into this folder",
     )
     scan.add_argument("--max-frames", type=int, metavar="N", help="frames looked at (model's own)")
     scan.add_argument(

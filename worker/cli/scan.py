@@ -1,4 +1,4 @@
-"""`ralf scan`: files on disk, verdicts on the terminal, pages for people.
+"""`ralf scan`: videos and images in, verdicts on the terminal, pages for people.
 
 One bad file does not stop the others.  The exit code is the first of RANK that happened to a file:
 a caller that asks for --fail-on must learn of a forged file, whatever its neighbours are.
@@ -23,8 +23,11 @@ from rich.text import Text
 from ralf.kernels.atomic_files import replace_text
 from ralf.kernels.manifest import Finder
 from ralf.worker import telemetry
+from ralf.worker.cli.outputs import Targets, targets, usage
+from ralf.worker.cli.sources import STDIN, Source, sources
 from ralf.worker.contract import Evidence, EvidencePolicy, Output, Sampling, Verdict, dump
 from ralf.worker.errors import JobError, RalfError
+from ralf.worker.local import for_file
 from ralf.worker.page.page import page
 from ralf.worker.pipeline import Ask, Partial, analyze
 from ralf.worker.runtime import Parts, load
@@ -58,58 +61,77 @@ class Scan:
     """One command, ready to judge: its options are checked and the model is loaded."""
 
     args: argparse.Namespace
-    files: Sequence[Path]
+    settings: Settings
+    sources: Sequence[Source]
     parts: Parts
     ask: Ask
-    report: Callable[[Path], Path] | None
+    targets: Targets
 
     def run(self) -> int:
-        """Judge every file; returns the exit code."""
-        return max((self._one(file) for file in self.files), key=RANK.index)
+        """Judge every source; returns the exit code."""
+        return max((self._one(source) for source in self.sources), key=RANK.index)
 
-    def _one(self, file: Path) -> int:
-        """Judge one file and show what came of it; returns the exit code for this file alone."""
-        args = self.args
+    def _one(self, source: Source) -> int:
+        """Judge one and show what came of it; returns the exit code for this one alone."""
+        place = ""
         try:
-            with _bar(file, quiet=args.quiet or (args.json and not sys.stderr.isatty())) as show:
-                verdict, evidence = analyze(file, self.parts, ask=self.ask, progress=show)
+            with source.opened(self.settings) as (path, sha256):
+                place = "" if source.path else str(path)
+                return self._judge(source, path, sha256)
         except JobError as error:
-            self._show_error(file, error.code, str(error))
+            # The name of a temporary file says nothing to a person.
+            message = str(error).replace(place, source.shown) if place else str(error)
+            self._show_error(source, error.code, message)
             return 4
         except Exception as error:
             if isinstance(error, RalfError | OSError):  # not the file's fault: the next would fail
                 raise
             traceback.print_exc()
-            self._show_error(file, "internal_error", f"an error in Ralf itself: {error}")
+            self._show_error(source, "internal_error", f"an error in Ralf itself: {error}")
             return 5
-        verdict = verdict.model_copy(update={"tag": shown_name(file.name)})
-        _show(file, verdict, as_json=args.json)
-        if self.report is not None:
-            _write_page(self.report(file), verdict, evidence)
+
+    def _judge(self, source: Source, path: Path, sha256: str | None) -> int:
+        args = self.args
+        parts, ask = for_file(path, self.parts, replace(self.ask, sha256=sha256))
+        with _bar(source.tag, quiet=args.quiet or (args.json and not sys.stderr.isatty())) as show:
+            verdict, evidence = analyze(path, parts, ask=ask, progress=show)
+        verdict = verdict.model_copy(update={"tag": source.tag})
+        _show(source.shown, verdict, as_json=args.json)
+        self._write(source, verdict, evidence)
         return _failed_on(args.fail_on, verdict)
 
-    def _show_error(self, file: Path, code: str, message: str) -> None:
-        name = shown_name(file)
-        print(f"ralf: {name}: {code}: {message}", file=sys.stderr)
+    def _write(self, source: Source, verdict: Verdict, evidence: Evidence) -> None:
+        """The files that the options ask for."""
+        if (document := self.targets.documents.get(source)) is not None:
+            replace_text(document, dump(verdict) + "\n")
+            print(f"verdict: {document}", file=sys.stderr)
+        for place in self.targets.pages.get(source, ()):
+            replace_text(place, page(verdict, evidence))
+            print(f"page: {place}", file=sys.stderr)
+
+    def _show_error(self, source: Source, code: str, message: str) -> None:
+        print(f"ralf: {source.shown}: {code}: {message}", file=sys.stderr)
         if self.args.json:
-            print(dump(ScanError(file=name, code=code, message=message)), flush=True)
+            print(dump(ScanError(file=source.shown, code=code, message=message)), flush=True)
 
 
 def prepare(args: argparse.Namespace) -> Scan:
     """Check the options, then load the model."""
-    files = [Path(name) for name in args.files]
+    if args.files.count(STDIN) > 1 or (STDIN in args.files and sys.stdin.isatty()):
+        raise usage("- reads one video from standard input, which should be a pipe or a file")
     settings = Settings.from_environment()
     if args.models:
         settings = replace(settings, models_dir=args.models)
     # a person wants the verdict; the service's lines are for logs, and shown when asked for
     telemetry.configure(replace(settings, log_level=os.environ.get("RALF_LOG_LEVEL", "warning")))
     _check_min_face(args.min_face)
-    report = _report_target(args.report, files)
+    listed = sources(args.files)
+    writes = targets(listed, report=args.report, output_dir=args.output_dir)
     parts = load(settings, model=args.model, device=args.device, min_face=args.min_face)
     # pictures are only for the page
-    wanted = EvidencePolicy(thumbnails=report is not None)
+    wanted = EvidencePolicy(thumbnails=bool(writes.pages))
     ask = Ask(sampling=_sampling(args, parts), evidence=wanted)
-    return Scan(args, files, parts, ask, report)
+    return Scan(args, settings, listed, parts, ask, writes)
 
 
 def _failed_on(policy: str | None, verdict: Verdict) -> int:
@@ -118,22 +140,11 @@ def _failed_on(policy: str | None, verdict: Verdict) -> int:
     return int((policy == "forged" and forged) or (policy == "inconclusive" and doubtful))
 
 
-def _usage(message: str) -> SystemExit:
-    print(f"ralf scan: {message}", file=sys.stderr)
-    return SystemExit(2)
-
-
-def shown_name(file: Path | str) -> str:
-    """A file's name as text: bytes that are no UTF-8, and controls, as a visible mark."""
-    text = os.fsencode(file).decode(errors="replace")
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
-
-
 def _check_min_face(asked: int | None) -> None:
     try:
         Finder() if asked is None else Finder(min_face=asked)
     except ValueError:
-        raise _usage(f"--min-face should be 12 to 2000 pixels, got {asked}") from None
+        raise usage(f"--min-face should be 12 to 2000 pixels, got {asked}") from None
 
 
 def _sampling(args: argparse.Namespace, parts: Parts) -> Sampling | None:
@@ -144,66 +155,23 @@ def _sampling(args: argparse.Namespace, parts: Parts) -> Sampling | None:
     if args.max_frames is not None:
         most = parts.settings.max_frames
         if not 1 <= args.max_frames <= most:
-            raise _usage(f"--max-frames should be 1 to {most}, got {args.max_frames}")
+            raise usage(f"--max-frames should be 1 to {most}, got {args.max_frames}")
         wanted["max_frames"] = args.max_frames
     if args.sampling is not None:
         mode, _, rate = args.sampling.partition(":")
         if mode not in ("uniform", "keyframes", "fps") or (mode == "fps") != bool(rate):
-            raise _usage(f"--sampling should be uniform, keyframes or fps:N, got {args.sampling}")
+            raise usage(f"--sampling should be uniform, keyframes or fps:N, got {args.sampling}")
         wanted["mode"] = mode
         try:
             wanted["fps"] = float(rate) if rate else None
             return Sampling(**wanted)
         except ValueError:
-            raise _usage(f"--sampling fps:N wants 0 < N ≤ 120, got {rate}") from None
+            raise usage(f"--sampling fps:N wants 0 < N ≤ 120, got {rate}") from None
     return Sampling(**wanted)
 
 
-def _report_target(target: str | None, files: Sequence[Path]) -> Callable[[Path], Path] | None:
-    """Where each file's page goes; refuses a place that cannot be written before any work."""
-    if target is None:
-        return None
-    place = Path(target)
-    several = len(files) > 1 or place.is_dir() or target.endswith("/")
-    if several:
-        if place.is_file():
-            raise _usage(f"--report wants a folder for several files, {target} is a file")
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _usage(f"--report: cannot make the folder {target}: {error.strerror}") from None
-    folder = place if several else place.parent
-    if not folder.is_dir():
-        raise _usage(f"--report: there is no folder {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise _usage(f"--report: the folder {folder} may not be written to")
-    pages = _page_names(files)
-    targets = {file: folder / pages[file] if several else place for file in files}
-    for page_at in targets.values():
-        if any(page_at.resolve() == file.resolve() for file in files):
-            raise _usage(f"--report: {page_at} is one of the files to judge")
-    return targets.__getitem__
-
-
-def _page_names(files: Sequence[Path]) -> dict[Path, str]:
-    """A name for each file's page; files of one name, from several folders, are numbered."""
-    names: dict[Path, str] = {}
-    for file in dict.fromkeys(files):
-        name, number = f"{file.name}.html", 1
-        while name in names.values():
-            number += 1
-            name = f"{file.name}.{number}.html"
-        names[file] = name
-    return names
-
-
-def _write_page(place: Path, verdict: Verdict, evidence: Evidence) -> None:
-    replace_text(place, page(verdict, evidence))
-    print(f"page: {place}", file=sys.stderr)
-
-
 @contextmanager
-def _bar(file: Path, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
+def _bar(name: str, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda _partial: None
         return
@@ -215,7 +183,7 @@ def _bar(file: Path, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(shown_name(file.name), total=None, note="")
+        task = progress.add_task(name, total=None, note="")
 
         def show(partial: Partial) -> None:
             at = partial.progress
@@ -230,7 +198,7 @@ def _bar(file: Path, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
         yield show
 
 
-def _show(file: Path, verdict: Verdict, *, as_json: bool) -> None:
+def _show(name: str, verdict: Verdict, *, as_json: bool) -> None:
     if as_json:
         print(dump(verdict), flush=True)
         return
@@ -238,7 +206,7 @@ def _show(file: Path, verdict: Verdict, *, as_json: bool) -> None:
     console = Console(highlight=False, width=None if on_terminal else ENDLESS)
     word, style = LABEL_WORDS[verdict.label].lower(), STYLES[verdict.label]
     score = "" if verdict.score is None else f"  score {verdict.score:.3f}"
-    line = Text.assemble(f"{shown_name(file)}: ", (word, style), score)
+    line = Text.assemble(f"{name}: ", (word, style), score)
     line.append(f"  (forged at {verdict.threshold.forged_at:.3f}, {verdict.threshold.policy})")
     console.print(line)
     console.print(Text(f"  {verdict.reason}"))
