@@ -33,7 +33,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ralf.kernels.destructor import destruct, destruct_residual
+from ralf.kernels.dct import destruct_reference
+from ralf.kernels.destructor import destruct_residual
 from ralf.kernels.networks.backbones import (
     Backbone,
     NetworkError,
@@ -114,8 +115,10 @@ class Ralf(nn.Module):
     def destroy(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         """The crops without what the mask takes away, FP32, and |x − that|."""
         mask = self.mask.float().sigmoid()
-        if torch.compiler.is_exporting():  # one op, which exporters know how to take apart
-            destroyed = destruct(crops, mask)
+        if torch.compiler.is_exporting():
+            # Plain products: only torch knows our op, and torch 2.11 cannot decompose it afterwards
+            # (SpecViolationError: its basis would be a constant that the program does not list).
+            destroyed = destruct_reference(crops, mask)
             return destroyed, (unit(crops) - destroyed).abs()
         made: tuple[Tensor, Tensor]
         made = destruct_residual(crops, mask, self.filters_in_half(crops.device))
