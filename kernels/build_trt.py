@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ralf.kernels.engine import EngineError
 from ralf.kernels.engine_trt import runtime_module
-from ralf.kernels.export import Built, exported
+from ralf.kernels.export import Built, engine_errors, exported
 from ralf.kernels.plans import Flavour
 
 OPTIMIZATION = 5
@@ -109,23 +109,23 @@ def build(
 
 def _convert(library: Any, program: torch.export.ExportedProgram, inputs: list[Any]) -> bytes:
     # The timing cache is a file of this build alone.
-    with tempfile.TemporaryDirectory(prefix="ralf-build-") as scratch:
-        try:
-            content: bytes = library.dynamo.convert_exported_program_to_serialized_trt_engine(
-                program,
-                arg_inputs=inputs,
-                require_full_compilation=True,
-                min_block_size=1,
-                immutable_weights=True,
-                disable_tf32=True,
-                use_fp32_acc=True,
-                optimization_level=OPTIMIZATION,
-                cache_built_engines=False,
-                reuse_cached_engines=False,
-                timing_cache_path=str(Path(scratch) / "timing.bin"),
-            )
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            raise EngineError(f"torch-tensorrt does not build the network: {error}") from error
+    with (
+        tempfile.TemporaryDirectory(prefix="ralf-build-") as scratch,
+        engine_errors("torch-tensorrt does not build the network"),
+    ):
+        content: bytes = library.dynamo.convert_exported_program_to_serialized_trt_engine(
+            program,
+            arg_inputs=inputs,
+            require_full_compilation=True,
+            min_block_size=1,
+            immutable_weights=True,
+            disable_tf32=True,
+            use_fp32_acc=True,
+            optimization_level=OPTIMIZATION,
+            cache_built_engines=False,
+            reuse_cached_engines=False,
+            timing_cache_path=str(Path(scratch) / "timing.bin"),
+        )
     return content
 
 

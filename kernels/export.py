@@ -15,7 +15,8 @@ compare_intermediates=True finds the value where they part; for a TensorRT plan,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,27 @@ def exported(network: nn.Module, most: int, *others: Tensor) -> torch.export.Exp
     examples = (crops, *others)
     # A variadic forward takes what comes after the crops as one tuple.
     shapes = (batch, tuple(batch for _ in others)) if others else (batch,)
-    program = torch.export.export(network, examples, dynamic_shapes=shapes)
+    with engine_errors("torch.export does not take the network"):
+        program = torch.export.export(network, examples, dynamic_shapes=shapes)
     table = torch.export.default_decompositions()
     for name in OPS:
         table[getattr(torch.ops.ralf, name).default] = getattr(dct, f"{name}_reference")
-    plain: torch.export.ExportedProgram = program.run_decompositions(table)
+    with engine_errors("torch.export does not decompose the network"):
+        plain: torch.export.ExportedProgram = program.run_decompositions(table)
     return plain
+
+
+@contextmanager
+def engine_errors(what: str) -> Iterator[None]:
+    """Turn any error of a library's exporter or builder into an EngineError."""
+    try:
+        yield
+    except EngineError:
+        raise
+    # Their types are private (SpecViolationError) or mistakes in the library (UnboundLocalError in
+    # torch-tensorrt 2.11), so no list of them would be complete.
+    except Exception as error:
+        raise EngineError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def require_onnx() -> None:
@@ -83,13 +99,11 @@ def write_onnx(network: nn.Module, path: Path, *, most: int, precision: Precisio
             "this builder takes fp16 or fp32: ONNX Runtime, which checks the graph before it is "
             "built, has no bf16 convolution"
         )
-    made = torch.onnx.export(
-        exported(network, most),
-        dynamo=True,
-        verbose=False,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-    )
+    program = exported(network, most)
+    with engine_errors("torch.onnx does not export the network"):
+        made = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
+        )
     if made is None:
         raise EngineError("torch.onnx.export gave nothing")
     made.save(path)

@@ -361,6 +361,46 @@ def test_torch_tensorrt_is_asked_for_the_whole_network_in_its_own_types(
     assert not Path(asked["timing_cache_path"]).parent.exists()
 
 
+class LibrarysOwn(Exception):
+    """As torch's SpecViolationError: no RuntimeError, and private."""
+
+
+def test_any_failure_of_a_librarys_exporter_is_ours(monkeypatch: pytest.MonkeyPatch):
+    """So that the other builder is tried; the library's reason is in the message."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise LibrarysOwn("lifted_tensor_0 is not in the constants dictionary")
+
+    monkeypatch.setattr(torch.export, "export", fails)
+    network = network_of("ralf", base=4, blocks=1, backbone="tf_efficientnet_lite0", size=32)
+    with pytest.raises(EngineError, match=r"LibrarysOwn: lifted_tensor_0 is not"):
+        export.exported(network, 4)
+
+
+def test_a_failed_conversion_of_one_front_leaves_the_other(
+    artifact: Artifact, gpu, monkeypatch: pytest.MonkeyPatch
+):
+    """torch-tensorrt 2.11 raises UnboundLocalError after a conversion that failed."""
+
+    def convert(program, *, arg_inputs, **options):
+        if len(arg_inputs) == 1:
+            raise UnboundLocalError("cannot access local variable 'engine'")
+        return b"the plan behind the op"
+
+    library = SimpleNamespace(
+        Input=lambda **spec: spec,
+        dynamo=SimpleNamespace(convert_exported_program_to_serialized_trt_engine=convert),
+    )
+    monkeypatch.setattr(build_trt, "_library", lambda: library)
+    monkeypatch.setattr(build_trt, "flavour", lambda: "trt")
+    monkeypatch.setattr(build_trt, "version", lambda: "10.15.1.29")
+    said: list[str] = []
+    made = build(OnGpu(artifact, buckets=(1, 8), crops=4, say=said.append))
+
+    assert b"the plan behind the op" == made.read() and made.record.verified_on("sm90")
+    assert any("UnboundLocalError: cannot access" in line for line in said)
+
+
 @contextmanager
 def quiet(capsys: pytest.CaptureFixture[str]):
     """What was printed meanwhile."""
@@ -381,7 +421,7 @@ def command(*words: str) -> Callable[[], int]:
 def test_all_on_a_cpu_times_torch_and_the_fastest_is_loaded(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """One line a device in engines/choose_engine.json; `load` takes what it says."""
+    """One line a device in engines/fastest.json; `load` takes what it says."""
     point_to(artifact.path.parent.parent, "tiny", artifact.version)
     monkeypatch.setattr(building, "available", list)
     monkeypatch.setattr(choose_engine, "REPEATS", 2)
