@@ -3,12 +3,18 @@
 Hundreds of small kernels cost more to launch than to run; a graph launches them all at once.  The
 function must not ask the device for a number, nor copy from the host, and must give one tensor.
 
-What a replay gives lives until the next replay of any graph: all of them share one pool of
-memory, so that a graph for each of many shapes costs the memory of the largest.  Callers replay
-one at a time, and read the answer before they let the next one in.
+What a replay gives lives until the next replay of any graph on that device: all of them share one
+pool of memory, so that a graph for each of many shapes costs the memory of the largest.  Callers
+replay one at a time, and read the result before they let the next one in.
+
+Every capture in this process goes through `capture`, with one lock for all: torch allows one
+capture at a time in a process, and two at once (face finder and engine, or a reload beside a
+running job) break each other.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +22,27 @@ import torch
 from torch import Tensor
 
 WARM_UPS = 2
+_capturing = threading.Lock()
+
+
+@contextmanager
+def capture(graph: Any, device: torch.device, stream: Any, **options: Any) -> Iterator[None]:
+    """Record the work inside as this graph, on this stream of this device."""
+    # The stream is given because torch's default one belongs to the device of the first capture.
+    # thread_local: other threads (a decoder) may allocate and copy during the capture.
+    with (
+        _capturing,
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local", **options),
+    ):
+        yield
 
 
 class Replay:
     """The recorded function; called with tensors shaped as the example's."""
 
     def __init__(self, run: Callable[..., Tensor], *example: Tensor) -> None:
-        device = example[0].device
+        self._device = device = example[0].device
         self._inputs = tuple(one.clone() for one in example)
         here = torch.cuda.current_stream(device)
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -32,18 +52,18 @@ class Replay:
                 run(*self._inputs)
         here.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        # other threads may allocate and copy meanwhile: only this one is held to the rules
-        with torch.cuda.graph(self._graph, pool=_pool(), capture_error_mode="thread_local"):
+        with capture(self._graph, device, aside, pool=_pool(device)):
             self._output = run(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The same work on other values; read the answer before the next replay."""
+        """The same work on other values; read the result before the next replay."""
         for place, value in zip(self._inputs, inputs, strict=True):
             place.copy_(value)
-        self._graph.replay()
+        with torch.cuda.device(self._device):  # a graph runs on the current device's stream
+            self._graph.replay()
         return self._output
 
 
-@lru_cache(maxsize=1)
-def _pool() -> Any:
+@lru_cache(maxsize=16)
+def _pool(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle()

@@ -15,7 +15,7 @@ The bindings come as an argument: standard TensorRT and TensorRT-RTX have the sa
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from ralf.kernels.cuda_graphs import capture
 from ralf.kernels.engine import EngineError
 
 log = structlog.get_logger()
@@ -33,6 +34,11 @@ GRAPH_MOST = 16
 GRAPH_GAIN = 0.98
 """A graph is kept where it takes at most this share of the time of plain launching."""
 TURNS = 5
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current device: TensorRT loads a plan onto the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Queue:
@@ -61,8 +67,7 @@ class Queue:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """The work as one CUDA graph; inside a turn."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads (a decoder) may call CUDA during the capture.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        with capture(graph, self.device, self.stream):
             work()
         replay: Callable[[], None] = graph.replay
         return replay
@@ -96,7 +101,8 @@ class Session:
     def __post_init__(self) -> None:
         self.logger = self.trt.Logger(self.trt.Logger.WARNING)
         self.runtime = self.trt.Runtime(self.logger)
-        self.engine = self.runtime.deserialize_cuda_engine(self.content)
+        with on_device(self.device):
+            self.engine = self.runtime.deserialize_cuda_engine(self.content)
         if self.engine is None:
             raise EngineError(
                 f"{self.trt.__name__} {self.trt.__version__} does not read the plan on "

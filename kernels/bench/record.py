@@ -190,6 +190,8 @@ def captured(way: Callable[[], object], device: "torch.device") -> Callable[[], 
         return way
     import torch
 
+    from ralf.kernels.cuda_graphs import capture
+
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -197,7 +199,7 @@ def captured(way: Callable[[], object], device: "torch.device") -> Callable[[], 
             way()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph, device, stream):
         way()
     replay: Callable[[], object] = graph.replay
     return replay
