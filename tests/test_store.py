@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -638,6 +639,25 @@ def test_redis_clock_decides_what_is_late(store):
     store.submit([a_job(deadline=datetime.now(UTC) - timedelta(seconds=5))])
 
     assert store.begin(pop(store), "w") is None
+
+
+class TestCap:
+    def test_one_tenant_cannot_hold_every_worker(self, redis):
+        """At its cap its jobs wait, others go on; each end lets one more through."""
+        store = Store(redis, replace(SETTINGS, tenant_running_max=2))
+        store.submit([a_job(f"a{n}", tenant="a") for n in range(5)])
+        store.submit([a_job(f"b{n}", tenant="b") for n in range(2)])
+        running = {}
+        while job_id := pop(store) or (store.refill("default") and pop(store)):
+            running[job_id] = store.begin(job_id, "w")
+        at_cap = sorted(running)
+        store.end(running["ja0"], a_verdict())
+        store.retry(running["ja1"], a_failure("fetch_failed"), delay_s=60.0)
+        store.refill("default")
+        following = [pop(store), pop(store), store.refill("default")]
+
+        assert at_cap == ["ja0", "ja1", "jb0", "jb1"]
+        assert following == ["ja2", "ja3", 0]
 
 
 class TestLongQueues:

@@ -77,6 +77,8 @@ class Settings:
     retries: int = 2
     retry_delays_s: tuple[float, ...] = (15.0, 120.0)
     quarantine_after: int = 2
+    tenant_running_max: int = 0
+    """Jobs that one tenant may have with workers at once, so that it cannot hold all; 0: no cap."""
     child_max_jobs: int = 500
     child_max_rss_ratio: float = 1.5
     child_max_rss: int = 0

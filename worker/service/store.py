@@ -22,9 +22,9 @@ The keys, under settings.redis_prefix: token:TENANT:TOKEN, job:ID, verdict:ID, e
 pending:PRIORITY:TENANT, turn:PRIORITY (tenants in turn), waiting:PRIORITY and running:PRIORITY
 (zsets of queued and running jobs), stale:PRIORITY, due, deadlines, popped, verdicts (stream),
 outbox, dead, delivery:ID, endpoints:disabled, crashes:job:ID, crashes:workers:SHA, quarantine,
-quarantine:at, session:TENANT:ID, sessions:changed, swept; channel watch:ID.  Beside them RQ's own:
-rq:job:ID and rq:queue:ralf-PRIORITY hold an id and a function's name, as JSON; the job itself is in
-our keys.
+quarantine:at, active:TENANT, session:TENANT:ID, sessions:changed, swept; channel watch:ID.  Beside
+them RQ's own: rq:job:ID and rq:queue:ralf-PRIORITY hold an id and a function's name, as JSON; the
+job itself is in our keys.
 
 Times come from Redis' own clock unless a test passes `now`.  One Redis (6.2 or later), with
 persistence on and `noeviction`; not a Redis Cluster, since one script touches keys of many hash
@@ -530,6 +530,7 @@ def lua_source(settings: Settings) -> str:
         "session_ttl": settings.session_ttl_s,
         "crash_ttl": settings.crash_ttl_s,
         "stream": settings.stream_max_len,
+        "tenant_running": settings.tenant_running_max,
         "dead_most": settings.dead_letters_max,
         "quarantine_most": settings.quarantine_max,
         # RQ's own time limit is only a last resort: the worker process ends a late job before.

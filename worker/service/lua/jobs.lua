@@ -54,27 +54,43 @@ local function show_to_rq(job, status)
   redis.call('HSET', key, 'status', status, 'worker_name', job.worker)
 end
 
+-- Jobs of a tenant that are in RQ's list, popped or running; counted only where they are capped.
+local function active_key(tenant) return P .. 'active:' .. tenant end
+
+local function is_at_cap(tenant)
+  return C.tenant_running > 0 and redis.call('SCARD', active_key(tenant)) >= C.tenant_running
+end
+
 -- Fill RQ's list, one tenant after the other, until it holds two jobs for each worker.
 local function refill(priority)
   local queue, turn, stale = queue_key(priority), P .. 'turn:' .. priority, P .. 'stale:' .. priority
   local workers = redis.call('SCARD', 'rq:workers:' .. C.queue .. priority)
   local room = 2 * math.max(1, workers) - redis.call('LLEN', queue)
-  local moved, skipped = 0, 0
-  while moved < room and skipped < 5000 do
+  local moved, skipped, capped = 0, 0, 0
+  local tenants = redis.call('LLEN', turn)
+  while moved < room and skipped < 5000 and capped <= tenants do
     local tenant = redis.call('LPOP', turn)
     if not tenant then
       redis.call('DEL', stale)
       break
     end
     local pending = P .. 'pending:' .. priority .. ':' .. tenant
-    local id = redis.call('LPOP', pending)
-    if id then
+    local wait = is_at_cap(tenant)
+    local id = not wait and redis.call('LPOP', pending)
+    if wait then
+      redis.call('RPUSH', turn, tenant)
+      capped = capped + 1
+    elseif id then
       local ended = redis.call('SREM', stale, id) == 1
       if ended then
         skipped = skipped + 1
       else
         redis.call('RPUSH', queue, id)
         moved = moved + 1
+        if C.tenant_running > 0 then
+          redis.call('SADD', active_key(tenant), id)
+          redis.call('EXPIRE', active_key(tenant), 2 * C.rq_timeout)
+        end
       end
       if redis.call('EXISTS', pending) == 1 then
         redis.call(ended and 'LPUSH' or 'RPUSH', turn, tenant)
@@ -90,6 +106,7 @@ local function take_turn(job)
 end
 
 local function enqueue(job, first)
+  redis.call('SREM', active_key(job.tenant), job.id)
   redis.call('SADD', 'rq:queues', queue_key(job.priority))
   show_to_rq(job, 'queued')
   if redis.call(first and 'LPUSH' or 'RPUSH', pending_key(job), job.id) == 1 then take_turn(job) end
@@ -195,6 +212,7 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
   redis.call('EXPIRE', P .. 'token:' .. job.tenant .. ':' .. job.token, C.token_ttl)
   redis.call('ZREM', P .. 'waiting:' .. job.priority, id)
   redis.call('ZREM', P .. 'running:' .. job.priority, id)
+  redis.call('SREM', active_key(job.tenant), id)
   redis.call('ZREM', P .. 'deadlines', id)
   if verdict then redis.call('SET', P .. 'verdict:' .. id, verdict, 'EX', C.verdict_ttl) end
   if evidence then redis.call('SET', P .. 'evidence:' .. id, evidence, 'EX', C.evidence_ttl) end
@@ -237,6 +255,7 @@ local function requeue(job, now, delay)
   redis.call('HSET', job_key(job.id), 'state', 'queued')
   redis.call('ZADD', P .. 'waiting:' .. job.priority, job.submitted_at, job.id)
   if delay > 0 then
+    redis.call('SREM', active_key(job.tenant), job.id)
     redis.call('ZADD', P .. 'due', now + delay, job.id)
     show_to_rq(job, 'scheduled')
   else
