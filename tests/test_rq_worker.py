@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -128,10 +129,11 @@ class Service:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """No job is taken in the block: the worker looks at each turn, at most once a second."""
+        """No job is taken in the block: the worker has said that it is suspended."""
+        (key,) = self.redis.smembers(f"rq:workers:{self.queue}")
         suspend(self.redis)
         try:
-            self.beats(3)
+            until(lambda: self.redis.hget(key, "state") == b"suspended")
             yield
         finally:
             resume(self.redis)
@@ -621,6 +623,102 @@ def test_a_restart_of_redis_in_the_middle_of_a_job_costs_nothing(tmp_path: Path)
     finally:
         service.close()
         server.stop()
+
+
+@contextmanager
+def silent(server: RedisServer) -> Iterator[None]:
+    """Redis takes connections and answers nothing, as behind a dead switch."""
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """One that a test may stop."""
+    server = RedisServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_a_hung_child_is_killed_while_redis_is_silent(own_redis: RedisServer):
+    """The loop that judges the run does not wait for Redis."""
+    service = Service(own_redis.url, replace(QUICK, hang_s=3.0))
+    try:
+        service.worker()
+        child, job_id = service.child(), service.submit("hang")
+        service.reaches(job_id, "running")
+        with silent(own_redis):
+            until(lambda: not Path(f"/proc/{child}").exists())
+        status = service.reaches(job_id, "quarantined", "succeeded")
+
+        assert status.failure is not None and status.failure.code == "job_timeout"
+    finally:
+        service.close()
+
+
+def test_a_worker_exits_in_time_while_redis_is_silent(own_redis: RedisServer):
+    """SIGTERM, the grace, and out, though the job cannot be handed back; its lease runs out."""
+    service = Service(own_redis.url, replace(QUICK, grace_s=1.0, hang_s=LONG_S))
+    try:
+        worker = service.worker()
+        job_id = service.submit("hang")
+        service.reaches(job_id, "running")
+        child = service.child()
+        with silent(own_redis):
+            worker.send_signal(signal.SIGTERM)
+            assert ended(worker) == 0
+        assert not Path(f"/proc/{child}").exists()
+        # Redis may have read the hand-back when it woke up; else the lease runs out.
+        assert service.status(job_id).state in {"running", "queued"}
+        service.store.cancel(job_id)
+    finally:
+        service.close()
+
+
+def turned_s_ago(port: int) -> float:
+    """How long ago the loop turned, as /healthz says."""
+    found = re.search(r"turned ([\d.]+) s ago", get(port, "/healthz")[1])
+    assert found is not None
+    return float(found[1])
+
+
+def test_an_idle_worker_is_live_while_redis_is_silent(own_redis: RedisServer):
+    """A restart of every pod mends no Redis; the loop turns, and that is what /healthz says."""
+    port = free_port()
+    service = Service(own_redis.url, replace(QUICK, http_port=port))
+    try:
+        worker = service.worker()
+        service.beats(2)  # it has begun its loop
+        with silent(own_redis):
+            for _ in range(3):  # a loop that waits for Redis turns once a minute
+                until(lambda: turned_s_ago(port) > 0.4)
+                until(lambda: turned_s_ago(port) < 0.4)
+        assert worker.poll() is None
+        assert service.reaches(service.submit("trivial"), "succeeded", "queued") is not None
+    finally:
+        service.close()
+
+
+def test_progress_and_lease_survive_a_silence_of_redis(own_redis: RedisServer, tmp_path: Path):
+    """Shorter than the lease: the job goes on, and its verdict is stored once."""
+    service, release = Service(own_redis.url, QUICK), tmp_path / "release"
+    try:
+        service.worker()
+        job_id = service.submit("hold", f"hold:{release}")
+        service.runs(job_id)
+        with silent(own_redis):
+            until(lambda: "redis.unreachable" in service.said())
+        release.touch()
+
+        assert service.reaches(job_id, "succeeded", "quarantined").attempts == 1
+        assert service.redis.xlen(service.store.key("verdicts")) == 1
+    finally:
+        service.close()
 
 
 # cancel, deadline, stop

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -339,13 +339,11 @@ class ChildSupervisor:
 
     A child that does not load is tried again with growing pauses, since the reason may pass (a
     full device, a model that is being published).  After some tries the worker gives up, and
-    whoever supervises the worker takes over.  Heartbeats go on meanwhile.
+    whoever supervises the worker takes over.
     """
 
-    def __init__(
-        self, child: ChildProcess, wakeup: Wakeup, metrics: Metrics, *, beat: Callable[[], None]
-    ) -> None:
-        self._child, self._wakeup, self._metrics, self._beat = child, wakeup, metrics, beat
+    def __init__(self, child: ChildProcess, wakeup: Wakeup, metrics: Metrics) -> None:
+        self._child, self._wakeup, self._metrics = child, wakeup, metrics
         self._published: messages.Ready | None = None
 
     def start(self) -> None:
@@ -397,7 +395,7 @@ class ChildSupervisor:
         end = time.monotonic() + allowed
         while child.ready is None and not self._wakeup.stopping:
             received = child.wait(min(0.5, end - time.monotonic()))
-            self._beat()
+            self._wakeup.pulse = time.monotonic()
             if received is None or child.load_error:
                 why, how = child.load_error, child.detach()
                 return why or f"it {how}: {child.last_output()[-300:]}"
@@ -425,5 +423,5 @@ class ChildSupervisor:
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._wakeup.stopping:
-            self._beat()
+            self._wakeup.pulse = time.monotonic()
             time.sleep(0.1)

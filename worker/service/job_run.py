@@ -24,7 +24,6 @@ import select
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +31,6 @@ from typing import Any, Literal
 
 import structlog
 from pydantic import ValidationError
-from redis.exceptions import RedisError
 
 from ralf.worker.contract import Evidence, Progress, Verdict
 from ralf.worker.errors import (
@@ -48,9 +46,9 @@ from ralf.worker.errors import (
 from ralf.worker.service import messages
 from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.fetch import FetchThread
+from ralf.worker.service.heartbeat import Heartbeat
 from ralf.worker.service.jobs import Body
 from ralf.worker.service.records import Claim
-from ralf.worker.service.store import Store
 from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.service.work_dir import why_unusable
 from ralf.worker.settings import Settings
@@ -59,8 +57,6 @@ log = structlog.get_logger()
 
 TURN_S = 0.5
 """The parent looks at the clock at least this often."""
-BEAT_S = 1.0
-"""Between two beats: the lease, the progress, and whether the client has cancelled."""
 WORKER_IO = "worker_io"
 """The code of a run that ended because this worker could not read or write."""
 BUSY_FACTOR = 5
@@ -180,23 +176,19 @@ class JobRun:
         function: str,
         *,
         child: ChildProcess,
-        store: Store,
+        settings: Settings,
+        heartbeat: Heartbeat,
         wakeup: Wakeup,
-        rq_beat: Callable[[], None],
     ) -> None:
         self.claim, self.body, self.function = claim, body, function
-        self.child, self.store, self.wakeup = child, store, wakeup
-        self.settings: Settings = store.settings
-        self._rq_beat = rq_beat
+        self.child, self.heartbeat, self.wakeup = child, heartbeat, wakeup
+        self.settings = settings
         self._rss_allowed = memory_allowed(self.settings)
         self._begun = time.monotonic()
         self._fetch_s = 0.0
         self._file_sha: str | None = None
         self._times = RunTimes(progressed=self._begun)
         self._other_jobs = 0
-        self._progress: Progress | None = None
-        self._partial: Verdict | None = None
-        self._beaten_at = self._begun
         self._planned: RunResult | None = None
         """The result once it is decided; until then the child may still give another."""
         self._kill_at: float | None = None
@@ -234,9 +226,9 @@ class JobRun:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _fetched(self, folder: Path) -> Path | RunResult:
-        """The media as a local file; heartbeats go on while a thread fetches it."""
+        """The media as a local file, fetched in a thread so that the run can be ended."""
         job = self.claim.job
-        self._progress = Progress(stage="fetch", percent=0)
+        self.heartbeat.note(progress=Progress(stage="fetch", percent=0))
         fetching = FetchThread(
             job.media,
             folder,
@@ -259,6 +251,7 @@ class JobRun:
             # A file that fills the disk by itself leaves room once it is removed: that is charged.
             return RunResult("hand_back", WORKER_IO, full) if full else RunResult.of(error)
         self._file_sha = fetching.file.sha256
+        self.heartbeat.note(file_sha=self._file_sha)
         return fetching.file.path
 
     def _in_child(self, path: Path) -> RunResult:
@@ -296,7 +289,7 @@ class JobRun:
                 self._note_progress()
             case messages.OtherJobs(count=count):
                 self._other_jobs = count
-                self._beat(alone=count == 0)
+                self.heartbeat.note_alone(count == 0)
             case messages.Advanced():
                 self._advance(message)
             case messages.Done(job_id=self.claim.job_id):
@@ -310,9 +303,9 @@ class JobRun:
     def _advance(self, message: messages.Advanced) -> None:
         self._note_progress()
         try:
-            self._progress = Progress.model_validate_json(message.progress)
-            if message.partial:
-                self._partial = Verdict.model_validate_json(message.partial)
+            progress = Progress.model_validate_json(message.progress)
+            partial = Verdict.model_validate_json(message.partial) if message.partial else None
+            self.heartbeat.note(progress=progress, partial=partial)
         except ValidationError as error:
             log.warning("child.misunderstood", job_id=self.claim.job_id, error=str(error)[:300])
         self._times.seconds = max(self._times.seconds, message.seconds)
@@ -380,9 +373,8 @@ class JobRun:
     def _judge(self) -> None:
         """Compare the run with its limits, and plan an early end when it is over one."""
         now = self.wakeup.pulse = time.monotonic()
-        if now - self._beaten_at >= min(BEAT_S, self.settings.heartbeat_s):
-            self._beat()
-            self._rq_beat()
+        if self._planned is None:
+            self._obey_reply()
         if self._planned is not None and self._planned.kind != "hand_back":
             return
         error = overrun(
@@ -419,32 +411,10 @@ class JobRun:
             self.child.kill()
         self.child.detach()
 
-    def _beat(self, *, alone: bool | None = None) -> None:
-        """Keep the lease, write progress, and hear whether the job should go on.
-
-        A change of `alone` is written at once and without progress, so that progress is not
-        written more often for it.
-        """
-        progress, partial = None, None
-        if alone is None:
-            self._beaten_at = time.monotonic()
-            progress, self._progress = self._progress, None
-            partial, self._partial = self._partial, None
-        try:
-            reply = self.store.beat(
-                self.claim,
-                progress=progress,
-                partial=partial,
-                alone=alone,
-                file_sha=self._file_sha,
-            )
-        except RedisError as error:  # the job goes on; its lease has some beats to spare
-            log.warning("redis.unreachable", job_id=self.claim.job_id, error=str(error))
-            return
-        if self._planned is not None:
-            return
-        if reply == "cancel":
+    def _obey_reply(self) -> None:
+        """What the store answered to the last beat."""
+        if self.heartbeat.reply == "cancel":
             result = RunResult("failure", "cancelled", "cancelled by the client")
             self._plan(result, grace=self.settings.cancel_grace_s)
-        elif reply == "lost":
+        elif self.heartbeat.reply == "lost":
             self._plan(RunResult("lost", "lease_lost", "another worker has the job"), grace=0.0)

@@ -15,9 +15,10 @@ Write access to Redis is not the right to run code: an entry that says anything 
 functions and its own id is never run and never unpickled.  It is marked as failed, so that RQ's
 tools show why.
 
-No signal handler and no other thread touches Redis or the child's socket: they set a flag and wake
-the loop.  One queue per process, as RQ's safe dequeue needs it.  RQ's callbacks, webhooks,
-dependents, retries and results are not used, whatever a queue's entry may name.
+Heartbeats come from a thread of their own: see heartbeat.py.  No signal handler touches Redis or
+the child's socket: it sets a flag and wakes the loop.  One queue per process, as RQ's safe dequeue
+needs it.  RQ's callbacks, webhooks, dependents, retries and results are not used, whatever a
+queue's entry may name.
 """
 
 import json
@@ -51,6 +52,7 @@ from ralf.worker import telemetry
 from ralf.worker.contract import Failure, Priority
 from ralf.worker.errors import ModelUnavailable
 from ralf.worker.service.child_process import ChildProcess, ChildSupervisor
+from ralf.worker.service.heartbeat import Heartbeat
 from ralf.worker.service.job_run import WORKER_IO, JobRun, RunResult
 from ralf.worker.service.jobs import Body
 from ralf.worker.service.records import Claim
@@ -193,11 +195,14 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         self.settings = store.settings
         self.priority: Priority = priority
         self.wakeup = wakeup or Wakeup()
-        self.supervisor = ChildSupervisor(child, self.wakeup, metrics, beat=self._turn)
+        self.supervisor = ChildSupervisor(child, self.wakeup, metrics)
+        self.beats = Heartbeat(store, self.wakeup, rq_beat=self._rq_beat)
+        self._rq_lock = threading.Lock()
+        """Between a beat and the change of what it keeps alive."""
         self.broken = False
         """Whether the loop ended by an error of ours; the process then exits with an error."""
         self._ttl = max(1, round(self.settings.heartbeat_ttl_s))
-        self._beaten_at = self._suspension_read_at = -1e9
+        self._suspension_read_at = -1e9
         self._current: RqJob | None = None
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         super().__init__(
@@ -221,6 +226,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         self.register_birth()
         self.subscribe()
         self.set_state(WorkerStatus.STARTED)
+        self.beats.start()
         log.info("worker.started", worker=self.name, queue=self.queue.name, pid=os.getpid())
 
     @property
@@ -232,14 +238,16 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         """Nothing: the loop below checks it at each turn, not only once before the dequeue."""
 
     def _suspended(self) -> bool:
-        """`rq suspend` pauses this worker too; read at most once a second."""
+        """`rq suspend` pauses this worker too; read at most once a second, shown by `rq info`."""
         if time.monotonic() - self._suspension_read_at < POP_S:
             return False
         self._suspension_read_at = time.monotonic()
-        if not is_suspended(self.connection, self):
-            return False
-        time.sleep(POP_S)
-        return True
+        suspended = bool(is_suspended(self.connection, self))
+        if suspended != (self._state == WorkerStatus.SUSPENDED):
+            self.set_state(WorkerStatus.SUSPENDED if suspended else WorkerStatus.IDLE)
+        if suspended:
+            time.sleep(POP_S)
+        return suspended
 
     def _blocked(self) -> bool:
         """A full disk: no job is taken, and /readyz says so, until the work folder has room."""
@@ -261,7 +269,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         while not self._stop_requested:
             try:
                 self.supervisor.ensure_ready()
-                self._turn()
+                self.wakeup.pulse = time.monotonic()
                 if self._stop_requested:
                     break
                 if self._suspended() or self._blocked():
@@ -281,10 +289,6 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             if max_idle_time is not None and time.monotonic() - idle_since >= max_idle_time:
                 return None
         return None
-
-    def _turn(self) -> None:
-        self.wakeup.pulse = time.monotonic()
-        self.heartbeat()
 
     def _pop(self, *, block: bool) -> RqJob | None:
         source, popped = self.queue.key, self.queue.intermediate_queue_key
@@ -319,8 +323,10 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
 
     def _wait_for_redis(self, error: RedisError) -> None:
         log.warning("redis.unreachable", error=str(error))
+        self.beats.failed = True
         self.wakeup.pulse = time.monotonic()
         time.sleep(1.0)
+        self.wakeup.pulse = time.monotonic()
 
     def execute_job(self, job: RqJob, queue: Queue) -> None:
         """Check, claim, run, store; whatever the job does, the worker goes on."""
@@ -334,9 +340,8 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             raise
 
     def _execute(self, job: RqJob) -> None:
-        raw = self._raw(job)
+        raw, claim = self._claimed(job)
         function, fault = check_entry(raw, job.id, self.table)
-        claim = self.store.begin(job.id, self.name, alone=not self.child.shared)
         if claim is not None and raw is None:
             self.store.hand_back(claim)  # RQ's entry was deleted; this writes it anew
             return
@@ -349,26 +354,45 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         self._register(job)
         succeeded = False
         try:
-            run = JobRun(
-                claim,
-                self.table[function],
-                function,
-                child=self.child,
-                store=self.store,
-                wakeup=self.wakeup,
-                rq_beat=self.heartbeat,
-            )
-            result = run.run()
-            self.supervisor.after_job(result.code)
-            if result.code == WORKER_IO:
-                self.wakeup.blocked = result.message
-                self.metrics.ready.set(0)
-                log.error("worker.blocked", reason=result.message)
-            outcome = self._store(claim, result)
+            with self.beats.keeping(claim):
+                result, outcome = self._run(claim, function)
             log_finished(claim, result, outcome)
             succeeded = outcome in {"succeeded", "cancelled", "expired"}
         finally:
             self._unregister(job, well=succeeded)
+
+    def _run(self, claim: Claim, function: str) -> tuple[RunResult, str]:
+        """Run the job and store its result, while the heartbeat keeps the lease."""
+        result = JobRun(
+            claim,
+            self.table[function],
+            function,
+            child=self.child,
+            settings=self.settings,
+            heartbeat=self.beats,
+            wakeup=self.wakeup,
+        ).run()
+        self.supervisor.after_job(result.code)
+        if result.code == WORKER_IO:
+            self.wakeup.blocked = result.message
+            self.metrics.ready.set(0)
+            log.error("worker.blocked", reason=result.message)
+        return result, self._store(claim, result)
+
+    def _claimed(self, job: RqJob) -> tuple[bytes | None, Claim | None]:
+        """RQ's payload and our claim, asked for again while Redis is away.
+
+        The nonce stays the same: a claim whose answer was lost is still ours.
+        """
+        nonce = uuid.uuid4().hex
+        while True:
+            try:
+                raw, alone = self._raw(job), not self.child.shared
+                return raw, self.store.begin(job.id, self.name, alone=alone, nonce=nonce)
+            except RedisError as error:
+                if self._stop_requested:
+                    raise
+                self._wait_for_redis(error)
 
     def _raw(self, job: RqJob) -> bytes | None:
         """RQ's payload; None when the entry is gone."""
@@ -389,41 +413,59 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             pipe.execute()
 
     def _store(self, claim: Claim, result: RunResult) -> str:
-        """Write the result, and try again while Redis is away: a verdict is not thrown away."""
+        """Write the result, and try again while Redis is away: a verdict is not thrown away.
+
+        Unless the worker has to exit: then the lease runs out, and the job runs again.
+        """
         while True:
             try:
+                if self._must_exit and not self.beats.reachable:
+                    raise RedisError("Redis does not answer, and the worker has to exit")
                 return store_result(self.store, claim, result)
             except RedisError as error:
-                if self.wakeup.hand_back_now:
+                if self._must_exit:
                     raise
                 self._wait_for_redis(error)
 
+    @property
+    def _must_exit(self) -> bool:
+        """Whether the grace of a drain is over."""
+        since = self.wakeup.drain_since
+        over = since is not None and time.monotonic() - since > self.settings.grace_s
+        return over or self.wakeup.hand_back_now
+
     def _register(self, job: RqJob) -> None:
         """In RQ's registries; an outage is no reason not to run a job that we have claimed."""
-        self._current, self._horse_pid, self._began = job, self.child.pid, utc_now()
+        self._horse_pid, self._began = self.child.pid, utc_now()
         self.metrics.running.set(1)
-        with self._registries() as pipe:
+        with self._rq_lock, self._registries() as pipe:
+            self._current = job
             self.execution = Execution.create(job, self._ttl, pipe, worker_name=self.name)
             self.set_state(WorkerStatus.BUSY, pipeline=pipe)
             self.set_current_job_id(job.id, pipeline=pipe)
 
     def _unregister(self, job: RqJob, *, well: bool) -> None:
-        self._current, self._horse_pid = None, 0
+        self._horse_pid = 0
         self.metrics.running.set(0)
-        with self._registries() as pipe:
-            self.cleanup_execution(job, pipe)
-            self.set_state(WorkerStatus.IDLE, pipeline=pipe)
-            (self.increment_successful_job_count if well else self.increment_failed_job_count)(pipe)
-            self.increment_total_working_time(utc_now() - self._began, pipe)
+        with self._rq_lock:
+            self._current = None
+            with self._registries() as pipe:
+                self.cleanup_execution(job, pipe)
+                self.set_state(WorkerStatus.IDLE, pipeline=pipe)
+                count = self.increment_successful_job_count if well else None
+                (count or self.increment_failed_job_count)(pipe)
+                self.increment_total_working_time(utc_now() - self._began, pipe)
 
     @contextmanager
     def _registries(self) -> Iterator[Any]:
-        """One round trip for what RQ's tools show; an outage is logged."""
+        """One round trip for what RQ's tools show; left out while Redis does not answer."""
         try:
             with self.connection.pipeline(transaction=False) as pipe:
                 yield pipe
-                pipe.execute()
+                if self.beats.reachable:
+                    pipe.execute()
         except RedisError as error:
+            self.beats.failed = True
             log.warning("redis.unreachable", error=str(error))
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
@@ -437,28 +479,23 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         return self._ttl
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        """Keep RQ's records of this worker and its job alive; at most each heartbeat_s."""
-        early = time.monotonic() - self._beaten_at < self.settings.heartbeat_s
-        if early or self.birth_date is None:
-            return
-        job = self._current
-        try:
-            with self.connection.pipeline(transaction=False) as pipe:
-                pipe.hset(self.key, "last_heartbeat", utcformat(utc_now()))
-                pipe.expire(self.key, self._ttl)
-                if job is not None and self.execution is not None:
-                    self.execution.heartbeat(job.started_job_registry, self._ttl, pipeline=pipe)
-                forgotten = pipe.execute()[0] == 1
-            if forgotten:  # paused for long, or Redis lost it
-                self.last_heartbeat = utc_now()
-                with self.connection.pipeline() as pipe:
-                    pipe.hset(self.key, mapping=self.serialize())
-                    worker_registration.register(self, pipe)
-                    pipe.execute()
-        except RedisError as error:
-            log.warning("redis.unreachable", error=str(error))
-            return
-        self._beaten_at = time.monotonic()
+        """Nothing: RQ calls this from the loop, and the thread does it."""
+
+    def _rq_beat(self, redis: Any) -> None:
+        """Keep RQ's records of this worker and its job alive; called by the heartbeat's thread."""
+        with self._rq_lock, redis.pipeline(transaction=False) as pipe:
+            pipe.hset(self.key, "last_heartbeat", utcformat(utc_now()))
+            pipe.expire(self.key, self._ttl)
+            job = self._current
+            if job is not None and self.execution is not None:
+                self.execution.heartbeat(job.started_job_registry, self._ttl, pipeline=pipe)
+            forgotten = pipe.execute()[0] == 1
+        if forgotten:  # paused for long, or Redis lost it
+            self.last_heartbeat = utc_now()
+            with redis.pipeline() as pipe:
+                pipe.hset(self.key, mapping=self.serialize())
+                worker_registration.register(self, pipe)
+                pipe.execute()
 
     def _install_signal_handlers(self) -> None:
         """Only from the main thread, as signal() demands; a test may run the loop elsewhere."""
@@ -490,9 +527,11 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         listener.join(LISTENER_END_S)
 
     def teardown(self) -> None:
-        """Deregister from RQ."""
+        """Deregister from RQ; a Redis that does not answer does not hold up the exit."""
+        self.beats.stop()
         try:
-            super().teardown()
+            if self.beats.reachable:
+                super().teardown()
         except RedisError as error:
             log.warning("redis.unreachable", error=str(error))
         log.info("worker.stopped", worker=self.name, broken=self.broken)

@@ -35,6 +35,11 @@ from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 
+LOOP_TIMEOUT_S = 6.0
+"""No command of the worker's loop takes longer, half of it for an answer."""
+JANITOR_END_S = 1.0
+"""It may be waiting for a Redis that is silent; what it began another janitor repeats."""
+
 
 def run_worker(
     settings: Settings,
@@ -53,7 +58,9 @@ def run_worker(
     """
     Rollout.of(settings)  # a fault in it is the operator's, and told before anything starts
     telemetry.configure(settings)
-    store = Store(connect(settings.redis_url), settings)
+    # The loop tries again by itself; one command must not block it for longer than its timeout.
+    store = Store(connect(settings.redis_url, attempts=0, timeout_s=LOOP_TIMEOUT_S), settings)
+    repairs = Store(connect(settings.redis_url), settings)
     wakeup, stop = Wakeup(), threading.Event()
     child = ChildProcess(settings, bodies=bodies, shared=shared, capacity=capacity)
     telemetry.METRICS.watch_queue(queue_counts(store))
@@ -63,10 +70,11 @@ def run_worker(
         ready=lambda: child.ready is not None and not (wakeup.stopping or wakeup.blocked),
     )
     janitor = threading.Thread(
-        target=Janitor(store, settings).run_forever, args=(stop,), name="janitor", daemon=True
+        target=Janitor(repairs, settings).run_forever, args=(stop,), name="janitor", daemon=True
     )
     with ExitStack() as stack:
         stack.callback(store.redis.close)
+        stack.callback(repairs.redis.close)
         stack.callback(wakeup.close)
         stack.callback(child.close)
         stack.callback(_ignore_signals)
@@ -76,7 +84,7 @@ def run_worker(
         )
         worker.start()
         janitor.start()
-        stack.callback(janitor.join, 5.0)
+        stack.callback(janitor.join, JANITOR_END_S)
         stack.callback(stop.set)
         worker.work(burst=burst, max_jobs=max_jobs)
     return BROKEN if worker.broken else 0
