@@ -29,6 +29,7 @@ OWNERS = {
     "av": {
         "worker/media/decode_pyav.py",
         "worker/media/probe.py",
+        "worker/cli/annotate.py",
         "train/forge/video.py",
         "tests/clips.py",
     },

@@ -94,6 +94,11 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         metavar="DIR",
         help="write each verdict as FILE.json and FILE.html into this folder",
     )
+    scan.add_argument(
+        "--annotated",
+        metavar="VIDEO",
+        help="write the video again, as MP4 with boxes and scores; with several files, a folder",
+    )
     scan.add_argument("--max-frames", type=int, metavar="N", help="frames looked at (model's own)")
     scan.add_argument(
         "--sampling",

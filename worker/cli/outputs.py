@@ -15,9 +15,12 @@ class Targets:
 
     pages: Mapping[Source, Sequence[Path]] = field(default_factory=dict)
     documents: Mapping[Source, Path] = field(default_factory=dict)
+    videos: Mapping[Source, Path] = field(default_factory=dict)
 
 
-def targets(sources: Sequence[Source], *, report: str | None, output_dir: str | None) -> Targets:
+def targets(
+    sources: Sequence[Source], *, report: str | None, output_dir: str | None, annotated: str | None
+) -> Targets:
     """The files that these options ask for."""
     names, several = _names(sources), len(sources) > 1
     pages: dict[Source, list[Path]] = {source: [] for source in sources}
@@ -29,7 +32,8 @@ def targets(sources: Sequence[Source], *, report: str | None, output_dir: str | 
         for source, path in _placed(option, place, names, end, folder=whole).items():
             pages[source].append(path)
     documents = _placed("--output-dir", output_dir, names, ".json", folder=True)
-    return Targets({s: paths for s, paths in pages.items() if paths}, documents)
+    videos = _placed("--annotated", annotated, names, ".annotated.mp4", folder=several)
+    return Targets({s: paths for s, paths in pages.items() if paths}, documents, videos)
 
 
 def usage(message: str) -> SystemExit:

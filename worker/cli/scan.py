@@ -98,6 +98,12 @@ class Scan:
         verdict = verdict.model_copy(update={"tag": source.tag})
         _show(source.shown, verdict, as_json=args.json)
         self._write(source, verdict, evidence)
+        if (video := self.targets.videos.get(source)) is not None:
+            # Only this option needs the encoder and the fonts.
+            from ralf.worker.cli.annotate import annotate
+
+            annotate(path, video, verdict, self.settings, ask.probed)
+            print(f"video: {video}", file=sys.stderr)
         return _failed_on(args.fail_on, verdict)
 
     def _write(self, source: Source, verdict: Verdict, evidence: Evidence) -> None:
@@ -126,7 +132,9 @@ def prepare(args: argparse.Namespace) -> Scan:
     telemetry.configure(replace(settings, log_level=os.environ.get("RALF_LOG_LEVEL", "warning")))
     _check_min_face(args.min_face)
     listed = sources(args.files)
-    writes = targets(listed, report=args.report, output_dir=args.output_dir)
+    writes = targets(
+        listed, report=args.report, output_dir=args.output_dir, annotated=args.annotated
+    )
     parts = load(settings, model=args.model, device=args.device, min_face=args.min_face)
     # pictures are only for the page
     wanted = EvidencePolicy(thumbnails=bool(writes.pages))
