@@ -92,6 +92,17 @@ def test_half_is_forged_and_pairs_point_at_their_reals(reals):
         assert 0 < far < 40
 
 
+def test_forgeries_on_disk_that_no_batch_shows_are_counted(copies):
+    """A recipe that blends every forgery leaves them unused; half, or no family, uses them."""
+    on_disk = sum(row.split == "train" and row.label == 1 for row in copies)
+
+    def unused(**changes):
+        return Batches(copies, data(**changes)).unused_forgeries
+
+    assert unused(families=("inner",)) == on_disk > 0
+    assert unused(families=("inner",), blended_share=0.5) == unused(families=()) == 0
+
+
 def test_every_video_comes_round_before_any_comes_again(reals):
     """An epoch shows each real video as often as the recipe says."""
     batches = Batches(reals, data(families=("inner",), batch=4))

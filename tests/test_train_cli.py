@@ -80,6 +80,17 @@ def test_train_prints_one_json_line_and_goes_on_where_it_was(
     assert endings[1]["best"] is not None
 
 
+@pytest.mark.parametrize(("share", "said"), [("1", True), ("0.5", False)])
+def test_training_says_when_forgeries_on_disk_are_left_out(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str, said: bool
+):
+    """A recipe that blends all its forgeries would ignore one's own without a word."""
+    more = ["--minutes", "0", "--set", "families=inner", "--set", f"blended_share={share}"]
+    assert main(train_command(pictures, tmp_path / "run", *more)) == 0
+
+    assert ("12 forged videos of split train are not trained on" in capsys.readouterr().err) == said
+
+
 def test_publish_and_calibrate_make_versions_that_serve_the_same_logits(
     run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -87,6 +87,7 @@ class ChainRun:
     def train(self, stage: Sequence[Training]) -> list[Facts]:
         """Train a stage, or go on with it; what `ralf train` would print of each training."""
         processes = self.processes_of(stage)
+        # Trainings of one stage run in turn, in this process, where there is room for one only.
         room = self.processes or all_processes(self.device)
         if processes == 1 and (len(stage) == 1 or room == 1):
             return [self._in_this_process(training) for training in stage]
@@ -135,7 +136,14 @@ def train_on(
     allow_leaks: bool = False,
 ) -> TrainingOutcome:
     """Train a recipe on the data's train split, judged by its val split; goes on from `run`."""
+    options = options or Options()
     batches = Batches(index, recipe.data, "train", recipe.seed, allow_leaks=allow_leaks)
+    if batches.unused_forgeries and ranks.first and not options.quiet:
+        print(
+            f"ralf: {batches.unused_forgeries} forged videos of split train are not trained on: "
+            "data.blended_share is 1; --set blended_share=0.5 mixes them in",
+            file=sys.stderr,
+        )
     return train(
         recipe,
         batches,
@@ -144,7 +152,7 @@ def train_on(
         data_sha256=index.sha256,
         device=device,
         ranks=ranks,
-        options=options or Options(),
+        options=options,
     )
 
 
@@ -214,6 +222,7 @@ def train_together(commands: Sequence[TrainCommand]) -> list[Facts]:
         raise TrainingFailed(f"exit code {code} of {words}")
     if any(child.returncode == INTERRUPTED for child in children):
         raise Interrupted("stopped")
+    # The facts are on the last line; what libraries print to stdout comes before it.
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 

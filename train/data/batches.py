@@ -86,6 +86,7 @@ class Batches:
         self._forged = tuple(len(frames) for frames in self.pool.forged)
         self._families: tuple[Family, ...] = _known(data.trained_families)
         share = dict(zip(data.families, data.shares, strict=True)) if data.shares else {}
+        # The draw needs sums of shares only, so shares need not add up to 1.
         self._edges = np.cumsum([share.get(family, 1.0) for family in self._families])
         if not self._families and not self._forged:
             raise IndexFault(
@@ -98,6 +99,11 @@ class Batches:
     def names(self) -> tuple[str, ...]:
         """What each number of Batch.family is called."""
         return self.pool.names
+
+    @property
+    def unused_forgeries(self) -> int:
+        """How many forged videos on disk no batch shows, because the recipe blends them all."""
+        return len(self._forged) if self._families and self.data.blended_share == 1 else 0
 
     def __len__(self) -> int:
         """Batches in which every real video gives its frames once."""
@@ -181,8 +187,10 @@ class Batches:
                 f"{shown.path} has no box and five points, so nothing can be blended into it: "
                 "`ralf data prepare` finds them"
             )
+        # One damage and one cut for both faces of the pair: quality must not give the label away.
         damage = draw_damage(self.data.augment, rng, face_px=_longer(face))
         cut = self._cut(rng, flip=damage.flip)
+        # Changed before the forging, so that an unusual face is met among the reals, too.
         part, moved = as_another_person(*region(image, face, cut), damage.identity_seed)
         fake = self.pool.forgery(shown, part, moved, family, rng)
         forged = self._crop(fake, moved, damage, cut, rng)
