@@ -247,6 +247,7 @@ def fit(
         options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000},
     )  # fmt: skip
     slope = float(found.x[0]) / scale
+    # A negative temperature would turn every verdict around, so it is refused and not stored.
     if slope <= 0:
         raise CalibrationError(
             f"higher scores should mean forged, but the fitted slope is {slope:.3g}: the labels "
@@ -259,6 +260,7 @@ def fit(
 def at_false_positives(real: Floats, rate: float, people: int | None = None) -> Threshold:
     """The lowest score at or above which at most `rate` of the reals lie, half-way to the next."""
     ordered = np.sort(np.asarray(real, np.float64))[::-1]
+    # The product may come out a hair below a whole number: the 1e-9 keeps that one.
     allowed = int(np.floor(rate * len(ordered) + 1e-9))
     # ordered[allowed] must lie below the threshold, and all that equal it do too.
     barred = ordered[allowed] if allowed < len(ordered) else -np.inf
@@ -275,6 +277,7 @@ def at_misses(
     """The highest score, not above `at_most`, below which at most `rate` of forgeries lie."""
     ordered = np.sort(np.asarray(forged, np.float64))
     allowed = int(np.floor(rate * len(ordered) + 1e-9))
+    # With `rate` near 1 every forgery may be missed: the highest score is then the answer.
     score = min(float(ordered[min(allowed, len(ordered) - 1)]), at_most)
     return _threshold(score, int((ordered < score).sum()), len(ordered), rate, people)
 

@@ -18,6 +18,7 @@ def progress() -> Iterator[Move]:
     if not sys.stderr.isatty():
         yield _print_some
         return
+    # Only where a bar is drawn: a pipe or a log file needs no rich.
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

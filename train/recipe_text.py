@@ -103,6 +103,7 @@ def _types(part: BaseModel, prefix: str = "") -> dict[str, Any]:
 def _full_name(known: Mapping[str, Any], name: str) -> str:
     if name in known:
         return name
+    # A short name is a convenience only while it means one field: two are refused by both names.
     ends = [full for full in known if full.endswith(f".{name}")]
     if len(ends) == 1:
         return ends[0]

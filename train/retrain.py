@@ -298,6 +298,7 @@ def _calibrated_of(facts: Facts) -> Calibrated:
 def _evaluate(order: Retraining, done: Mapping[str, Facts]) -> Facts:
     made, split = _calibrated_of(done["calibrate"]), order.evaluate_on
     _refuse_empty(order.index, split, "--evaluate-on")
+    # Judged with the calibration and the threshold that this version will be served with.
     judge = dataclasses.replace(
         model_of_run(order.training.last_folder, device=_torch(order)),
         calibration=made.calibration,

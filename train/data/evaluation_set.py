@@ -90,6 +90,7 @@ class Examples:
         return self.pool.names
 
     def _items(self, limit: int | None) -> tuple[Example, ...]:
+        # The limit is of videos and not of frames: a video is scored whole or not at all.
         real = [frame for video in self.pool.real[:limit] for frame in self._spread(video)]
         forged = [frame for video in self.pool.forged[:limit] for frame in self._spread(video)]
         items = [Example(frame) for frame in (*real, *forged)]

@@ -172,6 +172,7 @@ class Extractor:
             seen.remarks.append(f"masks unused: {error.code}")
             return None
         numbers = [int(number) for part in parts for number in part.indices]
+        # Not > 0: a mask video is lossy too, and black is seldom exactly 0.
         masks = np.concatenate([part.pixels.float().mean(dim=1).numpy() > 16 for part in parts])
         if numbers != seen.numbers or masks.shape[1:] != seen.images[0].shape[:2]:
             seen.remarks.append("masks unused: other frames or size than the video")
@@ -180,9 +181,11 @@ class Extractor:
 
     def _store(self, task: FileTask, row: Row, kept: StoredFace) -> Row:
         """The face as a file, and its row."""
+        # Reviews may name several people of one frame: the name then keeps their files apart.
         mine = "" if len({one.video for one in task.rows}) == 1 else f"-{row.video.split('/')[-1]}"
         suffix = "jpg" if self.options.quality else "png"
         name = f"faces/{task.name}{mine}-{kept.frame:05d}.{suffix}"
+        # The JPEG must not halve the colour's resolution once more.
         lossy = {"quality": self.options.quality, "subsampling": 0} if self.options.quality else {}
         Picture.fromarray(kept.image).save(self.folder / name, **lossy)
         return replace(

@@ -64,6 +64,7 @@ def _strongest(strength: NDArray[np.floating], tracks: NDArray[np.int64]) -> NDA
     if not followed.any():
         return np.zeros(0, np.int64)
     total = np.bincount(tracks[followed], strength[followed])
+    # One track, not the best face of each frame: that could change the person in mid-video.
     return np.flatnonzero(tracks == int(np.argmax(total)))
 
 
@@ -108,6 +109,7 @@ def cut_for_storage(
     return StoredFace(
         image=np.ascontiguousarray(part),
         frame=frame,
+        # A hundredth of a pixel is enough, and keeps the table readable.
         box=tuple(float(f"{value:.2f}") for value in moved_box.ravel()),
         five=tuple(float(f"{value:.2f}") for value in moved_five.ravel()),
         face_px=int((box[2:] - box[:2]).min()),

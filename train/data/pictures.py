@@ -56,6 +56,7 @@ def _frames(index: Index, row: Row) -> list[Frame]:
     if row.kind != "frames":
         return [Frame(row, row.path, row.frame)]
     folder = Path(index.whole_path(row))
+    # Sorted, because a folder's own order differs between file systems.
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURES)
     return [Frame(row, f"{row.path}/{name}", number) for number, name in enumerate(names)]
 
@@ -134,6 +135,7 @@ class Pictures:
         parts: list[NDArray[np.uint8]] = []
         places: dict[str, tuple[int, int]] = {}
         end = 0
+        # Each path once: several rows may name one picture.
         for path in dict.fromkeys(frame.path for frame in frames):
             encoded = self._read(path)
             if end + len(encoded) > ram_bytes:

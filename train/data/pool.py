@@ -62,6 +62,7 @@ class Pool:
         self.by_target: dict[str, dict[str, list[list[Frame]]]] = defaultdict(dict)
         for frames in self.forged:
             row = frames[0].row
+            # A pair has one compression, or compression would tell the forgery from its real.
             key = f"{row.target}|{row.compression}" if row.target else ""
             self.by_target[key].setdefault(row.method, []).append(frames)
         everything = [frame for frames in (*self.real, *self.forged) for frame in frames]
@@ -89,6 +90,7 @@ class Pool:
         methods = self.by_target.get(f"{row.target}|{row.compression}") if row.target else None
         if not methods:
             return None
+        # The method first, then the video: a method with many videos is not drawn more often.
         videos = methods[sorted(methods)[(how or rng).integers(len(methods))]]
         video = videos[rng.integers(len(videos))]
         return min(video, key=lambda frame: (abs(frame.number - real.number), frame.number))
@@ -100,6 +102,7 @@ class Pool:
             other = self.real[place][0]
             if other.row.target == real.row.target or other.row.video == real.row.video:
                 continue
+            # Only the geometry is read for the dozen; the picture of the best alone is decoded.
             shape = self.pictures.face(other)
             if shape is not None and (apart := _unlike(shape, face)) < least:
                 best, least = (other, shape), apart

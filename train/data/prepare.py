@@ -91,6 +91,7 @@ def _tasks(index: Index, known: set[int]) -> Iterator[FileTask]:
         if id(row) not in known:
             reviewed = row.kind == "video" and row.frame >= 0
             name = "" if reviewed else row.video
+            # Pictures of one video are one task, so that their faces are followed over time.
             key = (row.path if row.kind == "video" else name, *row.key[:3])
             files.setdefault(key, []).append(row)
     for rows in files.values():
@@ -122,6 +123,7 @@ def _run_tasks(
                 yield done
         except BrokenProcessPool as error:
             # Some file killed its process, and the pool lost all other running files with it.
+            # The pool does not say which file killed it; the marks on disk do.
             suspects = [task for name, task in left.items() if _begun_mark(out, name).exists()]
             if not suspects:
                 raise IndexFault("worker processes die before they begin a file") from error

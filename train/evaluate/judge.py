@@ -128,6 +128,7 @@ def examples_for(
 ) -> Examples:
     """The split as this model wants it cut: all families for every real face."""
     most = frames or model.input.sampling.max_frames
+    # The model's own input contract, but no family held out: judging needs that family too.
     return Examples(
         index,
         Data(input=model.input, evaluation_frames=most),

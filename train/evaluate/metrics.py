@@ -59,6 +59,7 @@ def auc(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
         return float("nan")
     order = np.argsort(score, kind="stable")
     counted = np.ones(len(score)) if weight is None else weight[order]
+    # Equal scores are one threshold; each forgery counts half of the reals tied with it.
     last_of_ties = np.flatnonzero(np.diff(score[order], append=np.inf))
     forgeries = np.cumsum(np.where(forged[order], counted, 0.0))[last_of_ties]
     reals = np.cumsum(np.where(forged[order], 0.0, counted))[last_of_ties]
@@ -112,6 +113,7 @@ def reliability(
 ) -> tuple[Floats, Floats, Floats]:
     """Mean probability, share forged and weight in each bin of equal width; unweighted: number."""
     weight = np.ones(len(forged)) if weight is None else weight
+    # A probability of exactly 1 belongs to the last bin.
     place = np.clip((probability * bins).astype(int), 0, bins - 1)
     number: Floats = np.bincount(place, weight, bins).astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -301,8 +303,10 @@ def bootstrap_weights(scored: Scored, replicates: int, seed: int) -> Iterator[Fl
         return
     rng = np.random.default_rng(seed)
     for _ in range(replicates):
+        # Rows are weighted, not copied: a row drawn twice has weight 2, one not drawn has 0.
         times = np.bincount(rng.integers(0, clusters, clusters), minlength=clusters)
         weight = times[member].astype(np.float64)
+        # A sample without one of the classes has no ranking; 0.5 would pull the interval there.
         if weight[scored.forged].any() and weight[~scored.forged].any():
             yield weight
 

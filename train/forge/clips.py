@@ -99,6 +99,7 @@ class _StillTask:
 
     @property
     def families(self) -> tuple[Family, ...]:
+        # In turn and not by chance: no family gets more than one clip more than another.
         families, each = self.options.families, self.options.each
         start = self.number * each
         return tuple(families[(start + turn) % len(families)] for turn in range(each))

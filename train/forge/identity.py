@@ -28,6 +28,7 @@ def as_another_person(
     if seed is None:
         return image, face
     rng = np.random.default_rng(seed)
+    # Drawn first and together: whether one change is made does not depend on what another drew.
     chance = rng.random(6)
     out = image.astype(np.float32)
     if chance[0] < 0.4:
@@ -58,6 +59,7 @@ def shade(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels
     """Light from one side, or through leaves."""
     light = uneven_light(rng, *image.shape[:2])
     warmth = 1 + rng.normal(0, 0.2) * np.array([1, 0, -1]) + rng.normal(0, 0.04, 3)
+    # A product and not a sum, as light is; exp keeps it above 0.
     gain: Pixels = np.exp(light * (rng.uniform(0.05, 0.4) * warmth)).astype(np.float32)
     return image * gain
 

@@ -106,6 +106,7 @@ def transplant(
     """The donor's picture bent so that its face lies on the target's, in the target's colours."""
     height, width = target.shape[:2]
     meshes = donor_face.mesh is not None and face.mesh is not None
+    # A mesh on one side only has no partner points, so both fall back to five points.
     plain = (FaceGeometry(one.box, one.five) for one in (donor_face, face))
     source, place = (donor_face, face) if meshes else plain
     before, after = (source.mesh, place.mesh) if meshes else (source.controls(), place.controls())
@@ -114,6 +115,7 @@ def transplant(
         before, after = before[::9], after[::9]  # 52 points say as much as 468
     field = _spline(before, after, height, width, face.eye_distance)
     moved = remap(donor, grid(height, width) + field, "bicubic")
+    # Colours are matched within the face's box: the surroundings are not blended in.
     left, top, right, bottom = np.clip(face.box, 0, [width, height, width, height]).astype(int)
     inside = (slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1)))
     return _match(moved, moved[inside], target[inside], rng.uniform(0.7, 1.0))
@@ -270,6 +272,7 @@ def upsample(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pix
     for axis in (0, 1):
         kernel = (taps * (1 + uneven[axis])).astype(np.float32)
         stuffed = ndimage.convolve1d(stuffed, kernel, axis=axis, mode="nearest", origin=0)
+    # The uneven taps changed the brightness too; only their pattern should stay.
     stuffed += small.mean() - stuffed.mean()
     sharper = stuffed + (stuffed - blur(stuffed, 1.0)) * np.float32(rng.uniform(0.2, 1.0))
     out = resize(sharper, height, width, "bicubic") if (tall, wide) != (height, width) else sharper

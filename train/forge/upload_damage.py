@@ -57,6 +57,7 @@ class UploadDamage:
 
 def draw_damage(augment: Augment, rng: np.random.Generator, *, face_px: float) -> UploadDamage:
     """Damage by the recipe's probabilities; `face_px` is the longer side of the face's box."""
+    # Drawn first and together: whether one kind happens does not depend on what another drew.
     chance = rng.random(7)
     changed: dict[str, object] = {"flip": bool(chance[0] < augment.flip)}
     if chance[1] < augment.colour:
@@ -117,5 +118,7 @@ def encoded(image: Image, damage: UploadDamage) -> Image:
         return to_u8(jpeg(image.astype(np.float32), round(damage.quality)))
     if damage.intra:
         return np.asarray(recompress([image], damage.quality, damage.codec)[0])
+    # Most frames of an upload are predicted from another one, and leave other traces than a key
+    # frame: a shifted copy of the picture plays the frame before.
     before = shifted(image, damage.motion)
     return np.asarray(recompress([before, image], damage.quality, damage.codec)[1])

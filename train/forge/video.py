@@ -128,6 +128,7 @@ def recompress(
     encoder: Any = av.CodecContext.create(codec, "w")
     encoder.width, encoder.height, encoder.pix_fmt = size[1], size[0], "yuv420p"
     encoder.time_base, encoder.gop_size, encoder.thread_count = Fraction(1, 25), gop, 1
+    # Without B-frames and look-ahead, so that a frame is predicted from the one before it.
     tune = {"tune": "zerolatency"} if codec in ("libx264", "libx265") else {}
     encoder.options = {**_options(codec, crf, preset), **tune}
     decoder: Any = av.CodecContext.create(DECODERS[codec], "r")

@@ -167,6 +167,7 @@ def has_checkpoint(run: Path) -> bool:
 
 def weights(checkpoint: Checkpoint) -> dict[str, Any]:
     """The judged weights: the moving average where the file has one beside the network."""
+    # BEST holds the judged weights as its network; LAST holds both.
     return checkpoint.part("average") or checkpoint.part("network")
 
 

@@ -64,6 +64,7 @@ class _Call:
     @property
     def dtype(self) -> torch.dtype:
         """What it would be computed in."""
+        # This mode sees the call before autocast does, so it must cast as autocast would.
         cast: torch.dtype = torch.get_autocast_dtype("cpu")
         return cast if torch.is_autocast_enabled("cpu") else self.input.dtype
 

@@ -48,6 +48,7 @@ class Ranks:
         tensors = list(tensors)
         if not tensors:
             return
+        # In FP32, so that a sum over many processes loses nothing to half precision.
         flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
         dist.all_reduce(flat)
         flat /= self.world

@@ -137,6 +137,7 @@ def train(
     _configure_torch(options.deterministic)
     found = load(run / LAST) if (run / LAST).exists() else None
     if found is None and (run / BEST).exists():
+        # A new run here would overwrite the best weights of an older one.
         raise CheckpointError(f"{run} has {BEST} but no {LAST}: name another folder")
     if found is not None:
         refuse_another_run(found, recipe, data_sha256, ranks.world)
@@ -181,6 +182,7 @@ class _Training:
         each = recipe.optimiser.accumulate * self.ranks.world
         self.epoch_steps = max(1, len(batches) // each)
         self.steps = recipe.schedule.steps or recipe.schedule.epochs * self.epoch_steps
+        # Rounded up: a last epoch that is cut short is an epoch.
         self.epochs = -(-self.steps // self.epoch_steps)
         self.state = found.state if found else State()
         self.validation: Validation | None = None
@@ -221,6 +223,7 @@ class _Training:
         ending: Ending | None = None
         while ending is None:
             interrupted, late, too_late_to_validate, due = self._agreed()
+            # A validation saves too, so a save that is due at the same time is not made twice.
             if self._validation_due() and not too_late_to_validate:
                 self._validate()
             elif due:
@@ -354,12 +357,14 @@ class _Training:
         )
         if better and self.ranks.first:
             weights = self.stepper.judged_weights or self.stepper.network.state_dict()
+            # The judged weights alone: what else it takes to train on lies in LAST.
             judged = {f"network.{name}": tensor for name, tensor in weights.items()}
             save(self.run / BEST, self._checkpoint(judged, {}, ()))
         self._save()
 
     def _save(self) -> None:
         tensors, plain = self.stepper.pack()
+        # Every process takes part, since each has random states of its own; the first one writes.
         states = self.ranks.gather(random_state(self.stepper.device))
         if self.ranks.first:
             save(self.run / LAST, self._checkpoint(tensors, plain, tuple(states)))

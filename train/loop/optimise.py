@@ -48,6 +48,7 @@ def rate(schedule: Schedule, step: int, steps: int) -> float:
     """The share of the full rate that step (from 0) of so many steps is taken at."""
     warm = math.ceil(schedule.warmup * steps)
     if step < warm:
+        # Never 0: a step at rate 0 would teach nothing.
         return (step + 1) / (warm + 1)
     if schedule.shape == "constant":
         return 1.0
@@ -89,6 +90,8 @@ class RunningBatchNorms:
             return
         places = inputs[0].movedim(1, -1).flatten(0, -2)
         some = places[:: SKIP if len(places) > LEAST else 1].float()
+        # In FP32: bf16 would lose the difference of two numbers that are nearly equal.  It can
+        # still fall below 0 by rounding, hence the clamp.
         mean, square = some.mean(0), (some * some).mean(0)
         self.seen.setdefault(number, []).append((mean, (square - mean * mean).clamp(min=0)))
 
@@ -126,6 +129,7 @@ class MovingAverage:
                 mine.append(self.state[name])
                 theirs.append(tensor)
             else:
+                # A counter has no mean.
                 self.state[name].copy_(tensor)
         torch._foreach_lerp_(mine, theirs, share)
 

@@ -34,6 +34,7 @@ class RunLog:
         self._shown_s = float("-inf")
         self._files: tuple[TextIO, SummaryWriter] | None = None
         if run is not None:
+            # Steps after the last checkpoint are trained again, and would stand in the log twice.
             _cut(run / LOG, step)
             board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
             self._files = ((run / LOG).open("a"), board)

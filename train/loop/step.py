@@ -66,6 +66,7 @@ class Stepper:
         self.dtype = computed_in(recipe, device)
         self.quick = QuickDepthwise() if device.type == "cpu" else nullcontext()
         if ranks.world > 1 and device.type == "cuda":
+            # SyncBatchNorm works on GPUs alone; on CPUs the statistics are averaged after the step.
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         if recipe.optimiser.norm_momentum is not None:
             for layer in network.modules():
@@ -75,6 +76,7 @@ class Stepper:
             RunningBatchNorms(network) if recipe.optimiser.norms == "running" else None
         )
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # After the network has moved: a loss may run it once to learn its width.
         self.objective = objective(recipe, self.network).to(device)
         self.main = optimiser(recipe.optimiser, self.network, self.objective.learnt())
         self.rival = self.objective.rival_optimiser()
@@ -107,6 +109,7 @@ class Stepper:
             self._move_rival()
         # By hand and not by DistributedDataParallel: distributed.py says why.
         self.ranks.average_(self._gradients(self.main))
+        # Before clipping: the clip is meant for the gradient's true size.
         self.scaler.unscale_(self.main)
         norm = self._clip()
         terms = self._averaged(sums, share)

@@ -59,6 +59,7 @@ def judge_validation(
         # Each process judges every n-th batch: the split is judged once, whatever their number.
         crops = batch.crops.to(device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            # Averaged weights are judged in place of the network's own, and not copied into it.
             logit = functional_call(network, weights or {}, (crops,))
         columns = (logit.float().cpu(), batch.forged.cpu(), batch.family.cpu())
         rows.append(np.stack([column.numpy().astype(np.float64) for column in columns], axis=1))

@@ -98,6 +98,7 @@ class FdflObjective(Objective):
         if self.loss.shape in ("single_centre", "centre"):
             count = 2 if self.loss.shape == "centre" else 1
             self.centre = nn.Parameter(torch.randn(count, feature_width(network)))
+            # A buffer, so that a resumed run does not place its centre a second time.
             self.register_buffer("placed", torch.tensor(self.loss.centre == "random"))
 
     def run(self, crops: Tensor) -> Any:

@@ -38,6 +38,7 @@ class Perceptual(nn.Module):
                         f"perceptual layer {layer}.{name} should be {shape}, not "
                         f"{tuple(tensor.shape)}: is this torchvision's VGG16 or VGG19?"
                     )
+                # Buffers, not parameters: nothing trains them, and no checkpoint holds them.
                 self.register_buffer(f"{name}_{layer}", tensor.float(), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:

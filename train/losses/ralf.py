@@ -87,6 +87,8 @@ class RalfLoss(Loss):
 
 def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
     """The mean of the chosen values [m]; zero where none is, with no gradient."""
+    # At least 1, and chosen by `where`: without a chosen row the mean is 0 and not 0 / 0, and a NaN
+    # in a row that is not chosen stays out (a product with 0 would keep it).
     count = chosen.sum().clamp(min=1)
     return torch.where(chosen, values, torch.zeros_like(values)).sum() / count
 
@@ -110,6 +112,7 @@ def band_weights(size: int) -> Tensor:
     index = torch.arange(size, dtype=torch.float64) * (256 / size)
     level = index[:, None] + index[None, :]
     weights = torch.full((size, size), LAST, dtype=torch.float64)
+    # From the widest band to the narrowest: each overwrites a part of the one before.
     for below, weight in reversed(BANDS):
         weights[level < below] = weight
     return weights
@@ -264,6 +267,7 @@ class RalfObjective(Objective):
         weights = band_weights(size) if self.loss.freq_weighted else torch.ones(size, size).double()
         if self.loss.freq_scale == "unnormalised":
             weights = weights * unnormalised(size)
+        # Not in the checkpoint: it follows from the recipe.
         self.register_buffer("weights", weights.float(), persistent=False)
         self.centre = EmbeddingCentre(self._width(size), self.loss)
         self.discriminator = Discriminator(size) if self.loss.weight_adv else None
@@ -295,6 +299,7 @@ class RalfObjective(Objective):
         self.discriminator.requires_grad_(True)
         real = seen.image[~batch.forged]
         on_real = self.discriminator(real) if len(real) else seen.logit.new_zeros(0)
+        # Detached: the network must not learn from its opponent's own loss.
         return discriminator_loss(on_real, self.discriminator(seen.rebuilt.detach()))
 
     def terms(self, seen: Any, batch: Batch, moment: Moment) -> Terms:
@@ -355,6 +360,7 @@ class RalfObjective(Objective):
         """The mean absolute difference of each face's features, [layers, m]."""
         assert self.features is not None
         with torch.no_grad():
+            # The photograph needs no gradient; this half of VGG's work runs forward alone.
             before = self.features(image)
         pairs = zip(self.features(rebuilt), before, strict=True)
         return torch.stack(

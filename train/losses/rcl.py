@@ -146,6 +146,7 @@ def margin_loss(
     which are positives of which.  Anchors without one do not count; without any it is zero."""
     against = torch.logsumexp(anchors @ negatives.T / temperature, 1, keepdim=True)
     wanted = (anchors @ positives.T - margin) / temperature
+    # softplus(b − a) is −log(e^a / (e^a + e^b)), and does not overflow at a small temperature.
     each = torch.where(chosen, F.softplus(against - wanted), 0.0)
     number = chosen.sum(1)
     means = each.sum(1) / number.clamp(min=1)

@@ -40,6 +40,7 @@ def aggregation(models: Sequence[JudgedModel], index: Index, options: TableOptio
         ("model, frames and rule", "videos", "AUC [95 %]", "EER"),
     )
     for model in models:
+        # No intervals here: only the scores are used, and each row below has its own interval.
         each = evaluate_with(options, model, index, replicates=0)
         found.add(model.name, each)
         most = max(Counter(each.scored.video).values())

@@ -60,6 +60,7 @@ def card(models: Sequence[JudgedModel], index: Index, options: TableOptions) -> 
             for name, one in each.by_method.items():
                 figures[f"crop {condition} auc {name}"] = [one.auc, one.auc_low, one.auc_high]
         videos: list[Scored] = []
+        # Clips lie on disk as videos, real and forged: nothing is blended into them here.
         for rate in sorted({row.compression for row in clips.where(split=options.split)}):
             each = evaluate_with(options, model, clips.where(compression=rate), CLEAN, families=())
             found.add(f"{model.name} clips {rate}", each)
@@ -127,6 +128,7 @@ def _at_threshold(name: str, scored: Scored, model: JudgedModel) -> Figures:
 def _false_positives(
     figures: Figures, model: JudgedModel, index: Index, options: TableOptions, condition: str
 ) -> None:
+    # Error rates of a few per cent need every person there is, whatever the limit.
     all_people = replace(options, split=CHECK, limit=None)
     _, groups = called_forged(model, index, all_people, condition)
     for group, (events, of) in groups.items():
