@@ -6,6 +6,7 @@ manifest, its card and every verdict made with it say that it was never trained.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,9 +64,15 @@ def publish_untrained(
     backbone: str = "tf_efficientnet_lite0",
     size: int = 256,
     golden_crops: int = 32,
+    **further: Any,
 ) -> Artifact:
-    """Publish (not promote) RALF of these dimensions with weights from the fixed seed."""
-    dimensions = {"base": base, "blocks": blocks, "backbone": backbone, "size": size}
+    """Publish (not promote) RALF of these and `further` dimensions, weights from the fixed seed."""
+    dimensions: dict[str, Any] = {
+        "base": base,
+        "blocks": blocks,
+        "backbone": backbone,
+        "size": size,
+    } | further
     crops = patterns(golden_crops, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

@@ -146,8 +146,8 @@ def variations(crops: NDArray[np.uint8], count: int, seed: int = SEED) -> NDArra
 # plans on this machine
 
 TURNS = 10
-DECISIONS = 512
-"""Random crops to decide on: a GPU has time for them."""
+DECISIONS = 64
+"""Random crops for the decisions: the reference takes a second a face on a CPU core."""
 Say = Callable[[str], None]
 
 

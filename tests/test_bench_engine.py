@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ralf.__main__ import main
+from ralf.kernels.artifact import SHIPPED, resolve
 from ralf.kernels.bench import engine, residual
 from ralf.kernels.bench.dct import CHAIN, COPY, ratios
 from ralf.kernels.bench.engine import AUTHORS
@@ -87,6 +88,14 @@ def test_a_network_with_fresh_weights_can_be_measured(
 
     assert ["ralf"] == built
     assert 64 == record["conditions"]["network"]["size"]
+
+
+def test_fresh_ralf_small_has_the_shape_that_ships():
+    """Its speed is measured before its weights are there, so the shapes must agree."""
+    network = resolve(SHIPPED, "ralf-small").manifest.network
+    fresh = engine.FRESH["ralf-small"]
+
+    assert network.dimensions == {**fresh, "size": 256}
 
 
 def test_a_builder_that_fails_leaves_the_others(

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +109,24 @@ def test_a_plan_that_agrees_is_published_unverified(artifact: Artifact, builder)
     assert {"export_s", "check_s", "build_s"} == set(record.timing)
     assert {"python", "torch"} <= set(record.versions)
     assert not record.verified_on("sm90")
+
+
+def test_where_a_gpu_runs_the_plan_the_graph_is_checked_on_a_few_crops(
+    artifact: Artifact, builder, gpu, monkeypatch: pytest.MonkeyPatch
+):
+    """The graph runs on the CPU, a second a face; the plan is then asked for all 64 on the GPU."""
+    counts: list[int] = []
+    real = AgreementCheck.run
+
+    def counted(check: AgreementCheck, what: str, score, precision):
+        counts.append(check.count)
+        return real(replace(check, count=1), what, score, precision)
+
+    monkeypatch.setattr(AgreementCheck, "run", counted)
+    made = build(OnGpu(artifact, buckets=(1, 8), say=lambda line: None), "rtx-aot")
+
+    assert [building.GRAPH_CROPS, verify.DECISIONS] == counts == [8, 64]
+    assert made.record.verified_on("sm90")
 
 
 def test_a_plan_that_is_there_is_not_built_twice(artifact: Artifact, builder):

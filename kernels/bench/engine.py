@@ -36,7 +36,12 @@ from ralf.kernels.untrained import patterns, publish_untrained
 
 FRESH: dict[str, dict[str, Any]] = {
     "ralf": {"base": 32, "blocks": 8, "backbone": "xception"},
-    "ralf-small": {"base": 16, "blocks": 4, "backbone": "tf_efficientnet_lite0"},
+    "ralf-small": {
+        "base": 8,
+        "blocks": 2,
+        "backbone": "tf_efficientnet_lite0",
+        "sees": "both",
+    },
 }
 AUTHORS = "authors, FP32"
 Way = Callable[[], Tensor]
