@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ralf.__main__ import main
@@ -81,6 +82,15 @@ class Typed:
         lines = [line.removeprefix("ralf: ") for line in self.err.splitlines()]
         began = [line.split(":")[0] for line in lines if not line.endswith("done before")]
         return list(dict.fromkeys(name for name in began if name in STEPS))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_for_the_file() -> Iterator[None]:
+    """Sums have one order in each training, whatever an earlier file set: the bits are compared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
