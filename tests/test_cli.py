@@ -357,3 +357,37 @@ def test_a_command_without_redis_says_what_to_do(
 
     assert 5 == main(command.split())
     assert "RALF_REDIS_URL" in capsys.readouterr().err
+
+
+def test_the_shell_completes_commands_options_and_files(tmp_path: Path):
+    """A real bash reads the printed script and completes three beginnings."""
+    (tmp_path / "clip of mine.mp4").touch()
+    printed = subprocess.run(
+        [sys.executable, "-m", "ralf", "--print-completion", "bash"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (tmp_path / "ralf.bash").write_text(printed.stdout)
+    typed = [["ralf", "sc"], ["ralf", "scan", "--out"], ["ralf", "scan", "clip"]]
+    script = "source ralf.bash; function_name=$(complete -p ralf | sed 's/.*-F //; s/ .*//')\n"
+    for words in typed:
+        script += f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=()\n"
+        script += f'$function_name ralf {words[-1]} {words[-2]}; echo "${{COMPREPLY[*]}}"\n'
+    run = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+
+    assert ["scan", "--output-dir", "clip of mine.mp4"] == [
+        line.strip() for line in run.stdout.splitlines()
+    ], run.stderr
+
+
+def test_completion_without_its_library_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """It is an optional extra."""
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as caught:
+        main(["--print-completion", "zsh"])
+
+    assert 5 == caught.value.code
+    assert "[completion]" in capsys.readouterr().err

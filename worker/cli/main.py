@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ralf import __version__
+from ralf import __version__, install_hint
 from ralf.kernels.cli import add_benches
 from ralf.kernels.cli import commands as kernels
 from ralf.worker.cli.service import commands as service
@@ -35,6 +35,12 @@ def parser(more: Sequence[Register] = ()) -> argparse.ArgumentParser:
     )
     top.set_defaults(pinned=_pinned)  # kernels' `models gc` asks; that room knows no queue
     top.add_argument("--version", action="version", version=f"ralf {__version__}")
+    top.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=["bash", "zsh", "tcsh"],
+        help="print the shell's script that completes commands, options and files",
+    )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _scan(commands)
     service(commands)
@@ -44,6 +50,19 @@ def parser(more: Sequence[Register] = ()) -> argparse.ArgumentParser:
     for register in more:
         register(commands)
     return top
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints the script and ends, like --version; only then is the library imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+        try:
+            import shtab
+        except ImportError:
+            print(f"ralf: shtab is missing: {install_hint('completion')}", file=sys.stderr)
+            parser.exit(INFRASTRUCTURE)
+        print(shtab.complete(parser, str(given[1])))
+        parser.exit()
 
 
 def _pinned(model: str) -> dict[str, str]:
@@ -72,13 +91,16 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "another file could not be judged; 5 an error in Ralf; 4 a file could not be judged",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    scan.add_argument(
+    files = scan.add_argument(
         "files",
         nargs="+",
         metavar="FILE",
         help="a video (MP4, MOV, MKV, WebM, AVI, MPEG-TS), an image (JPEG, PNG, WebP, GIF), a "
         "folder of them (subfolders too, hidden files not), an http(s), s3 or gs URL, or - (stdin)",
     )
+    # shtab.FILE, without the import: how each shell completes a path.
+    by_shell = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+    vars(files)["complete"] = by_shell
     scan.add_argument(
         "--json",
         action="store_true",
