@@ -502,6 +502,15 @@ def test_drawn_splits_never_leak(found):
     assert {row.video: row.split for row in drawn} == {row.video: row.split for row in turned}
 
 
+def test_celeb_df_folders_in_lower_case_keep_their_labels(tmp_path):
+    """A download that was renamed must not turn forgeries into reals."""
+    for folder, name in (("Celeb-real", "id0_0000"), ("celeb-synthesis", "id0_id1_0000")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.mp4").touch()
+
+    assert {row.video: row.label for row in read(tmp_path)} == {"id0_0000": 0, "id0_id1_0000": 1}
+
+
 def test_a_split_that_came_out_empty_is_said():
     """The draw is by name, so one person fills one split; nobody asked for a test split here."""
     fine = {"dataset": "d", "method": "real", "label": 0, "path": "p", "kind": "video"}

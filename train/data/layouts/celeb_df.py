@@ -23,11 +23,12 @@ def celeb_df(root: Path) -> Index:
     for folder in sorted(root.iterdir()):
         if folder.name.lower() not in FOLDERS:
             continue
-        forged = folder.name == "Celeb-synthesis"
+        forged = folder.name.lower() == "celeb-synthesis"
         inner = folder / "videos" if (folder / "videos").is_dir() else folder
         for path in sorted(p for p in inner.rglob("*") if p.suffix.lower() in VIDEOS):
             listed = tested.get(f"{folder.name}/{path.name}".lower())
             if listed is not None and listed != forged:
+                # A list that is read the wrong way round would swap real and forged everywhere.
                 raise IndexFault(
                     f"{folder.name}/{path.name} is called {'forged' if listed else 'real'} by "
                     f"{TEST_LIST}, where 1 means real: the list and folders disagree"
