@@ -134,6 +134,7 @@ def _meaning(manifest: Manifest) -> str:
     if not manifest.thresholds:
         lines.append("- no thresholds were fitted: verdicts are inconclusive")
     found = manifest.metrics.get("calibration", {}).get("thresholds", {})
+    # Said beside the threshold itself: who takes the score also reads that it is weak.
     weak = sorted(name for name, each in found.items() if not each["supported"])
     if weak:
         lines.append(f"- too few faces support: {', '.join(weak)} (see the intervals)")

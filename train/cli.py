@@ -165,6 +165,7 @@ def _own_device(asked: str) -> "torch.device":
     from ralf.kernels.engine import pick_device
 
     device = pick_device(asked)
+    # Without this all processes would share the first GPU.
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -190,6 +190,7 @@ def golden_faces(run: Path, index: Index, datasets: Sequence[str]) -> tuple[NDAr
     chosen = []
     for forged in (False, True):
         items = [item for item in examples.items if item.forged == forged]
+        # Evenly from all of them: the first ones alone may be of one collection.
         count = min(len(items), GOLDEN_CROPS // 2)
         chosen += [items[place * len(items) // count] for place in range(count)]
     crops: NDArray[np.uint8] = torch.stack([examples.crop(item) for item in chosen]).numpy()

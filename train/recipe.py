@@ -124,8 +124,8 @@ class Data(Part):
         return self
 
     def _list_the_held_out(self, family: Any) -> None:
-        """One way to say the same, so that a run whose recipe left it out of the list is still
-        the same recipe; and so that holding out another one brings this one back."""
+        """Add the family held out to the list.  A recipe with and one without it in the list are
+        then the same recipe, and holding out another family trains on this one again."""
         # The model is frozen for its users; it is still being made here.
         object.__setattr__(self, "families", (*self.families, family))
         if self.shares:

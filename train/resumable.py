@@ -103,6 +103,7 @@ def outlook(steps: list[Step], run: Path) -> list[tuple[Step, bool]]:
     record, asked = StepsDone(run), digests(steps)
     found, so_far = [], True
     for step in steps:
+        # As do_steps does: after a step that is to do, every later one is to do.
         so_far = so_far and record.facts(step, asked[step.name]) is not None
         found.append((step, so_far))
     return found

@@ -65,6 +65,7 @@ def check(index: Index, *, files: bool = True) -> DataCheck:
     """Counts, leaks and missing files; `files=False` does not touch the disk."""
     videos = {row.key: row for row in index}
     counts = [*_by_method(videos), *_by_split(videos)]
+    # A set: several rows may be of one file.
     missing = sorted({row.path for row in index if not _exists(index, row)}) if files else []
     return DataCheck(tuple(counts), tuple(leaks(index)), tuple(missing), index.notes, index.sha256)
 

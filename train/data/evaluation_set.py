@@ -153,7 +153,7 @@ class Examples:
 
 
 KEPT_BYTES = 2 * 1024**3
-"""Validation crops up to this size are made once and kept."""
+"""If all validation crops are smaller than this, they are made once and kept."""
 
 
 def validation_batches(index: Index, data: Data) -> "Examples | KeptBatches | None":

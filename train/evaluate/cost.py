@@ -1,7 +1,7 @@
 """What a network costs: its parameters, and the arithmetic of one face.
 
-Counted on meta tensors, so nothing runs.  Two operations a multiply-add; convolutions and matrix
-products alone, as is usual, our own destructor's among them.
+Counted on meta tensors, so nothing runs.  A multiply-add counts as two operations.  Only
+convolutions and matrix products count, as is usual; our own destructor's are among them.
 """
 
 from copy import deepcopy

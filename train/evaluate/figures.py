@@ -118,6 +118,7 @@ def embedding_figure(features: NDArray[np.floating], names: Sequence[str], seed:
     """t-SNE to two dimensions; a mark and a colour for each way of forging."""
     from sklearn.manifold import TSNE
 
+    # t-SNE refuses a perplexity as large as the number of faces.
     perplexity = min(30.0, max(2.0, (len(features) - 1) / 3))
     flat = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
         np.asarray(features, np.float64)
@@ -162,6 +163,7 @@ def features_of(network: nn.Module, batches: Sequence[Tensor]) -> NDArray[np.flo
 
 def grad_cam(network: nn.Module, crops: Tensor) -> Tensor:
     """Where evidence of forgery lies, [m, s, s] from 0 to 1, by the last convolution's maps."""
+    # Not a convolution on the picture itself: the last one with more than three inputs.
     layer = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3][-1]
     maps: list[Tensor] = []
 
@@ -197,6 +199,7 @@ def strips_figure(network: nn.Module, crops: Tensor, names: Sequence[str]) -> Fi
         columns += [
             ("destroyed", _pictures(shown.destroyed)),
             ("rebuilt", _pictures(shown.rebuilt)),
+            # Residuals are faint; five times as bright they can be seen.
             ("residual × 5", _pictures(shown.residual * 5)),
         ]
     columns.append(("Grad-CAM", grad_cam(network, crops).numpy()))

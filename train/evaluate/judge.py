@@ -126,7 +126,7 @@ def examples_for(
     frames: int | None = None,
     limit: int | None = None,
 ) -> Examples:
-    """The split as this model wants it cut: all families for every real face."""
+    """The split's faces, cut as this model wants them; every family forges every real face."""
     most = frames or model.input.sampling.max_frames
     # The model's own input contract, but no family held out: judging needs that family too.
     return Examples(

@@ -85,6 +85,7 @@ def _some(examples: Examples, most: int) -> tuple[Tensor, list[str], NDArray[np.
 
 
 def _one_of_each(names: Sequence[str], most: int) -> list[int]:
+    # Backwards, so that the first example of each name is the one that stays.
     first = {name: place for place, name in reversed(list(enumerate(names)))}
     return sorted(first.values())[:most]
 

@@ -1,9 +1,9 @@
 """The processes of one run under torchrun: this process's rank, sums and means over all of them.
 
-A lone process is a world of one, in which each of these is free.  Gradients are averaged here, once
-a step and by hand, where DistributedDataParallel would hook into `forward`: RALF's loss runs on the
+One process alone is a world of one; each of these then costs nothing.  Gradients are averaged here,
+once a step, and not by DistributedDataParallel.  That hooks into `forward`, but RALF's loss runs on
 parts of the network, a discriminator steps between two backward passes, and batches may be added up
-before a step.  One flat sum over all of it has a fixed order, so that a run can be repeated bit
+before a step.  One flat sum over all gradients has a fixed order, so that a run can be repeated bit
 for bit.
 """
 

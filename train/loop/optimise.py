@@ -1,7 +1,7 @@
 """How weights move: parameter groups, rate, batch norms, moving average, precision.
 
-All of it is a plain function of the recipe and the step, so that a resumed run needs to remember
-nothing but the step and the optimiser's own moments.
+All of it follows from the recipe and the step.  So a resumed run needs only the step, the weights,
+their average and the optimiser's moments.
 """
 
 import math

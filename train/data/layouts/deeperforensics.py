@@ -57,6 +57,7 @@ def _row(root: Path, path: Path, variant: str, splits: dict[str, Split]) -> Row:
 
 
 def _real_rows(root: Path, by_target: Mapping[str, Split]) -> Iterator[Row]:
+    # FaceForensics++ may lie beside it, under any name.
     for place in (root, *sorted(other for other in root.parent.iterdir() if other.is_dir())):
         folder = place / "original_sequences" / "youtube" / "c23"
         if not folder.is_dir():

@@ -128,6 +128,7 @@ class LmdbPictures:
     def value(self, name: str) -> bytes:
         """The bytes under a relative path, with slashes or backslashes."""
         backward = name.replace("/", "\\")
+        # The keys were written on Windows or on Linux, with or without the dataset's name.
         tried = [f"{self.dataset}\\{name}", f"{self.dataset}\\{backward}"]
         tried += [f"{self.dataset}/{name}", name, backward]
         with self._open.begin() as view:

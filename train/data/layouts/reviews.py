@@ -28,6 +28,7 @@ def reviews(root: Path) -> Index:
     """
     files = [path for path in sorted(root.glob("*.json")) if _is_review(path)]
     found = [Review.model_validate_json(path.read_text()) for path in files]
+    # Sorted by time, so that the last review of a file replaces the earlier ones.
     latest = {one.media_sha256: one for one in sorted(found, key=lambda one: one.reviewed_at)}
     media = _videos_by_hash(root)
     rows: list[Row] = []
@@ -74,6 +75,7 @@ def _videos_by_hash(root: Path) -> dict[str, Path]:
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in VIDEOS:
             with path.open("rb") as file:
+                # By content, so that a file may have any name.
                 found[hashlib.file_digest(file, "sha256").hexdigest()] = path
     return found
 

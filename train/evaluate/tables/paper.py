@@ -152,6 +152,7 @@ def pooling(models: Sequence[JudgedModel], index: Index, options: TableOptions) 
     """Models with different global pooling, by dataset."""
     found = cross(models, index, options)
     found.title = f"Table 6: global pooling, split {options.split}"
+    # Table 2's published rows are of another experiment.
     found.rows = [row for row in found.rows if not row[0].startswith("published")]
     for dataset, compression in datasets_of(index, options.split):
         if dataset == "ffpp" and compression != "c40":
