@@ -28,7 +28,6 @@ from ralf.worker.cli.sources import STDIN, Source, sources
 from ralf.worker.contract import Evidence, EvidencePolicy, Output, Sampling, Verdict, dump
 from ralf.worker.errors import JobError, RalfError
 from ralf.worker.local import for_file
-from ralf.worker.page.page import page
 from ralf.worker.pipeline import Ask, Partial, analyze
 from ralf.worker.runtime import Parts, load
 from ralf.worker.settings import Settings
@@ -112,6 +111,9 @@ class Scan:
             replace_text(document, dump(verdict) + "\n")
             print(f"verdict: {document}", file=sys.stderr)
         for place in self.targets.pages.get(source, ()):
+            # Only a page needs its template and charts, which take time to import.
+            from ralf.worker.page.page import page
+
             replace_text(place, page(verdict, evidence))
             print(f"page: {place}", file=sys.stderr)
 
