@@ -511,6 +511,16 @@ def test_celeb_df_folders_in_lower_case_keep_their_labels(tmp_path):
     assert {row.video: row.label for row in read(tmp_path)} == {"id0_0000": 0, "id0_id1_0000": 1}
 
 
+def test_a_table_without_a_required_column_is_refused_by_its_name(tmp_path):
+    """Not by a traceback."""
+    (tmp_path / "short.csv").write_text(
+        "path,label,video,split,dataset,method\na.jpg,0,a,,d,real\n"
+    )
+
+    with pytest.raises(IndexFault, match=r"it has no column \['kind'\]"):
+        read(tmp_path / "short.csv")
+
+
 def test_a_split_that_came_out_empty_is_said():
     """The draw is by name, so one person fills one split; nobody asked for a test split here."""
     fine = {"dataset": "d", "method": "real", "label": 0, "path": "p", "kind": "video"}

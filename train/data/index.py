@@ -188,7 +188,8 @@ def load(path: str | Path, root: str | Path | None = None) -> Index:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         wanted = {field.name for field in fields(Row)}
-        if missing := {"path", "label", "video", "split"} - set(reader.fieldnames or ()):
+        required = {"path", "label", "video", "split", "dataset", "method", "kind"}
+        if missing := required - set(reader.fieldnames or ()):
             raise IndexFault(f"{path.name} is not an index: it has no column {sorted(missing)}")
         rows = tuple(
             _row({name: text for name, text in line.items() if name in wanted}) for line in reader
