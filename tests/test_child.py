@@ -306,6 +306,47 @@ def test_the_child_keeps_the_sandbox_promises():
     assert int(found["Max open files"][0]) <= sandbox.DESCRIPTORS
 
 
+def test_the_child_has_no_capability_and_gains_none():
+    """Not as root either, and not by a program that would have them."""
+    with child() as link:
+        lines = Path(f"/proc/{link.pid}/status").read_text().splitlines()
+
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    sets = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+    assert {"0" * 16} == {status[name] for name in sets}
+    assert "1" == status["NoNewPrivs"]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_process_that_refuses_inspection_shows_no_secret_to_its_own_user(hidden: bool):
+    """Its environment, as the child of the same user would read it from /proc."""
+    # Root would be shown everything, so both become another user; that alone makes a process
+    # closed, and the first one opens itself again.
+    other = "os.getuid() or os.setuid(65534)\n"
+    code = (
+        "import ctypes, os, sys; from ralf.worker.service.sandbox import refuse_inspection\n"
+        f"{other}ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)\n"
+        f"{'refuse_inspection()' if hidden else ''}\n"
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    read = f"import os, sys\n{other}print(open(f'/proc/{{sys.argv[1]}}/environ').read())"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SECRET": "s3cret"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        told = subprocess.run(
+            [sys.executable, "-c", read, str(process.pid)], capture_output=True, text=True
+        )
+        process.stdin.close()
+
+    assert ("s3cret" in told.stdout) is not hidden
+    assert ("Permission denied" in told.stderr) is hidden
+
+
 def test_the_socket_is_private():
     """Nobody else on the machine may speak to the child."""
     with child() as link:

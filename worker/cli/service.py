@@ -324,7 +324,9 @@ def _run_serve(args: argparse.Namespace) -> int:
 
     from ralf.worker.errors import Infrastructure
     from ralf.worker.service.processes import embedded
+    from ralf.worker.service.sandbox import refuse_inspection
 
+    refuse_inspection()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with embedded(_settings(args), data=args.data) as running:

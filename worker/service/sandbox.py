@@ -1,10 +1,11 @@
-"""What the child gives up before it touches hostile media.
+"""What the child gives up before it touches hostile media, and what other processes hide from it.
 
 The child needs a local file, the model's folder and a device; nothing else.  It gets an
-environment of listed names only, no core files, bounded files and descriptors, and, where the
-host allows it, a network namespace with no network in it.  The address space is left unbounded:
-CUDA reserves far more of it than it uses, so RLIMIT_AS would kill honest jobs; the parent watches
-the resident size instead.
+environment of listed names only, no core files, bounded files and descriptors, no capability and
+no way to gain one, and, where the host allows it, a network namespace with no network in it.  The
+processes that hold credentials close their memory and their environment to it.  The address space
+is left unbounded: CUDA reserves far more of it than it uses, so RLIMIT_AS would kill honest jobs;
+the parent watches the resident size instead.
 
 All of it happens in the child, before any thread starts: a user namespace cannot be entered later.
 """
@@ -46,6 +47,10 @@ FILE_BYTES = 1024**3
 DESCRIPTORS = 1024
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 24, 38
+_CAPABILITIES = 64
+"""More than Linux has: to drop one that does not exist fails, and harms nothing."""
+_CAPABILITY_VERSION = 0x20080522
 
 
 def environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
@@ -79,11 +84,32 @@ def enter(parent_pid: int | None) -> list[str]:
             f"no network namespace of its own ({os.strerror(ctypes.get_errno())}); "
             "allow user namespaces, or block the worker's child at the host's firewall"
         )
+    if not _drop_privileges(libc):
+        missing.append(f"it keeps its capabilities ({os.strerror(ctypes.get_errno())})")
     if parent_pid is not None:
-        die_with(
-            parent_pid, signal.SIGKILL
-        )  # after the user namespace: entering one clears the death signal
+        # Last: entering a user namespace and changing capabilities both clear the death signal.
+        die_with(parent_pid, signal.SIGKILL)
     return missing
+
+
+def refuse_inspection() -> None:
+    """Close this process's memory and environment to other processes of the same user.
+
+    A worker process has the address of Redis and the keys of the stores.  Its child has the same
+    user; without this, code in the child could read them from /proc or attach with ptrace.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _drop_privileges(libc: ctypes.CDLL) -> bool:
+    """No capability, and none by running another program; whether the kernel did it."""
+    for number in range(_CAPABILITIES):
+        libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    dropped = libc.capset(header, nothing) == 0
+    return bool(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 and dropped)
 
 
 def _bound(limit: int, value: int) -> None:

@@ -21,7 +21,7 @@ import structlog
 
 from ralf.worker import telemetry
 from ralf.worker.contract import Priority
-from ralf.worker.service import jobs
+from ralf.worker.service import jobs, sandbox
 from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.deliver import Deliverer
 from ralf.worker.service.health import Health, queue_counts, serving
@@ -56,6 +56,7 @@ def run_worker(
     shared names a folder: all workers with the same one use one child, up to `capacity` jobs at a
     time; without it the worker has a child of its own.
     """
+    sandbox.refuse_inspection()
     Rollout.of(settings)  # a fault in it is the operator's, and told before anything starts
     telemetry.configure(settings)
     # The loop tries again by itself; one command must not block it for longer than its timeout.
@@ -114,6 +115,7 @@ def _without_child(
     settings: Settings,
 ) -> Iterator[tuple[Store, threading.Event, Callable[[], None]]]:
     """Logging, signals, /metrics and a store, for a process that has no child."""
+    sandbox.refuse_inspection()
     telemetry.configure(settings)
     store, stop, pulse = Store(connect(settings.redis_url), settings), threading.Event(), [0.0]
 

@@ -26,6 +26,7 @@ from ralf.worker import telemetry
 from ralf.worker.contract import Priority
 from ralf.worker.service.jobs import Bodies
 from ralf.worker.service.processes import BROKEN, Supervisor
+from ralf.worker.service.sandbox import refuse_inspection
 from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
@@ -137,6 +138,7 @@ def run_group(
 
     capacity: how many jobs the child works on at once; by default as many as there are workers.
     """
+    refuse_inspection()
     telemetry.configure(settings)
     with tempfile.TemporaryDirectory(prefix="group-", dir=settings.work_dir or None) as folder:
         group = WorkerGroup(
