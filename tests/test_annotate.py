@@ -1,5 +1,6 @@
 """`ralf scan --annotated`: the video again, with boxes where the verdict has them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from ralf.__main__ import main
 from ralf.worker.cli.annotate import BLUE, GREY, RED, _Path
 from ralf.worker.contract import Box, Sample, Track
+from ralf.worker.errors import TooManyPixels
 from ralf.worker.media.probe import probe
 from ralf.worker.settings import Settings
 from tests.clips import decode_all, make_clip
@@ -68,6 +70,29 @@ def test_a_video_is_not_written_over_its_source(clip_of_none: Path):
         main(["scan", str(clip_of_none), "--annotated", str(clip_of_none)])
 
     assert 2 == caught.value.code
+
+
+def test_a_verdict_stands_where_its_video_cannot_be_written(
+    clip_of_two: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """One document, exit 4; a forged verdict that was asked for still decides the exit code."""
+
+    def refuse(*_: object) -> None:
+        raise TooManyPixels("the whole clip is too long to draw on")
+
+    monkeypatch.setattr("ralf.worker.cli.annotate.annotate", refuse)
+    monkeypatch.setattr("ralf.worker.cli.scan._failed_on", lambda policy, _: int(bool(policy)))
+    command = ["scan", str(clip_of_two), "--json", "--max-frames", "2"]
+    command += ["--annotated", str(tmp_path / "out.mp4")]
+
+    assert 4 == main(command)
+    printed = capsys.readouterr()
+    assert ["ralf.verdict/1"] == [json.loads(line)["schema"] for line in printed.out.splitlines()]
+    assert "no video: too_many_pixels" in printed.err
+    assert 1 == main([*command, "--fail-on", "forged"])
 
 
 def test_a_box_moves_between_samples_and_ends_where_the_face_does():

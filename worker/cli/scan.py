@@ -97,13 +97,23 @@ class Scan:
         verdict = verdict.model_copy(update={"tag": source.tag})
         _show(source.shown, verdict, as_json=args.json)
         self._write(source, verdict, evidence)
-        if (video := self.targets.videos.get(source)) is not None:
-            # Only this option needs the encoder and the fonts.
-            from ralf.worker.cli.annotate import annotate
+        outcomes = (_failed_on(args.fail_on, verdict), self._annotate(source, path, verdict, ask))
+        return max(outcomes, key=RANK.index)
 
+    def _annotate(self, source: Source, path: Path, verdict: Verdict, ask: Ask) -> int:
+        """Write the video with boxes where it is asked for; the verdict stands without it too."""
+        if (video := self.targets.videos.get(source)) is None:
+            return 0
+        # Only this option needs the encoder and the fonts.
+        from ralf.worker.cli.annotate import annotate
+
+        try:
             annotate(path, video, verdict, self.settings, ask.probed)
-            print(f"video: {video}", file=sys.stderr)
-        return _failed_on(args.fail_on, verdict)
+        except JobError as error:
+            print(f"ralf: {source.shown}: no video: {error.code}: {error}", file=sys.stderr)
+            return 4
+        print(f"video: {video}", file=sys.stderr)
+        return 0
 
     def _write(self, source: Source, verdict: Verdict, evidence: Evidence) -> None:
         """The files that the options ask for."""
