@@ -96,9 +96,10 @@ def test_a_token_for_another_upload_is_a_conflict_in_node_too(
 
 def test_the_documented_envelope_is_what_a_worker_believes():
     """The worker's own check accepts the JSON on the page and refuses another function."""
-    (block,) = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
-
     moderate = "ralf.worker.service.jobs.moderate"
+    blocks = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
+    (block,) = [block for block in blocks if moderate in block]
+
     assert check_entry(block.encode(), "ID", [moderate]) == (moderate, "")
     assert check_entry(block.replace(moderate, "os.system").encode(), "ID", [moderate])[1]
     assert check_entry(block.encode(), "another", [moderate])[1]
