@@ -159,6 +159,7 @@ def calibrate_on_split(
     verdict pools them: if the families took turns by frame, a forged "video" would be a single
     frame, beside reals of eight.
     """
+    # A condition that is named twice would weigh its videos twice.
     conditions = list(dict.fromkeys(filter(None, conditions)))
     if not conditions:
         raise ValueError("--conditions should name at least one, as clean,h264=30")

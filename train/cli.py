@@ -52,6 +52,7 @@ def refusing(run: Run) -> Run:
         from ralf.train.loop.cpu_speed import keep_freed
         from ralf.train.loop.step import Diverged
 
+        # Here and not where the package is imported: a worker, whose memory is bounded, must not.
         keep_freed()
         try:
             return run(args)
@@ -124,6 +125,7 @@ def _add_train(subparsers: Commands) -> None:
 
 def run_train(args: argparse.Namespace) -> int:
     """Train, or go on training."""
+    # Before torch is imported and the data is read: --minutes counts that time too.
     started_s = time.monotonic()
     from ralf.train.recipe_text import RecipeError, override, to_json
     from ralf.train.recipes import named

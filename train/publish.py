@@ -184,7 +184,8 @@ def golden_faces(run: Path, index: Index, datasets: Sequence[str]) -> tuple[NDAr
         have = sorted({row.dataset for row in index})
         raise IndexFault(f"no rows of {', '.join(datasets)} (have: {', '.join(have)})")
     data = load(judged(run)).recipe.data
-    # Not from the train split: the model knows those faces, and golden crops should be hard.
+    # Not from the train split: the model was trained on those faces, and golden crops should be
+    # hard.
     split = "val" if len(kept.where(split="val")) else kept.rows[0].split
     examples = Examples(kept, data, split)
     chosen = []

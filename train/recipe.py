@@ -59,6 +59,7 @@ class Part(BaseModel):
 
     def replaced(self, **changes: Any) -> Self:
         """The part with other values, checked as if it were made anew."""
+        # Not model_copy(update=…), which checks nothing.
         return type(self)(**(dict(self) | changes))
 
 
@@ -226,6 +227,7 @@ class Recipe(Part):
 
     name: str
     network: Network
+    # SerializeAsAny: pydantic would store only the fields of Loss itself, without the options.
     loss: Annotated[SerializeAsAny[Loss], BeforeValidator(_by_kind)]
     data: Data = Data()
     optimiser: Optimiser = Optimiser()

@@ -213,6 +213,7 @@ def _clips_step(order: Retraining) -> Step:
     seen = recipe.data.trained_families or seen_families({"held_out": recipe.data.unseen})
     unseen = (recipe.data.unseen,) if recipe.data.unseen else ()
     families = {
+        # Never the family held out: a calibration that has met it could not be judged by it.
         order.calibrate_on: seen,
         order.evaluate_on: seen + unseen * order.clips.held_out_turns,
     }
@@ -343,6 +344,7 @@ def _video_figures(order: Retraining, judge: JudgedModel) -> Facts:
 def _without_nan(value: Any) -> Any:
     """JSON has no NaN."""
     if isinstance(value, list):
+        # An interval may be NaN where its value is not, with one cluster for example.
         return value if all(map(math.isfinite, value)) else value[:1]
     return value if math.isfinite(value) else None
 
@@ -398,6 +400,7 @@ def _built(order: Retraining, artifact: Artifact, builder: "Builder") -> str:
     from ralf.kernels.build import build
 
     try:
+        # An rtx-aot plan is made without a GPU; only torch-tensorrt proves its plan on one.
         on = pick_device(order.training.device if builder == "torch-tensorrt" else "cpu")
         found = build(BuildOrder(artifact, device=on, say=order.say), builder)
     except (ArtifactError, EngineError, ImportError) as error:
@@ -419,6 +422,7 @@ def _verify(order: Retraining, artifact: Artifact) -> Facts:
 
             verified = [str(plan.key) for plan in verify(artifact, device, order.say)]
     except (ArtifactError, EngineError) as error:
+        # One way to stop below, whether the golden logits differ or an engine refuses.
         golden = dataclasses.replace(golden, passed=False, came=str(error))
     if not golden.passed:
         raise Stopped(golden.asked, golden.came, f"ralf models verify {artifact.label}, then again")

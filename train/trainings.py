@@ -27,9 +27,11 @@ from ralf.train.loop.distributed import ALONE, Ranks
 from ralf.train.loop.loop import Options, TrainingOutcome, caught, train
 from ralf.train.recipe import Recipe
 
+# Of Linux's <sys/prctl.h>; Python's library has no name for it.
 _PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
-"""Exit code of a `ralf train` that was asked to stop and saved a whole checkpoint."""
+"""Exit code of a `ralf train` that was asked to stop and saved a whole checkpoint: 128 + SIGINT, as
+shells report an interrupted command."""
 Facts = dict[str, Any]
 
 
@@ -114,6 +116,7 @@ class ChainRun:
     def _command(self, training: Training, place: int, processes: int) -> "TrainCommand":
         device = self.device
         if processes == 1 and pick_device(device).type == "cuda":
+            # By turns, where a stage has more trainings than the machine has GPUs.
             device = f"cuda:{place % torch.cuda.device_count()}"
         words = [training.recipe, "--data", *self.data, "--out", str(self.folder(training))]
         words += ["--device", device, "--workers", str(self.options.workers)]
@@ -198,7 +201,8 @@ def train_together(commands: Sequence[TrainCommand]) -> list[Facts]:
     When one fails or a signal comes, the others are asked to stop, which they do between two steps
     with a whole checkpoint: none is left running alone.
     """
-    # Sums in a fixed order, and processes that share cores do not fight for them.
+    # One thread each: sums come in a fixed order, and processes that share cores do not fight for
+    # them.  A value that the user has set wins.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with caught() as interrupt, _children(commands, environment) as children:
         asked_to_stop = False
@@ -208,6 +212,8 @@ def train_together(commands: Sequence[TrainCommand]) -> list[Facts]:
                 asked_to_stop = True
                 _signal(children)
             time.sleep(0.1)
+        # Read only after the end: progress goes to stderr, and the line of facts on stdout is far
+        # too short to fill a pipe and block a training.
         said = [child.communicate()[0] for child in children]
     if interrupt.asked:
         raise Interrupted("stopped")

@@ -66,6 +66,7 @@ def _blur(image: Image, size: float, _rng: np.random.Generator) -> Image:
     taps = np.exp(-0.5 * (at / (size / 6)) ** 2)
     out = image.astype(np.float32)
     for axis in (0, 1):
+        # scipy's `mirror` is OpenCV's default border: the edge pixel is not repeated.
         out = ndimage.correlate1d(out, taps / taps.sum(), axis=axis, mode="mirror")
     return to_u8(out)
 
@@ -89,6 +90,7 @@ def _reduced(image: Image, factor: float) -> Pixels:
 
 def _h264(image: Image, crf: float, _rng: np.random.Generator) -> Image:
     """The second frame of a clip whose first was shifted by two pixels and one."""
+    # Most frames of a video are predicted from another; a lone frame would be a key frame.
     return encoded(image, UploadDamage(codec="libx264", quality=crf, motion=(2, 1)))
 
 
@@ -153,6 +155,8 @@ def parse(condition: str) -> tuple[str, float]:
     try:
         value = float(text)
     except ValueError:
+        # Refused below as any number out of range is, so that every bad value gets the same
+        # advice.
         value = -1.0
     if level and value not in (1, 2, 3, 4, 5):
         raise ValueError(f"a level is a whole number from 1 to 5, not {text!r} (in {condition!r})")

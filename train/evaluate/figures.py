@@ -73,6 +73,7 @@ def spectrum_figure(real: Tensor, forged: Tensor) -> Figure:
     y, x = np.mgrid[: len(ratio), : len(ratio)]
     ring = np.hypot(y, x).astype(int)
     by_ring = np.bincount(ring.ravel(), ratio.ravel()) / np.bincount(ring.ravel())
+    # Rings farther out than a side are cut off by the corner, and hold few coefficients.
     right.plot(by_ring[: len(ratio)], color=PALETTE[0])
     right.axhline(0, color="0.6", linewidth=0.8)
     right.set(xlabel="frequency", ylabel="dB", title="by frequency")
@@ -125,6 +126,7 @@ def embedding_figure(features: NDArray[np.floating], names: Sequence[str], seed:
     )
     figure = _figure(5.4, 4.2)
     axes = figure.subplots()
+    # Real faces first, so that they have the same colour and mark on every page.
     for number, name in enumerate(sorted(set(names), key=lambda name: (name != "real", name))):
         own = np.array([each == name for each in names])
         across, up = flat[own].T
@@ -168,6 +170,7 @@ def grad_cam(network: nn.Module, crops: Tensor) -> Tensor:
     maps: list[Tensor] = []
 
     def note(_module: nn.Module, _given: Any, out: Tensor) -> None:
+        # Where the weights are frozen the maps would have no gradient to keep.
         out.requires_grad_(True)
         out.retain_grad()
         maps.append(out)
@@ -175,6 +178,7 @@ def grad_cam(network: nn.Module, crops: Tensor) -> Tensor:
     hook = layer.register_forward_hook(note)
     try:
         with torch.enable_grad():
+            # Faces do not mix in evaluation mode, so the sum gives each face its own gradient.
             network(crops).sum().backward()
     finally:
         hook.remove()

@@ -234,6 +234,7 @@ def write_videos(path: Path, model: JudgedModel, evaluations: Iterable[Evaluatio
         writer.writerow(columns.split())
         for each in evaluations:
             pooled = each.scored.pooled(model.aggregation)
+            # Rounded, as the worker shows it: the CSV and a verdict then agree to the last digit.
             score_of = calibrated(pooled.logit, model.calibration)
             frames = Counter(each.scored.video)
             for row, video in enumerate(pooled.video):

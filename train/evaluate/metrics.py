@@ -76,6 +76,7 @@ def eer(forged: Bools, score: Floats, weight: Floats | None = None) -> float:
     gap = fpr - (1 - tpr)
     if np.isnan(gap).any():
         return float("nan")
+    # The curve ends at (1, 1), where the gap is 1: there always is such a point.
     after = int(np.argmax(gap >= 0))
     if after == 0:
         return float(fpr[0])
@@ -326,5 +327,6 @@ def middle_95(found: Sequence[float]) -> tuple[float, float]:
 
 
 def _numbered(names: Sequence[Hashable]) -> NDArray[np.int64]:
+    # np.unique alone would take tuples for rows of an array, and cannot sort names of mixed types.
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)

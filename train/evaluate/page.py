@@ -97,6 +97,7 @@ def _page(
     left_out: list[str],
 ) -> str:
     found = [("frames", evaluation.frames), ("videos", evaluation.videos)]
+    # StrictUndefined: a misspelt name in the template is an error and not an empty cell.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["cell"] = lambda value: "—" if np.isnan(value) else f"{value:.4f}"
     return environment.from_string(TEMPLATE.read_text()).render(

@@ -68,6 +68,7 @@ def displace(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pix
     unit = face.eye_distance
     middle = face.five.mean(axis=0)
     angle, scale = rng.normal(0, 0.02), np.exp(rng.normal(0, 0.03))
+    # The inverse of the movement, as remap asks where each pixel comes from: hence `/ scale`.
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
     away = (grid(height, width) - middle) @ turn.T.astype(np.float32)
     at = away + middle + rng.normal(0, 0.03 * unit, 2).astype(np.float32)
@@ -89,6 +90,7 @@ def _spline(before: Points, after: Points, height: int, width: int, scale: float
     rows, columns = min(32, height), min(32, width)
     y = (np.arange(rows) + 0.5) * height / rows - 0.5
     x = (np.arange(columns) + 0.5) * width / columns - 0.5
+    # In eye distances, so that the smoothing below means the same on small and large faces.
     cells = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2) / scale
     pull = (before - after).astype(np.float64)
     # A little smoothing, so that two knots that nearly coincide do not tear the picture.
@@ -112,7 +114,8 @@ def transplant(
     before, after = (source.mesh, place.mesh) if meshes else (source.controls(), place.controls())
     assert before is not None and after is not None
     if meshes:
-        before, after = before[::9], after[::9]  # 52 points say as much as 468
+        # 52 points say as much as 468, and the spline's cost grows with the cube of their number.
+        before, after = before[::9], after[::9]
     field = _spline(before, after, height, width, face.eye_distance)
     moved = remap(donor, grid(height, width) + field, "bicubic")
     # Colours are matched within the face's box: the surroundings are not blended in.
@@ -124,6 +127,7 @@ def transplant(
 def _match(image: Pixels, mine: Pixels, wanted: Pixels, amount: float) -> Pixels:
     """Mean and spread of each channel moved towards those wanted."""
     mean, spread_ = mine.mean(axis=(0, 1)), mine.std(axis=(0, 1)) + 1e-3
+    # Bounded: a nearly flat patch has a spread near 0, and its noise would be blown up.
     gain = np.clip(wanted.std(axis=(0, 1)) / spread_, 0.5, 2)
     matched = (image - mean) * gain + wanted.mean(axis=(0, 1))
     nearer: Pixels = np.clip(image + (matched - image) * np.float32(amount), 0, 255)
@@ -132,6 +136,7 @@ def _match(image: Pixels, mine: Pixels, wanted: Pixels, amount: float) -> Pixels
 
 def _ring(face: FaceGeometry) -> Points:
     """Points far out that hold the picture still while its face moves."""
+    # A thin-plate spline does not fade away from its points: without these the borders move too.
     middle, reach = face.five.mean(axis=0), 2.2 * face.eye_distance
     turns = np.linspace(0, 2 * np.pi, 10, endpoint=False)
     return np.asarray(middle + reach * np.c_[np.cos(turns), np.sin(turns)], np.float32)
@@ -252,6 +257,8 @@ def _guided(plane: Pixels, radius: int, tolerance: np.float32) -> Pixels:
     """He's guided filter with the plane as its own guide."""
     side = 2 * radius + 1
     mean = ndimage.uniform_filter(plane, side)
+    # In FP32 a flat patch may come out a little below 0.  `tolerance` is 60 or more and keeps the
+    # quotient below finite.
     variance = ndimage.uniform_filter(plane * plane, side) - mean * mean
     a = variance / (variance + tolerance)
     b = mean * (1 - a)
@@ -263,10 +270,12 @@ def upsample(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pix
     """Halved, then doubled by a transposed convolution whose taps overlap unevenly."""
     height, width = image.shape[:2]
     scale = min(1.0, rng.uniform(90, 220) / max(1.0, float(face.box[3] - face.box[1])))
+    # Even, so that exactly one zero stands beside each of the small picture's pixels.
     tall, wide = 2 * max(8, round(height * scale / 2)), 2 * max(8, round(width * scale / 2))
     small = resize(image, tall // 2, wide // 2, "bicubic")
     stuffed = np.zeros((tall, wide, 3), np.float32)
     stuffed[::2, ::2] = small
+    # They sum to 2 and not to 1: every other sample that they meet is a zero.
     taps = np.array([1.0, 3.0, 3.0, 1.0]) / 4
     uneven = rng.normal(0, rng.uniform(0.01, 0.07), (2, 4))
     for axis in (0, 1):

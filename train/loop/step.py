@@ -51,6 +51,7 @@ def on_device(batch: Batch, device: torch.device) -> OnDevice:
         crops.contiguous(memory_format=torch.channels_last),
         batch.forged.to(device, non_blocking=True),
         batch.pair.to(device, non_blocking=True),
+        # Left on the CPU: only the RCL-inspired loss reads it, and moves it itself.
         batch.family,
         list(batch.ids),
     )
@@ -154,6 +155,8 @@ class Stepper:
         )  # fmt: skip
 
     def _gradients(self, chosen: torch.optim.Optimizer) -> list[Tensor]:
+        # Of the optimiser's groups and not of the network: what a loss learns itself (its centre,
+        # its projection) must be averaged too.
         every = (p for group in chosen.param_groups for p in group["params"])
         return [p.grad for p in every if p.grad is not None]
 
@@ -167,11 +170,14 @@ class Stepper:
     def _clip(self) -> Tensor:
         clip = self.recipe.optimiser.clip
         every = [p for group in self.main.param_groups for p in group["params"]]
+        # An infinite bound clips nothing, but the guard and the log still need the norm.
         norm = nn.utils.clip_grad_norm_(every, clip if clip is not None else float("inf"))
         return norm.detach()
 
     def _averaged(self, sums: dict[str, Tensor], share: float) -> dict[str, float]:
-        """One transfer for all terms: the guard must see them each step, on every process alike."""
+        """The terms' means over batches and processes."""
+        # One transfer for all of them, since the guard reads them at every step.  The sum is the
+        # same on every process: one that raised alone would leave the others waiting for it.
         together = self.ranks.total(torch.stack(list(sums.values())) * share) / self.ranks.world
         return dict(zip(sums, together.tolist(), strict=True))
 
@@ -182,7 +188,8 @@ class Stepper:
         self.scaler.update()
         if self.running_norms is not None:
             self.running_norms.follow()
-        # Norms' running statistics are each process's own where they are not synchronised.
+        # Norms' running statistics are each process's own where they are not synchronised.  What is
+        # left out, the number of batches seen, is an integer and the same everywhere.
         self.ranks.average_(b for b in self.network.buffers() if b.is_floating_point())
         if self.average is not None:
             self.average.follow(self.network, step)
@@ -210,6 +217,8 @@ class Stepper:
                 self.average.state[name].copy_(tensor)
         for name, chosen in self._optimisers().items():
             unpack_optimiser(chosen, parts(name), plain[name])
+        # A scaler that is not in use saves an empty state, and one in use refuses to load it.  CPUs
+        # compute an FP16 recipe in FP32, so a run that moves to a GPU meets this.
         for scaler, state in zip((self.scaler, self.rival_scaler), plain["scalers"], strict=True):
             if state:
                 scaler.load_state_dict(state)
@@ -240,6 +249,7 @@ def diverged(
     terms, the names of the gradients and the weights before the step are kept; the last checkpoint
     stays as it was.
     """
+    # A folder for each process: they all stop at this step, each with its own batch.
     folder = run / f"diverged-{step:06d}-rank{rank}"
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -253,6 +263,7 @@ def diverged(
     facts = {
         "step": step,
         "rate": rate,
+        # As text, here and in the terms: JSON has neither NaN nor infinity.
         "gradient_norm": str(norm),
         "terms": {name: str(value) for name, value in terms.items()},
         "terms_not_finite": bad_terms,
@@ -276,6 +287,8 @@ def _finite(value: float) -> bool:
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory, and channels-last ones, which are not
+    # contiguous.
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
 

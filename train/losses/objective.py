@@ -78,7 +78,8 @@ class Objective(nn.Module):
     def __init__(self, recipe: Recipe, network: nn.Module) -> None:
         super().__init__()
         self.recipe = recipe
-        # In a list, so that the network's weights do not become the loss's own.
+        # In a list, where torch does not find it: as an attribute the network would be registered,
+        # and its weights would lie in the loss's state_dict and checkpoint a second time.
         self._network = [network]
 
     @property
@@ -158,6 +159,7 @@ def refuse_one_class(forged: Tensor, least: int = 1) -> None:
 
 def exact(features: Tensor) -> Tensor:
     """At least FP32, whatever the network runs in."""
+    # Promoted and not cast, so that FP64 features, as gradient checks use, stay FP64.
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 

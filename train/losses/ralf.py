@@ -153,6 +153,7 @@ def contrastive_loss(
     paired = partner >= 0
     if by_pairs and bool(paired.any()):
         return (weights @ (moved[:, partner[paired]] / (moved[:, paired] + eps))).mean()
+    # The mean over no face is NaN, so a batch of one class has no ratio at all.
     if bool(forged.all()) or not bool(forged.any()):
         return moved.new_zeros(())
     return weights @ (moved[:, ~forged].mean(1) / (moved[:, forged].mean(1) + eps))
@@ -200,6 +201,8 @@ class EmbeddingCentre(nn.Module):
             self.total = self.total + total
             self.count = self.count + count
             return
+        # Before the test of the count: every process must take part in the sums, with reals or
+        # without, or the others wait for it for ever.
         total, count = here().total(total.detach()), here().total(count)
         if count > 0:
             # A moving average that counts its own weight, so the first batch is its first centre.
@@ -233,6 +236,7 @@ class Discriminator(nn.Module):
         width = 3
         for level in range(max(1, int(math.log2(size / 4)))):
             wider = min(8 * 2**level, 256)
+            # No bias before a batch norm, which would subtract it again; level 0 has no norm.
             layers.append(nn.Conv2d(width, wider, 4, stride=2, padding=1, bias=level == 0))
             layers += [nn.BatchNorm2d(wider)] if level else []
             layers.append(nn.LeakyReLU(0.2))
@@ -242,6 +246,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [m] of "is a real photograph"."""
+        # One logit at powers of two; other sizes leave several, and their mean stands for all.
         logits: Tensor = self.body(images).float().flatten(1).mean(1)
         return logits
 
@@ -282,6 +287,7 @@ class RalfObjective(Objective):
         parameter = next(self.network.parameters())
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=parameter.device)
         training = self.network.training
+        # In training mode a blank crop would move the batch norms' statistics.
         self.network.eval()
         with torch.no_grad():
             width = self.network.trace(blank).embedding.shape[1]
@@ -306,6 +312,8 @@ class RalfObjective(Objective):
         """Equations 11 and 12."""
         loss, forged = self.loss, batch.forged
         image = seen.image.detach()
+        # Before L_emb, so that a centre that moves by steps is already at the first batch's reals
+        # and not at zero when distances to it are measured.
         self.centre.see(seen.embedding, forged)
         parts = {
             "bce": cross_entropy(seen.logit, forged),

@@ -94,6 +94,7 @@ class ProjectionCentre(nn.Module):
         """Take in one batch's natural faces [n, width], those of all processes together."""
         total = here().total(natural.sum(0))
         count = here().total(torch.tensor(float(len(natural)), device=natural.device))
+        # The count is above 0: terms() has refused a batch without natural faces.
         self.total = self.momentum * self.total + (1 - self.momentum) * total / count
 
 

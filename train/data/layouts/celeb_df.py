@@ -59,6 +59,7 @@ def _test_list(root: Path) -> tuple[dict[str, bool], str, tuple[str, ...]]:
 def _row(root: Path, path: Path, dataset: str, method: str, split: Split) -> Row:
     forged = method != REAL
     people = re.findall(r"id\d+", path.stem)
+    # YouTube's videos are bare numbers, and nothing says who is in two of them: a person each.
     target = people[0] if people else f"youtube{path.stem}"
     return Row(
         dataset=dataset,

@@ -21,6 +21,7 @@ def deeperforensics(root: Path) -> Index:
         if variant.is_dir()
         for path in videos(variant)
     ]
+    # The lists name forgeries alone; a real takes the split of the forgeries made of it.
     by_target = {row.target: row.split for row in rows if row.split}
     reals = list(_real_rows(root, by_target))
     notes: tuple[str, ...] = () if splits else ("no lists/splits/: no splits",)

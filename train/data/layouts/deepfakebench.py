@@ -56,6 +56,7 @@ class _Video:
     """What the place of a video in the JSON says about it."""
 
     def __init__(self, name: str, label: str, split: str, compression: str, video: str) -> None:
+        # FF-DF, FF-F2F and so on: each manipulation of FaceForensics++ has a JSON of its own.
         self.dataset = "ffpp" if name.startswith("FF-") else DATASETS.get(name, name.lower())
         self.forged = not label.lower().endswith("real")
         self.method = label if self.forged else REAL
@@ -63,6 +64,7 @@ class _Video:
         self.compression, self.video = compression, video
         people = PEOPLE.get(self.dataset, self.dataset)
         pattern = r"id\d+" if people == "celeb" else r"\d+"
+        # DFD's names go on after the people with the scene and a hash, whose digits are nobody.
         named = re.findall(pattern, video.split("__", maxsplit=1)[0])
         if people == "celeb" and not named:
             named = [f"youtube{video}"]
@@ -117,6 +119,8 @@ class LmdbPictures:
 
         self.folder = folder
         self.dataset = folder.name.removesuffix("_lmdb")
+        # No lock file, which a read-only disk refuses; no readahead, which reads pages for nothing
+        # where pictures are taken in random order.
         self._open = lmdb.open(
             str(folder), readonly=True, lock=False, readahead=False, create=False
         )

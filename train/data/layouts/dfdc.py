@@ -64,6 +64,7 @@ def _test_rows(root: Path, part: Path) -> Iterator[Row]:
                 method="dfdc" if forged else REAL,
                 split="test",
                 video=Path(line["filename"]).stem,
+                # The test list names no originals: there is nothing to group its videos by.
                 target="",
                 label=forged,
                 path=(folder / line["filename"]).relative_to(root).as_posix(),

@@ -27,6 +27,7 @@ def faceforensics(root: Path) -> Index:
     for kind in ("original_sequences", "manipulated_sequences"):
         for level in sorted((root / kind).glob("*/*/videos")):
             method, compression = level.parts[-3], level.parts[-2]
+            # METHOD/masks/videos has the depth of METHOD/COMPRESSION/videos, but holds masks.
             if "masks" in (method, compression):
                 continue
             compression = "raw" if compression == "c0" else compression
@@ -61,6 +62,7 @@ def _row(root: Path, path: Path, method: str, compression: str, splits: dict[str
         dataset="ffpp",
         method=method if forged else REAL,
         compression=compression,
+        # By the target alone: the official lists are of pairs, so both people are in one split.
         split=splits.get(target, ""),
         video=path.stem,
         target=f"ffpp:{target}",

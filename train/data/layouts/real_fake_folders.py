@@ -29,6 +29,7 @@ def real_fake_folders(root: Path) -> Index:
     splits += [(root / split, split) for split in SPLIT_NAMES if (root / split).is_dir()]
     for top, split in splits:
         reals: set[str] = set()
+        # Reals first: the names of forgeries are then compared with theirs.
         for names, label in ((REAL_NAMES, 0), (FAKE_NAMES, 1)):
             folder = _named(top, names)
             if folder is None:
@@ -49,6 +50,7 @@ def _rows(root: Path, folder: Path, split: Split, label: int, reals: set[str]) -
         method = inside.parts[0] if label and len(inside.parts) > 1 else "fake"
         video = path.stem if path.is_file() else path.name
         target, _, source = video.partition("_")
+        # An underscore alone is no sign of a pair: any file may be named so.
         known = label == 1 and target in reals
         yield Row(
             dataset=root.name,

@@ -64,6 +64,7 @@ def _rows(media: str, track: TrackReview, path: str) -> Iterator[Row]:
             label=int(forged),
             path=path,
             kind="video",
+            # All tracks of a file go into one split: they share its scene and its compression.
             group=f"review:{media}",
             frame=face.frame,
             box=(face.box.left, face.box.top, face.box.right, face.box.bottom),

@@ -101,6 +101,7 @@ def _figures(
         ("held out", lambda method: method in ("real", unseen)),
     ):
         part = scored.where(np.array([methods(video[1]) for video in scored.video], bool))
+        # Without a family held out the second group is the reals alone, which have no AUC.
         if not part.forged.any() or part.forged.all():
             continue
         m = measure(

@@ -121,6 +121,7 @@ def detectors(models: Sequence[JudgedModel], index: Index, options: TableOptions
         found.figures[model.name] = asdict(row)
         for condition, both in parts.items():
             found.evaluations.append(
+                # Only for the CSV of videos: the intervals of the row come from _compare.
                 evaluation_of(model, scored[condition][place], condition, replicates=0)
             )
             label = model.name if condition == CLEAN else f"  {condition}"

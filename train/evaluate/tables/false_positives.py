@@ -60,6 +60,7 @@ def called_forged(
     groups = np.array([_groups_of(item, examples) for item in examples.items])
     members = {n: (groups == n).any(axis=1) for n in sorted(set(groups.ravel().tolist()) - {""})}
     counts = {name: (int(wrong[own].sum()), int(own.sum())) for name, own in members.items()}
+    # No bootstrap: with reals alone the AUC is NaN, and so would be its interval.
     return evaluation_of(model, scored, condition, replicates=0), counts
 
 

@@ -45,6 +45,7 @@ def intra(models: Sequence[JudgedModel], index: Index, options: TableOptions) ->
             shown, right = ("—" if v is None else f"{v:.2f}" for v in (auc, accuracy))
             cells = ("", shown, "", "", "", right, *[""] * (2 + len(rates)))
             found.rows.append((f"published: {name} {dataset} {compression}", *cells))
+            # Assigned and not appended, here and below: it stands once, after any number of rows.
             found.notes = [papers.PROTOCOL]
     return found
 
@@ -88,6 +89,7 @@ def robustness(models: Sequence[JudgedModel], index: Index, options: TableOption
     """The clean AUC, and how far each condition takes it down."""
     conditions = options.conditions or (
         *all_conditions((*DEEPERFORENSICS, "jpeg", "light")),
+        # The one level that Table 3 publishes.
         "rescale:2",
     )
     found = Table(
