@@ -109,6 +109,7 @@ class Batcher:
 
     def __call__(self, crops: Tensor) -> Tensor:
         """Crops u8 [m, 3, s, s] → FP32 logits [m] on the CPU, as the engine gives them."""
+        # Before it joins a batch: crops of a wrong shape must fail for their caller alone.
         check_crops(crops, self.artifact)
         request = _Request(crops)
         if request.over:
@@ -126,6 +127,8 @@ class Batcher:
         room = self.batch
         while room and self._waiting:
             request = self._waiting.popleft()
+            # A request may have several turns in one batch.  Its crops follow each other, so they
+            # make one piece from where the first turn began.
             first.setdefault(request, request.taken)
             count = min(SHARE, room, len(request.crops) - request.taken)
             request.taken += count
@@ -142,11 +145,15 @@ class Batcher:
             if len(pieces) == 1:
                 self._fail(pieces[0].request, error)
                 return
+            # This also serves where the batch was too large for the device's memory: the halves
+            # fit.
             half = len(pieces) // 2
             self._score(pieces[:half])
             self._score(pieces[half:])
             return
         with self._shared.changed:
+            # Under the lock, because the owner returns as soon as `scored` is complete: the logits
+            # must be in place by then.
             at = 0
             for piece in pieces:
                 count = piece.stop - piece.start
@@ -169,6 +176,7 @@ class Batcher:
     def _fail(self, request: _Request, error: Exception) -> None:
         with self._shared.changed:
             request.error = error
+            # The rest of its crops would fail in the same way, and delay the others.
             if request in self._waiting:
                 self._waiting.remove(request)
 

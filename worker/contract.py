@@ -46,7 +46,12 @@ class Output(BaseModel):
     """A document that Ralf writes: frozen; a field that a newer Ralf added is ignored."""
 
     model_config = ConfigDict(
-        frozen=True, extra="ignore", allow_inf_nan=False, populate_by_name=True
+        # pydantic writes NaN as null, and a null score means that no track may decide: a broken
+        # number must be an error instead.
+        frozen=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        populate_by_name=True,
     )
 
 
@@ -136,6 +141,7 @@ class EarlyStop(Strict):
 class Job(Strict):
     """One moderation job, as it is stored in Redis."""
 
+    # With an underscore, because `schema` is a method of pydantic's BaseModel.
     schema_: Literal["ralf.job/1"] = Field("ralf.job/1", alias="schema")
     job_id: JobId
     token: Annotated[str, Field(min_length=1, max_length=256)]
@@ -155,6 +161,7 @@ class Job(Strict):
     stop_early: EarlyStop | None = None
     model: ModelName | None = None
     """Pin a model by name or name@version; None is the worker's own."""
+    # W3C Trace Context, version 00: 2 + 32 + 16 + 2 hex digits and three dashes.
     traceparent: Annotated[str, Field(pattern=r"^[0-9a-f-]{55}$")] | None = None
     submitted_at: AwareDatetime
 

@@ -173,6 +173,7 @@ def _redis(settings: Settings) -> Iterator[Finding]:
             fsync = _appendfsync(server) if info.get("aof_enabled") else ""
         policy = info.get("maxmemory_policy", "?")
         kept = f"append-only file, fsync {fsync}" if fsync else "no append-only file"
+        # From the right, because a password may contain an @.
         where = settings.redis_url.rsplit("@", 1)[-1]
         found = f"{info['redis_version']} at {where}, {policy}, {kept}"
         cure = _redis_cure(info, policy, fsync)
@@ -203,6 +204,7 @@ def _appendfsync(server: Any) -> str:
 def _redis_cure(info: Mapping[str, Any], policy: str, fsync: str) -> str:
     """What to change so that nothing is lost; empty when all is well."""
     version = tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])
+    # BLMOVE came with 6.2.
     if version < (6, 2):
         return "use Redis 6.2 or later"
     if info.get("cluster_enabled"):

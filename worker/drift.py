@@ -39,6 +39,7 @@ def histogram(scores: Sequence[float], edges: Sequence[float] = EDGES) -> list[i
     """How many scores fall into each bin: below the first edge, …, at or above the last."""
     counts = [0] * (len(edges) + 1)
     for score in scores:
+        # An edge belongs to the bin above it, as in numpy's histogram.
         counts[bisect_right(edges, score)] += 1
     return counts
 
@@ -68,6 +69,8 @@ class Window:
         self.counts[place] += 1
         if self.reference is None and len(self.late) == WINDOW:
             self.reference = tuple(self.counts)
+            # The index would begin near 0 if the scores that made the reference were compared with
+            # it.
             self.late.clear()
             self.counts = []
 
@@ -89,6 +92,7 @@ class Drift:
     def set_reference(self, model: str, edges: Sequence[float], counts: Sequence[int]) -> None:
         """Use the manifest's reference for NAME@VERSION; windows without it start again."""
         known = (tuple(edges), tuple(counts))
+        # The same reference comes again whenever a child loads the model; the window must go on.
         if self._references.get(model) == known:
             return
         if len(self._references) >= KINDS:

@@ -41,6 +41,7 @@ class FaceScorer:
         """Crops u8 [m, 3, s, s] → logits [m]."""
         if self._ensemble is None:
             return self.engine(crops).numpy().astype(np.float32)
+        # Not through the Batcher, which gives one logit a crop and no members.
         logits = self._ensemble.members(crops)
         self._members.append(logits.numpy())
         return logits.mean(1).numpy()

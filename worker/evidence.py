@@ -51,6 +51,8 @@ class StrongestFaces:
         crops: Tensor,
     ) -> None:
         """Take a chunk's crops; those that score higher replace the lowest that are kept."""
+        # The strongest first: once a track has its crops, all weaker ones are refused by a
+        # comparison, and none is copied from the device in vain.
         for row in np.argsort(-logits, kind="stable"):
             track = int(tracks[row])
             if track < 0:

@@ -35,6 +35,7 @@ def analyze(source: str | Path, *, model: str | None = None, device: str | None 
         level = os.environ.get("RALF_LOG_LEVEL", "warning")
         telemetry.configure(replace(settings, log_level=level))
     parts = _loaded(settings, model, device)
+    # Only the verdict is returned, so nobody would see the pictures.
     ask = Ask(evidence=EvidencePolicy(thumbnails=False))
     if not isinstance(source, str) or not is_url(source):
         return _walked(source, parts, ask)

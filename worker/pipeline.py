@@ -111,6 +111,8 @@ def analyze(
             try:
                 progress(partial)
             except BaseException:
+                # Closed here: the error's traceback refers to this frame, so the walk would
+                # otherwise keep its file open for as long as somebody holds the error.
                 steps.close()
                 raise
 
@@ -138,6 +140,8 @@ class _Walk:
         self.manifest = parts.artifact.manifest
         self.stages_ms: dict[str, float] = dict(ask.spent_ms)
         with self.timed("probe"):
+            # A job's child process has probed the file already.  To probe again costs 30 ms for a
+            # short clip and seconds for hours of video.
             self.probe: Probe = ask.probed or probe(path, parts.settings)
             self.sha256 = ask.sha256 or file_sha256(path)
         self.sampling = ask.sampling or for_long_clip(
@@ -172,6 +176,7 @@ class _Walk:
         """Say where this walk differs from the one that the model was calibrated with."""
         if self.manifest.untrained:
             self.warn("untrained_model: these weights were never trained; the score means nothing")
+        # A job that names the model's own sampling differs in nothing.
         if self.ask.sampling not in (None, self.parts.default_sampling):
             self.warn("uncalibrated_sampling: the model was calibrated with another sampling")
         if (thinned := thinning(self.clip)) is not None:
@@ -200,6 +205,8 @@ class _Walk:
         frames = self.parts.decoder.decode([self.clip])
         try:
             while True:
+                # Only next() is timed: while this generator waits at `yield`, the caller finds and
+                # scores faces, which is not decoding.
                 with self.timed("decode"):
                     chunk = next(frames, None)
                 if chunk is None:
@@ -214,6 +221,8 @@ class _Walk:
     def process(self, frames: Frames) -> None:
         """One chunk through every stage: find its faces, track them, score them."""
         self._judgement = None
+        # Also for a chunk without faces, which returns early below: its frames count as sampled,
+        # and so change the timeline and the longest gap.
         self._count(frames)
         if not len(frames):  # the decoder only reports frames that were lost
             return
@@ -222,6 +231,8 @@ class _Walk:
             tracks = self.tracker.update(frames, faces)
         if self.tracker.overflowed:
             self.warn(f"too_many_tracks: only {self.tracker.max_tracks} faces are followed")
+        # Faces that are not followed are dropped before they are cut: a frame of a large crowd must
+        # cost no more than max_tracks crops.
         followed = tracks >= 0
         if not followed.any():
             return
@@ -242,6 +253,7 @@ class _Walk:
             logit=logits,
         )
         self.scores = Scores.concat([self.scores, new])
+        # A job may ask that no picture is kept; then no crop outlives its chunk.
         if self.ask.evidence.thumbnails:
             self.strongest_faces.add(tracks, times, logits, crops)
 
@@ -261,6 +273,7 @@ class _Walk:
         if self._judgement is None:
             found = judge(
                 self.scores,
+                # np.concatenate refuses an empty list, and a decoder may give no chunk.
                 np.concatenate([*self.sampled_s, np.zeros(0)]),
                 width=self.probe.width,
                 height=self.probe.height,
@@ -274,6 +287,7 @@ class _Walk:
     def may_stop_early(self) -> bool:
         """Whether the job's own policy allows to stop here; the verdict then says so."""
         stop = self.ask.stop_early
+        # After the last chunk every frame was judged, so the verdict must not be marked partial.
         if stop is None or self.asked >= self.total:
             return False
         found = self.judgement()
@@ -281,6 +295,8 @@ class _Walk:
             found.score is not None
             and found.score >= stop.score
             and any(
+                # The score is one track's.  That track alone must have enough faces: faces of other
+                # tracks say nothing about it.
                 track.decisive and track.score == found.score and track.faces >= stop.after_faces
                 for track in found.tracks
             )
@@ -349,6 +365,8 @@ class _Walk:
             engine=engine.name,
             precision=engine.precision,
             device=engine.device,
+            # What really decoded: a routed clip, or one that DALI gave up, may have come from
+            # another decoder than the configured one.
             decoder="+".join(self.decoders) or self.parts.decoder.name,
             colour_policy=manifest.input.colour,
             sampling=self.sampling,
@@ -368,6 +386,7 @@ class _Walk:
 
 def without_decision(judgement: Judgement) -> Judgement:
     """The same scores, but no track decides: the model was never trained."""
+    # The finder says that there is no face, and it is trained.
     if judgement.label == "no_faces":
         return judgement
     why = {"decisive": False, "reason": "the model was never trained"}
@@ -376,6 +395,7 @@ def without_decision(judgement: Judgement) -> Judgement:
         label="inconclusive",
         reason="The model was never trained, so its score decides nothing.",
         tracks=tuple(track.model_copy(update=why) for track in judgement.tracks),
+        # A segment would call a stretch of time forged.
         segments=(),
     )
 

@@ -123,6 +123,8 @@ def choose_decoder(settings: Settings, device: str) -> Decoder:
         raise Infrastructure(f"RALF_DECODER=dali, but {missing}")
     dali = DaliDecoder(pyav, device=device, chunk_bytes=settings.gpu_chunk_bytes)
     try:
+        # Here and not at the first clip: whatever DALI lacks must be known before the worker takes
+        # a job.
         dali.warm()
     except Infrastructure as error:
         if settings.decoder == "dali":
@@ -140,6 +142,8 @@ def why_no_dali(device: str) -> str:
         return f"the device is {device}, no GPU"
     if dali_version() is None:
         return "DALI is not installed; " + install_hint("gpu")
+    # NVIDIA's container runtime gives a container the compute libraries by default, and the video
+    # ones only where they are named.
     if not nvdec_present():
         return (
             "there is no libnvcuvid.so.1: in a container set "

@@ -54,6 +54,8 @@ class Scores:
                 raise ValueError(f"{name} should have shape ({m},) as logit has, got {shape}")
         if np.shape(self.box) != (m, 4):
             raise ValueError(f"box should have shape ({m}, 4), got {np.shape(self.box)}")
+        # A comparison with NaN is false, without an error: the NaN of a broken engine would become
+        # a verdict.
         for name in ("time_s", "box", "face_px", "confidence", "logit"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} should be finite; a NaN or infinity cannot be judged")
@@ -104,6 +106,8 @@ def level(logits: Reals, aggregation: Aggregation) -> float:
         "trimmed_mean": m - m // 5,
         "top_k_mean": min(aggregation.k, m),
     }[aggregation.track]
+    # fsum rounds once, so rounding keeps the promise above too: a larger logit never gives a
+    # smaller sum.
     return math.fsum(np.sort(logits)[m - kept :]) / kept
 
 
@@ -118,5 +122,6 @@ def video_score(scores: Scores, calibration: Calibration, aggregation: Aggregati
     """A video's score: of its strongest track with faces enough to decide; None without one."""
     counted = scores.face_px >= aggregation.min_face_px
     tracks = [scores.logit[counted & (scores.track == one)] for one in np.unique(scores.track)]
+    # Calibration keeps the order of levels, so it is enough to calibrate the largest.
     levels = [level(own, aggregation) for own in tracks if len(own) >= aggregation.min_faces]
     return float(calibrated(np.array([max(levels)]), calibration)[0]) if levels else None

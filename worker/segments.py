@@ -48,9 +48,12 @@ class ScoredFrames:
         min_face_px: int,
     ) -> "ScoredFrames":
         left = scores.box[:, 0]
+        # By everything that can differ, so that the order in which the rows came means nothing; by
+        # left edge before track number, because tracks are named in this order.
         order = np.lexsort((scores.logit, scores.track, left, scores.frame, scores.time_s))
         scores = scores.take(order)
         time_ms = milliseconds(scores.time_s)
+        # The faces' own times too: searchsorted below must find the frame of each face.
         frames = np.unique(np.concatenate([milliseconds(np.asarray(sampled_s)), time_ms]))
         duration = max(milliseconds(np.array([duration_s]))[0], frames.max(initial=0))
         gaps = np.diff(frames).astype(np.float64)
@@ -109,6 +112,8 @@ def segments_of(name: str, votes: Ints, scored: ScoredFrames, forged_at: float) 
 def _segment(name: str, rows: Ints, smooth: Reals, scored: ScoredFrames) -> Segment:
     first, last = np.searchsorted(scored.frames_ms, scored.time_ms[rows[[0, -1]]])
     start = int(scored.starts_ms[first])
+    # The smoothed logits are all at or above the threshold, so their mean is too.  A lone low face
+    # inside could take the mean of the raw ones below it.
     mean = math.fsum(smooth) / len(smooth)
     return Segment(
         start_ms=start,
@@ -138,6 +143,7 @@ def timeline_of(scored: ScoredFrames) -> Timeline:
     score = np.full(bins, -1.0)
     faces = np.full(bins, -1, np.int64)
     for place, time_ms in enumerate(scored.frames_ms):
+        # A frame at the very end of the clip is on the border behind the last bin.
         own = min(int(time_ms // size), bins - 1)
         first = min(own, math.ceil(scored.starts_ms[place] / size - 0.5))
         last = max(own, math.floor(scored.ends_ms[place] / size - 0.5))

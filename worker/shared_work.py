@@ -30,10 +30,14 @@ class SharedWork(Generic[Batch]):
                 if answered():
                     return
                 batch = self.take()
+                # After take(): if that raises, no thread may be left waiting for work that nobody
+                # does.
                 self.busy = True
             try:
                 self.work(batch)
             finally:
                 with self.changed:
                     self.busy = False
+                    # All, not one: the one that wakes may have its answer and leave, and the others
+                    # would sleep on.
                     self.changed.notify_all()

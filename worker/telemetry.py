@@ -30,6 +30,7 @@ from ralf.worker.settings import Settings
 if TYPE_CHECKING:
     from ralf.worker.service.shadow import Comparison
 
+# A quote ends a URL too, because tracebacks quote their arguments.
 _URL = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#@\"']*@)?([^\s?#\"']*)(\?[^\s#\"']*)?(#\S*)?"
 )
@@ -47,6 +48,7 @@ def redact(text: str) -> str:
 
 def _redacted(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for key, value in event.items():
+        # `secret_id` is the name of a secret: it says which one signed.
         if _SECRET.search(key) and not key.endswith("_id"):
             event[key] = "…"
         elif isinstance(value, str):
@@ -64,6 +66,7 @@ class _Stderr:
     def msg(self, message: str) -> None:
         """One line."""
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed; None in a daemon
+            # sys.stderr is read for each line: a stream that was kept may have been closed since.
             sys.stderr.write(message + "\n")
             sys.stderr.flush()
 
@@ -80,6 +83,7 @@ def configure(settings: Settings) -> None:
     last: list[Any] = (
         [structlog.dev.ConsoleRenderer()]
         if person
+        # Redacted a second time, after the traceback has become text: it quotes URLs too.
         else [structlog.processors.format_exc_info, _redacted, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
@@ -92,6 +96,7 @@ def configure(settings: Settings) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: _Stderr(),
+        # A cached logger would keep the configuration of its first use.
         cache_logger_on_first_use=False,
     )
 
@@ -193,6 +198,7 @@ class Metrics:
 
     def engine_is(self, facts: Mapping[str, object]) -> None:
         """Show what the child loaded, and only that."""
+        # Otherwise the engine before a reload would still be shown with 1.
         self.engine.clear()
         names = ("model", "version", "engine", "precision", "device", "decoder")
         self.engine.labels(*(str(facts.get(name, "")) for name in names)).set(1)
@@ -309,6 +315,7 @@ def job_finished(finish: Finish, metrics: Metrics = METRICS) -> None:
     structlog.get_logger().info("job.finished", **facts)
     metrics.jobs.labels(finish.outcome, finish.code).inc()
     metrics.job_seconds.observe(finish.total_s)
+    # A later attempt's wait includes the attempts before it, which is no time in the queue.
     if finish.attempt <= 1:
         metrics.wait_seconds.observe(max(0.0, finish.wait_s))
     if verdict is not None:
@@ -332,6 +339,7 @@ def _count(verdict: Verdict, metrics: Metrics) -> None:
 
 def shadow_compared(found: "Comparison", settings: Settings, metrics: Metrics = METRICS) -> None:
     """Write the line of a shadowed job, and count it; the child's word for the name is not used."""
+    # The child decodes untrusted files, so its word must not become a metric's label.
     shadow = settings.shadow or "none"
     structlog.get_logger().info(
         "shadow.compared", difference=found.difference, **found.model_dump(exclude_defaults=True)

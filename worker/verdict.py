@@ -61,6 +61,7 @@ def threshold_for(thresholds: Mapping[str, float], policy: str) -> Threshold:
     """The manifest's threshold of that policy; 0.5 where the model brings none at all."""
     if not thresholds:
         return Threshold(policy="none", forged_at=0.5, authentic_below=0.5)
+    # `low` is the lower end of the grey band, and no policy to decide by.
     if policy not in thresholds or policy == "low":
         have = ", ".join(sorted(set(thresholds) - {"low"})) or "none"
         raise ValueError(f"the model has no threshold for policy {policy!r}; it has: {have}")
@@ -123,10 +124,12 @@ def judge_by(
     segments = [
         segment
         for track in tracks
+        # A track that may not decide has no segments either; _undecided_warnings reports it.
         if track.score is not None
         for segment in segments_of(track.name, track.votes, scored, threshold.forged_at)
     ]
     label, score, reason = _decide(tracks, segments, threshold, len(scored.frames_ms))
+    # From here on the numbers are bounded.  Label and score are already decided, by all tracks.
     listed = _strongest(tracks, [track.rank for track in tracks], max_tracks)
     kept = _strongest(segments, [s.score for s in segments], MAX_SEGMENTS)
     return Judgement(
@@ -182,6 +185,7 @@ class _TrackScore:
     @property
     def rank(self) -> float:
         """Decisive tracks come before the others, each by strength."""
+        # Scores are 0 to 1, so −1 to 0 and 1 to 2 never meet.
         return self.score_max - 1 if self.score is None else self.score + 1
 
     def document(self, scored: ScoredFrames, width: int, height: int) -> Track:
@@ -204,24 +208,30 @@ class _TrackScore:
 
 def _by_first_appearance(scores: Scores) -> list[Ints]:
     """The rows of each track; two tracks that begin together are ordered left to right."""
+    # The rows are sorted by time, then by left edge (ScoredFrames.of), so a track's first row gives
+    # its place.  The tracker's own numbers play no part.
     _, first = np.unique(scores.track, return_index=True)
     return [np.flatnonzero(scores.track == scores.track[row]) for row in np.sort(first)]
 
 
 def _strongest(items: Sequence[T], strength: Sequence[float], most: int) -> list[T]:
     """At most so many, the strongest, in the order they came."""
+    # sorted() is stable: of equals the first stays, so the same scores always list the same.
     best = sorted(range(len(items)), key=lambda place: -strength[place])[:most]
     return [items[place] for place in sorted(best)]
 
 
 def _thinned(rows: Ints, logit: Reals) -> list[int]:
     """At most MAX_SAMPLES rows: even over the track, the strongest of each part."""
+    # The strongest of each part and not every n-th row, which could leave out the track's peak.
     parts = np.array_split(rows, min(len(rows), MAX_SAMPLES))
     return [int(part[np.argmax(logit[part])]) for part in parts]
 
 
 def _sample(scored: ScoredFrames, row: int, width: int, height: int) -> Sample:
     scores = scored.scores
+    # A face at the edge may have a box that reaches beyond the frame; the contract's fractions may
+    # not.
     left, top, right, bottom = np.clip(scores.box[row] / (width, height, width, height), 0, 1)
     return Sample(
         time_ms=int(scored.time_ms[row]),
@@ -313,6 +323,7 @@ def _undecided_warnings(
         if s.score is None
         and len(s.votes)
         and scored.probability[s.votes].max() >= threshold.forged_at
+        # Bounded, because a slide show makes a track of each slide.
     ][:MAX_TRACKS]
 
 

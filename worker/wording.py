@@ -31,5 +31,6 @@ def clock(time_ms: int, digits: int = 3) -> str:
     minutes, seconds = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     start = f"{hours}:" if hours else ""
+    # Cut and not rounded: 59.97 s with one digit would become 60.0 s of the same minute.
     fraction = f".{rest:03d}"[: digits + 1] if digits else ""
     return f"{start}{minutes:02d}:{seconds:02d}{fraction}"

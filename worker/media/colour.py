@@ -27,6 +27,7 @@ _MATRICES: dict[int, tuple[str, int]] = {
     9: ("bt2020", 9),
     10: ("bt2020", 9),  # constant luminance: the nearest that swscale has
 }
+# Unspecified and reserved.
 _UNTAGGED = {2, 3}
 _BT601 = 5
 _UNKNOWN = {8: "ycgco", 11: "smpte2085", 14: "ictcp", 15: "ipt", 16: "ycgco-re", 17: "ycgco-ro"}
@@ -123,6 +124,7 @@ def turn(frame: Any) -> tuple[int, bool]:
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 0, False
+    # Nine numbers, a b u, c d v, x y w; only the first two of the first two rows turn a picture.
     matrix = np.frombuffer(bytes(data), dtype=np.int32).astype(np.float64)
     a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
     if a * d - b * c == 0:

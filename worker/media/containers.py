@@ -78,6 +78,8 @@ def check_file(name: str, max_bytes: int, most_frames: int) -> tuple[Demuxer, in
         kind = Path(name).stat().st_mode
         if not stat.S_ISREG(kind):
             raise UnreadableFile(f"expected a regular file, {name} is {_kind(kind)}")
+        # The name may become a pipe after stat(): O_NONBLOCK does not wait for a writer, and
+        # fstat() below checks the file that was really opened.
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise UnreadableFile(f"cannot read {name}: {error.strerror}") from error
@@ -141,9 +143,12 @@ def _describe(head: bytes) -> str:
 
 def packet_layout(head: bytes) -> tuple[int, int] | None:
     """Offset of the first sync byte and the stride, if the head is a run of MPEG-TS packets."""
+    # Bare packets, packets behind a recorder's four-byte time code, and packets with 16 bytes of
+    # error correction.
     for stride in (188, 192, 204):
         for offset in range(min(stride, max(0, len(head) - 2 * stride))):
             syncs = head[offset::stride][:16]
+            # One 0x47 is only the letter G; three at equal distances are packets.
             if len(syncs) >= 3 and not syncs.strip(b"\x47"):
                 return offset, stride
     return None
@@ -156,6 +161,7 @@ def refuse_scrambled(head: bytes) -> None:
         return
     offset, stride = layout
     controls = head[offset + 3 :: stride]
+    # A majority, because one flipped bit must not refuse a clip.
     if controls and sum(control >> 6 != 0 for control in controls) * 2 > len(controls):
         raise EncryptedMedia(
             "most MPEG-TS packets are scrambled (transport_scrambling_control); send it decrypted"
@@ -193,8 +199,10 @@ def _boxes(file: BinaryIO, start: int, end: int, clock: _Clock) -> Iterator[_Box
         size, kind, body = int.from_bytes(header[:4], "big"), header[4:8], start + 8
         if size == 1 and len(header) == 16:
             size, body = int.from_bytes(header[8:16], "big"), start + 16
+        # By the standard: until the end of what contains it.
         elif size == 0:
             size = end - start
+        # A box smaller than its own header would never let the walk move on.
         if size < body - start:
             return
         yield _Box(kind, body, min(start + size, end))
@@ -226,6 +234,8 @@ def check_boxes(file: BinaryIO, size: int, most_frames: int) -> None:
             raise CorruptMedia(f"{box.end - box.start} bytes of metadata; remove the pictures")
         elif box.kind in (b"hdlr", b"stsd", b"stsz", b"stz2"):
             track = next((parent for parent in parents if parent.kind == b"trak"), None)
+            # Checked at the end: whether a track is video stands in its hdlr, which may come after
+            # its tables.
             tables.append((box, track))
             if len(tables) > _MOST_TABLES:
                 raise CorruptMedia(f"more than {_MOST_TABLES} sample tables")
@@ -273,6 +283,7 @@ def _check_sizes(file: BinaryIO, box: _Box, file_size: int, most_frames: int | N
     if box.kind == b"stz2":  # the sizes are packed into 4, 8 or 16 bits each
         room = (box.end - box.start - 12) * 8 // max(4, each & 0xFF)
     else:
+        # Samples of one size need no entries, so only the file itself can bound how many there are.
         room = file_size // each if each else (box.end - box.start - 12) // 4
     if len(head) < 12 or count > room:
         raise CorruptMedia(
@@ -323,6 +334,7 @@ def refuse_attachments(file: BinaryIO, size: int) -> None:
 
 def _element(head: bytes) -> tuple[int, int | None, int]:
     """An EBML element's id, its length (None: unknown), and its header's length (0: invalid)."""
+    # The leading zero bits give the length of an id, which has four bytes at most.
     if not head or not head[0] >> 4:
         return 0, None, 0
     id_bytes = 9 - head[0].bit_length()
@@ -335,4 +347,5 @@ def _element(head: bytes) -> tuple[int, int | None, int]:
     most = (1 << 7 * length_bytes) - 1
     length = int.from_bytes(rest[:length_bytes], "big") & most
     element = int.from_bytes(head[:id_bytes], "big")
+    # A length of ones only means that it is unknown.
     return element, None if length == most else length, id_bytes + length_bytes

@@ -75,6 +75,7 @@ def _resampled(image: Tensor, region: list[int], contract: InputContract) -> Ten
     x0, y0, x1, y1 = region
     height = image.shape[1]
     top = min(max(y0, 0), height - 1)
+    # One row at least, for a region that lies wholly outside the frame.
     bottom = max(min(y1, height), top + 1)
     band = _padded(image[:, top:bottom], 2, x0, x1, contract)
     if y0 < 0 or y1 > height:

@@ -126,6 +126,7 @@ class DaliDecoder:
 
     def halved(self) -> "DaliDecoder":
         """The same with chunks of half the size, for when the device's memory has run out."""
+        # Shallow: both ask the same queue, so one pipeline runs one batch at a time.
         other = copy.copy(self)
         other.chunk_bytes = max(1, self.chunk_bytes // 2)
         other.fallback = self.fallback.halved()
@@ -164,6 +165,7 @@ class DaliDecoder:
                     decoder=self.name,
                 )
                 del request
+            # PyAV reads the file itself; its bytes need not stay in memory meanwhile.
             del data
         if done < len(wanted):
             for frames in self.fallback.frames(clip, wanted[done:], before=done):
@@ -183,6 +185,8 @@ class DaliDecoder:
             self._decoded(requests[middle:])
             return
         for request, output in zip(requests, outputs, strict=True):
+            # Of a picture whose size is not the probe's the rest would be wrong too; PyAV scales
+            # such pictures to the first.
             if output.shape != (len(request.wanted), *coded_size(request.probe), 3):
                 request.error = f"it gave pictures of {tuple(output.shape[1:3])}"
             else:
@@ -209,6 +213,7 @@ class DaliDecoder:
             if self.backend == "mixed"
             else self.fallback.threads or 1,
             device_id=(self.device.index or 0) if self.backend == "mixed" else None,
+            # The default of 2 would double the memory of the output.
             prefetch_queue_depth=1,
         )
         with pipeline:
@@ -256,6 +261,7 @@ def _recoloured(part: Tensor, matrix: NDArray[np.float64]) -> Tensor:
 def reason(error: Exception) -> str:
     """The one line of DALI's message that says what was wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # DALI's message is a page long and holds paths of its build.
     after = next((n for n, line in enumerate(lines) if line.startswith("encountered")), -1)
     said = lines[after + 1 : after + 2] or [type(error).__name__]
     return said[0][:160]

@@ -50,6 +50,7 @@ LEAST_CAP = (4096 + 128) * (2304 + 128)
 """A stream that begins smaller may change its size in the middle, up to this area."""
 BEYOND = 64
 """Packets after a lost frame that the second reading still decodes before it gives up."""
+# Without ACCURATE_RND and FULL_CHR_H_INT swscale takes faster and coarser ways.
 _EXACT = av.video.reformatter.Interpolation
 _SCALING = _EXACT.BILINEAR | _EXACT.ACCURATE_RND | _EXACT.FULL_CHR_H_INT
 
@@ -136,6 +137,8 @@ def _chunks(
         chunk.indices.append(decoded.index)
         if decoded.index != decoded.wanted:
             chunk.replaced.append(decoded.wanted)
+    # Where DALI gave out frames before, the clip is not corrupt: the empty chunk reports the rest
+    # as lost.
     if not chunk.indices and not before:
         raise CorruptMedia(f"none of the {len(wanted)} frames asked for can be decoded")
     yield chunk.frames(clip, before + done, total, reader)
@@ -202,6 +205,7 @@ class _Reader:
         self.base = float(self.stream.time_base)
         gaps = np.diff(probe.times_s)
         gaps = gaps[gaps > 0]
+        # Less than half the smallest gap, so that a time never fits two frames.
         self.tolerance = max(1e-6, 0.49 * float(gaps.min())) if len(gaps) else 1e-6
         self.unread = packets(container, self.stream, _never)
         # An edit list may hide the first keyframe: -1 stands for the start of the file.
@@ -237,6 +241,8 @@ class _Reader:
         pending = set(left)
         self._go_to(governing)
         for index, frame in self._decoded(pending):
+            # A later picture came first, so this frame is lost or damaged: _exact reads the group
+            # again.
             if index > left[0]:
                 return
             if index == left[0]:
@@ -298,6 +304,7 @@ class _Reader:
                     break
             if until is not None and index is not None and index > until:
                 break
+        # The pictures that the decoder held back, for their order or in its threads.
         yield from self._send(None)
 
     def _send(self, packet: Any) -> Iterator[tuple[int, Any]]:
@@ -389,6 +396,7 @@ class _RgbConverter:
             frame,
             width=width,
             height=height,
+            # Planes, because a chunk is [3, h, w].
             format="gbrp16le" if hdr else "gbrp",
             src_colorspace=colour.matrix,
             src_color_range=colour.range,
@@ -398,6 +406,7 @@ class _RgbConverter:
         )
         kind = np.dtype("<u2" if hdr else "u1")
         planes = [
+            # swscale pads each line, so a line is longer than the picture is wide.
             np.frombuffer(plane, kind).reshape(height, plane.line_size // kind.itemsize)[:, :width]
             for plane in rgb.planes
         ]
@@ -419,6 +428,7 @@ def range_in_stream(probe: Probe) -> str:
     with open_media(probe.path, probe.container, cap) as container:
         stream = container.streams[probe.stream_index]
         alone = av.CodecContext.create(stream.codec_context.codec.name, "r")
+        # In MP4 and Matroska the parameter sets of H.264 and HEVC stand here, outside the packets.
         alone.extradata = stream.codec_context.extradata
         alone.thread_count = 1
         alone.options = {"max_pixels": str(cap)}

@@ -186,6 +186,8 @@ class Mtcnn:
         """P-Net over the pyramid; NMS within each level, then across the levels of a frame."""
         n, height, width = sums.shape[0], sums.shape[1] - 1, sums.shape[2] - 1
         windows = all_windows(height, width, least, sums.device)
+        # Empty parts first: a copy smaller than P-Net's window has no level, and cat refuses an
+        # empty list.
         logits, offsets = [sums.new_zeros((n, 0))], [sums.new_zeros((n, 4, 0))]
         for level in windows.levels:
             for rows in bands(level, self._band // n):
@@ -193,6 +195,7 @@ class Mtcnn:
                 logits.append(logit.flatten(1))
                 offsets.append(offset.flatten(2))
         probability = torch.cat(logits, 1).sigmoid()
+        # At least here, but more than below for R- and O-Net, as in facenet-pytorch.
         frame, cell = (probability >= ACCEPT[0]).nonzero().unbind(1)
         found = Candidates(windows.boxes[cell], probability[frame, cell], frame)
         offset = torch.cat(offsets, 2)[frame, :, cell]
@@ -232,6 +235,7 @@ class Mtcnn:
         found = found._replace(score=logit.sigmoid())
         passed = ((found.score > ACCEPT[2]) & some).nonzero().flatten()
         found, offset, points = found.take(passed), offset[passed], points[passed]
+        # By the boxes that O-Net saw, before its own correction moves them.
         landmarks = placed(points, found.boxes)
         return found._replace(boxes=moved(found.boxes, offset)), landmarks
 

@@ -18,6 +18,7 @@ def squared(boxes: Tensor) -> Tensor:
 
 def regressed(boxes: Tensor, offsets: Tensor) -> Tensor:
     """Proposals corrected by P-Net, whose offsets are in units of the window."""
+    # Without the + 1 of `moved`: facenet-pytorch counts pixels differently after P-Net.
     return boxes + offsets * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
 
 
@@ -42,6 +43,7 @@ def corners(boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     start = whole[:, :2].clamp(min=1) - 1
     end = torch.stack([whole[:, 2].clamp(max=width), whole[:, 3].clamp(max=height)], 1)
     some = (end > start).all(1)
+    # A box outside the picture gets one pixel, so that every row has a crop; `some` drops it later.
     start = torch.minimum(start, end.clamp(min=1) - 1)
     return torch.cat([start, torch.maximum(end, start + 1)], 1), some
 

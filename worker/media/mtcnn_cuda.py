@@ -147,6 +147,7 @@ class FixedShapeMtcnn:
             logits.append(logit.flatten(1))
             offsets.append(offset.flatten(2))
         logit = torch.cat(logits, 1).float()
+        # Counted before topk cuts them, or nobody could see that the capacity was too small.
         cells = (logit.sigmoid() >= ACCEPT[0]).sum(1).amax()
         logit, cell = logit.topk(min(capacity.proposed, logit.shape[1]), dim=1)
         boxes = windows.boxes[cell]
@@ -206,6 +207,7 @@ def _ranked(
     """Everything in order of the network's answer, and which rows the network accepts."""
     _, some = corners(boxes.flatten(0, 1), sums.shape[1] - 1, sums.shape[2] - 1)
     alive = alive & some.view_as(alive) & (logit.sigmoid() > accept)
+    # NMS takes its boxes in order of confidence, so unused places go to the end.
     order = logit.masked_fill(~alive, float("-inf")).argsort(dim=1, descending=True, stable=True)
     return rows_of(boxes, order), rows_of(alive, order), [rows_of(one, order) for one in more]
 

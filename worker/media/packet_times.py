@@ -31,6 +31,7 @@ class PacketTimes:
     def add(self, tick: int | None, duration: int, is_key: bool, is_shown: bool) -> None:
         """Add one packet; without a time of its own it follows the packet before."""
         if tick is None:
+            # At least one tick, so that no two frames share a time.
             tick = self.ticks[-1] + max(1, duration) if self.ticks else 0
         self.ticks.append(tick)
         self.is_key.append(is_key)
@@ -103,5 +104,6 @@ def _shown(packets: PacketTimes) -> tuple[NDArray[np.int64], NDArray[np.int64], 
     if not usable.any():
         raise CorruptMedia(f"the edit list hides every one of {len(ticks)} frames")
     ticks, is_key = ticks[usable], is_key[usable]
+    # Stable, so that frames which share a time keep their order in the file.
     order = np.argsort(ticks, kind="stable")
     return ticks[order], np.flatnonzero(is_key[order]), early

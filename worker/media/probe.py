@@ -36,6 +36,7 @@ from ralf.worker.media.types import Probe
 from ralf.worker.settings import Settings
 
 CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
+# FFmpeg compares its whitelist with names of decoders, and AV1 and VP9 have several.
 DECODERS = ",".join(sorted(CODECS | {"libdav1d", "libaom-av1", "libvpx", "libvpx-vp9"}))
 """FFmpeg's names of the decoders that may be opened, also while it examines the streams."""
 LEAST_SIDE = 16
@@ -106,6 +107,7 @@ def open_media(name: str, demuxer: str, most_pixels: int) -> Any:
             format=demuxer,
             container_options=options,
             options={"max_pixels": str(most_pixels)},
+            # Phones write titles in any encoding; that is no reason to refuse a video.
             metadata_errors="replace",
             timeout=(PASS_SECONDS, PASS_SECONDS),
         )
@@ -207,6 +209,7 @@ class _PacketPass:
     def run(self, container: Any) -> None:
         """Read to the end, to a break, or to the first limit that is exceeded."""
         context = self.stream.codec_context
+        # One picture is wanted, and decoding in threads would delay it by a packet for each thread.
         context.thread_count = 1
         context.options = {
             "max_pixels": str(_padded_area(self.settings.max_width, self.settings.max_height))
@@ -312,6 +315,7 @@ def _facts(name: str, size: int, stream: Any, reading: _PacketPass) -> Probe:
         raise CorruptMedia(
             f"none of the first pictures of {len(shown.times_s)} can be decoded; upload it again"
         )
+    # The header's size was checked before any decoding; the bitstream may say another.
     refuse_pixels(first.width, first.height, reading.settings)
     shown.refuse_rate(reading.settings)
     quarter_turns, mirrored = turn(first)

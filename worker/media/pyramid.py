@@ -58,6 +58,7 @@ def all_windows(height: int, width: int, min_face: float, device: torch.device) 
         y = torch.arange((rows - 2 + 1) // 2 - 4).float()
         x = torch.arange((columns - 2 + 1) // 2 - 4).float()
         cells = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).view(-1, 2) * STRIDE
+        # As facenet-pytorch counts: boxes begin at pixel one.
         start, end = ((cells + 1) / scale).floor(), ((cells + WINDOW) / scale).floor()
         boxes.append(torch.cat([start, end], 1))
         level.append(torch.full((len(cells),), number))
@@ -78,6 +79,7 @@ def _windows(length: Tensor | int, count: int, steps: Tensor) -> tuple[Tensor, T
     """First and one-past-last input of those `steps` among `count` outputs over `length` inputs."""
     if isinstance(length, Tensor):
         length = length[:, None]
+    # Rounded down and up, as torch's `area` does, so neighbouring windows may share an input.
     return steps * length // count, ((steps + 1) * length + count - 1) // count
 
 

@@ -58,6 +58,7 @@ def weights(axis: Axis, size: int, padding: Literal["edge", "zero"]) -> Tensor:
     share = 1 - ((tap - middle[..., None] + 0.5) / reach[..., None]).abs()
     share = share.clamp(min=0) * (tap < last[..., None])
     share = share / share.sum(-1, keepdim=True)
+    # As many bits as let a region's largest weight fit into BITS, chosen anew for each region.
     scaled = share.amax((1, 2), keepdim=True) * 2.0 ** torch.arange(1, MOST_BITS + 1, device=device)
     bits = ((scaled + 0.5).floor() < 2**BITS).sum(-1, keepdim=True)
     share = (share * 2.0**bits + 0.5).floor() / 2.0**bits
@@ -108,6 +109,8 @@ def _groups(regions: NDArray[np.int64], height: int, width: int) -> Iterator[NDA
     """Rows of regions alike in size, as many as may stand in memory side by side."""
     across = np.minimum(regions[:, 2] - regions[:, 0], width)
     down = np.minimum(regions[:, 3] - regions[:, 1], height)
+    # A group takes the memory of its largest region times its length, so one large face among small
+    # ones would cost much.
     order = np.argsort(np.maximum(across, down), kind="stable")
     first = 0
     for last in range(len(order)):

@@ -131,6 +131,8 @@ def route(
         return Route("pyav", refused)
     pixels = pixels_read(probe, wanted)
     on_cpu = (in_progress.cpu + pixels * RELATIVE_COST[probe.codec]) / (cores * rates.core)
+    # One clip keeps one of the chip's decoders busy, so its own speed is a limit; with several
+    # clips the limit is the whole chip.
     on_gpu = rates.begin_s + max(
         pixels / rates.gpu_alone, (in_progress.gpu + pixels) / rates.gpu_full
     )
@@ -180,9 +182,12 @@ class RoutedDecoder:
                     yield from self.decoders[decoder].decode(share)
                 except JobError as error:
                     failed.append(error)
+                # At once and not in `finally`: DALI's share is done, while PyAV's may take minutes
+                # more.
                 self._count(decoder, -pixels[decoder])
                 pixels[decoder] = 0.0
         finally:
+            # Also where the caller closes this generator in the middle of a clip.
             for decoder, cost in pixels.items():
                 self._count(decoder, -cost)
         if failed:

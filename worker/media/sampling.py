@@ -57,6 +57,8 @@ def for_long_clip(
     wanted = min(math.ceil(probe.duration_s / GAP_S), most_frames)
     while sampling.mode == "uniform" and wanted > sampling.max_frames:
         finer = sampling.model_copy(update={"max_frames": wanted})
+        # Computed each time, because the cost does not fall in step with the frames: a wanted frame
+        # costs all frames since its keyframe.
         if pixels_read(probe, plan(Clip(probe, finer))) <= most_pixels:
             return finer
         wanted //= 2
@@ -73,6 +75,7 @@ def frames_read(probe: Probe, wanted: NDArray[np.int64]) -> int:
     group = np.searchsorted(probe.keyframes, wanted, side="right")
     last_of_group = np.flatnonzero(np.r_[np.diff(group) > 0, True])
     ends = wanted[last_of_group]
+    # Before the first keyframe, which an edit list may hide, reading begins at the file's start.
     starts = np.r_[0, probe.keyframes][group[last_of_group]]
     return int((ends - starts + 1).sum())
 

@@ -117,6 +117,7 @@ def probe_image(path: str | Path, settings: Settings) -> Probe | None:
             variable_rate=not still and bool(np.ptp(np.diff([*times, duration_s])) > 1e-9),
             frame_count=len(times),
             times_s=times,
+            # One only: a frame of an animation may change parts of the frame before it.
             keyframes=np.zeros(1, np.int64),
             start_s=0.0,
             colour_space="rgb",
@@ -145,6 +146,7 @@ def _guarded(path: str | Path, format_name: str, settings: Settings) -> Iterator
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata
+            # Pillow raises its error only above twice the limit, and warns below.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -170,6 +172,7 @@ def _times(image: Image.Image, format_name: str) -> tuple[NDArray[np.float64], f
             image.seek(len(times))
         except EOFError:
             break
+        # Some of Pillow's readers know a frame's duration only once it is loaded.
         image.load()
         times.append(at / 1000)
         shown = float(image.info.get("duration") or 0.0)
@@ -209,6 +212,7 @@ class ImageDecoder:
                 with _guarded(*what):
                     if probe.frame_count > 1:
                         image.seek(int(number))
+                    # Not around the yield: an error of the caller's must not become corrupt_media.
                     pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)[None].contiguous()
                 yield Frames(
                     clip=clip,
@@ -225,6 +229,7 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Upright u8 [h, w, 3]; transparent parts are white, as most viewers show them."""
     picture = ImageOps.exif_transpose(image)
     if picture.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them, not scale
+        # 65,535 / 257 is 255.
         deep = np.asarray(picture).astype(np.float64)
         picture = Image.fromarray((deep / 257).clip(0, 255).round().astype(np.uint8))
     if picture.has_transparency_data:

@@ -59,6 +59,7 @@ def searched_rows(times_s: NDArray[np.float64], every: int) -> NDArray[np.int64]
     for row in range(len(times_s)):
         last = rows[-1] if rows else -1
         ends = row + 1 == len(times_s)
+        # The next row's time counts: without this row, the gap would reach from the last one to it.
         if not rows or ends or row - last >= every or times_s[row + 1] - times_s[last] > GAP_S:
             rows.append(row)
     return np.array(rows, np.int64)

@@ -51,6 +51,7 @@ def to_sdr(codes: NDArray[np.uint16], transfer: Transfer, *, wide: bool) -> NDAr
         light = np.take(_light(transfer), codes[:, band].reshape(3, -1))
         if transfer == "HLG":
             # BT.2100: a display brightens a pixel by its own luma, not each colour by itself.
+            # 0.2 is BT.2100's system gamma of 1.2 less one, for a display of 1000 nits.
             light *= (LUMA @ light) ** np.float32(0.2) * np.float32(PEAK_NITS / WHITE_NITS)
         if wide:
             light = TO_BT709 @ light

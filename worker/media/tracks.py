@@ -54,6 +54,7 @@ class OpenTrack:
 
 
 def _area(boxes: Boxes) -> Boxes:
+    # Never 0: sizes are divided by, and their logarithm is taken.
     return np.asarray(np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3), axis=1))
 
 
@@ -104,6 +105,7 @@ class Tracker:
         """One frame."""
         ids = np.full(len(boxes), -1, np.int64)
         strength = _area(boxes) * confidence
+        # Of equally strong faces the place decides, so that the finder's order means nothing.
         followed = np.lexsort((*boxes.T, -strength))[: self.max_tracks]
         self.overflowed |= len(boxes) > self.max_tracks
         now = boxes[followed]
@@ -126,6 +128,7 @@ class Tracker:
         waiting = [replace(t, missed=t.missed + 1) for t in self._open if t.track not in here]
         stay = [t for t in waiting if t.missed <= MISSES or time_s - t.time_s <= UNSEEN_S]
         kept = [*sorted(seen, key=_by_track), *sorted(stay, key=lambda t: (t.missed, t.track))]
+        # A slide show opens a track at each slide, so the open ones are bounded too.
         return kept[: self.max_tracks]
 
 

@@ -259,6 +259,7 @@ def _polylines(track: Track, span_ms: int) -> list[str]:
     for place, sample in enumerate(track.samples):
         if place and gaps[place - 1] > longest:
             pieces.append([])
+        # SVG takes no percentages here, so the template's viewBox is 1000 wide.
         x = 1000 * sample.time_ms / span_ms
         pieces[-1].append(f"{x:.1f},{_height(sample.score, LINE_PX):.1f}")
     return [" ".join(points) for points in pieces]

@@ -36,6 +36,7 @@ STRONGEST = 6
 """Pictures shown large."""
 FACES_FOR_REVIEW = 32
 """Places kept per track in a review: as many as training samples."""
+# /9j/ is how FF D8 FF, a JPEG's first bytes, begins in base64.
 JPEG_BASE64 = re.compile(r"/9j/[A-Za-z0-9+/]+={0,2}")
 """Anything else in a picture's place is left out: it would not be a picture."""
 UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -254,6 +255,7 @@ def review_draft(verdict: Verdict) -> dict[str, Any]:
     """A ralf.review/1 document without what the person adds: decision, labels, note, time."""
     tracks = []
     for track in verdict.tracks:
+        # Spread over the track, because the first faces alone would show one moment.
         step = max(1, -(-len(track.samples) // FACES_FOR_REVIEW))
         faces = tuple(
             FaceAt(time_ms=sample.time_ms, frame=sample.frame, box=sample.box)
