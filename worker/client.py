@@ -169,6 +169,7 @@ def request(
     except ValidationError as fault:
         first = fault.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        # from None: pydantic's own text quotes the input, and a signed URL is a credential.
         raise InvalidRequest(
             f"{where}: {first['msg']}, got {_shown(first['input'])}; see docs/job.schema.json"
         ) from None
@@ -292,6 +293,7 @@ class Client:
         def read() -> SessionVerdict | None:
             try:
                 return self.session(session_id, tenant=tenant)
+            # No segment has ended yet; the first one makes the session.
             except NotFound:
                 return None
 
@@ -316,6 +318,7 @@ class Client:
         """What `read` returns, now and after each change; a message says when to read again."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._reaching(), self.store.redis.pubsub(ignore_subscribe_messages=True) as channel:
+            # Before the first read: a change between the two would be missed.
             channel.subscribe(self.store.watch_channel(name))
             seen = read()
             yield seen
@@ -325,6 +328,8 @@ class Client:
                     raise TimedOut(
                         f"{name} did not end within {timeout:g} s, it goes on: last seen as {seen}"
                     )
+                # What the message says does not matter: the state is read again, also when none
+                # came.
                 channel.get_message(timeout=min(left, POLL_S))
                 now = read()
                 if now != seen:
@@ -372,6 +377,7 @@ class AsyncClient:
         return await asyncio.to_thread(self._client.submit, media, token=token, **options)
 
     async def submit_many(self, requests: Iterable[Job]) -> list[Submission]:
+        # Listed here: a generator may use what belongs to the event loop's thread.
         return await asyncio.to_thread(self._client.submit_many, list(requests))
 
     async def status(self, job_id: str) -> Status:
@@ -395,6 +401,7 @@ class AsyncClient:
     async def watch(self, job_id: str, *, timeout: float | None = None) -> AsyncIterator[Status]:
         """As Client.watch; a task that is cancelled leaves its thread waiting for up to 5 s."""
         statuses = self._client.watch(job_id, timeout=timeout)
+        # None marks the end: asyncio cannot carry StopIteration out of a thread.
         while (status := await asyncio.to_thread(next, statuses, None)) is not None:
             yield status
 

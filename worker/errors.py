@@ -22,6 +22,7 @@ class RalfError(Exception):
     """Base of everything Ralf raises on purpose."""
 
 
+# Not a RalfError: what handles errors must not take a cancel for one.
 class Cancelled(Exception):
     """The job was asked to stop."""
 
@@ -153,6 +154,7 @@ def by_code() -> dict[str, type[JobError]]:
     while queue:
         kind = queue.pop()
         queue.extend(kind.__subclasses__())
+        # vars, not hasattr: Rejected and its like inherit a code that no job ends with.
         if "code" in vars(kind):
             found[kind.code] = kind
     return found

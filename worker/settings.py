@@ -80,6 +80,8 @@ class Settings:
     tenant_running_max: int = 0
     """Jobs that one tenant may have with workers at once, so that it cannot hold all; 0: no cap."""
     child_max_jobs: int = 500
+    # Of the child's first resident size: a larger child is replaced between two jobs, which bounds
+    # a slow leak.
     child_max_rss_ratio: float = 1.5
     child_max_rss: int = 0
     """Bytes; above it a child is killed in the middle of a job. 0 means 80 % of the memory."""
@@ -87,6 +89,7 @@ class Settings:
     hang_s: float = 60.0
     """A child that reports no progress for so long, inside one job, is taken for hung."""
     heartbeat_s: float = 10.0
+    # Three heartbeats, so that one or two may be late before the job is given to another worker.
     heartbeat_ttl_s: float = 30.0
     grace_s: float = 25.0
     """After SIGTERM a job may run on for so long before it is handed back."""
@@ -122,6 +125,7 @@ class Settings:
     """Allowed buckets as tenant=scheme://bucket; the tenant * is everyone."""
     s3_endpoint: str = ""
     gs_endpoint: str = ""
+    # Standard Webhooks asks for 15 to 30 s.
     webhook_timeout_s: float = 20.0
     webhook_delays_s: tuple[float, ...] = (
         5.0,
@@ -137,6 +141,7 @@ class Settings:
     """Between one attempt at a push and the next: ten attempts over some 75 hours."""
     webhook_secrets: tuple[str, ...] = ()
     """tenant/secret_id=whsec_…; the tenant * is everyone; the same twice: both sign (rotation)."""
+    # Standard Webhooks recommends bodies below 20 kB.
     webhook_max_body: int = 20_000
 
     # watching

@@ -85,6 +85,7 @@ def record(
         timings=timings,
         ratios={
             f"{name}: pyav / dali, {at_once} at once": round(
+                # PyAV's time is of one clip, DALI's of all that are at once.
                 at_once
                 * timings[f"{name}: pyav"].median_s
                 / timings[f"{name}: dali, {at_once} at once"].median_s,
@@ -135,6 +136,7 @@ def distance(pyav: PyavDecoder, dali: DaliDecoder, clip: Clip) -> dict[str, floa
         for decoder in (pyav, dali)
     )
     for one, other in zip(*both, strict=True):
+        # Differences of uint8 would wrap around below 0.
         apart = np.abs(one.cpu().numpy().astype(np.int16) - other.cpu().numpy())
         mean, most, frames = mean + float(apart.mean()), max(most, float(apart.max())), frames + 1
     return {"levels_apart_mean": round(mean / frames, 4), "levels_apart_most": most}

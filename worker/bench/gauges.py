@@ -38,6 +38,7 @@ class Gauges:
                     [*_command(self.device)], stdout=subprocess.PIPE, text=True
                 )
         if self._process is not None:
+            # It empties the pipe: nvidia-smi would block once that is full.
             self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
             self._reader.start()
         return self
@@ -48,11 +49,13 @@ class Gauges:
         wall = time.perf_counter() - self._start
         process = psutil.Process()
         if self._process is not None and self._reader is not None:
+            # Before the join: the reader ends when the other end of its pipe is closed.
             self._process.terminate()
             self._process.wait()
             self._reader.join()
         self.used = {
             "cpu_cores": round((sum(process.cpu_times()[:2]) - self._cpu_s) / wall, 2),
+            # In KiB on Linux; the peak of the whole process, not of this block alone.
             "rss_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
             **_summary(self._lines),
         }
@@ -64,6 +67,7 @@ class Gauges:
 
 
 def _command(device: torch.device) -> list[str]:
+    # By UUID: CUDA_VISIBLE_DEVICES changes torch's numbers and not those of nvidia-smi.
     uuid = torch.cuda.get_device_properties(device).uuid
     return [
         "nvidia-smi",
@@ -93,6 +97,7 @@ def held(device: str) -> dict[str, float]:
     process = psutil.Process()
     now = {"rss_mib": process.memory_info().rss / 2**20, "files": float(process.num_fds())}
     if torch.device(device).type == "cuda":
+        # The whole device: what DALI or TensorRT allocates is not in torch's own figures.
         free, total = torch.cuda.mem_get_info(device)
         now["vram_mib"] = (total - free) / 2**20
     return now

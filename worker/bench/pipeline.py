@@ -58,6 +58,7 @@ def measured(clips: list[Path], parts: Parts, args: argparse.Namespace) -> Recor
     """Everything that was asked for, in one record."""
     ask = Ask(sampling=Sampling(mode="uniform", max_frames=args.frames), evidence=QUIET)
     shared = together(parts)
+    # Rounded up: there must be at least as many walks as run at once.
     several = clips * -(-args.at_once // len(clips))
     plain = PlainWay(parts, ask.sampling or parts.default_sampling, every=False)
     facts: dict[str, Any] = {}
@@ -71,6 +72,7 @@ def measured(clips: list[Path], parts: Parts, args: argparse.Namespace) -> Recor
         facts["at once"] = summary(found)
 
     def theirs() -> None:
+        # It runs once a repeat: only the last one's times are kept.
         plain.stages_ms.clear()
         facts["plain"] = {"faces": sum(plain(clip) for clip in clips)}
         facts["plain"]["stages_ms"] = {
@@ -80,6 +82,7 @@ def measured(clips: list[Path], parts: Parts, args: argparse.Namespace) -> Recor
     ways = {"ralf": one_by_one, f"ralf, {args.at_once} at once": at_once, "plain": theirs}
     with Gauges(parts.engine.device) as gauges:
         timings = interleave(ways, repeats=args.repeats)
+    # Once more alone: the gauges above are a mean over all ways.
     with Gauges(parts.engine.device) as busy:
         at_once()
     seconds = [probe(clip, parts.settings).duration_s for clip in clips]

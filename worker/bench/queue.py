@@ -114,6 +114,7 @@ def own_redis() -> Iterator[Supervisor]:
             redis_url=f"unix://{folder / 'redis.sock'}",
             redis_prefix="bench:",
             work_dir=str(folder),
+            # No recycling: the start of a new child would count as a cost of the queue.
             child_max_jobs=0,
             log_level="warning",
         )
@@ -238,6 +239,7 @@ def _latency(supervisor: Supervisor, count: int) -> list[float]:
     client.store.function = TRIVIAL
     rng, spent = random.Random(0), []
     try:
+        # Not timed: the first job waits until the worker and its child are up.
         client.result(client.submit_many([_job("first")])[0].job_id, timeout=60.0)
         for number in range(count):
             time.sleep(rng.uniform(0.5, 1.5) * IDLE_S)

@@ -78,6 +78,7 @@ class Group:
         verdicts = self.store.key("verdicts")
         _wait(lambda: self.store.redis.xlen(verdicts) >= count, f"{count} jobs did not end")
         spent = sum(map(cpu_seconds, pids)) - before
+        # By the jobs' own times, since the wait above reads the stream only each 20 ms.
         first, last = self._span([job.job_id for job in made])
         self.store.redis.delete(verdicts)
         return Turn((last - first) / count, spent / count)
@@ -197,5 +198,6 @@ def _facts(by: Mapping[int, list[Turn]], cores: int) -> dict[str, object]:
         "linearity": {str(n): round(_rate(turns) / (n * one), 3) for n, turns in by.items()},
         "processor_ms_a_job": {str(n): round(1000 * spent, 2) for n, spent in processor.items()},
         "cores_busy": {str(n): round(_rate(by[n]) * spent, 2) for n, spent in processor.items()},
+        # Processor time is counted in ticks: a short run may show none at all.
         "most_jobs_per_s_of_these_cores": round(cores / max(min(processor.values()), 1e-4)),
     }

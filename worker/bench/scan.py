@@ -67,11 +67,13 @@ def run_find(args: argparse.Namespace) -> int:
     torch.set_num_threads(cores(settings))
     found = probe(clip, settings)
     sampling = Sampling(mode="uniform", max_frames=args.frames)
+    # So large that all frames come in one chunk: each way must get the same ones.
     decoder = PyavDecoder(chunk_bytes=2 * 2**30)
     frames = next(decoder.decode([Clip(found, sampling)]))
     ours = Mtcnn(wanted, device)
     full = list(frames.pixels.permute(0, 2, 3, 1).contiguous().numpy())
     copies = list(ours.reduced(frames.pixels).cpu().permute(0, 2, 3, 1).contiguous().numpy())
+    # 12 pixels are what the first of MTCNN's networks takes.
     least = max(12, round(wanted.min_face * copies[0].shape[1] / found.width))
     alike = MTCNN(keep_all=True, min_face_size=least, device=device)
     plain = MTCNN(keep_all=True, device=device)

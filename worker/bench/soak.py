@@ -41,6 +41,7 @@ def slope(values: Sequence[float] | NDArray[np.float64]) -> Slope:
     """The slope of one quantity, recorded after each clip."""
     later = np.asarray(values, np.float64)[int(len(values) * WARM_UP) :]
     blocks = [block for block in np.array_split(later, BLOCKS) if len(block)]
+    # A line through two points has no error, and so no interval.
     if len(blocks) < 3:
         raise ValueError(f"a slope needs at least 3 clips after the warm-up, got {len(blocks)}")
     ends = np.cumsum([len(block) for block in blocks])
@@ -82,10 +83,12 @@ def soak(
             analyze(clips[number % len(clips)], parts, ask=ask)
             spent = time.perf_counter() - start
             with lock:
+                # Under the lock, so that the same place of each list is the same clip.
                 for name, value in {**held(parts.engine.device), "clip_s": spent}.items():
                     recorded.setdefault(name, []).append(value)
 
     with ThreadPoolExecutor(at_once) as pool:
         for walk in [pool.submit(walks) for _ in range(at_once)]:
+            # Raises what the walk raised; leaving the pool does not.
             walk.result()
     return recorded

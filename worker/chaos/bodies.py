@@ -191,6 +191,7 @@ def spin(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
 
 def leak(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     """Keeps the MiB in its tag for good, then succeeds."""
+    # Random bytes: pages of zeros that were never written need no memory.
     _LEAKED.append(bytearray(os.urandom(1024) * (1024 * int(_argument(task, 32.0)))))
     return blank_verdict(task), Evidence()
 

@@ -106,6 +106,7 @@ class FaultInjector:
         self.finish_started()
         if time.monotonic() < self._next:
             return
+        # A fault that finds no process stays wanted, so that each kind comes in its turn.
         fault = self._wanted = self._wanted or self._chosen()
         if self._inject(fault):
             self.injected[fault] += 1
@@ -163,6 +164,7 @@ class FaultInjector:
 
     def _hit_worker(self, fault: Fault, away: float) -> bool:
         """A worker in the middle of a job, if there is one."""
+        # Read before the fault: right after it the jobs may have moved already.
         held, workers = self._held(), self._up()
         by_pid = {worker.pid: worker for worker in workers}
         busy = [worker for worker in workers if worker.pid in held]
@@ -182,6 +184,8 @@ class FaultInjector:
             self.hit.add(worker.pid)
             self._supervisor.signal(worker, signal.SIGSTOP)
             lease = self._supervisor.settings.heartbeat_ttl_s
+            # From below to above a lease: some paused workers keep their job and some have lost
+            # it.
             self._paused = (time.monotonic() + self._random.uniform(0.8, 1.6) * lease, worker)
         else:
             return False
@@ -251,6 +255,7 @@ class JobWatcher:
         open_ids += [w.job_id for w in self._faults.affected if w.recovered_s is None]
         open_ids = list(dict.fromkeys(open_ids))
         with self._store.redis.pipeline(transaction=False) as pipe:
+            # So that an outage is seen also when no job is left to read.
             pipe.ping()
             for job_id in open_ids:
                 key = self._store.key("job", job_id)

@@ -142,6 +142,7 @@ def _ends(store: Store, found: Mapping[str, Ended], seen: Iterable[SeenEnd]) -> 
         if fields[b"type"] in (b"verdict.ready", b"verdict.failed"):
             entries[decoded(fields[b"job_id"])].append(json.loads(fields[b"data"]))
     for job_id, job in found.items():
+        # Popped: what is left afterwards belongs to no job that was asked for.
         said = [entry["state"] for entry in entries.pop(job_id, [])]
         if job.status.ended and said != [job.status.state]:
             yield f"job {job_id} is {job.status.state}, the stream has {said}"
@@ -162,6 +163,7 @@ def _ends(store: Store, found: Mapping[str, Ended], seen: Iterable[SeenEnd]) -> 
 def _blame(found: Mapping[str, Ended], hit: Collection[int]) -> Iterator[str]:
     for job_id, job in found.items():
         for crash in job.crashes if job.asked.innocent else ():
+            # A crash with other jobs in the child is charged to none of them.
             if crash["alone"] and pid_of(crash["worker"]) not in hit:
                 yield (
                     f"job {job_id} ({job.asked.kind}) is blamed for {crash['code']} in "
@@ -180,6 +182,7 @@ def pid_of(worker: str) -> int:
 
 def delivery_id(tenant: str, job_id: str, state: str) -> str:
     """The id that this end determines, computed as the standard's readers would."""
+    # Computed anew: an id that was read from Redis would only agree with itself.
     event = "verdict.ready" if state == "succeeded" else "verdict.failed"
     return "msg_" + hashlib.sha1(f"{tenant}\0{job_id}\0{event}".encode()).hexdigest()
 

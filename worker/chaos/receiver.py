@@ -87,6 +87,8 @@ class Receiver:
             signed = False
         with self._lock:
             answer = self._answer_of(message_id) if unreliable else "taken"
+            # Before the answer: a push is delivered even if its deliverer is killed while it
+            # waits.
             self._receipts.append(
                 Receipt(time.time(), message_id, body.decode(errors="replace"), signed, answer)
             )
@@ -96,6 +98,7 @@ class Receiver:
         """Wait before the answer: a moment, or longer than the deliverer waits."""
         with self._lock:
             self._open += 1
+        # Outside the lock: a stalled push must not hold up the others.
         time.sleep(self._stall_s if answer == "stalled" else self._random.uniform(0.0, DELAY_S))
         with self._lock:
             self._open -= 1

@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if figures["wrong"] else 0
 
 
+# SIGTERM as Ctrl-C: an exception runs the clean-up, the default action does not.
 def _interrupt(_: int, __: object) -> None:
     raise KeyboardInterrupt
 
@@ -121,6 +122,7 @@ def chaos(plan: Plan) -> dict[str, Any]:
         base = replace(Settings(), **timing)
         receiver = Receiver(
             secret,
+            # A second refusal would wait for production's second delay, which is five minutes.
             refusals=1 if plan.default_timings else 2,
             stall_s=base.webhook_timeout_s + 0.5,
             seed=plan.seed,
@@ -150,6 +152,7 @@ def chaos(plan: Plan) -> dict[str, Any]:
         supervisor = stack.enter_context(
             _service(settings, folder, workers=priorities(plan.workers), share=plan.share)
         )
+        # Registered last and so called first: it must not wait for a Redis that was stopped.
         stack.callback(uploader.stop)
         return Run(plan, supervisor, uploader, receiver).run(stack)
 
@@ -184,6 +187,7 @@ class Run:
     ) -> None:
         self.plan, self.supervisor = plan, supervisor
         self.uploader, self.receiver = uploader, receiver
+        # No retries: the loop must not stand still while Redis is away.
         self.store = Store(connect(supervisor.settings.redis_url, attempts=0), supervisor.settings)
         self.faults = FaultInjector(
             supervisor, self.store, plan.rates, seed=plan.seed, pushing=lambda: receiver.busy
@@ -204,6 +208,7 @@ class Run:
         took = time.monotonic() - self.began
         self.uploader.stop()
         self.supervisor.stop("worker", "janitor", "deliverer")
+        # The last fault may have killed it, and the proof reads all of it.
         self.supervisor.wait_for_redis()
         self._check_processes()
         asked = self.uploader.asked()
@@ -228,6 +233,7 @@ class Run:
                 if over():
                     return
             except RedisError:
+                # Redis is away on purpose: read again in the next turn.
                 pass
             self._tell(injecting)
             if time.monotonic() > end:
@@ -283,6 +289,7 @@ class Run:
             if process.role == "redis":
                 continue
             status = process.exit_code
+            # SIGKILL came from a fault; one that had to be killed at the stop is in `killed`.
             if status not in (0, NO_REDIS, -signal.SIGKILL):
                 self.wrong.append(f"{process.name} left with status {status} when told to stop")
         for name in self.supervisor.killed:
@@ -309,6 +316,7 @@ class Run:
             "seed": self.plan.seed,
             "timings": "default" if self.plan.default_timings else "short",
             "settings": {} if self.plan.default_timings else SHORT,
+            # The names of the figures stay, so that the records can be compared.
             "tempo": asdict(self.plan.rates),
             "appendfsync": "always",
             "workers": self.plan.workers,

@@ -63,6 +63,7 @@ KINDS: Mapping[str, Kind] = {
 
 def mix(count: int, rng: random.Random) -> list[str]:
     """So many kinds in a random order, each by its share and, if there is room, at least once."""
+    # Less one: each kind is in `chosen` once already.
     more = [name for name, kind in KINDS.items() for _ in range(int(kind.share * count) - 1)]
     more += ["trivial"] * (count - len(KINDS) - len(more))
     rng.shuffle(more)
@@ -166,6 +167,7 @@ class Uploader:
                 self.wrong.append(f"the client raised {type(error).__name__}: {error}")
 
     def _send(self, batch: list[Upload]) -> None:
+        # By body, since the function that a job names is set on the whole store.
         for body in dict.fromkeys(upload.body for upload in batch):
             same = [upload for upload in batch if upload.body == body]
             for upload in same:
@@ -236,6 +238,7 @@ class Uploader:
                 return do()
             except QueueUnavailable:
                 self.facts["unavailable"] += 1
+                # When told to stop, or it would wait for a Redis that stays away.
                 if self._stop.wait(0.3):
                     raise
 

@@ -29,6 +29,7 @@ from ralf.worker.wording import LABEL_WORDS
 
 RED, BLUE, AMBER, GREY = (200, 30, 45), (0, 110, 160), (190, 120, 0), (90, 90, 90)
 COLOURS = {"likely_forged": RED, "likely_authentic": BLUE}
+# MPEG's usual clock: the times of clips with a variable rate fit it as well.
 TICKS = 90_000
 STILL_S = 1.0
 """How long a still is shown."""
@@ -41,6 +42,7 @@ def annotate(
     probed = image or probe(path, settings)
     clip = Clip(probed, verdict.made.sampling)
     every = np.arange(probed.frame_count)
+    # The scan decoded samples only. This decodes every frame, so the bound is checked again.
     refuse_work(pixels_read(probed, every), settings)
     decoder = ImageDecoder(settings) if image else PyavDecoder(settings.chunk_bytes)
     drawn = _drawn(decoder.frames(clip, every), verdict)
@@ -64,13 +66,16 @@ def _drawn(chunks: Iterator[Frames], verdict: Verdict) -> Iterator[tuple[float, 
 def _encode(frames: Iterator[tuple[float, Image.Image]], place: Path, probed: Probe) -> None:
     """H.264 with the clip's own times; odd sides are filled up, since 4:2:0 wants even ones."""
     width, height = probed.width + probed.width % 2, probed.height + probed.height % 2
+    # Broadcast rates such as 29.97 are fractions over 1001.
     rate = Fraction(probed.frame_rate or 25).limit_denominator(1001)
+    # faststart puts the index first, so that a browser plays before it has the whole file.
     with av.open(str(place), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream: Any = container.add_stream(
             "libx264", rate=rate, options={"crf": "20", "preset": "veryfast"}
         )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.time_base = Fraction(1, TICKS)
+        # Without the tag a player guesses the matrix, and colours shift.
         stream.codec_context.colorspace = av.video.reformatter.Colorspace.ITU709
         last = -1
         for time_s, picture in _shown_for_a_while(frames, probed):
@@ -125,6 +130,7 @@ class _Path:
         low, high = max(after - 1, 0), min(after, len(self.times_ms) - 1)
         nearest = min(low, high, key=lambda row: abs(self.times_ms[row] - time_ms))
         gap = self.times_ms[high] - self.times_ms[low]
+        # Between two samples that lie far apart the face was not found, so it has no box there.
         inside = self.times_ms[0] <= time_ms <= self.times_ms[-1] and gap <= 3 * self.reach_ms
         if not inside and abs(self.times_ms[nearest] - time_ms) > self.reach_ms:
             return None

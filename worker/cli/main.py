@@ -293,6 +293,7 @@ def main(arguments: Sequence[str] | None = None, more: Sequence[Register] = ()) 
 
     try:
         code: int = args.run(args)
+        # Here and not at exit, where a reader that has gone could not be handled any more.
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("ralf: interrupted", file=sys.stderr)
@@ -300,6 +301,7 @@ def main(arguments: Sequence[str] | None = None, more: Sequence[Register] = ()) 
     except BrokenPipeError:
         # the reader has gone; keep Python from complaining about it once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # What a shell reports of a program that SIGPIPE ended.
         return 128 + signal.SIGPIPE
     except SettingsError as error:
         print(f"ralf: {error}", file=sys.stderr)

@@ -60,11 +60,13 @@ def _placed(
     parent = place if several else place.parent
     if not parent.is_dir():
         raise usage(f"{option}: there is no folder {parent}")
+    # Now and not at the first write: the scan before it may take hours.
     if not os.access(parent, os.W_OK | os.X_OK):
         raise usage(f"{option}: the folder {parent} may not be written to")
     found = {
         source: parent / f"{name}{end}" if several else place for source, name in names.items()
     }
+    # Resolved: a link to an input is that input, and it would be overwritten.
     judged = {source.path.resolve() for source in names if source.path is not None}
     for path in found.values():
         if path.resolve() in judged:
@@ -76,6 +78,7 @@ def _names(sources: Sequence[Source]) -> dict[Source, str]:
     """What each source's files begin with; sources of one file name are numbered."""
     names: dict[Source, str] = {}
     taken: set[str] = set()
+    # A file that is named twice is one source, and needs one name.
     for source in dict.fromkeys(sources):
         name, number = source.file_name, 1
         while name in taken:

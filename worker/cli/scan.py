@@ -143,6 +143,7 @@ def prepare(args: argparse.Namespace) -> Scan:
     # a person wants the verdict; the service's lines are for logs, and shown when asked for
     telemetry.configure(replace(settings, log_level=os.environ.get("RALF_LOG_LEVEL", "warning")))
     _check_min_face(args.min_face)
+    # Before the model is loaded, which takes seconds: a wrong option is reported at once.
     listed = sources(args.files)
     writes = targets(
         listed, report=args.report, output_dir=args.output_dir, annotated=args.annotated
@@ -220,6 +221,7 @@ def _bar(name: str, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
 
 def _show(name: str, verdict: Verdict, *, as_json: bool) -> None:
     if as_json:
+        # At once: in a pipe Python would keep the line until its buffer is full.
         print(dump(verdict), flush=True)
         return
     on_terminal = sys.stdout.isatty()

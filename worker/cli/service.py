@@ -61,9 +61,11 @@ def _answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
             where = ".".join(str(part) for part in first["loc"])
             print(f"ralf: {where}: {first['msg']}", file=sys.stderr)
             return 2
+        # Before NotFinished, its base: this one may be tried again, so it exits with 5.
         except client.TimedOut:
             raise
         except client.JobFailed as error:
+            # Another run may succeed: 5, not 4.
             if issubclass(by_code().get(error.code, object), Interrupted):
                 raise
             print(f"ralf: {error}", file=sys.stderr)
@@ -142,6 +144,7 @@ def _run_submit(args: argparse.Namespace) -> int:
         )
         for uri, token in zip(uris, tokens, strict=True)
     ]
+    # Every request was checked above, so that none is sent when one of them is wrong.
     with _client(args) as client:
         submissions = client.submit_many(asked)
         if args.wait is None:
@@ -208,6 +211,7 @@ def _run_result(args: argparse.Namespace) -> int:
             from ralf.kernels.atomic_files import replace_text
             from ralf.worker.page.page import page  # Jinja2: a backend may not have it
 
+            # Not client.evidence(), which raises where none is kept: the page needs no pictures.
             kept = client.store.evidence(args.job)
             replace_text(Path(args.report), page(verdict, kept or Evidence()))
     return 0
@@ -328,6 +332,7 @@ def _run_serve(args: argparse.Namespace) -> int:
 
     refuse_inspection()
     stop = threading.Event()
+    # Before anything is started: SIGTERM must stop what it started in order, at any time.
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with embedded(_settings(args), data=args.data) as running:
         print(f"ralf: serving; RALF_REDIS_URL={running.redis_url}", file=sys.stderr, flush=True)
@@ -393,6 +398,7 @@ def _store(args: argparse.Namespace) -> Iterator["Store"]:
     from ralf.worker.service.store import Store, connect
 
     settings = _settings(args)
+    # Not connect()'s ten: a person waits for the answer.
     redis = connect(settings.redis_url, attempts=3)
     try:
         yield Store(redis, settings)

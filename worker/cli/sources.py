@@ -73,6 +73,7 @@ def sources(given: Sequence[str]) -> list[Source]:
 
 def shown_name(file: Path | str) -> str:
     """A file's name as text: bytes that are no UTF-8, and controls, as a visible mark."""
+    # A control character in a name could rewrite the terminal that it is printed on.
     text = os.fsencode(file).decode(errors="replace")
     return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
@@ -87,6 +88,7 @@ def _url(url: str) -> Source:
     parts = urlsplit(url)
     place = shown_name(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
     last = unquote(parts.path).rpartition("/")[2] or parts.netloc.rpartition("@")[2]
+    # Cut well below the 255 bytes of a file name: a number and an ending follow.
     return Source(url, place, place, re.sub(r"[^\w.-]+", "_", last).lstrip(".")[:150] or "url")
 
 
@@ -94,12 +96,14 @@ def _in_folder(folder: Path) -> list[Source]:
     """Its videos and images at any depth, by ending; hidden ones are left, links not followed."""
     found: list[Source] = []
 
+    # Without it os.walk leaves out such a folder in silence.
     def unreadable(error: OSError) -> None:
         place = shown_name(error.filename)
         why = UnreadableFile(f"cannot read {place}: {error.strerror}")
         found.append(Source(place, place, place, "folder", error=why))
 
     for at, below, names in os.walk(folder, onerror=unreadable):
+        # In place: os.walk goes into what is left in this very list.
         below[:] = [name for name in below if not name.startswith(".")]
         for name in names:
             path = Path(at, name)

@@ -48,7 +48,10 @@ from ralf.worker.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
+# A receiver may name any time: without a bound a delivery could wait for years.
 RETRY_AFTER_MOST_S = 86400.0
+# Standard Webhooks names 429, 502 and 504 as a wish for fewer pushes; HTTP defines Retry-After for
+# 503.
 BUSY = frozenset({429, 502, 503, 504})
 THREADS = 32
 SHARE = {"new": 4, "quick": THREADS, "slow": 6, "failing": 1}
@@ -61,6 +64,7 @@ endpoint it waits three quarters of a push's timeout."""
 POLL_S = 0.5
 LEASE_SPARE_S = 10.0
 """A taken delivery is due again after three timeouts and this."""
+# Of headers and body together.
 ANSWER_BYTES = 1 << 16
 POLITE_BYTES = 4096
 """This much of an answer is read, so that the receiver can finish sending; none of it is kept."""
@@ -166,6 +170,7 @@ class Secrets:
                     f"RALF_WEBHOOK_SECRETS: entry {number} should be TENANT/secret_id=whsec_ and "
                     "the base64 of 24 to 64 random bytes; the tenant * is every tenant"
                 )
+            # One id twice is a rotation: both secrets sign.
             self._hooks.setdefault((tenant, secret_id), []).append(Webhook(secret))
 
     def sign(self, tenant: str, secret_id: str, message_id: str, at: datetime, body: str) -> str:
@@ -200,6 +205,8 @@ def webhook_body(delivery: Delivery, most: int) -> str | None:
         def cut(kept: int) -> str:
             return _json(delivery, {**delivery.data, "message": message[:kept] + "…"})
 
+        # The limit is in bytes and the cut in characters: one needs up to four bytes, or six as an
+        # escape in JSON.
         fits = bisect_right(range(len(message)), most, key=lambda kept: len(cut(kept).encode()))
         text = cut(max(0, fits - 1))
     return text if len(text.encode()) <= most else None
@@ -258,6 +265,7 @@ class Deliverer:
                     log.warning("redis.unreachable", error=str(error))
                     taken = 0
                 if not taken:
+                    # A thread that becomes free ends the wait early.
                     self._free.wait(POLL_S)
                     self._free.clear()
 
@@ -270,6 +278,8 @@ class Deliverer:
         """Give free threads to due deliveries; gives how many were taken, to push or to put off."""
         with self._lock:
             free = THREADS - self._running.total()
+        # Take no more than there are threads for: what waits in the pool would use up its lease
+        # there.
         if free <= 0:
             return 0
         lease = 3 * self.settings.webhook_timeout_s + LEASE_SPARE_S
@@ -281,6 +291,7 @@ class Deliverer:
             if manner:
                 failing = manner == "failing"
                 wait = 0.75 * self.settings.webhook_timeout_s if failing else PUT_OFF_S
+                # At random times, or all that were put off together would come back together.
                 self.outbox.put_off(delivery.id, now + wait * random.uniform(0.5, 1.5))
             else:
                 pool.submit(self._handle, delivery, endpoint)
@@ -310,6 +321,7 @@ class Deliverer:
     def _handle(self, delivery: Delivery, endpoint: str) -> None:
         """In a thread of the pool: push, settle, and give the thread back whatever happens."""
         began = time.monotonic()
+        # Until it has succeeded: an exception must not leave the endpoint as quick.
         manner: Literal["quick", "slow", "failing"] = "failing"
         try:
             result = self.push(delivery)
@@ -325,8 +337,12 @@ class Deliverer:
             with self._lock:
                 self._running[endpoint] -= 1
                 if not self._running[endpoint]:
+                    # A Counter keeps zeros: it would grow by every endpoint that was ever pushed
+                    # to.
                     del self._running[endpoint]
                 self._manner[endpoint] = manner
+                # Tenants choose the addresses, so their number has no bound. A forgotten one is
+                # new again.
                 if len(self._manner) > 10_000:
                     self._manner.clear()
             self._free.set()
@@ -344,6 +360,7 @@ class Deliverer:
             return PushResult(
                 "dead", f"its body has more than {self.settings.webhook_max_body} bytes"
             )
+        # The header has whole seconds, and the signature must be over the same number.
         at = datetime.fromtimestamp(int(self.now()), UTC)
         signature = self.secrets.sign(delivery.tenant, delivery.secret_id, delivery.id, at, body)
         if not signature:
@@ -421,6 +438,8 @@ class Deliverer:
             log.info("webhook.delivered", **facts)
             return
         if result.kind == "gone":
+            # First: if this process dies before the dead letter is written, the next attempt finds
+            # the endpoint disabled and does not push again.
             self.outbox.disable_endpoint(delivery.tenant, delivery.url, now=self.now())
         delays = self.settings.webhook_delays_s
         if result.kind == "retry" and delivery.attempts <= len(delays):

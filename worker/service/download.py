@@ -33,6 +33,7 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 TRANSIENT = frozenset({408, 425, 429})
 
 _RANGE = re.compile(r"bytes ([0-9]+)-([0-9]+)/([0-9]+|\*)")
+# Without W/: a weak tag does not promise the same bytes, so a download cannot go on by it.
 _STRONG = re.compile(r'"[\x21\x23-\x7e]{1,500}"')
 
 
@@ -76,6 +77,7 @@ class UploadFile:
         """Take the next bytes."""
         self.watch()
         self.size += len(part)
+        # Before the bytes are written: the disk never holds more than the cap.
         if self.size > self.most:
             raise TooLarge(f"the upload has more than the {self.most} bytes that are taken")
         self._hash.update(part)
@@ -91,6 +93,7 @@ class UploadFile:
 
     def finish(self) -> Fetched:
         """All bytes have come: check them against what the job says."""
+        # Once more with what came: the source may have named no size, or a wrong one.
         self.expect(self.size)
         found = self._hash.hexdigest()
         if self.media.sha256 is not None and found != self.media.sha256:
@@ -117,6 +120,7 @@ def receiving(
         with os.fdopen(handle, "wb") as file:
             upload = UploadFile(media, Path(name), settings.max_bytes, watch, file)
             yield upload
+            # Inside the block, so that a file with a wrong hash is removed too.
             upload.finish()
     except OSError as error:  # the disk: network and object stores raise classes of ours
         Path(name).unlink(missing_ok=True)
@@ -147,6 +151,8 @@ class Download:
             except EgressDenied as error:
                 raise FetchDenied(str(error)) from error
             except (EgressFailed, FetchFailed) as error:
+                # The deadline may be what broke it: then watch() says so, and there is no other
+                # try.
                 self.upload.watch()
                 if turn == RESUMES or not self.upload.size or not self._validator:
                     raise FetchFailed(str(error)) from error
@@ -188,6 +194,7 @@ class Download:
         return following
 
     def _headers(self) -> dict[str, str]:
+        # Sizes, ranges and the hash are those of the file itself, not of a compressed form.
         headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
         if self.upload.size and self._validator:
             headers |= {"Range": f"bytes={self.upload.size}-", "If-Range": self._validator}
@@ -199,9 +206,11 @@ class Download:
         if answer.status == 206:
             total = self._continued(answer)
         elif self.upload.size:
+            # The server sent the whole file: it ignored the range, or the file has changed.
             self.upload.restart()
         if total is not None:
             self.upload.expect(total)
+        # A 206 may leave it out; after a 200 without one the download cannot be resumed.
         self._validator = _validator(answer) or (self._validator if answer.status == 206 else "")
         while part := answer.read(CHUNK):
             self.upload.write(part)
@@ -220,6 +229,8 @@ class Download:
     def _continued(self, answer: Answer) -> int | None:
         """A 206 must go on at the right byte of the same file; gives the whole file's size."""
         found = _RANGE.fullmatch(answer.header("Content-Range"))
+        # An empty validator ends the resuming: run() then gives up, and the job is retried from
+        # the start.
         if found is None or int(found[1]) != self.upload.size:
             self._validator = ""
             raise FetchFailed(f"{answer.target} goes on at another byte than was asked")
@@ -234,5 +245,6 @@ def _validator(answer: Answer) -> str:
     if _STRONG.fullmatch(tag):
         return tag
     with suppress(ValueError):
+        # If-Range takes a date only in HTTP's own form, which ends in GMT.
         return email.utils.format_datetime(email.utils.parsedate_to_datetime(date), usegmt=True)
     return ""

@@ -33,8 +33,10 @@ __all__ = ["Answer", "Egress", "EgressDenied", "EgressFailed", "Target"]
 CONNECT_S = 10.0
 IDLE_S = 20.0
 """The longest silence; the deadline bounds what trickles."""
+# How often `watch` is called while nothing comes, and the most that drain() may take.
 WAIT_S = 1.0
 AGENT = "ralf"
+# All of a name's addresses are judged; only so many are tried.
 MOST_ADDRESSES = 16
 
 Resolve = Callable[[str], Sequence[str]]
@@ -49,6 +51,7 @@ class EgressFailed(RalfError):
 
 def system_resolve(host: str) -> list[str]:
     """The system resolver's answer, each address once."""
+    # Without a type each address would come once for every kind of socket.
     infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
@@ -82,6 +85,7 @@ class _BoundedSocket:
         if now - since >= IDLE_S:
             raise TimeoutError(f"said nothing for {IDLE_S:g} s")
         self.watch()
+        # Short, so that the next round calls watch again.
         self.sock.settimeout(min(WAIT_S, self.deadline - now))
 
     def _patiently(self, act: Callable[[], int]) -> int:
@@ -94,6 +98,7 @@ class _BoundedSocket:
                 continue
 
     def sendall(self, data: bytes) -> None:
+        # Not sock.sendall(): after a timeout it does not say how much was sent.
         rest = memoryview(data)
         while rest:
             part = rest
@@ -141,10 +146,12 @@ class Answer:
     def read(self, most: int) -> bytes:
         """Some bytes, as they come; b"" at the body's end. EgressFailed when it breaks off."""
         try:
+            # read1 gives what has come; read would wait until there are `most` bytes.
             part = self._response.read1(most)
         except (OSError, HTTPException, ValueError) as error:
             raise EgressFailed(f"{self.target} broke off: {_named(error)}") from error
         self._read += len(part)
+        # The end of the connection gives b"" too, also when it comes too early.
         if not part and self.length is not None and self._read < self.length:
             raise EgressFailed(f"{self.target} broke off: {self._read} of {self.length} bytes came")
         return part
@@ -152,6 +159,7 @@ class Answer:
     def drain(self, most: int) -> None:
         """Read and drop the body for a moment, so that the other side can finish sending."""
         self._line.deadline = min(self._line.deadline, time.monotonic() + WAIT_S)
+        # The status is known already: a body that breaks off changes nothing.
         with suppress(EgressFailed):
             while self._read < most and self.read(most):
                 pass
@@ -226,6 +234,7 @@ class Egress:
             except (OSError, UnicodeError) as error:
                 found.append(OSError(str(error)))
 
+        # A daemon: one that hangs is left behind, and the process can still end.
         asking = threading.Thread(target=ask, name="resolve", daemon=True)
         asking.start()
         asking.join(max(0.0, min(CONNECT_S, deadline - time.monotonic())))
@@ -255,7 +264,10 @@ class Egress:
         try:
             connection = HTTPConnection(target.host, target.port)
             line = _BoundedSocket(sock, deadline, allowance, watch)
+            # http.client only writes and reads the syntax: given a socket it neither resolves nor
+            # connects.
             connection.sock = cast(Any, line)
+            # Without its own headers: Host must be as in the URL that was judged.
             connection.putrequest(method, target.path, skip_host=True, skip_accept_encoding=True)
             given = {
                 "Host": target.authority,
@@ -294,6 +306,7 @@ class Egress:
             if target.scheme == "http":
                 return sock
             try:
+                # Never 0: the socket would be non-blocking, and the handshake would fail at once.
                 sock.settimeout(max(0.001, min(CONNECT_S, deadline - time.monotonic())))
                 return (self._tls or _system_tls()).wrap_socket(sock, server_hostname=target.host)
             except (OSError, ValueError) as error:
@@ -303,4 +316,5 @@ class Egress:
 
 
 def _named(error: Exception) -> str:
+    # http.client quotes what the server sent, which may be long.
     return f"{type(error).__name__}: {error}"[:200]

@@ -107,6 +107,7 @@ class FetchThread:
         self._error: BaseException | None = None
         self._wake = wake
         self._stop, self._over = threading.Event(), threading.Event()
+        # A daemon: a fetch that hangs must not keep the process from ending.
         threading.Thread(
             target=self._work, args=(media, folder, tenant, settings), name="fetch", daemon=True
         ).start()
@@ -118,6 +119,7 @@ class FetchThread:
             )
         except BaseException as error:  # noqa: BLE001  carried over to the other thread
             self._error = error
+        # The file or error is stored first and the loop is woken last: it reads them at once.
         self._over.set()
         self._wake()
 
@@ -194,6 +196,7 @@ def _inside(uri: str, tenant: str, settings: Settings) -> tuple[Path, Path]:
         )
     path = Path(os.path.realpath(name))
     for root in _roots(tenant, settings):
+        # The root may be a link itself.
         real = Path(os.path.realpath(root))
         if path != real and path.is_relative_to(real):
             return path, real
@@ -239,6 +242,8 @@ def open_store(scheme: str, settings: Settings) -> Any:
 
 @lru_cache(maxsize=8)
 def _opened_store(scheme: str, endpoint: str) -> Any:
+    # A cached listing would answer the second info() from the first, and hide that the object
+    # changed.
     shared = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
         if scheme == "s3":
@@ -300,9 +305,11 @@ def _asked(name: str, ask: Callable[..., Any]) -> Any:
     except PermissionError as error:
         raise FetchDenied(f"{name} may not be read with the worker's credentials") from error
     except Exception as error:
+        # Only the type of the error: its text may hold a URL with its signature.
         raise FetchFailed(f"{name}: the store failed with {type(error).__name__}") from error
 
 
 def _version(facts: dict[str, Any]) -> tuple[Any, ...]:
+    # Each store names its versions otherwise; a name that one lacks is None both times.
     names = ("size", "ETag", "etag", "generation", "LastModified", "mtime")
     return tuple(facts.get(name) for name in names)

@@ -94,7 +94,9 @@ def serving_at(host: str, port: int, health: Health, metrics: Metrics) -> Iterat
     """The same on any address; port 0 takes a free one."""
 
     class Handler(BaseHTTPRequestHandler):
+        # By default each answer would name the version of Python.
         server_version, sys_version = "ralf", ""
+        # A client that connects and sends nothing would hold its thread for ever.
         timeout = 10.0
 
         def do_GET(self) -> None:
@@ -122,6 +124,7 @@ def serving_at(host: str, port: int, health: Health, metrics: Metrics) -> Iterat
             """Silent: a probe every few seconds is not worth a line."""
 
     class Server(ThreadingHTTPServer):
+        # An answer that is under way must not keep the process from ending.
         daemon_threads = True
 
     with Server((host, port), Handler) as server:

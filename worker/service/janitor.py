@@ -84,6 +84,7 @@ class Janitor:
 
     def run_if_due(self, now: float | None = None) -> SweepReport | None:
         """One sweep, unless another janitor swept within settings.janitor_every_s."""
+        # Less than the period: a janitor that wakes a moment early would lose its turn.
         if not self.store.call("awake", now, 0.9 * self.settings.janitor_every_s):
             return None
         return self.run_once(now)
@@ -126,6 +127,8 @@ class Janitor:
         """Search for queued jobs that are in no place, when the counts say that there are some."""
         if int(self.store.call("audit", now)) == 0:
             return ()
+        # The two sets are not read at one moment, so a job that just moved may seem lost: the
+        # script checks again.
         return tuple(
             job_id
             for priority in PRIORITIES
@@ -140,6 +143,7 @@ class Janitor:
     def _placed(self, priority: Priority) -> set[str]:
         queue = f"rq:queue:{self.store.queue(priority)}"
         tenants = self.store.redis.lrange(self.store.key("turn", priority), 0, -1)
+        # One transaction: a job that moves between two reads would seem to be in no place.
         with self.store.redis.pipeline() as pipe:
             pipe.zrange(self.store.key("due"), 0, -1)
             pipe.lrange(queue, 0, -1)

@@ -19,6 +19,7 @@ class Quarantine:
         self._entries = store.key("quarantine")
         self._order = store.key("quarantine", "at")
 
+    # The type is in quotes because `list` means this method inside the class.
     def list(self) -> "list[Quarantined]":
         """All of them, the latest first."""
         found = [Quarantined.read(entry) for entry in self.redis.hvals(self._entries)]
@@ -43,10 +44,14 @@ class Quarantine:
         if entry is None:
             return None
         if entry.file_sha:
+            # Or the new job would be quarantined before it runs, for the old crashes of its file.
             self.redis.delete(self.store.key("crashes", "workers", entry.file_sha))
+        # Without the deadline: it has most likely passed, and the job would expire at once.
         again = entry.job.model_copy(
             update={"job_id": uuid.uuid4().hex, "token": f"retry:{job_id}", "deadline": None}
         )
         submitted = self.store.submit([again], now=now)[0]
+        # Last: if this process dies before it, a second retry finds the entry and the same new
+        # job.
         self.drop(job_id)
         return submitted

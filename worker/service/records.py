@@ -55,6 +55,8 @@ class Submitted:
         if kind == b"conflict":
             stored, asked = json.loads(document), json.loads(dump(job))
             fields = stored.keys() | asked.keys()
+            # No field may differ although the hashes do: a client in another language computes its
+            # own.
             differ = {f for f in fields if stored.get(f) != asked.get(f)} - NOT_IN_HASH or {"body"}
         return cls(job_id.decode(), _state(state.decode()), kind != b"new", tuple(sorted(differ)))
 
@@ -118,6 +120,7 @@ class Status(BaseModel):
             job_id=job_id,
             state=_state(stored["state"]),
             tenant=stored["tenant"],
+            # The script knows no null: an empty string means none.
             tag=stored["tag"] or None,
             attempts=int(stored["attempts"]),
             submitted_at=float(stored["submitted_at"]),
@@ -204,6 +207,7 @@ class Quarantined:
             at=stored["at"],
             attempts=stored["attempts"],
             file_sha=stored["file_sha"] or None,
+            # null without crashes: cjson would write an empty table as an object, not as a list.
             crashes=tuple(Crash(**crash) for crash in stored["crashes"] or ()),
         )
 

@@ -56,11 +56,13 @@ def run_worker(
     shared names a folder: all workers with the same one use one child, up to `capacity` jobs at a
     time; without it the worker has a child of its own.
     """
+    # First: a child of the same user could read Redis' password in /proc/PID/environ.
     sandbox.refuse_inspection()
     Rollout.of(settings)  # a fault in it is the operator's, and told before anything starts
     telemetry.configure(settings)
     # The loop tries again by itself; one command must not block it for longer than its timeout.
     store = Store(connect(settings.redis_url, attempts=0, timeout_s=LOOP_TIMEOUT_S), settings)
+    # A connection of its own: the janitor waits out an outage of Redis, the loop must not.
     repairs = Store(connect(settings.redis_url), settings)
     wakeup, stop = Wakeup(), threading.Event()
     child = ChildProcess(settings, bodies=bodies, shared=shared, capacity=capacity)
@@ -73,6 +75,8 @@ def run_worker(
     janitor = threading.Thread(
         target=Janitor(repairs, settings).run_forever, args=(stop,), name="janitor", daemon=True
     )
+    # Undone from the last to the first: the janitor stops, then /metrics, then the child; the
+    # connections are closed last.
     with ExitStack() as stack:
         stack.callback(store.redis.close)
         stack.callback(repairs.redis.close)
@@ -107,6 +111,7 @@ def run_deliverer(settings: Settings) -> int:
         deliverer.start()
         while deliverer.is_alive():
             deliverer.join(0.5)
+    # A thread's exception does not come here: an end that was not asked for is a fault.
     return 0 if stop.is_set() else BROKEN
 
 
@@ -125,6 +130,7 @@ def _without_child(
     def beat() -> None:
         pulse[0] = time.monotonic()
 
+    # The pulse begins at 0: without this /healthz would fail until the first turn.
     beat()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask_to_stop)

@@ -44,6 +44,7 @@ OVERLAP = 0.3
 REACH_MS = 1000
 """A face may be unseen this long across a border, or REACH_STEPS sampling steps if longer."""
 REACH_STEPS = 2.5
+# Bounds the document only: tracks that are not listed are judged too.
 LISTED = 64
 EDGE = 0.5e-6
 """Half the last digit of a score: its logit stays finite."""
@@ -118,6 +119,7 @@ def digest(verdict: Verdict, part: SessionPart) -> str:
             "score_max": track.score_max,
         }
         for track in verdict.tracks
+        # Without a sample there is no box by which it could be joined.
         if track.samples
     ]
     kept = {
@@ -138,6 +140,7 @@ def fold(tenant: str, session_id: str, stored: Mapping[str, str]) -> SessionVerd
     failed = [FailedSegment(number=n, code=code) for n, code in _numbered(stored, "failed")]
     last = int(stored["last"]) if "last" in stored else None
     missing = _missing(segments, [entry.number for entry in failed], last)
+    # The model may change during a stream: the last segment's threshold judges all of it.
     policy = segments[-1] if segments else None
     tracks = [chain.listed(policy.aggregation) for chain in _join(segments)] if policy else []
     label, score, reason = _decide(tracks, policy.threshold if policy else None)
@@ -227,6 +230,7 @@ def _missing(
     came = sorted({*(segment.number for segment in segments), *failed})
     if not came:
         return ()
+    # A stream may count from any number: its first segment is the one that begins at 0 ms.
     opens = segments and segments[0].number == came[0] and segments[0].offset_ms == 0
     before = came[0] - 1 if opens else -1
     edges = [before, *came, *([last + 1] if last is not None and last > came[-1] else [])]
@@ -253,6 +257,7 @@ def _join(segments: Sequence[_Segment]) -> list[_Chain]:
                 chain = open_ends[partner]
             chain.pieces.append(piece)
             ends[piece.name] = chain
+        # Only this segment's tracks stay open: a face that is in none of them begins a new track.
         before, open_ends = segment, ends
     return chains
 
@@ -263,6 +268,8 @@ def _matches(before: _Segment, after: _Segment) -> dict[str, str]:
 
     reach = max(REACH_MS, REACH_STEPS * max(before.step_ms, after.step_ms))
     shared = overlap([old.last for old in before.pieces], [new.first for new in after.pieces])
+    # The names break ties, so that the same segments give the same tracks in whatever order they
+    # end.
     pairs = sorted(
         (
             (-float(shared[i, j]), old.name, new.name)

@@ -77,15 +77,18 @@ from ralf.worker.service.records import (
 from ralf.worker.settings import Settings
 
 PRIORITIES: tuple[Priority, ...] = ("high", "default")
+# A job keeps its last ten crashes in Redis, each with at most this much of the child's log.
 DETAIL_BYTES = 4096
 END_BY_CODE: Mapping[str, State] = {"cancelled": "cancelled", "deadline_passed": "expired"}
 RQ_TTL_S = 3600
 """What RQ shows of an ended job is kept for this long."""
 TRIES = 3
+# A try fails only when another segment ended since the read; the janitor folds what eight miss.
 FOLD_TRIES = 8
 PAGE = 500
 
 
+# One for each thread: a Store is shared between threads, and each call has a deadline of its own.
 _call = threading.local()
 
 
@@ -119,6 +122,8 @@ class _RetryUntil(Retry):
             return super().call_with_retry(in_time, *args, **kwargs)
         finally:
             if outermost:
+                # Also after an error: with the old time the thread's next call would be over
+                # before it began.
                 _call.until = None
 
 
@@ -156,6 +161,7 @@ def request_hash(job: Job) -> str:
     Fields that have their default are left out, so that a release with a new field gives the same
     hash as the release before it.
     """
+    # The keys are sorted: a release that orders its fields otherwise must give the same hash.
     body = job.model_dump(mode="json", exclude=set(NOT_IN_HASH), exclude_defaults=True)
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -247,6 +253,8 @@ class Store:
 
         alone says whether the child has no other job now; `beat` corrects it.
         """
+        # Made here and not in the script: when redis-py sends the call twice, the second one must
+        # find its own claim and not another worker's.
         nonce = nonce or uuid.uuid4().hex
         reply = self.call("begin", now, job_id, nonce, worker, _flag(alone))
         if reply is None:
@@ -255,6 +263,8 @@ class Store:
         try:
             job = Job.model_validate_json(document)
         except ValidationError as fault:
+            # It is claimed already. Left alone its lease would run out, and it would count as a
+            # crash.
             failure = Failure(
                 code="bad_request",
                 message=f"the stored job does not fit ralf.job/1: {fault.errors()[0]['msg']}; "
@@ -335,6 +345,7 @@ class Store:
         """Put the job off and charge a retry; past the last one it fails with this failure."""
         if delay_s is None:
             delays = self.settings.retry_delays_s or (0.0,)
+            # Jitter: jobs that failed together should not all come back together.
             delay_s = delays[min(claim.retries, len(delays) - 1)] * random.uniform(0.8, 1.2)
         text = failure.model_copy(update={"attempts": claim.attempt}).model_dump_json()
         return self._outcome("retry", now, claim.job_id, claim.nonce, delay_s, text)
@@ -397,6 +408,8 @@ class Store:
             verdict = sessions.fold(tenant, session_id, stored)
             facts = json.dumps(sessions.facts(verdict))
             alert = _flag(sessions.is_alert(verdict))
+            # The script compares the revision: it writes nothing if a segment has ended since the
+            # read.
             written = self.call(
                 "fold", now, tenant, session_id, verdict.revision, dump(verdict), facts, alert
             )
@@ -418,9 +431,11 @@ class Store:
             pipe.zcard(self.key("outbox"))
             pipe.zcard(self.key("dead"))
             pipe.hlen(self.key("quarantine"))
+            # Jobs were submitted by this clock, so their ages are by it too.
             pipe.time()
             *by_priority, due, outbox, dead, quarantined, clock = pipe.execute()
         at = float(clock[0]) + float(clock[1]) / 1e6 if now is None else now
+        # Each priority has four replies; the fourth is its oldest job.
         oldest = [first[0][1] for first in by_priority[3::4] if first]
         return Counts(
             waiting=dict(zip(PRIORITIES, by_priority[0::4], strict=True)),
@@ -501,6 +516,7 @@ def _submission(job: Job, function: str) -> tuple[Any, ...]:
         "" if job.callback is None else dump(job.callback),
         "" if job.session is None else dump(job.session),
         "" if job.deadline is None else repr(job.deadline.timestamp()),
+        # The format in which RQ stores created_at.
         created.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         function,
         job.media.sha256 or "",
@@ -537,6 +553,7 @@ def lua_source(settings: Settings) -> str:
         "rq_timeout": int(settings.timeout_most_s) + 120,
         "rq_ttl": RQ_TTL_S,
     }
+    # A number or a plain string in JSON is one in Lua too.
     lines = [f"  {name} = {json.dumps(value)}," for name, value in constants.items()]
     lines.append("  priorities = {" + ", ".join(json.dumps(name) for name in PRIORITIES) + "},")
     folder = files("ralf.worker.service").joinpath("lua")

@@ -31,6 +31,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[^:\[\]@%]+)(?::([0-9]{1,5}))?")
 _NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+# % is among them: what is percent-encoded already must not be encoded twice.
 _SAFE = "!#$%&'()*+,/:;=?@[]~"
 
 
@@ -71,6 +72,7 @@ def read_url(url: str) -> Target:
     scheme, authority, path, query = found[1].lower(), found[2], found[3] or "/", found[4] or ""
     if scheme not in PORTS:
         raise EgressDenied(f"{scheme}: is not reached over the network; use https")
+    # Before the pattern below, which refuses it too but cannot say why.
     if "@" in authority:
         raise EgressDenied("the URL has a user before its host; use a signed URL instead")
     parts = _AUTHORITY.fullmatch(authority)
@@ -92,6 +94,7 @@ def _host(text: str) -> str:
     name = text.lower()
     if not name.isascii():
         try:
+            # IDNA reads these three signs as dots: one label would become several.
             name = idna.encode(name).decode() if not re.search("[。．｡]", name) else ""
         except (idna.IDNAError, UnicodeError):
             name = ""
@@ -164,6 +167,7 @@ def _embedded_ipv4(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
         return (address.sixtofour,)
     if address.teredo is not None:
         return address.teredo
+    # 0000:5efe or 0200:5efe: the mask drops the bit that says universal. & binds closer than ==.
     isatap = int(address) >> 32 & 0xFDFFFFFF == 0x5EFE
     if isatap or any(address in network for network in (_NAT64, _NAT64_OWN, _COMPATIBLE)):
         return (low,)
@@ -172,11 +176,13 @@ def _embedded_ipv4(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
 
 def _public(address: Address) -> bool:
     inside = _embedded_ipv4(address)
+    # First: a tunnel's address may be public although the host inside is not.
     if any(not _public(inner) for inner in inside):
         return False
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None or address in _NAT64:
             return True  # it is the address inside; on an IPv6-only network the only way to it
+        # All public addresses are in 2000::/3; one with a scope belongs to a single link.
         if address not in _UNICAST or address.scope_id:
             return False
     return address.is_global and not any(
