@@ -9,8 +9,8 @@ each has one job in flight.  At most `capacity` jobs run at a time, one on a CPU
 their arrival.  A job that must run alone waits until the others have ended, and no other starts
 beside it.
 
-One thread talks, `capacity` threads work, and the first of them loads the model.  The child never
-retries and never decides: its parents judge deadlines, hangs and memory, and kill it.  It exits
+One thread serves the connections, `capacity` threads work, and the first of them loads the model.
+The child never retries a job: its parents judge deadlines, hangs and memory, and kill it.  It exits
 when the process that spawned it dies, when a parent tells it to, when the device's context is
 lost, or, when it is shared, after nobody has been connected for a while.
 """
@@ -45,6 +45,8 @@ log = structlog.get_logger()
 
 IDLE_S = 1.0
 """How long a working thread waits for a job before it checks for a promoted model."""
+# Some messages are sent under the queue's lock: a parent that is stopped must not hold up the jobs
+# of the others for ever.
 SEND_TIMEOUT_S = 30.0
 PARTIAL_EVERY_S = 5.0
 """A partial verdict costs a judgement; the first comes with the first chunk of frames."""
@@ -59,6 +61,7 @@ class ParentConnection:
         self.job: ChildJob | None = None
         self.greeted = False
         self.gone = False
+        # The talking thread and a working thread may both send; their frames must not mix.
         self._sending = threading.Lock()
         connection.settimeout(SEND_TIMEOUT_S)
 
@@ -139,6 +142,7 @@ class RunQueue:
                 return None
             job = self._waiting.popleft()
             self._running.append(job)
+            # Before the job begins, so that a crash in its first frame is blamed on no single job.
             if len(self._running) > 1:
                 self._tell_parents()
             return job
@@ -153,12 +157,14 @@ class RunQueue:
     def _may_start(self) -> bool:
         if self._closed or not self._waiting:
             return False
+        # Only the first may start: if others passed it, a job that must be alone might wait for
+        # ever.
         if self._running and self._waiting[0].run.alone:
             return False
         return not any(job.run.alone for job in self._running)
 
     def _tell_parents(self) -> None:
-        """Each parent of a running job must know whether its job could be blamed for a crash."""
+        """A parent blames its job for a crash only when it ran alone: send how many others run."""
         for job in self._running:
             job.parent.send(messages.OtherJobs(count=len(self._running) - 1))
 
@@ -170,7 +176,7 @@ class RunQueue:
 
 
 class Child:
-    """The thread that talks to the parents, and the threads that work."""
+    """The thread that serves the parents' connections, and the threads that run jobs."""
 
     def __init__(
         self,
@@ -194,7 +200,7 @@ class Child:
         self._ready: messages.Ready | messages.Unready | None = None
 
     def serve(self) -> int:
-        """Talk until there is a reason to exit; returns the exit status."""
+        """Serve the connections until there is a reason to exit; returns the exit status."""
         threading.Thread(target=self._load_and_work, name="work-0", daemon=True).start()
         connected_at = time.monotonic()
         with selectors.DefaultSelector() as selector:
@@ -210,12 +216,14 @@ class Child:
                             return 0
                 if self._parents:
                     connected_at = time.monotonic()
+                # 60 s end an exclusive child to which no parent has ever connected.
                 elif time.monotonic() - connected_at > (self._linger_s or 60.0):
                     return 0
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         try:
             connection, _ = self._listener.accept()
+        # The parent may have gone since select(), and the listener does not block.
         except OSError:
             return
         parent = ParentConnection(connection)
@@ -248,6 +256,8 @@ class Child:
     def _obey(self, parent: ParentConnection, message: messages.Message) -> bool:
         match message:
             case messages.Hello(version=messages.VERSION):
+                # Both under the lock that _announce() takes: a parent that greets while the model
+                # becomes ready would else get no Ready, or two.
                 with self._parents_lock:
                     parent.greeted = True
                     ready = self._ready
@@ -282,7 +292,7 @@ class Child:
             parent.send(_cancelled(job_id, "the job was cancelled before its turn"))
 
     def _load_and_work(self) -> None:
-        """Load the model, tell every parent, then work beside the other threads."""
+        """Load the model, send the outcome to all parents, then run jobs like the other threads."""
         ready: messages.Ready | messages.Unready
         try:
             ready = messages.Ready(facts=self._models.open())
@@ -295,13 +305,14 @@ class Child:
             log.error("child.unready", error=ready.message)
             if not greeted:
                 time.sleep(1.0)  # a parent may still be about to connect
+            # sys.exit() would end this thread only.
             os._exit(5)
         for number in range(1, self._capacity):
             threading.Thread(target=self._work, name=f"work-{number}", daemon=True).start()
         self._work()
 
     def _announce(self, ready: messages.Ready | messages.Unready) -> int:
-        """Tell every parent, and later those that greet later; how many there were now."""
+        """Send it to all parents that have greeted, keep it for later ones; returns how many."""
         with self._parents_lock:
             self._ready = ready
             greeted = [parent for parent in self._parents if parent.greeted]
@@ -384,7 +395,7 @@ def _cancelled(job_id: str, message: str) -> messages.Failed:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The child's whole life."""
+    """Run the child process; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="ralf.worker.service.child", description="The warm child process."
     )
@@ -395,6 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--linger", type=float, help="shared: seconds to wait without a parent")
     options = parser.parse_args(arguments)
     missing = sandbox.enter(options.parent)
+    # A crash in native code writes the Python stack to stderr, whose end the quarantine keeps.
     faulthandler.enable()
     settings = Settings.from_environment()
     telemetry.configure(settings)
@@ -415,4 +427,4 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # worker threads may be in native code; nobody waits for them
+    os._exit(status)  # worker threads may be in native code; they are not waited for

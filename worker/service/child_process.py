@@ -1,7 +1,7 @@
-"""The parent's end of its child process: start it, talk to it, end it, and replace it in time.
+"""The parent's end of its child process: start it, exchange messages, end it, replace it.
 
-    ChildProcess      one parent's connection to a child, and to the next child after that one
-    ChildSupervisor   before each job: is the child there, ready, and fit for another job?
+    ChildProcess      one parent's connection to a child, and later to the child that replaces it
+    ChildSupervisor   before each job: checks that the child is there, ready, and fit for the job
 
 An exclusive child has a private folder and dies with its parent.  A shared child has a named
 folder: the first parent spawns it under a lock, the others connect, and it exits when nobody has
@@ -50,6 +50,8 @@ READ_OUT_S = 5.0
 """A dead child's stderr is read to its end; only a grandchild could keep it open for longer."""
 LOAD_TRIES = 5
 LONGEST_PAUSE_S = 30.0
+# Shared children outlive the object that spawned them.  Without waitpid() one that has ended stays
+# a zombie until this process ends.
 _LEFT_RUNNING: list[int] = []
 _ROOT = Path(ralf.__file__).resolve().parent.parent
 
@@ -63,7 +65,7 @@ def _reap() -> None:
 
 
 class ChildProcess:
-    """One parent's connection to one child, and to the next child after that one's end."""
+    """One parent's connection to one child, and later to the child that replaces it."""
 
     def __init__(
         self,
@@ -130,6 +132,8 @@ class ChildProcess:
     def _connected(self) -> socket.socket | None:
         connection = socket.socket(socket.AF_UNIX)
         try:
+            # Before the pid file is read: a dead child's file may name a process that is another
+            # program by now.
             connection.connect(str(self.folder / "socket"))
             info = psutil.Process(int((self.folder / "pid").read_text()))
         except (OSError, ValueError, psutil.Error):
@@ -143,6 +147,8 @@ class ChildProcess:
         path = self.folder / "socket"
         path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as listener:
+            # bind() creates the file with the umask's mode.  A chmod() after it would leave a
+            # moment in which others may connect.
             before = os.umask(0o177)
             try:
                 listener.bind(str(path))
@@ -156,11 +162,14 @@ class ChildProcess:
                 pass_fds=(listener.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # A shared child may outlive this parent; its pipe would then have no reader.
                 stderr=None if self.shared else subprocess.PIPE,
+                # A Ctrl-C in the terminal reaches the parent only, which drains first.
                 start_new_session=True,
             )
             self.pid = self._process.pid
             self._info = psutil.Process(self.pid)
+            # In one step, since processes.py reads the file without the lock.
             (self.folder / "pid.new").write_text(str(self.pid))
             (self.folder / "pid.new").replace(self.folder / "pid")
             connection = socket.socket(socket.AF_UNIX)
@@ -182,6 +191,7 @@ class ChildProcess:
     def _environment(self) -> dict[str, str]:
         environment = sandbox.environment(self.settings, os.environ)
         path = environment.get("PYTHONPATH")
+        # The child starts in the work folder: a checkout would not be found from there.
         environment["PYTHONPATH"] = f"{_ROOT}{os.pathsep}{path}" if path else str(_ROOT)
         return environment
 
@@ -216,6 +226,7 @@ class ChildProcess:
         for message in received or ():
             match message:
                 case messages.Ready():
+                    # Ready comes again after a promotion; the first size stays the measure.
                     self.first_rss = self.first_rss or self.rss()
                     self.ready = message
                 case messages.Unready():
@@ -265,6 +276,7 @@ class ChildProcess:
     def recycle_reason(self) -> str:
         """Why this child should be replaced before its next job; empty: it should not."""
         settings = self.settings
+        # The `> 0` of both conditions: a limit of 0 is no limit, and the first size may be unknown.
         if self.jobs_done >= settings.child_max_jobs > 0:
             return "jobs"
         if self.jobs_done and self.rss() > settings.child_max_rss_ratio * self.first_rss > 0:
@@ -288,6 +300,8 @@ class ChildProcess:
             self._leave_running()
         elif self._process is not None:
             try:
+                # It exits when its connection closes, but not while native code holds the
+                # interpreter.
                 code = self._process.wait(5.0)
             except subprocess.TimeoutExpired:
                 self.kill()
@@ -330,12 +344,12 @@ class ChildProcess:
             self.exit_code = self._process.poll()
             if self.exit_code is None:
                 _LEFT_RUNNING.append(self._process.pid)
-                self._process.returncode = 0  # or Popen complains that nobody waits
+                self._process.returncode = 0  # or Popen warns that it was not waited for
             self._process = None
 
 
 class ChildSupervisor:
-    """Sees to it that a fit child is ready before each job.
+    """Makes sure that a fit child is ready before each job.
 
     A child that does not load is tried again with growing pauses, since the reason may pass (a
     full device, a model that is being published).  After some tries the worker gives up, and
@@ -394,6 +408,7 @@ class ChildSupervisor:
         allowed = child.settings.child_start_timeout_s
         end = time.monotonic() + allowed
         while child.ready is None and not self._wakeup.stopping:
+            # In short waits: a load may take minutes, in which signals and /healthz need the loop.
             received = child.wait(min(0.5, end - time.monotonic()))
             self._wakeup.pulse = time.monotonic()
             if received is None or child.load_error:

@@ -1,8 +1,8 @@
-"""Tells Redis, from a thread of its own, that this worker and its job are alive.
+"""A thread that keeps the job's lease and RQ's records of this worker alive in Redis.
 
 A Redis that accepts a command and never answers blocks the caller until a timeout.  The loop that
 judges the run must not wait for that: a hung child would live on, and a drain would not end.  So
-this thread keeps the job's lease, writes its progress, hears whether it should go on, and keeps
+this thread extends the job's lease, writes its progress, asks whether it should go on, and keeps
 RQ's records alive, over a connection of its own with short timeouts.  The loop only reads `reply`.
 """
 
@@ -41,9 +41,10 @@ class _News:
 
 
 class Heartbeat:
-    """The thread, and what the loop and the thread tell each other."""
+    """The thread, and what it exchanges with the loop."""
 
     def __init__(self, store: Store, wakeup: Wakeup, *, rq_beat: Callable[[Any], None]) -> None:
+        # connect() gives half of the time to an answer.  No other attempt: the next beat is one.
         self._redis = connect(store.settings.redis_url, attempts=0, timeout_s=2 * TIMEOUT_S)
         self._store = Store(self._redis, store.settings)
         self._settings, self._wakeup, self._rq_beat = store.settings, wakeup, rq_beat
@@ -55,6 +56,7 @@ class Heartbeat:
         """About the job that runs now."""
         self._claim: Claim | None = None
         self._news = _News()
+        # Not 0: time.monotonic() may be small on a machine that has just started.
         self._beaten_at = self._rq_beaten_at = -1e9
         self._lock = threading.Lock()
         self._wake, self._stopping = threading.Event(), threading.Event()
@@ -85,6 +87,7 @@ class Heartbeat:
         """Keep this job's lease while the block runs."""
         with self._lock:
             self._claim, self._news, self.reply = claim, _News(), "go_on"
+            # The claim has just set the lease.
             self._beaten_at = time.monotonic()
         try:
             yield
@@ -140,6 +143,8 @@ class Heartbeat:
             due = time.monotonic() - self._beaten_at >= self._every_s
             if claim is None or not (due or news.alone is not None):
                 return
+            # The hash is written with every beat: one that is lost must not lose it, since a crash
+            # is charged to it.
             self._news = _News(file_sha=news.file_sha)
             if due:
                 self._beaten_at = time.monotonic()
@@ -155,12 +160,13 @@ class Heartbeat:
                 file_sha=news.file_sha,
             )
         except RedisError:
-            with self._lock:  # who was alone decides whom a crash blames: tell it the next time
+            with self._lock:  # `alone` decides what a crash is blamed on: the next beat writes it
                 if self._claim is claim and self._news.alone is None:
                     self._news.alone = news.alone
             raise
         self.failed = False
         with self._lock:
+            # The job may have ended while Redis answered; the reply must not cancel the next one.
             if self._claim is not claim:
                 return
             self.reply = reply

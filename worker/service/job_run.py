@@ -125,9 +125,12 @@ def memory_allowed(settings: Settings) -> int:
     """Above so many bytes a child is killed in the middle of a job."""
     if settings.child_max_rss:
         return settings.child_max_rss
+    # In a container the first figure is the host's memory, but the kernel enforces the cgroup's.
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    # Below the limit: at the limit the kernel sends SIGKILL, and that end names no reason and
+    # counts against no file.
     return int(0.8 * total)
 
 
@@ -149,6 +152,7 @@ def overrun(
     """
     if deadline is not None and datetime.now(UTC) >= deadline:
         return DeadlinePassed(f"the deadline {deadline} passed while the job ran")
+    # Until its turn a job waits for other parents' jobs: only its deadline counts.
     if times.started is None:
         return None
     allowed = time_allowed(settings, times.seconds)
@@ -197,6 +201,7 @@ class JobRun:
 
     def run(self) -> RunResult:
         """Fetch and analyse; the folder of the fetched file is removed afterwards."""
+        # A command that came too late for the job before must not end this one.
         self.wakeup.operator_kill = ""
         try:
             result = self._run()
@@ -209,6 +214,8 @@ class JobRun:
         """The parent cannot go on with this job; the child must not either."""
         log.error("job.io_failed", job_id=self.claim.job_id, error=repr(error))
         if self._sent:
+            # A shared child runs other parents' jobs.  It cancels this one when the connection
+            # closes.
             if not self.child.shared:
                 self.child.kill()
             self.child.detach()
@@ -237,6 +244,8 @@ class JobRun:
             wake=self.wakeup.wake,
         )
         while not fetching.over:
+            # Without the child: the fetch does not need it, and the socket of one that has gone is
+            # always readable, so select() would return at once.
             self._wait(listen=False)
             self._judge()
             if self._planned is not None:
@@ -296,6 +305,7 @@ class JobRun:
                 return self._done(message)
             case messages.Failed(job_id=self.claim.job_id):
                 return self._planned or self._failed(message)
+            # Ready and Compared may come during a job too; ChildProcess.receive() handles them.
             case _:
                 pass
         return None
@@ -308,6 +318,7 @@ class JobRun:
             self.heartbeat.note(progress=progress, partial=partial)
         except ValidationError as error:
             log.warning("child.misunderstood", job_id=self.claim.job_id, error=str(error)[:300])
+        # A report that does not have the length says 0, which would allow the longest time again.
         self._times.seconds = max(self._times.seconds, message.seconds)
 
     def _note_progress(self) -> None:
@@ -315,6 +326,8 @@ class JobRun:
 
     def _done(self, message: messages.Done) -> RunResult:
         """A verdict counts only if it is valid, and about this job."""
+        # A verdict that arrives during a drain is kept; one that arrives after a cancel, a deadline
+        # or a lost lease must not change that end.
         if self._planned is not None and self._planned.kind != "hand_back":
             return self._planned
         try:
@@ -327,6 +340,7 @@ class JobRun:
         return RunResult("verdict", verdict=verdict, evidence=evidence)
 
     def _untrusted(self, why: str) -> RunResult:
+        # A shared child too: a file that has taken it over reaches the other parents' jobs as well.
         self.child.kill()
         self.child.detach()
         return self._crash(f"the child cannot be trusted: {why}")
@@ -335,6 +349,8 @@ class JobRun:
         return RunResult.of(DecoderCrashed(why), detail=detail, alone=self._other_jobs == 0)
 
     def _failed(self, message: messages.Failed) -> RunResult:
+        # The child exits by itself a moment later.  Until then open() could still connect to a
+        # shared one.
         if message.fatal:
             self.child.kill()
             self.child.detach()
@@ -388,6 +404,7 @@ class JobRun:
         )
         if error is not None:
             result = RunResult.of(error, alone=self._other_jobs == 0)
+            # A job that hangs never acts on a Cancel, and one above the memory bound must not grow.
             grace = 0.0 if result.kind == "crash" else self.settings.cancel_grace_s
             self._plan(result, grace=grace)
         elif self._planned is None and self._must_drain(now):

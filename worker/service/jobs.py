@@ -1,6 +1,6 @@
 """The functions that a job may name, as they run in the child process.
 
-Production knows one function, `moderate`.  A process that was started with `--bodies test` knows
+Production has one function, `moderate`.  A process that was started with `--bodies test` has
 the test bodies of worker/chaos/bodies.py instead; benches and chaos runs do that.  A function gets
 a Task, reports its progress as it goes (a cancelled job stops there), and returns the verdict and
 its pictures, or raises a named error.
@@ -27,7 +27,7 @@ Bodies = Literal["moderate", "test"]
 
 
 class Report(Protocol):
-    """Tell progress, the clip's seconds, and how to judge what was seen; raises Cancelled."""
+    """Report progress, the clip's seconds, and how to judge what was seen; raises Cancelled."""
 
     def __call__(
         self, progress: Progress, seconds: float, partial: Callable[[], Verdict] | None = None, /
@@ -36,7 +36,7 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """One job in the child's hands."""
+    """One job as its function gets it."""
 
     run: Run
     job: Job
@@ -65,6 +65,8 @@ def moderate(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     except Exception as error:  # a library's own error says out of memory in its own way
         if not isinstance(as_job_error(error), GpuOom):
             raise
+    # Outside the except block: there the error's traceback keeps the first run's tensors, and the
+    # memory that they hold.
     return _analyze(task, halved(parts))
 
 
@@ -114,8 +116,10 @@ def as_job_error(error: BaseException) -> BaseException:
     if isinstance(error, (JobError, Cancelled)):
         return error
     kind, text = type(error).__name__, str(error)
+    # By name and text: isinstance would import torch, which a child with test bodies does without.
     if kind == "OutOfMemoryError":
         return GpuOom(f"the device ran out of memory: {text}")
+    # After such an error every later call on the device fails, so the child must end.
     if kind == "AcceleratorError" or "CUDA error" in text or "cuDNN error" in text:
         return GpuFatal(f"the device's context is lost: {text}")
     return DecoderCrashed(f"{kind}: {text}")

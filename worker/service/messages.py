@@ -24,7 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ralf.kernels.manifest import Reference
 
+# A parent of a newer release may connect to a shared child that still runs.  With another version
+# in its Hello it is refused at once, and not at a field in the middle of a job.
 VERSION = 2
+# The length comes from the other side, which may be a child that a file has taken over.  Without a
+# bound four bytes would make the parent allocate 4 GiB.
 MAX_FRAME = 64 * 1024**2
 _LENGTH = struct.Struct(">I")
 
@@ -60,7 +64,7 @@ class EngineFacts(_Frozen):
 
 
 class Hello(_Frozen):
-    """A parent introduces itself."""
+    """The first message of a parent: which protocol it speaks."""
 
     type: Literal["hello"] = "hello"
     version: int = VERSION
@@ -183,8 +187,9 @@ _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator=
 
 def encode(message: Message) -> bytes:
     """The message as one frame."""
+    # Not model_dump_json(), which raises for half a surrogate pair; a library's error text may hold
+    # one.  No JSON reader takes it, so it is replaced.
     text = json.dumps(message.model_dump(), separators=(",", ":"), ensure_ascii=False)
-    # A library's error text may hold half a surrogate pair, which no JSON reader takes.
     body = text.encode(errors="replace")
     if len(body) > MAX_FRAME:
         raise ProtocolError(
@@ -198,6 +203,7 @@ def decode(body: bytes) -> Message:
     try:
         return _ANY.validate_json(body)
     except ValidationError as error:
+        # Without the input: it may be megabytes, and it goes to the log.
         why = error.errors(include_url=False, include_input=False)[0]
         raise ProtocolError(
             f"expected a message of protocol {VERSION}, got {body[:80]!r}: {why['msg'][:200]}"
@@ -226,9 +232,10 @@ class Inbox:
 
 
 def receive(connection: socket.socket, inbox: Inbox) -> list[Message] | None:
-    """What arrived at one readable moment; None when the other side has gone."""
+    """The messages that one read completes; None when the other side has gone."""
     try:
         data = connection.recv(262_144)
+    # select() may call a socket readable that has nothing to read.
     except (BlockingIOError, InterruptedError):
         return []
     except OSError:

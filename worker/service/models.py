@@ -94,7 +94,9 @@ class Rollout:
 
 def drawn(salt: str, name: str, share: float) -> bool:
     """True for about this share of names; for one name always the same."""
+    # Not hash(), which differs from process to process.
     digest = hashlib.sha256(f"{salt}\0{name}".encode()).digest()
+    # Python compares an integer with a float exactly, so 0 draws none and 1 draws all.
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
@@ -181,6 +183,8 @@ class BackgroundLoad:
 
     def collect(self) -> bool:
         """Take the result of a load that has ended; whether one had, well or not."""
+        # The load's thread sets only the result.  If it cleared `_loading` as well, request()
+        # could start the same load again before its result is collected.
         result, model = self._result, self._loading
         if result is None:
             return False
@@ -213,6 +217,8 @@ def load(settings: Settings, model: str | None, *, together: bool = False) -> "P
     if together:
         parts = runtime.together(parts)
     try:
+        # The lock ends when the parts are freed, not when others replace them: a job may still use
+        # them.
         weakref.finalize(parts, os.close, hold(parts.artifact.path))
     except OSError as error:
         raise ModelUnavailable(f"{label(parts)} went away while it was loaded: {error}") from error
@@ -288,6 +294,7 @@ class LoadedModels:
         fresh, self._next.parts = self._next.parts, None
         if fresh is not None and self._own is not None:
             was, version = self._own.artifact.version, fresh.artifact.version
+            # None: `current` cannot be read now, and this version was the last that it named.
             if self._current() in {version, None}:
                 self._own = fresh
                 log.info("model.switched", version=version, was=was)

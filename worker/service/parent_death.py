@@ -18,6 +18,7 @@ def die_with(parent_pid: int, number: signal.Signals) -> None:
     """Get this signal when that process dies; exit at once if it is dead already."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    # It may have died before the request was made: then no signal comes.
     if os.getppid() != parent_pid:
         os._exit(0)
 

@@ -175,6 +175,7 @@ class Supervisor:
                 start_new_session=True,
             )
         finally:
+            # The child has its own copy of the descriptor.
             if output is not None:
                 output.close()
         process.stopping = False
@@ -233,7 +234,7 @@ class Supervisor:
         for process in going:
             process.stopping = True
             if process.pid and process.popen is not None:
-                process.popen.send_signal(signal.SIGCONT)  # one that is paused would not hear
+                process.popen.send_signal(signal.SIGCONT)  # a paused process gets SIGTERM after it
                 process.popen.terminate()
         end = time.monotonic() + self.settings.grace_s + STOP_SPARE_S
         for process in going:
@@ -302,6 +303,7 @@ def _tail(log: Path | None) -> str:
 def _shared_child(folder: Path) -> int:
     with suppress(OSError, ValueError):
         pid = int((folder / "pid").read_text())
+        # The file may outlive the child, and its number may be another program's by now.
         return pid if _is_child(pid) else 0
     return 0
 
@@ -338,6 +340,7 @@ def _redis_options(url: str, data: Path, *, durable: bool) -> list[str]:
     that loss from one of ours.
     """
     options = {
+        # No TCP port: whoever may use the socket's folder may use this Redis, and nobody else.
         "port": "0",
         "unixsocket": url.removeprefix("unix://"),
         "unixsocketperm": "700",
@@ -361,6 +364,7 @@ def redis_alone(settings: Settings, folder: Path, *, durable: bool) -> Iterator[
         supervisor.wait_for_redis()
         yield supervisor
     finally:
+        # Redis last: the others write the ends of their jobs to it.
         supervisor.stop("worker", "janitor", "deliverer")
         supervisor.stop("redis")
 
@@ -437,6 +441,7 @@ def embedded(
             _wait_for_workers(supervisor)
             yield Embedded(inside, supervisor)
         finally:
+            # Redis last: the others write the ends of their jobs to it.
             supervisor.stop("worker", "deliverer")
             supervisor.stop("redis")
 

@@ -67,6 +67,8 @@ POP_S = 1
 """An idle worker blocks in Redis for so long, then checks signals, the child and the queue."""
 LISTENER_END_S = 5.0
 """RQ's listening thread has so long to end; it is a daemon, so nothing depends on it."""
+# One of ours is a function's name and an id.  Without a bound a few compressed kilobytes, which
+# anybody who may write to the queue can send, would fill the worker's memory.
 PAYLOAD_BYTES = 65536
 REFUSED_TTL_S = 86400
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -78,8 +80,11 @@ def check_entry(raw: bytes | None, job_id: str, functions: Collection[str]) -> t
         return "", "its entry in Redis has no data"
     try:
         function, instance, arguments, keywords = json.loads(_inflate(raw))
+    # JSON that is nested too deep raises RecursionError; uncaught it would end every worker that
+    # takes the entry.
     except (ValueError, TypeError, zlib.error, RecursionError):
         return "", "its payload is not RQ's JSON of function, instance, arguments, keywords"
+    # The type first: `in` raises TypeError for a list or an object of JSON.
     if not isinstance(function, str) or function not in functions:
         listed = ", ".join(sorted(functions))
         return "", f"its function is {str(function)[:80]!r}; this worker runs only {listed}"
@@ -90,10 +95,12 @@ def check_entry(raw: bytes | None, job_id: str, functions: Collection[str]) -> t
 
 def _inflate(raw: bytes) -> bytes:
     """RQ compresses its payloads; our script does not. At most PAYLOAD_BYTES are inflated."""
+    # A zlib stream with the usual window begins with 0x78, a JSON list does not.
     if raw[:1] != b"\x78":
         if len(raw) > PAYLOAD_BYTES:
             raise ValueError("the payload is larger than any of ours")
         return raw
+    # zlib.decompress() has no bound on what it returns.
     inflater = zlib.decompressobj()
     data = inflater.decompress(raw, PAYLOAD_BYTES)
     if inflater.unconsumed_tail:
@@ -103,6 +110,7 @@ def _inflate(raw: bytes) -> bytes:
 
 def write_refused(pipe: Any, job: RqJob, fault: str, *, worker: str) -> None:
     """Replace the entry by one that RQ shows as failed and that names nothing to run."""
+    # HSET alone would keep fields such as callbacks, and fails when the key holds another type.
     pipe.delete(job.key)
     pipe.hset(
         job.key,
@@ -166,6 +174,7 @@ def log_finished(claim: Claim, result: RunResult, outcome: str) -> None:
             outcome=outcome,
             attempt=claim.attempt,
             total_s=result.total_s,
+            # submitted_at is the clock of the client's machine, which may be ahead of ours.
             wait_s=max(0.0, since - result.total_s),
             fetch_s=result.fetch_s,
             code=result.code,
@@ -201,9 +210,13 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         """Between a beat and the change of what it keeps alive."""
         self.broken = False
         """Whether the loop ended by an error of ours; the process then exits with an error."""
+        # EXPIRE takes whole seconds, and 0 would delete the worker's key at once.
         self._ttl = max(1, round(self.settings.heartbeat_ttl_s))
+        # Not 0: time.monotonic() may be small on a machine that has just started.
         self._suspension_read_at = -1e9
         self._current: RqJob | None = None
+        # RQ refuses the name of a worker that it still lists.  A container that was killed starts
+        # again with the same host name and the same process id, so the name has a random part.
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         super().__init__(
             [store.queue(priority)],
@@ -217,7 +230,8 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         self.queue: Queue = self.queues[0]
 
     def start(self) -> None:
-        """Listen to signals and load the child; raises ModelUnavailable."""
+        """Install the signal handlers and load the child; raises ModelUnavailable."""
+        # Before the load, which may take two minutes: SIGTERM ends it in order.
         self._install_signal_handlers()
         self.supervisor.start()
 
@@ -226,6 +240,8 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         self.register_birth()
         self.subscribe()
         self.set_state(WorkerStatus.STARTED)
+        # After the birth: a beat before it would create the worker's key, and RQ refuses to
+        # register a name whose key exists.
         self.beats.start()
         log.info("worker.started", worker=self.name, queue=self.queue.name, pid=os.getpid())
 
@@ -268,8 +284,11 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         idle_since = time.monotonic()
         while not self._stop_requested:
             try:
+                # The child is ready before a job is popped: while a model loads, for up to two
+                # minutes, another worker can take the job.
                 self.supervisor.ensure_ready()
                 self.wakeup.pulse = time.monotonic()
+                # ensure_ready() also returns, without a child, when a signal interrupts the load.
                 if self._stop_requested:
                     break
                 if self._suspended() or self._blocked():
@@ -317,12 +336,16 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             self.metrics.refused.inc()
             self.connection.lrem(self.queue.intermediate_queue_key, 0, job_id)
             return None
+        # Not RqJob.fetch(): it restores every field of the entry, its callbacks too.
         job = RqJob(text, connection=self.connection, serializer=self.serializer)
         job.origin = self.queue.name
         return job
 
     def _wait_for_redis(self, error: RedisError) -> None:
         log.warning("redis.unreachable", error=str(error))
+        # A loop that waits for Redis is live: /healthz must not have it restarted, which would not
+        # bring Redis back.  The command before may have taken seconds, so pulse before the sleep
+        # too.
         self.beats.failed = True
         self.wakeup.pulse = time.monotonic()
         time.sleep(1.0)
@@ -336,6 +359,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             # If the job was claimed, its lease runs out and the janitor queues it again.
             self._wait_for_redis(error)
         except BaseException:
+            # RQ's loop catches everything, logs it and returns as if all were well.
             self.broken = True
             raise
 
@@ -357,6 +381,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             with self.beats.keeping(claim):
                 result, outcome = self._run(claim, function)
             log_finished(claim, result, outcome)
+            # RQ counts good and bad ends only; a cancel and a deadline are the client's doing.
             succeeded = outcome in {"succeeded", "cancelled", "expired"}
         finally:
             self._unregister(job, well=succeeded)
@@ -387,6 +412,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         nonce = uuid.uuid4().hex
         while True:
             try:
+                # The payload first: begin() replaces an entry that is missing or of another type.
                 raw, alone = self._raw(job), not self.child.shared
                 return raw, self.store.begin(job.id, self.name, alone=alone, nonce=nonce)
             except RedisError as error:
@@ -399,6 +425,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         try:
             raw: bytes | None = self.connection.hget(job.key, "data")
         except ResponseError:  # somebody put another type there
+            # Not None: an entry of another type is refused, a missing one is written anew.
             raw = b""
         return raw
 
@@ -419,6 +446,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         """
         while True:
             try:
+                # Not even tried: a command to a silent Redis takes seconds that the exit has not.
                 if self._must_exit and not self.beats.reachable:
                     raise RedisError("Redis does not answer, and the worker has to exit")
                 return store_result(self.store, claim, result)
@@ -436,6 +464,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
 
     def _register(self, job: RqJob) -> None:
         """In RQ's registries; an outage is no reason not to run a job that we have claimed."""
+        # RQ's command kill-horse does nothing while this number is 0.
         self._horse_pid, self._began = self.child.pid, utc_now()
         self.metrics.running.set(1)
         with self._rq_lock, self._registries() as pipe:
@@ -448,6 +477,8 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         self._horse_pid = 0
         self.metrics.running.set(0)
         with self._rq_lock:
+            # Under the lock: a beat that comes between would write the execution that is deleted
+            # here, and RQ would show the job as running until its time to live is over.
             self._current = None
             with self._registries() as pipe:
                 self.cleanup_execution(job, pipe)
@@ -460,6 +491,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
     def _registries(self) -> Iterator[Any]:
         """One round trip for what RQ's tools show; left out while Redis does not answer."""
         try:
+            # Filled even when it is not sent: the calls in the block set fields of this object too.
             with self.connection.pipeline(transaction=False) as pipe:
                 yield pipe
                 if self.beats.reachable:
@@ -470,6 +502,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """RQ's commands stop-job and kill-horse, from its listening thread."""
+        # Before the kill: the loop may see the child's end at once, and would take it for a crash.
         self.wakeup.operator_kill = "stop-job" if self._stopped_job_id else "kill-horse"
         self._stopped_job_id = None
         self.child.kill()
@@ -489,6 +522,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             job = self._current
             if job is not None and self.execution is not None:
                 self.execution.heartbeat(job.started_job_registry, self._ttl, pipeline=pipe)
+            # HSET answers 1 for a new field: the worker's key was gone.
             forgotten = pipe.execute()[0] == 1
         if forgotten:  # paused for long, or Redis lost it
             self.last_heartbeat = utc_now()

@@ -115,6 +115,7 @@ def _drop_privileges(libc: ctypes.CDLL) -> bool:
 def _bound(limit: int, value: int) -> None:
     hard = resource.getrlimit(limit)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    # The hard limit too: the child could raise a soft one again.
     resource.setrlimit(limit, (value, value))
 
 
@@ -126,6 +127,7 @@ def _leave_network(libc: ctypes.CDLL) -> bool:
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
         return False
     for path, text in (
+        # The kernel takes a gid_map from an unprivileged process only after this.
         ("/proc/self/setgroups", "deny"),
         ("/proc/self/uid_map", f"{user} {user} 1"),
         ("/proc/self/gid_map", f"{group} {group} 1"),

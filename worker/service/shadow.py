@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TIMES = 10.0
 SLACK_S = 30.0
+# One at a time, since faulthandler has one alarm for the whole process: a second would replace it.
 _BUSY = threading.Lock()
 
 
@@ -82,6 +83,8 @@ class ShadowRun:
         seen: Verdict | None = None
         why = ""
         try:
+            # Twice the time: report() stops a shadow that still makes progress after once the time,
+            # and costs only the shadow.  The alarm ends the whole child.
             with _alone(2 * self._allowed_s):
                 seen = self._walked(leaving, start)
         except Cancelled:
@@ -119,8 +122,10 @@ class ShadowRun:
             if leaving() or time.monotonic() - start > self._allowed_s:
                 raise Cancelled
 
+        # The name may be gone, and the body wants a path: this one opens the file from its start.
         path = f"/proc/self/fd/{self._descriptor}"
         run = self.task.run.model_copy(update={"path": path, "fetch_ms": 0.0})
+        # Nobody would see its pictures.
         plain = EvidencePolicy(thumbnails=False, residuals=False, retain=False)
         job = self.task.job.model_copy(update={"evidence": plain})
         return self.body.work(Task(run, job, report), self.parts)[0]

@@ -1,4 +1,4 @@
-"""What signals and other threads tell the parent's loop.
+"""How signal handlers and other threads reach the parent's loop.
 
 A signal handler may run between any two instructions, so it only sets a flag here and wakes the
 loop.  RQ's listening thread and the thread that fetches do the same.
@@ -24,6 +24,8 @@ class Wakeup:
         self.pulse = time.monotonic()
         """When the loop turned last; /healthz depends on it."""
         self._read, self.write = os.pipe()
+        # A signal handler must not block on a full pipe.  A byte that does not fit is not needed:
+        # those in the pipe end the select() already.
         os.set_blocking(self._read, False)
         os.set_blocking(self.write, False)
 
@@ -39,6 +41,7 @@ class Wakeup:
     def clear(self) -> None:
         """Empty the pipe after it woke the loop."""
         with contextlib.suppress(BlockingIOError):
+            # One read: what is left over only ends the next select() too.
             os.read(self._read, 4096)
 
     def close(self) -> None:

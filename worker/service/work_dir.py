@@ -43,6 +43,7 @@ class WorkDir:
 
     def close(self) -> None:
         """Remove it."""
+        # Locked until it is gone, so that no other worker's _sweep() removes it at the same time.
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
@@ -51,6 +52,7 @@ def why_unusable(folder: Path) -> str:
     """Why no upload can be written there, such as a full disk; empty when one can."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
+            # A write finds a full disk, a quota, a read-only mount and a missing folder alike.
             file.write(bytes(PROBE_BYTES))
     except OSError as error:
         return f"nothing can be written to the work folder {folder}: {error.strerror or error}"
@@ -61,6 +63,7 @@ def _sweep(place: Path) -> None:
     """Remove our folders there whose owners are dead; those of other users are left alone."""
     for owner in place.glob(f"{PREFIX}*/{_OWNER}"):
         with suppress(OSError):  # it is locked, or somebody else is removing it
+            # In a shared folder such as /tmp another user may plant a link to a folder of ours.
             if owner.lstat().st_uid != os.getuid() or owner.parent.is_symlink():
                 continue
             with owner.open("r+") as lock:

@@ -71,12 +71,13 @@ class WorkerGroup:
 
     def pass_on(self, number: int, _: FrameType | None = None) -> None:
         """Send a signal to all; the first SIGTERM drains, the second hands back at once."""
+        # The first signal counts: a second must not extend the time.
         self._stopping_since = self._stopping_since or time.monotonic()
         for worker in self._supervisor.processes:
             self._supervisor.signal(worker, number)
 
     def watch(self) -> int:
-        """Until all have ended; 0 when they were told to end, and ended well."""
+        """Until all have ended; 0 when a signal ended them, and all ended well."""
         worst = 0
         workers = self._supervisor.processes
         while any(worker.pid for worker in workers):
@@ -89,6 +90,7 @@ class WorkerGroup:
                 code = worker.exit_code
                 if code is not None and not worst:
                     log.error("group.broken", worker=worker.name, code=code)
+                    # 0 is a failure too here: nobody has told the worker to leave.
                     worst = code if code > 0 else BROKEN
             if worst:
                 self.pass_on(signal.SIGTERM)
@@ -115,7 +117,7 @@ class WorkerGroup:
 
 
 def healthy(port: int) -> bool:
-    """Whether the worker there says that its loop runs, or nobody listens there yet."""
+    """Whether the worker there answers that its loop runs, or nothing listens there yet."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=ANSWER_S) as answer:
             return bool(answer.status == 200)
