@@ -5,7 +5,7 @@
     models/NAME/history    what was promoted and when; ralf.kernels.registry writes both
 
 VERSION is the first 8 hex digits of the SHA-256 of manifest.json, and the manifest holds the
-SHA-256 of every other file, so the folder's name vouches for everything in it.  A version never
+SHA-256 of every other file, so the folder's name identifies everything in it.  A version never
 changes: another calibration makes another version.
 
 Publishing writes to a hidden folder beside the version, flushes it and renames it.  A process
@@ -42,8 +42,10 @@ SHIPPED = Path(__file__).resolve().parent.parent / "models"
 REQUIRED = frozenset({"weights.safetensors", "golden.npz", "card.md"})
 MANIFEST, GOLDEN = "manifest.json", "golden.npz"
 CURRENT, HISTORY = "current", "history"
+# A manifest is read before its hash is known, so a huge one must not fill the memory.
 MANIFEST_MAX_BYTES = 1_000_000
 VERSION = re.compile(r"[0-9a-f]{8}")
+# No separator and no leading dot: a name in a manifest from elsewhere must not leave its folder.
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -134,6 +136,8 @@ class Golden:
     def to_bytes(self) -> bytes:
         """The bytes of golden.npz, the same for the same arrays."""
         buffer = io.BytesIO()
+        # numpy writes a fixed date into the archive, so the same crops do not become another
+        # version.
         np.savez_compressed(buffer, crops=self.crops, logits=self.logits)
         return buffer.getvalue()
 
@@ -153,6 +157,7 @@ def open_artifact(path: Path | str) -> Artifact:
     data = read_regular(path / MANIFEST, MANIFEST_MAX_BYTES)
     digest = hashlib.sha256(data).hexdigest()
     folder = path.resolve().name
+    # Before it is parsed: nothing in a changed manifest is to be believed.
     if folder != digest[:8]:
         raise Damaged(
             f"{path / MANIFEST} hashes to {digest[:8]}, its folder is named {folder}: "
@@ -188,6 +193,8 @@ def versions(models_dir: Path | str, name: str) -> list[str]:
 
     def published(path: Path) -> tuple[float, str]:
         manifest = path / MANIFEST
+        # The manifest's time: names are hashes without an order, and engines/ changes the folder's
+        # time.
         return (manifest.stat().st_mtime if manifest.is_file() else 0.0, path.name)
 
     return [p.name for p in sorted(found, key=published)]
@@ -244,7 +251,9 @@ def publish(models_dir: Path | str, draft: Manifest, files: Mapping[str, bytes |
     folder = Path(models_dir) / draft.name
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        # Under the lock no living writer has a hidden folder, so what is there is a dead one's.
         sweep(folder)
+        # In the model's folder: a rename is atomic within one file system only.
         staging = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
         try:
             return _publish_from(staging, folder, draft, files)
@@ -264,6 +273,7 @@ def sweep(folder: Path) -> None:
 
 def _choose(root: Path, name: str, wanted: str, have: list[str]) -> str:
     if wanted:
+        # A shorter prefix is soon shared by another version.
         matching = [v for v in have if v.startswith(wanted)] if len(wanted) >= 4 else []
         if len(matching) == 1:
             return matching[0]
@@ -297,6 +307,7 @@ def _publish_from(
             raise ArtifactError(f"{final} is another model with the same first 8 digits")
         return there
     staging.chmod(0o755)  # mkdtemp makes folders private; a worker may run as another user
+    # The names inside before the folder's own: after a power cut a visible version is whole.
     flush_folder(staging)
     staging.rename(final)
     flush_folder(folder)
@@ -329,6 +340,8 @@ def open_regular(path: Path) -> int:
         raise Damaged(f"{path} is missing") from None
     except OSError as error:
         raise Damaged(f"{path} cannot be read: {error.strerror}") from error
+    # Asked of the descriptor: between a check of the path and the open, the file could be
+    # exchanged.
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise Damaged(f"{path} is not a plain file")

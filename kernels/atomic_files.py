@@ -1,6 +1,7 @@
 """Files that are whole or not there: flushed writes, replacement in one step, locks on folders.
 
-Writing flushes a file before its name can be seen, and its folder after that.
+A file is flushed before it gets its name, and its folder after that: after a power cut, a name
+never stands for half a file.
 """
 
 import fcntl
@@ -16,6 +17,7 @@ def write(path: Path, content: bytes | Path) -> str:
     """Write a new file and flush it; returns the SHA-256 of its bytes."""
     digest = hashlib.sha256()
     source = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+    # x: a file that is already there is another writer's, and is never written into.
     with source, path.open("xb") as target:
         while block := source.read(1 << 20):
             digest.update(block)
@@ -35,12 +37,13 @@ def flush_folder(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a text file in one step: a reader sees the old text or the new one."""
+    """Replace a text file in one step: a reader gets the old text or the new one."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     staging.unlink(missing_ok=True)
     try:
         write(staging, text.encode())
         staging.replace(path)
+    # Also after Ctrl-C: a staging file must not stay.
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
@@ -57,6 +60,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: one process at a time.  The lock ends with its process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        # On the folder itself, so that no lock file is left behind; closing the descriptor ends it.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -66,11 +70,12 @@ def locked(folder: Path) -> Iterator[None]:
 def hold(folder: Path) -> int:
     """Mark a folder as in use until the returned descriptor is closed, or the process ends.
 
-    `unused` in any process sees it, where the file system has locks.
+    `unused` finds it in any process, where the file system has locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    # BlockingIOError is an OSError, so it comes first.
     except BlockingIOError:
         os.close(descriptor)
         raise BlockingIOError(f"{folder} is being removed") from None

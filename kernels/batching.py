@@ -7,9 +7,9 @@ for 32 and 61 for 64: 2.6 ms a call and 0.92 ms a face), so 9 faces are 8 and 1,
 
 When a device runs out of memory, its largest bucket is halved for the rest of the process: the next
 call would run out again.  Results of earlier parts are kept.  At a batch of one nothing can be
-halved, and the device's own error goes to the caller, which knows jobs and retries.
+halved, and the device's own error goes to the caller, which decides about retries of the job.
 
-Used by every engine that runs on a GPU; knows nothing of networks.
+Every engine that runs on a GPU uses this file; it has no code for any particular network.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 
 def default_batch(device: torch.device) -> int:
-    """The largest batch where nobody asks for another."""
+    """The largest batch, unless the caller asks for another."""
     return CPU_BATCH if device.type == "cpu" else LARGEST
 
 
@@ -56,6 +56,7 @@ class Batching:
         done: list[Tensor] = []
         start = 0
         while start < len(crops):
+            # Asked anew for each part, since a halving changes the buckets.
             bucket = cover(len(crops) - start, self.buckets)[0]
             part = crops[start : start + bucket]
             try:
@@ -81,6 +82,7 @@ class Batching:
 @lru_cache(maxsize=4096)
 def cover(count: int, buckets: tuple[int, ...]) -> tuple[int, ...]:
     """The buckets, largest first, that hold so many at the least cost; only the last is padded."""
+    # Full largest buckets cost least a face, so only the rest needs a search.
     whole, left = divmod(count, buckets[-1])
     best: list[tuple[int, ...]] = [()]
     for few in range(1, left + 1):

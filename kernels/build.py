@@ -75,6 +75,7 @@ class BuildRequest:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
+        # For its error alone, which is better seen now than after minutes of building.
         budget_of(self.artifact, self.precision)
         ascending = list(self.buckets) == sorted(set(self.buckets))
         if not self.buckets or not ascending or not 1 <= self.buckets[0] <= self.buckets[-1] <= 512:
@@ -169,6 +170,7 @@ def _ahead_of_time(request: BuildRequest) -> Plan:
             "build_s": round(built.seconds, 2),
         },
     }
+    # Published before it has run: no engine loads it until a run has marked it as verified.
     plan = plans.write_plan(request.artifact, built.content, draft)
     if not runs_here:
         return plan
@@ -191,6 +193,7 @@ def _by_tensorrt(request: BuildRequest) -> Plan:
     key = Key(flavour, version, (here.architecture,), request.precision, request.buckets[-1])
     if there := _existing(request, key):
         return there
+    # Two networks: lowering changes one in place, and the check needs the FP32 one.
     check, network = request.check(), request.lowered()
     fronts: tuple[Front, ...] = ("plan", "op") if build_trt.splits(network) else ("plan",)
     made: list[_Candidate] = []
@@ -251,9 +254,11 @@ def _existing(request: BuildRequest, key: Key) -> Plan | None:
         return None
     try:
         plan = plans.plan(request.artifact, key)
+        # Only to have its hash checked: a damaged plan is built again.
         plan.read()
     except ArtifactError:
         return None
+    # The key has only the largest batch, so these may differ under the same key.
     if plan.record.buckets != request.buckets:
         return None
     request.say(f"{key}: already built at {plan.record.at}; build it anew with --again")

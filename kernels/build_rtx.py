@@ -47,7 +47,9 @@ def build(graph: Path, size: int, buckets: tuple[int, ...]) -> Built:
     name = _check_ends(trt, network, size)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    # Puts the layers' names into the plan, where check_structure finds them.
     config.profiling_verbosity = trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+    # A graph for one crop has no dynamic dimension that a profile could describe.
     if buckets[-1] > 1:
         profile = builder.create_optimization_profile()
         # Optimise for the largest batch: it decides the throughput.
@@ -64,6 +66,7 @@ def build(graph: Path, size: int, buckets: tuple[int, ...]) -> Built:
 
 def check_structure(content: bytes, convolutions: list[str], weights_bytes: int) -> None:
     """EngineError unless the plan names every convolution and is large enough for the weights."""
+    # A name is printable ASCII without the closing bracket; the bytes around it are arbitrary.
     named = set(re.findall(rb"\[ONNX Layer: ([\x21-\x5c\x5e-\x7e]+)\]", content))
     lacking = [name for name in convolutions if name.encode() not in named]
     if lacking or not convolutions:

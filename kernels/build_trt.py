@@ -68,6 +68,8 @@ def version() -> str:
 
 def splits(network: nn.Module) -> bool:
     """Whether the destructor can run as an op before the plan, which then uses all its results."""
+    # Without a guide nothing reads what was removed, and a plan cannot take an input that is not
+    # used.
     guided = getattr(network, "guide", None) is not None
     return guided and hasattr(network, "destroy") and hasattr(network, "follow")
 
@@ -82,6 +84,7 @@ def build(
     if front == "op":
         side = int(network.size)  # type: ignore[arg-type]
         device = next(network.parameters()).device
+        # Two crops where batches vary, as in `exported`: one would be taken as a constant.
         blank = torch.zeros((min(2, most), 3, side, side), dtype=torch.uint8, device=device)
         with torch.no_grad():
             others = cast("SplitNetwork", network).destroy(blank)
@@ -117,6 +120,7 @@ def _convert(library: Any, program: torch.export.ExportedProgram, inputs: list[A
             program,
             arg_inputs=inputs,
             require_full_compilation=True,
+            # By default torch-tensorrt leaves blocks of fewer than five operations to torch.
             min_block_size=1,
             immutable_weights=True,
             disable_tf32=True,

@@ -81,6 +81,7 @@ def candidates(artifact: Artifact, device: torch.device) -> list[str]:
         str(plan.key)
         for plan in plans.plans(artifact)
         if here.runtimes.get(plan.key.flavour) == plan.key.version
+        # load_plan refuses an unverified plan, so none may be recorded as the fastest.
         and plan.record.verified_on(here.architecture)
     ]
 
@@ -113,6 +114,7 @@ def measure(
         say(f"{name}: {speed} faces/s in batches of {batch}")
     best = max(speeds, key=lambda name: speeds[name])
     measured = Measured(engine=best, faces_per_s=speeds, batch=batch, at=plans.now())
+    # Timing takes minutes and needs no lock; only the line in the file does.
     with plans.building(artifact):
         plans.record_fastest(artifact, describe(device), measured)
     return measured

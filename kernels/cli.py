@@ -28,7 +28,7 @@ FAILED, USAGE, INFRASTRUCTURE = 1, 2, 5
 
 
 def commands(subparsers: "argparse._SubParsersAction[Any]") -> None:
-    """Add every command of this room, without the benchmarks: those are verbs of `ralf bench`."""
+    """Add every command of this package but the benchmarks, which are verbs of `ralf bench`."""
     models_commands(subparsers)
     add_build(subparsers)
 
@@ -141,6 +141,7 @@ def list_models(args: argparse.Namespace) -> int:
                 artifact = open_artifact(root / name / version)
                 row |= {"state": "untrained" if artifact.manifest.untrained else "ok"}
             except ArtifactError as error:
+                # A row like the others: one damaged version must not hide the rest.
                 row |= {"state": "damaged", "reason": str(error)}
             rows.append(row)
     if args.json:
@@ -197,6 +198,7 @@ def verify_model(args: argparse.Namespace) -> int:
                 artifact, place, say=lambda line: print(f"ralf: {line}", file=sys.stderr)
             )
             checked = [str(plan.key) for plan in plans]
+        # One crop while loading is enough: the next line checks all of them.
         engine = load(artifact, args.device, golden_crops=1)
         error = check_golden(engine)
     except EngineError as failure:
@@ -218,6 +220,7 @@ def promote_model(args: argparse.Namespace) -> int:
     """Promote a version if every check passes, or --force overrides those that fail."""
     from ralf.kernels.registry import promote
 
+    # NAME alone would mean the version that is promoted already.
     name, _, version = args.model.partition("@")
     if not version:
         print("ralf: promote takes NAME@VERSION; see: ralf models list", file=sys.stderr)
@@ -262,12 +265,14 @@ def collect_old(args: argparse.Namespace) -> int:
 
 
 def pinned_in_queue(args: argparse.Namespace) -> dict[str, str]:
-    """Versions that jobs pin.  The caller of the command adds `pinned`: kernels knows no queue."""
+    """Versions that jobs pin; the service adds `pinned`, since kernels may not import its queue."""
     ask = getattr(args, "pinned", None)
+    # `python -m ralf.kernels.cli` runs without the service's libraries, so nothing can be asked.
     if ask is None:
         return {}
     try:
         pins: dict[str, str] = ask(args.model)
+    # No answer is not "no pins": without it, `--apply` could remove a version that a job waits for.
     except OSError as error:
         from ralf.kernels.artifact import NotFound
 
@@ -350,6 +355,7 @@ def run_build(args: argparse.Namespace) -> int:
             again=args.again,
             say=note,
         )
+        # None as the only builder: `build` then chooses by the device.
         builders = available() if args.all and not args.builder else [args.builder]
         for builder in builders:
             try:

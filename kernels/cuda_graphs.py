@@ -43,6 +43,7 @@ class Replay:
 
     def __init__(self, run: Callable[..., Tensor], *example: Tensor) -> None:
         self._device = device = example[0].device
+        # A replay reads the addresses that were recorded, so the caller's tensors would not do.
         self._inputs = tuple(one.clone() for one in example)
         here = torch.cuda.current_stream(device)
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

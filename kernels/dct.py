@@ -94,6 +94,7 @@ def destruct_residual_reference(image: Tensor, mask: Tensor, half: bool) -> tupl
     """What ralf::destruct_residual means."""
     kept_in = torch.float16 if half else mask.dtype
     kept = idct2(dct2(centred(image, kept_in)) * mask.to(kept_in))
+    # Added in the mask's dtype: in FP16 the sum would be rounded once more.
     destroyed = kept.to(mask.dtype) + CENTRE * mask[0, 0]
     return destroyed, (unit_pixels(image, mask.dtype) - destroyed).abs().to(kept_in)
 

@@ -1,8 +1,8 @@
 """The destructor on a GPU: u8 in, DCT, mask, inverse, |x − x̂| on the way out, in two launches.
 
-Each launch chains two products, D x Dᵀ ∘ M and Dᵀ S D, and what is between them never leaves the
-chip.  Only the spectrum S goes through memory: FP16, 25 MB for 64 crops of 256², which stays in
-the L2 of the GPUs this is for.
+Each launch chains two products, D x Dᵀ ∘ M and Dᵀ S D, and keeps what is between them on the chip.
+Only the spectrum S goes through memory: FP16, 25 MB for 64 crops of 256², which stays in the L2 of
+the GPUs this is for.
 
 Half of the arithmetic is never done.  A row of D is symmetric about the middle where its
 frequency is even and antisymmetric where it is odd.  So with E and O the even and odd rows cut at
@@ -111,6 +111,7 @@ def _forward(  # type: ignore[no-untyped-def]
     """ROWS row frequencies of one parity, all columns: S[a, :, u, :] = M ∘ (D x Dᵀ)."""
     H: tl.constexpr = N // 2
     PARTS: tl.constexpr = 2 * ((H + ROWS - 1) // ROWS)
+    # 64 bits: the offsets of a large batch pass 2³¹.
     plane = (tl.program_id(0) // PARTS).to(tl.int64)
     a = (tl.program_id(0) % PARTS) % 2
     u = (tl.program_id(0) % PARTS) // 2 * ROWS + tl.arange(0, ROWS)
@@ -135,6 +136,7 @@ def _forward(  # type: ignore[no-untyped-def]
             near = tl.dot(rows, fold.to(tl.float16), near)
             fold = _pixel(above + mirror, U8, inside) + sign * _pixel(below + mirror, U8, inside)
             far = tl.dot(rows, fold.to(tl.float16), far)
+        # After the first sums, whose operands are integers and so exact in FP16.
         scale = 1.0 / 255 if U8 else 1.0
         columns = turned + c[:, None] * P + v[None, :]
         even = tl.dot(((near + far) * scale).to(tl.float16), tl.load(columns), even)
@@ -144,6 +146,7 @@ def _forward(  # type: ignore[no-untyped-def]
     out = spectrum + ((plane * 4 + a * 2) * P + u[:, None]) * P + v[None, :]
     even *= tl.load(weights, mask=kept, other=0).to(tl.float32)
     odd *= tl.load(weights + 1, mask=kept, other=0).to(tl.float32)
+    # Without a mask: the inverse reads the padding too, and it must be zero (its weights were 0).
     tl.store(out, even.to(tl.float16))
     tl.store(out + P * P, odd.to(tl.float16))
 
@@ -296,6 +299,7 @@ def destruct(
     spectrum = image.new_empty((count, 2, 2, pad, pad), dtype=torch.float16)
     out = image.new_empty(image.shape, dtype=dtype)
     apart = None if residual is None else image.new_empty(image.shape, dtype=residual)
+    # The image's strides go to the kernel, so that it is not copied; the mask is small.
     strides, mask = planes.stride(), mask.contiguous()
     shape = {"N": size, "P": pad, "U8": image.dtype == torch.uint8}
     forward, inverse = chosen.forward, chosen.inverse
@@ -308,6 +312,7 @@ def destruct(
             )
             _inverse[(count * _parts(size, inverse),)](
                 *(spectrum, halves, turned, mask, planes, out),
+                # Triton needs a pointer here even where the kernel writes no residual.
                 *(out if apart is None else apart, planes.shape[1], *strides),
                 **shape,
                 RESIDUAL=apart is not None,

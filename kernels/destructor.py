@@ -5,8 +5,8 @@
 references in ralf.kernels.dct, in plain torch.
 
 The ops and their backward are opaque to torch.compile, so that fused kernels can take their place.
-On CUDA, FP16 products of the sizes that `fusible` knows run in dct_triton.  Without triton, or if
-it cannot build its kernels, the log says so once and the reference runs.
+On CUDA, FP16 products run in dct_triton where `fusible` allows their size.  Without triton, or if
+it cannot build its kernels, the reference runs, and the log has one warning.
 
 The ops are differentiable once.  Gradients are summed in FP32 at least, since those of a mean over
 a batch are too small for FP16.
@@ -49,6 +49,7 @@ def _fused() -> Fused | None:
     return fused
 
 
+# What failed once is not tried again: each try would compile for seconds, in the middle of a job.
 _unbuildable: set[tuple[torch.device, int]] = set()
 
 
@@ -134,9 +135,11 @@ def destruct_backward(grad: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor
         spectrum = dct2(grad.to(exact))
         products = spectrum * dct2(centred(image, exact))
         to_mask = products.reshape(-1, *mask.shape).sum(0)
+        # CENTRE * mask[0, 0] is added after the inverse, so it has a gradient of its own.
         to_mask[0, 0] += CENTRE * grad.sum(dtype=exact)
         to_mask = to_mask.to(mask.dtype)
         if image.dtype == torch.uint8:
+            # An op's result must be a tensor: None is not possible here.
             return grad.new_empty(0), to_mask
         return idct2(spectrum * mask.to(exact)).to(image.dtype), to_mask
 
@@ -171,6 +174,7 @@ def _backward_with_residual(
     ctx: Any, grad: Tensor, to_residual: Tensor
 ) -> tuple[Tensor | None, Tensor | None, None]:
     image, mask, destroyed = ctx.saved_tensors
+    # From `destroyed`, not from the residual: an absolute value has lost its sign.
     sign = (unit_pixels(image, mask.dtype) - destroyed).sign()
     pulled = sign * to_residual
     to_image, to_mask = destruct_backward(grad - pulled, image, mask)

@@ -2,7 +2,8 @@
 
 `check_golden` compares an engine with the FP32 reference on the model's own golden crops; a
 difference above the manifest's error budget is an error, not a warning.  A device that is not there
-is an error too: nothing falls back without a word.  ralf.kernels.choose_engine loads an engine.
+is an error too: there is no silent fallback to the CPU.  ralf.kernels.choose_engine loads an
+engine.
 """
 
 from typing import Protocol
@@ -46,6 +47,7 @@ def pick_device(device: str) -> torch.device:
     """The torch device that a setting names; EngineError if it does not exist here."""
     kind, colon, index = device.partition(":")
     if kind not in {"auto", "cpu", "cuda"} or (
+        # isdecimal, because int() would also take "+1", "1_0" and spaces.
         colon and not (kind == "cuda" and index.isdecimal())
     ):
         raise EngineError(f"device should be auto, cpu, cuda or cuda:N, got {device!r}")
@@ -73,6 +75,7 @@ def check_golden(engine: Engine, most: int | None = None) -> float:
     expected = golden(artifact)
     crops, logits = expected.crops[:most], expected.logits[:most]
     got = engine(torch.from_numpy(crops)).numpy()
+    # Infinite for NaN: a comparison of NaN with the budget is false, and would pass.
     error = float(np.abs(got - logits).max()) if np.isfinite(got).all() else float("inf")
     if error > budget:
         raise EngineError(

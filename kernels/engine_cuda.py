@@ -67,6 +67,7 @@ class OnCuda:
     def __call__(self, crops: Tensor) -> Tensor:
         """Any m ≥ 1, on the CPU or on the device."""
         with self.lock, torch.inference_mode(), self.on_stream(crops):
+            # Copied within the stream: on another one, the copy would not wait for the kernels.
             return self.batching(crops, self._score).cpu()
 
     @contextmanager
@@ -96,6 +97,8 @@ class OnCuda:
         batch = torch.empty(shape, dtype=part.dtype, device=part.device, pin_memory=pinned)
         batch[: len(part)] = part
         batch[len(part) :] = 0
+        # The pinned batch may go out of scope at once: torch keeps its memory until the copy is
+        # done.
         return batch.to(self.device, non_blocking=True)
 
     def _warm(self) -> None:
@@ -115,8 +118,10 @@ class OnCuda:
 
         room = dynamo.patch(recompile_limit=PROGRAMS)
         try:
+            # In inference mode as every later call: in another mode torch would compile once more.
             with room, torch.inference_mode(), self.on_stream(blank):
                 self.program(self._batch(blank, bucket))
+        # A RuntimeError too, so it comes before the general case.
         except torch.OutOfMemoryError:
             return  # the warm-up call will halve the bucket
         # torch's own errors are RuntimeErrors; a missing compiler or ptxas raises the others.

@@ -105,6 +105,7 @@ class TorchEngine:
         if device.type == "cpu":
             return cls(artifact, network, str(device), precision, batch)
         runner = OnCuda(network, device, side=side, buckets=buckets_of(batch), compiled=compiled)
+        # Verdicts report the name, so it says what runs, not what was asked for.
         name = "torch" if runner.compiled else "torch-eager"
         return cls(artifact, network, str(device), precision, batch, name, runner)
 
@@ -125,6 +126,7 @@ class TorchEngine:
 
     def _in_threads(self, score: Callable[[Tensor], Tensor], crops: Tensor) -> Tensor:
         """Split the crops over torch's threads, in batches of at most max_batch."""
+        # Even shares: with full batches alone, a few crops would leave threads without work.
         share = -(-len(crops) // torch.get_num_threads())
         pieces = batches(crops, min(self.max_batch, share))
         return torch.cat(side_by_side([partial(_alone, score, one) for one in pieces]))
@@ -146,6 +148,7 @@ class TorchEngine:
             return torch.zeros(0, len(self.detectors))
         if self.device == "cpu":
             return self._in_threads(ensemble.members, crops)
+        # Not through the runner: its programs give the mean alone.
         parts = [ensemble.members(part.to(self.device)) for part in batches(crops, self.max_batch)]
         return torch.cat(parts).float().cpu()
 
@@ -203,6 +206,7 @@ def offers(manifest: Manifest, device: torch.device) -> list[str]:
     """The engines of this file that a device can run, as choose_engine.make names them."""
     if device.type == "cuda":
         return ["torch-fp16", "torch-eager-fp16"]
+    # Without a budget of its own, bf16 was measured to be too far off when the model was published.
     bf16 = cpu_has_bf16() and "logit_bf16" in manifest.error_budget
     return ["torch-fp32", *(["torch-bf16"] if bf16 else [])]
 
@@ -210,10 +214,12 @@ def offers(manifest: Manifest, device: torch.device) -> list[str]:
 def weights_bytes(network: nn.Module) -> bytes:
     """weights.safetensors: every tensor, floats in FP16; a number FP16 cannot hold is refused."""
     tensors: dict[str, Tensor] = {}
+    # Sorted: the same weights are the same bytes, and so the same version of the model.
     for name, tensor in sorted(network.state_dict().items()):
         kept = tensor.detach().cpu()
         if kept.is_floating_point():
             kept = kept.to(torch.float16)
+            # Too large a number becomes infinite in FP16, without any error.
             if not kept.isfinite().all():
                 most = tensor.detach().abs().max().item()
                 raise EngineError(f"{name} holds {most:.3g}, FP16 ends at 65504")

@@ -79,6 +79,8 @@ class TrtEngine:
         trt = runtime_module(key.flavour)
         check_key(artifact, key, here, str(trt.__version__))
         queue = Queue(device)
+        # The kernel in front is not part of the plan, so it needs the model's mask from the
+        # weights.
         before = destructor(artifact, key, device) if front == "op" else None
         session = Session(trt, content, queue, device, cache_file(content, key, here), before)
         engine = cls(artifact, key, str(device), session, Batching(buckets))
@@ -104,9 +106,11 @@ class TrtEngine:
         """Make every bucket that fits ready; what does not fit is halved now, not in a job."""
         side = self.artifact.manifest.input.size
         blank = torch.zeros((1, 3, side, side), dtype=torch.uint8)
+        # The largest first: if it is halved, the loop below must see the new buckets.
         self(blank.expand(self.batching.most, -1, -1, -1))
         for bucket in self.batching.buckets:
             self(blank.expand(bucket, -1, -1, -1))
+        # Only now has every bucket been compiled.
         self.session.remember()
 
     def __call__(self, crops: Tensor) -> Tensor:
@@ -118,6 +122,7 @@ class TrtEngine:
             return self.batching(crops, self._score)
 
     def _score(self, part: Tensor, bucket: int) -> Tensor:
+        # After a halving the smaller batch needs the memory that the larger one's buffers hold.
         self.session.drop(above=self.batching.most)
         return self.session.run(bucket, part)[0].reshape(-1)
 
@@ -181,6 +186,7 @@ def cache_file(content: bytes, key: Key, here: Device) -> Path | None:
     if key.flavour != "rtx":
         return None
     home = os.environ.get("XDG_CACHE_HOME")
+    # By content, not by key: a plan that is built again has the same key and other kernels.
     name = f"{hashlib.sha256(content).hexdigest()[:16]}-{here.architecture}"
     folder = Path(home) if home else Path.home() / ".cache"
     return folder / "ralf" / f"{name}.compiled"

@@ -1,7 +1,7 @@
 """A network as torch.export and as ONNX give it: what every builder of plans starts from.
 
-`exported` is the network for any batch from 1 to the largest, with our own ops replaced by the
-plain products that they mean, since only torch knows the ops.  `write_onnx` makes an ONNX graph of
+`exported` is the network for any batch from 1 to the largest.  Our own ops exist only in torch, so
+they are replaced by the plain products that define them.  `write_onnx` makes an ONNX graph of
 it: u8 crops in, FP32 logits out, dtypes as the network holds them.  The exporter folds batch norms
 into their convolutions.
 
@@ -58,6 +58,7 @@ def exported(network: nn.Module, most: int, *others: Tensor) -> torch.export.Exp
     shapes = (batch, tuple(batch for _ in others)) if others else (batch,)
     with engine_errors("torch.export does not take the network"):
         program = torch.export.export(network, examples, dynamic_shapes=shapes)
+    # Ralf exports plain products itself; a network that calls the ops has them replaced here.
     table = torch.export.default_decompositions()
     for name in OPS:
         table[getattr(torch.ops.ralf, name).default] = getattr(dct, f"{name}_reference")
@@ -71,6 +72,7 @@ def engine_errors(what: str) -> Iterator[None]:
     """Turn any error of a library's exporter or builder into an EngineError."""
     try:
         yield
+    # Ours has its message already; it must not be wrapped as a library's.
     except EngineError:
         raise
     # Their types are private (SpecViolationError) or mistakes in the library (UnboundLocalError in
@@ -107,6 +109,7 @@ def write_onnx(network: nn.Module, path: Path, *, most: int, precision: Precisio
     if made is None:
         raise EngineError("torch.onnx.export gave nothing")
     made.save(path)
+    # By its path: a graph in memory is checked as one protobuf message, which ends at 2 GB.
     onnx.checker.check_model(path, full_check=True)
 
 
@@ -115,6 +118,7 @@ def session(path: Path) -> Run:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    # Errors alone.
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     made = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -135,6 +139,7 @@ def convolutions(path: Path) -> tuple[list[str], int]:
     """The names of the graph's convolutions, and the bytes of its weights."""
     import onnx
 
+    # Names and shapes suffice; the weights beside the file may be gigabytes.
     graph = onnx.load(path, load_external_data=False).graph
     names = [node.name for node in graph.node if node.op_type in ("Conv", "ConvTranspose")]
     weights = 0

@@ -23,6 +23,7 @@ MODULES: dict[Flavour, str] = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
 def describe(device: "torch.device") -> Device:
     """What plans and fastest.json need to know of a torch device."""
     if device.type == "cpu":
+        # The cores that this process may use: in a cpuset fewer than the machine has.
         cores = len(os.sched_getaffinity(0))
         return Device(f"{processor()} ({cores} cores)", "cpu")
     import torch
@@ -38,6 +39,7 @@ def installed_runtimes() -> dict[Flavour, str]:
     for flavour, names in DISTRIBUTIONS.items():
         if find_spec(MODULES[flavour]) is None:
             continue
+        # One module comes in several distributions, by CUDA version.
         for name in names:
             try:
                 found[flavour] = version(name)
@@ -56,6 +58,7 @@ def processor() -> str:
 @lru_cache(maxsize=1)
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16 in hardware; emulated, it is slower than FP32."""
+    # The first core's; where there are none (ARM has "Features"), the answer is no.
     flags = " ".join(_cpuinfo("flags")[:1]).split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 

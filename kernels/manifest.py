@@ -103,6 +103,7 @@ class Reference(Strict):
     def _consistent(self) -> "Reference":
         if list(self.edges) != sorted(set(self.edges)) or not self.edges:
             raise ValueError(f"edges should ascend, got {self.edges}")
+        # Drift compares shares, and a histogram without any video has none.
         if len(self.counts) != len(self.edges) + 1 or not any(self.counts):
             raise ValueError(
                 f"{len(self.edges)} edges need {len(self.edges) + 1} counts, not all 0"
@@ -149,14 +150,14 @@ class Manifest(Strict):
 
 
 USUALLY_HELD_OUT = "boundary"
-"""The forgery family that a training leaves out where nobody chose another one."""
+"""The forgery family that a training leaves out by default."""
 
 
 def held_out_family(trained: Mapping[str, Any]) -> str | None:
     """The forgery family that a model was never trained on, from its `trained` record.
 
     None means that it was trained on every family.  Calibration, tables, card and promotion all ask
-    this function, so that none of them calls a family unseen that the model has seen.
+    this function, so that all of them agree on what the model was trained on.
     """
     # Models published before the record said it had all left out this one.
     found: str | None = trained.get("held_out", USUALLY_HELD_OUT)

@@ -62,6 +62,7 @@ class Key:
     """The largest."""
 
     def __post_init__(self) -> None:
+        # By number: as text, sm120 would come before sm80.
         ordered = sorted(set(self.architectures), key=lambda sm: int(sm[2:] or 0))
         if not _KEY.fullmatch(str(self)) or list(self.architectures) != ordered:
             raise ValueError(f"a key looks like trt10.15.1-sm90-fp16-b64, got {str(self)!r}")
@@ -291,9 +292,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-# Writing: the record publishes.  A plan is written under a name that nobody reads yet, then its
-# record replaces the old one in one step, then files that no record names are removed.  A builder
-# killed at any point leaves the old plan or the new one; its lock ends with its process.
+# Writing: a plan is published by its record.  The plan is written under a name that no record has
+# yet, then its record replaces the old one in one step, then files without a record are removed.  A
+# builder killed at any point leaves the old plan or the new one; its lock ends with its process.
 
 
 @contextmanager
@@ -320,6 +321,7 @@ def write_plan(artifact: Artifact, content: bytes | Path, draft: Mapping[str, An
         record = PlanRecord.model_validate(
             {
                 **draft,
+                # By content too, so that the old record never points at the new plan's bytes.
                 "file": f"{key}-{digest[:8]}.plan",
                 "plan_sha256": digest,
                 "size_bytes": staging.stat().st_size,
@@ -330,8 +332,10 @@ def write_plan(artifact: Artifact, content: bytes | Path, draft: Mapping[str, An
         staging.replace(folder / record.file)
     finally:
         staging.unlink(missing_ok=True)
+    # The plan's name must survive a power cut before a record refers to it.
     flush_folder(folder)
     made = Plan(folder, key, record)
+    # Before the record: a crash in between must not leave the new plan the old one's speed.
     _forget(artifact, key)
     write_record(made)
     sweep(artifact)
@@ -344,7 +348,7 @@ def write_record(made: Plan) -> None:
 
 
 def withdraw(artifact: Artifact, found: Plan) -> None:
-    """Remove a plan: its record first, so that nobody finds a record without its plan."""
+    """Remove a plan: its record first, so that there is never a record without its plan."""
     _forget(artifact, found.key)
     (found.folder / f"{found.key}.json").unlink(missing_ok=True)
     flush_folder(found.folder)
@@ -391,6 +395,7 @@ def _read(artifact: Artifact, path: Path) -> Plan:
         raise _damaged(path, error) from error
     if record.key != path.stem:
         raise Damaged(f"{path} is the record of {record.key}: renamed; build it again")
+    # Another version's plan has other weights, and would pass every check of its own hash.
     if record.manifest_sha256 != artifact.manifest_sha256:
         raise Damaged(
             f"{path} was built from manifest {record.manifest_sha256[:8]}, "

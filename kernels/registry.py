@@ -76,11 +76,13 @@ class Event:
 
     def line(self) -> str:
         """The line on disk."""
+        # A tab or a line break in a remark would be read as another field or event.
         return "\t".join((self.version, self.at, self.kind, " ".join(self.remark.split())))
 
     @classmethod
     def parse(cls, line: str) -> "Event | None":
         """From a line; None where the line does not begin with a version."""
+        # An older release wrote the version alone.
         version, at, kind, remark = (*line.rstrip("\n").split("\t"), "", "", "")[:4]
         if not VERSION.fullmatch(version):
             return None
@@ -95,6 +97,7 @@ def events(folder: Path) -> list[Event]:
     path = folder / HISTORY
     lines = path.read_text().splitlines() if path.exists() else []
     written = [event for event in map(Event.parse, lines) if event is not None]
+    # From the end, to keep as much as leads to the version that `current` names.
     for count in range(len(written), 0, -1):
         if promoted_stack(written[:count])[-1:] == [now]:
             return written[:count]
@@ -116,6 +119,7 @@ def record(folder: Path, version: str, kind: Kind, remark: str = "") -> None:
     """Make a version the promoted one; the caller holds the folder's lock."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
     past = [*events(folder), Event(version, at, kind, remark)]
+    # The history first: an event without its `current` can be recognised, the reverse cannot.
     replace_lines(folder / HISTORY, [event.line() for event in past])
     replace_lines(folder / CURRENT, [version])
 
@@ -195,6 +199,8 @@ def promote(
     """Make a version the promoted one if every check passes, or with `force` all the same."""
     root = Path(models_dir)
     artifact = resolve(root, f"{name}@{version}")
+    # The checks run the network, so they do not hold the lock; another process's promotion
+    # meanwhile shows by this value.
     before = current(root / name)
     checks = check(root, artifact, golden=golden)
     failed = [each for each in checks if not each.passed]
@@ -227,6 +233,7 @@ def _promoted(root: Path, name: str) -> Artifact | None:
     now = current(root / name)
     if now is None:
         return None
+    # A damaged version must not prevent the promotion that replaces it.
     with suppress(Damaged):
         return open_artifact(root / name / now)
     return None
@@ -286,6 +293,7 @@ def figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
             found |= figures(value, f"{prefix}{name}.")
             continue
         first = value[0] if isinstance(value, list | tuple) and value else value
+        # True and False are ints in Python.
         if isinstance(first, int | float) and not isinstance(first, bool) and not isnan(first):
             found[prefix + name] = float(first)
     return found
@@ -346,9 +354,11 @@ def _reasons(
 ) -> dict[str, str]:
     """Each version, oldest first, with why it is kept."""
     past = [event.version for event in events(folder)]
+    # A later reason replaces an earlier one, so the strongest is shown, and promoted comes last.
     reasons = dict.fromkeys(have, "")
     for prefix, why in spared.items():
         reasons |= {v: why for v in have if prefix and v.startswith(prefix)}
+    # [-0:] would be all of them.
     reasons |= dict.fromkeys(have[-keep:] if keep > 0 else [], f"among the {keep} newest")
     lately = set(past[-recent:] if recent > 0 else [])
     reasons |= {v: f"in the last {recent} promotions" for v in have if v in lately}
@@ -361,6 +371,7 @@ def _collect_one(path: Path, why: str, apply: bool) -> CollectedVersion:
     found = CollectedVersion(path.name, why, size)
     if why:
         return found
+    # Removed while the lock is held: a process that opens the version now gets an error.
     with unused(path) as free:
         if not free:
             return replace(found, kept="held by a running process")
@@ -371,6 +382,7 @@ def _collect_one(path: Path, why: str, apply: bool) -> CollectedVersion:
 
 def remove(path: Path) -> None:
     """Remove a version in one step; the caller holds the lock on the model's folder."""
+    # No version has such a name, so it is not opened half removed; `sweep` finds it after a crash.
     gone = path.with_name(f".old-{path.name}")
     path.rename(gone)
     flush_folder(gone.parent)

@@ -4,11 +4,12 @@ Not in use: no network calls it, because it has not been measured on a GPU (PERF
 prediction and the command).  It is for the reconstructor's full-resolution level, whose maps are
 wide in pixels and narrow in channels.
 
-A program walks down 32 rows of a strip of LANES columns.  For each it makes the middle row by nine
-small products (taps × channels), rounds it to FP16, and lets it add to the three output rows that
-it touches, whose FP32 sums move along.  A neighbour to the left or right of a value in registers
-cannot be addressed, so the row is shifted by a product with a shifted identity: exact, since each
-sum has one term, and a fifth more arithmetic.  Strips overlap by two columns, blocks by two rows.
+A program computes 32 rows of a strip of LANES columns, from the top.  For each row it makes the
+middle row by nine small products (taps × channels) and rounds it to FP16.  The middle row is added
+to the FP32 sums of the three output rows that need it.  A value in registers has no address, so the
+row is shifted to the left and right by a product with a shifted identity.  That is exact, since
+each sum has one term; it costs a fifth more arithmetic.  Strips overlap by two columns, blocks by
+two rows.
 
 Numerics.  FP16 operands, FP32 sums; the middle is rounded to FP16 as cuDNN's would be, the second
 convolution and the identity are summed before the one rounding of the result.
@@ -38,7 +39,7 @@ def _taps(weights, dy: tl.constexpr, dx: tl.constexpr, C: tl.constexpr):  # type
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _spread(left, middle, right, weights, dy: tl.constexpr, total, C: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What a middle row adds to the output row that sees it through the weights' row dy."""
+    """What a middle row adds to an output row, by row dy of the weights."""
     total = tl.dot(left, _taps(weights, dy, 0, C), total)
     total = tl.dot(middle, _taps(weights, dy, 1, C), total)
     return tl.dot(right, _taps(weights, dy, 2, C), total)
@@ -63,6 +64,7 @@ def _block(  # type: ignore[no-untyped-def]
     lane, c = tl.arange(0, LANES), tl.arange(0, C)
     w = leftmost + tl.program_id(0) % strips * (LANES - 2) + lane - 1
     top = tl.program_id(1) * ROWS
+    # 64 bits: the offsets of a large batch pass 2³¹.
     start = (tl.program_id(0) // strips).to(tl.int64) * H * W * C
     x += start
     out += start
@@ -72,6 +74,7 @@ def _block(  # type: ignore[no-untyped-def]
     last_bias = tl.load(second_bias + c)[None, :].to(tl.float32)
     above = tl.zeros((LANES, C), tl.float32)
     here = tl.zeros((LANES, C), tl.float32)
+    # Two rows more than are written: the first and the last need a middle row beyond them.
     for step in range(ROWS + 2):
         r = top + step - 1
         middle = tl.zeros((LANES, C), tl.float32)
@@ -81,7 +84,7 @@ def _block(  # type: ignore[no-untyped-def]
             pixels = x + (row * W + column)[:, None] * C + c[None, :]
             tile = tl.load(pixels, mask=inside[:, None], other=0)
             middle = tl.dot(tile, _taps(first, tap // 3, tap % 3, C), middle)
-        # Outside the image the second convolution sees zeros, not what the first would say.
+        # The second convolution is padded with zeros, not with what the first gives there.
         inside = (w >= 0) & (w < W) & (r >= 0) & (r < H)
         middle = tl.where(inside[:, None], tl.maximum(middle + bias, 0), 0).to(tl.float16)
         left = tl.dot(to_right, middle).to(tl.float16)
@@ -90,6 +93,7 @@ def _block(  # type: ignore[no-untyped-def]
         here = _spread(left, middle, right, second, 1, here, C)
         below = _spread(left, middle, right, second, 0, tl.zeros((LANES, C), tl.float32), C)
         o = r - 1
+        # The outer lanes lack a neighbour; another strip writes their columns.
         own = (lane > 0) & (lane < LANES - 1) & (w < W) & (o >= top) & (o < H)
         place = (o * W + w)[:, None] * C + c[None, :]
         identity = tl.load(x + place, mask=own[:, None], other=0).to(tl.float32)
@@ -146,6 +150,7 @@ def cut(width: int) -> list[tuple[int, int, int]]:
     strips, rest = divmod(width, LANES - 2)
     launches = [(0, strips, LANES)] if strips else []
     if rest:
+        # A power of two that holds the rest and both neighbours; tl.dot takes no side below 16.
         lanes = max(16, 1 << (rest + 1).bit_length())
         launches.append((strips * (LANES - 2), 1, lanes))
     return launches

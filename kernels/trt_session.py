@@ -56,6 +56,7 @@ class Queue:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Work inside runs on the stream, after the work already on the caller's stream."""
+        # The crops may still be on their way on the caller's stream.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             yield
@@ -108,6 +109,7 @@ class Session:
                 f"{self.trt.__name__} {self.trt.__version__} does not read the plan on "
                 f"{self.device} (its reason is on stderr); build it again here"
             )
+        # The engine has its own copy, and a plan holds all weights.
         self.content = b""
         # The order in which a runtime lists its tensors is not defined.
         names = sorted(
@@ -136,6 +138,7 @@ class Session:
         strategies = self.trt.DynamicShapesKernelSpecializationStrategy
         self.config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         self.compiled = self.config.create_runtime_cache()
+        # What is read here becomes code on the GPU, so a link to another file is not followed.
         if self.cache and self.cache.is_file() and not self.cache.is_symlink():
             self.compiled.deserialize(self.cache.read_bytes())
         self.config.set_runtime_cache(self.compiled)
@@ -147,6 +150,7 @@ class Session:
         data = bytes(self.compiled.serialize())
         try:
             self.cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Several workers may write at once: each replaces the whole file in one step.
             with tempfile.NamedTemporaryFile(dir=self.cache.parent, delete=False) as staging:
                 staging.write(data)
             Path(staging.name).replace(self.cache)
@@ -158,7 +162,7 @@ class Session:
         state = self.state(bucket)
         with self.queue.turn():
             state.inputs[0][: len(crops)].copy_(crops, non_blocking=True)
-            # Rows beyond these crops are an older batch's: finite pixels whose scores nobody reads.
+            # Rows beyond these crops are an older batch's: finite pixels whose scores are cut off.
             state.launch()
             # Copies: the next part overwrites the buffers.
             outputs = tuple(output.to("cpu", torch.float32, copy=True) for output in state.outputs)
@@ -175,6 +179,7 @@ class Session:
 
     def drop(self, above: int) -> None:
         """Give back the memory of larger buckets."""
+        # A state owns all that its bucket uses, so dropping it frees everything at once.
         self.states = {bucket: state for bucket, state in self.states.items() if bucket <= above}
 
     def _make(self, bucket: int) -> BucketState:
@@ -182,6 +187,7 @@ class Session:
         inputs = tuple(self._input(context, name, bucket) for name in self.taken)
         # The workspace is sized for these shapes and handed over before anything runs.
         needed = int(context.update_device_memory_size_for_shapes())
+        # At least one byte: an empty tensor has no address to hand over.
         workspace = torch.empty(max(needed, 1), dtype=torch.uint8, device=self.device)
         context.set_device_memory(workspace.data_ptr(), needed)
         outputs = []
@@ -207,6 +213,7 @@ class Session:
 
     def _input(self, context: Any, name: str, bucket: int) -> Tensor:
         shape = (bucket, *tuple(self.engine.get_tensor_shape(name))[1:])
+        # Zeros: the first launch runs before there are crops, and fresh memory may hold NaN.
         tensor = torch.zeros(shape, dtype=self._dtype(name), device=self.device)
         if not context.set_input_shape(name, shape):
             raise EngineError(f"the plan does not take {shape}; build it for that batch")
@@ -237,6 +244,7 @@ class Session:
         return known[kind]
 
     def _try_graph(self, state: BucketState) -> None:
+        # Not every flavour has this question; without it the capture itself shows the answer.
         capturable = getattr(state.context, "is_stream_capturable", None)
         if capturable is not None and not capturable(self.queue.handle):
             return

@@ -101,6 +101,8 @@ def settle(network: nn.Module, crops: NDArray[np.uint8]) -> None:
     """Set the batch norms' statistics to those of the crops, so that activations keep in range."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
+            # By default a running mean takes a tenth of a batch and keeps the rest of its initial
+            # value.
             module.momentum = None  # the plain mean: this one batch's
     network.train()
     network(torch.from_numpy(crops))

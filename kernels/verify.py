@@ -8,8 +8,8 @@ differently, because no engine can promise more than the budget.
 
 `verify` runs the plans of a model on the GPU at hand: a plan built elsewhere may run only where a
 machine of that architecture has checked it.  A plan that agrees is marked as verified on this
-architecture.  One that disagrees is withdrawn, so that nobody loads it; a plan for another GPU or
-another TensorRT version is left as it is.
+architecture.  One that disagrees is withdrawn, so that it is never loaded; a plan for another GPU
+or another TensorRT version is left as it is.
 """
 
 import math
@@ -34,6 +34,7 @@ from ralf.kernels.manifest import Manifest, Precision
 from ralf.kernels.plans import Plan, Verification
 
 Score = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+# Fixed, so that every engine of a model decides on the same crops.
 SEED = 20261120
 
 
@@ -91,6 +92,7 @@ class AgreementCheck:
         flipped, contested = decided_otherwise(
             self.expected, got, thresholds(self.artifact.manifest), budget
         )
+        # NaN is below every threshold, so it could pass for agreement on an authentic face.
         if flipped or not math.isfinite(spread):
             raise Disagrees(
                 f"{what} of {self.artifact.label} in {precision} decides {flipped} of "
@@ -116,12 +118,14 @@ def decided_otherwise(
         near = np.abs(expected - limit) <= margin
         flipped |= other & ~near
         contested |= other & near
+    # A crop that is wrong at one threshold and contested at another counts once, as wrong.
     return int(flipped.sum()), int((contested & ~flipped).sum())
 
 
 def thresholds(manifest: Manifest) -> list[float]:
     """The manifest's thresholds as logits; without any, the logit of an even chance."""
     fitted = manifest.calibration
+    # A score of 0 or 1 has no finite logit: every engine decides alike there.
     scores = [score for score in manifest.thresholds.values() if 0 < score < 1] or [0.5]
     logits = {math.log(score / (1 - score)) for score in scores}
     return sorted(fitted.shift + fitted.temperature * logit for logit in logits)
@@ -174,6 +178,7 @@ def verify(artifact: Artifact, device: torch.device, say: Say = print) -> list[P
                 continue
             try:
                 checked.append(verified(plan, check, device, say))
+            # Disagrees is an EngineError too, so this comes first.
             except (Disagrees, Damaged) as error:
                 plans.withdraw(artifact, plan)
                 failures.append(f"{error}; {plan.key} was withdrawn")
@@ -206,6 +211,7 @@ def verification(engine: TrtEngine, agreement: Agreement) -> Verification:
     side = engine.artifact.manifest.input.size
     timing = {}
     for bucket in engine.batching.buckets:
+        # On the CPU, as in `ralf bench engine`: the time includes both copies.
         crops = torch.zeros((bucket, 3, side, side), dtype=torch.uint8)
         spent = []
         for _ in range(TURNS):
@@ -229,6 +235,7 @@ def reference(network: nn.Module) -> Score:
 
     def score(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         at_once = 4 if device.type == "cpu" else 32
+        # cuDNN's switch has a context manager; that of the products has none and is process-wide.
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = False
         try:

@@ -80,7 +80,7 @@ class Concatenated(nn.Module):
 
 
 class AuthorsWay(Ralf):
-    """Ralf, slowly; the logits of the network it was made of."""
+    """Ralf as its authors run it, with the logits of the network that it was made of."""
 
     @classmethod
     def of(cls, network: Ralf, **dimensions: object) -> "AuthorsWay":

@@ -105,7 +105,7 @@ def chosen(args: argparse.Namespace, folder: Path) -> Artifact:
 
 
 def build_plans(artifact: Artifact, device: torch.device) -> None:
-    """By every builder that is here; one that fails leaves the others, and a line."""
+    """Build by every builder that is here; one that fails is reported, and the others still run."""
     from ralf.kernels.build import BuildRequest, available, build
 
     for builder in available():

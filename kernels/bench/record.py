@@ -77,6 +77,7 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        # So that a reader can tell a record made on a busy machine.
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "commit": _commit(),
@@ -108,10 +109,11 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time each way `repeats` times, in turns: a b c a b c …
 
-    A turn is `calls` calls and then `settle`, which waits for a device that works behind one's
-    back; its time is that of one call.
+    A turn is `calls` calls and then `settle`, which waits for a device that works asynchronously.
+    The turn's time is divided by `calls`.
     """
     spent: dict[str, list[float]] = {name: [] for name in ways}
+    # Turns below zero are the warm-ups.
     for turn in range(-warmups, repeats):
         for name, way in ways.items():
             start = time.perf_counter()
@@ -195,6 +197,7 @@ def captured(way: Callable[[], object], device: "torch.device") -> Callable[[], 
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
+        # Libraries choose kernels and take memory at first calls, which cannot be captured.
         for _ in range(3):
             way()
     torch.cuda.synchronize(device)

@@ -2,7 +2,7 @@
 
 The same stack of residual blocks, the same FP16 input on the device: eager in both layouts, with
 cuDNN trying its algorithms, compiled by torch with and without its own search, and as fused Triton
-blocks.  The predictions are in kernels/PERFORMANCE.md, and so shall the verdicts be.
+blocks.  The predictions are in kernels/PERFORMANCE.md; the verdicts go there too.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def run_residual(args: argparse.Namespace) -> int:
     batch = args.batch or (LARGEST if device.type == "cuda" else 1)
     torch.manual_seed(0)
     plain = stack(args.channels, args.blocks).half().to(device).eval().requires_grad_(False)
+    # A copy: `to` changes the layout of a module's own weights.
     last = deepcopy(plain)
     last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     shape = (batch, args.channels, args.size, args.size)
@@ -41,6 +42,7 @@ def run_residual(args: argparse.Namespace) -> int:
         timings = interleave(
             ways, repeats=args.repeats, warmups=2, calls=args.calls, settle=settle(device)
         )
+    # Two convolutions a block, 9 taps each, and a product is a multiplication and an addition.
     flop = batch * args.blocks * 2 * 9 * args.channels**2 * args.size**2 * 2
     record = Record(
         theme="residual",

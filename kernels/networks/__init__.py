@@ -9,7 +9,7 @@ whose name is the network's and whose object is the class:
 The class takes its dimensions as keyword arguments, has the attribute `size` (side of a crop) and
 `lower(dtype)`, and its forward turns crops [m, 3, s, s] into logits [m] of being forged.
 
-This file imports a network only when somebody asks for it: timm takes seconds to import.
+This file imports a network only when it is built: timm takes seconds to import.
 """
 
 import importlib
@@ -31,13 +31,14 @@ OURS = {
 
 
 def names() -> list[str]:
-    """Every network that `build` knows: ours, then those of other packages."""
+    """The names that `build` takes: our networks, then those of other packages."""
     others = entry_points(group=GROUP).names - OURS.keys()
     return [*OURS, *sorted(others)]
 
 
 def options(name: str) -> Mapping[str, inspect.Parameter]:
     """A network's dimensions by name; each has a type (`annotation`) and a `default`."""
+    # A package's annotations may be strings; a recipe needs the types that they name.
     return inspect.signature(_class_of(name), eval_str=True).parameters
 
 

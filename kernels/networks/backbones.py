@@ -6,8 +6,8 @@ Inside the rest there is a second place, where FDFL merges: between Xception's e
 flow, and in the others where a sixteenth of the input's size is first reached.
 
 Initial weights come from a safetensors file in timm's names or from timm's hub.  They were
-learnt on photographs, and RALF feeds the stem residuals: non-negative, near zero.  They go in
-as they are, unscaled, as in the paper.  Every stem's first convolution has no bias and a batch
+learnt on photographs, and RALF feeds the stem residuals: non-negative, near zero, and not
+scaled, as in the paper.  Every stem's first convolution has no bias and a batch
 norm behind it, which corrects scale and offset once its statistics are those of
 residuals: so train with the norms in training mode, and never freeze the stem's statistics.
 
@@ -84,6 +84,7 @@ class Backbone(nn.Module):
 
     def __init__(self, backbone: str, pool: Pool = "max") -> None:
         super().__init__()
+        # Dimensions come from a manifest as they are, so the Literal protects nothing here.
         if pool not in ("max", "mean"):
             raise NetworkError(f"pool should be max or mean, got {pool!r}")
         self.family = family(backbone)
@@ -91,6 +92,7 @@ class Backbone(nn.Module):
         network = timm.create_model(self.family.timm_name, pretrained=False, num_classes=1)
         parts = OrderedDict(network.named_children())
         self.head = nn.Linear(int(network.num_features), 1)
+        # Both are ours, for the choice of pooling and one FP32 logit.
         for name in (self.family.head, "global_pool"):
             del parts[name]
         self.stem = nn.Sequential(OrderedDict((name, parts.pop(name)) for name in self.family.stem))
@@ -107,6 +109,7 @@ class Backbone(nn.Module):
 
     def conclude(self, maps: Tensor) -> Features:
         """The last maps [B, c, h, w], pooled and judged."""
+        # A maximum is exact in any dtype; a mean summed in half precision is not.
         pooled = maps.amax((2, 3)) if self.pool == "max" else maps.float().mean((2, 3))
         logits: Tensor = self.head(pooled.to(dtype_of(self.head)))
         return Features(pooled.float(), logits.squeeze(1).float())
@@ -143,7 +146,7 @@ class Backbone(nn.Module):
 
 
 def lower_backbone(backbone: Backbone, dtype: torch.dtype) -> None:
-    """Stem and rest in a smaller dtype; one logit costs nothing, so the head stays."""
+    """Stem and rest in a smaller dtype; the head stays in FP32, since one logit costs nothing."""
     backbone.stem.to(dtype)
     backbone.rest.to(dtype)
 
@@ -164,6 +167,7 @@ def load_backbone(
     where = weights if weights is not None else f"timm's {backbone.family.timm_name}"
     mine = backbone.state_dict()
     filled = {_own_name(backbone, name): tensor for name, tensor in source.items()}
+    # A head for ImageNet's thousand classes.
     if filled.get("head.weight", mine["head.weight"]).shape != mine["head.weight"].shape:
         filled = {name: t for name, t in filled.items() if not name.startswith("head.")}
     # Counters of batches seen: some files leave them out, and nothing at inference reads them.
@@ -176,6 +180,7 @@ def load_backbone(
             f"{where} is not {backbone.family.timm_name}: missing {missing[:3]}, "
             f"unknown {unknown[:3]}, of another shape {sorted(shapes)[:3]}"
         )
+    # Our own values stand in for the counters and the head, which a file may lack.
     backbone.load_state_dict({**mine, **{n: t.to(mine[n].dtype) for n, t in filled.items()}})
     return tuple(left)
 

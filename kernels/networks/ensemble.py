@@ -43,6 +43,7 @@ class Ensemble(nn.Module):
         super().__init__()
         listed = [_member(each) for each in members]
         self.names = tuple(member.name for member in listed)
+        # One named twice would only have twice the weight.
         if len(listed) < 2 or len(set(self.names)) < len(listed):
             raise NetworkError(f"an ensemble has two different members or more, got {self.names}")
         self.size = size
@@ -52,6 +53,7 @@ class Ensemble(nn.Module):
             values = torch.tensor([getattr(member, name) for member in listed])
             self.register_buffer(name, values, persistent=False)
         shown = [each for each in self.detectors if hasattr(each, "explain")]
+        # Set only where a member has it, because engines ask with hasattr.
         if shown:
             self.explain = shown[0].explain
 

@@ -7,7 +7,7 @@
 The spectrum (`Spectrum`) is the first half of JPEG: YCbCr, blocks of 8 × 8, their DCT, and then
 each frequency of each colour as a channel of its own, its blocks in their places.  The mining
 block learns which of them matter: a convolution within each colour, one across them, pooling,
-weights a channel.  The published description ends there; what it leaves open is our choice:
+one weight for each channel.  The published description ends there; the rest is our choice:
 the norms and activations between, the mining block's width (that of the spectrum), and the
 fusion, which is a dimension, since the paper compares several and names none that we know of:
 
@@ -17,17 +17,17 @@ fusion, which is a dimension, since the paper compares several and names none th
     attention   a weight from 0 to 1 at each place and channel weighs pixels against frequencies
     none        x alone: the baseline for this branch
 
-A fresh convolution in its middle costs a trained backbone what it knew.  Validation AUC from the
-same warm backbone, 50 batches of 16 at 128 px, cross entropy alone or with the single-center loss:
-none 0.84 and 0.74, gate 0.84 and 0.77, concat (with it) 0.39.
+A fresh convolution in the middle of a trained backbone undoes its training.  Validation AUC from
+the same warm backbone, 50 batches of 16 at 128 px, cross entropy alone or with the single-center
+loss: none 0.84 and 0.74, gate 0.84 and 0.77, concat (with it) 0.39.
 
 Numerics.  Spectrum and its norm are FP32.  A crop's DC lies within ±64 and coefficients in steps
 of 1/16: so scaled, the variance of any frequency is a number that FP16 holds, and the norm's
 statistics can be published (in 8-bit units the DC's variance may pass 65,504; in 0..1 that of the
 highest frequencies sinks under FP16's smallest normal number).
 
-At a side that is a multiple of 16 both streams meet at a sixteenth of it: Xception, whose first
-convolutions are not padded, loses its border there and makes it good by rounding up further on.
+At a side that is a multiple of 16 both streams have maps of a sixteenth of it.  Xception's first
+convolutions are not padded and lose a border; later strides round up, which restores the size.
 
 m: faces   s: side of a crop
 """
@@ -72,6 +72,7 @@ def block_dct() -> Tensor:
     Channel 64 p + 8 v + u is frequency v down and u across of plane p of Y, Cb, Cr.  Pixels come
     less LEVEL, as JPEG moves Y; the rows of Cb and Cr sum to zero, so that it changes neither.
     """
+    # FP64 until the kernels are complete, so that they are rounded once.
     rows = basis(BLOCK, torch.float64, torch.device("cpu"))
     waves = torch.einsum("vy,ux->vuyx", rows, rows).reshape(1, BLOCK * BLOCK, 1, BLOCK, BLOCK)
     planes = torch.tensor(YCBCR, dtype=torch.float64).reshape(3, 1, 3, 1, 1)
@@ -92,6 +93,7 @@ class Spectrum(nn.Module):
         """Images of 0..1."""
         device, kernels = image.device.type, self.kernels
         # Autocast would run it in bf16, whose steps near white are as large as fine detail.
+        # torch.autocast raises for device types without autocast, such as meta.
         known = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if known else nullcontext():
             return F.conv2d(image.to(kernels.dtype) - LEVEL, kernels, stride=BLOCK)
@@ -121,6 +123,7 @@ class MiningBlock(nn.Module):
         self.together = _convolution(CHANNELS, CHANNELS, 3)
         self.pool = nn.MaxPool2d(2)
         self.attention = ChannelAttention(CHANNELS, CHANNELS // 16)
+        # The published block ends at the weights; the backbone's width needs one more convolution.
         self.leave = nn.Conv2d(CHANNELS, width, 1)
 
     def forward(self, spectrum: Tensor) -> Tensor:
@@ -167,6 +170,7 @@ class Fdfl(nn.Module):
         pool: Pool = "mean",
     ) -> None:
         super().__init__()
+        # Whole blocks of 8, and an even number of them: the mining block pools by 2.
         if size < 32 or size % (2 * BLOCK):
             raise NetworkError(f"size should be a multiple of 16, at least 32, got {size}")
         if fusion not in FUSIONS:
@@ -205,6 +209,7 @@ class Fdfl(nn.Module):
 
 def _convolution(width: int, wide: int, side: int, groups: int = 1) -> nn.Sequential:
     return nn.Sequential(
+        # No bias: the norm behind it would subtract it again.
         nn.Conv2d(width, wide, side, padding=side // 2, groups=groups, bias=False),
         nn.BatchNorm2d(wide),
         nn.ReLU(inplace=True),

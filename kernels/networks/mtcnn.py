@@ -2,14 +2,15 @@
 
 P-Net slides over a picture and proposes places where a face may be; R-Net judges each place again
 at 24×24 and rejects most; O-Net judges the rest at 48×48 and adds five landmarks.
-How they are chained is worker/media/mtcnn.py; this file knows pictures of one size only.
+worker/media/mtcnn.py chains them; the pictures of one call here have one size.
 
 Each network gives the *logit* of a face rather than two probabilities: the softmax of two numbers
 is the sigmoid of their difference.  Inputs are RGB, float, (u8 − 127.5) / 128, as in training.
 
-Two things are changed for speed and give the same numbers.  First layers of 10 and 28 channels
-are widened by channels of zeros to 16 and 32, which vector units and tensor cores take whole.
-Max pooling on a CPU is a maximum of strided slices: torch's own kernel is five times slower here.
+Two things are changed for speed and give the same numbers.  First layers of 10 and 28 channels are
+widened by channels of zeros to 16 and 32, which are a multiple of what vector units and tensor
+cores compute at once.  Max pooling on a CPU is a maximum of strided slices: torch's own kernel is
+five times slower here.
 
 The weights are read from the installed facenet-pytorch 2.5.3 (MIT) without importing the package,
 as tensors only: nothing in the files is executed.
@@ -48,6 +49,7 @@ def _pooled(x: Tensor, window: int) -> Tensor:
         count = (x.shape[dim] - window + 1) // 2 + 1
         first, *others = (x.narrow(dim, i, x.shape[dim] - i) for i in range(window))
         index = (slice(None),) * dim + (slice(None, None, 2),)
+        # A copy: the maxima are written into it, and the view is the caller's tensor.
         best = first[index].narrow(dim, 0, count).clone()
         for other in others:
             cells = other[index]
@@ -77,6 +79,7 @@ class PNet(nn.Module):
         x = self.prelu2(self.conv2(x))
         x = self.prelu3(self.conv3(x)).permute(0, 2, 3, 1)
         # Both 1×1 convolutions as one product: torch's kernel for two channels out is a slow one.
+        # They stay two layers, because the weights' file has them under two names.
         last = [dict(layer.named_parameters()) for layer in (self.conv4_1, self.conv4_2)]
         weight = torch.cat([layer["weight"] for layer in last]).flatten(1)
         both = F.linear(x, weight, torch.cat([layer["bias"] for layer in last])).permute(0, 3, 1, 2)
@@ -109,7 +112,7 @@ class RNet(nn.Module):
 
 
 class ONet(nn.Module):
-    """The last word at 48×48, with landmarks."""
+    """The final judgement at 48×48, with landmarks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,6 +181,7 @@ def pretrained(device: str | torch.device = "cpu") -> Cascade:
 
 def _widened(weight: Tensor, wanted: Tensor) -> Tensor:
     """A weight with zeros for the channels that were added."""
+    # A channel without weights and bias stays zero through its PReLU, so no sum changes.
     wider = torch.zeros_like(wanted)
     wider[tuple(slice(length) for length in weight.shape)] = weight
     return wider

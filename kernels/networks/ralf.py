@@ -13,8 +13,7 @@ paper's is of real.
 
 As published the classifier reads the residual alone.  With sees="both" (ours, not the paper's) the
 crop itself enters too, by a stem of its own, and the residual is let in through one learnt gate a
-channel, which begins shut: so the detector begins as its classifier alone, and what the residual
-adds is added to that.
+channel, which is zero at first: so the detector begins as its classifier alone.
 
 Numerics.  Images, residuals, mask and head are FP32 whatever the convolutions run in: the
 residual is a small difference of two large numbers, so it is taken first and rounded after.
@@ -99,16 +98,19 @@ class Ralf(nn.Module):
         super().__init__()
         if sees not in ("residual", "both"):
             raise NetworkError(f"sees should be residual or both, got {sees!r}")
+        # The reconstructor halves the image twice, and a backbone reduces it to a 32nd.
         if size < 32 or size % 4:
             raise NetworkError(f"size should be a multiple of 4, at least 32, got {size}")
         self.size = size
         self.mask = nn.Parameter(torch.zeros(size, size))  # before the sigmoid
         self.reconstructor = Reconstructor(base, blocks)
         self.classifier = Backbone(backbone, pool)
+        # A copy: it reads another residual, so its norms need statistics of their own.
         self.guide = deepcopy(self.classifier.stem) if guided else None
         self.attention = SpatialAttention() if guided else None
         self.plain = deepcopy(self.classifier.stem) if sees == "both" else None
         if self.plain is not None:
+            # The last norm has the stem's width in every family; the convolutions' names differ.
             *_, last = (part for part in self.plain if isinstance(part, nn.BatchNorm2d))
             self.gate = nn.Parameter(torch.zeros(last.num_features, 1, 1))
 
@@ -116,8 +118,8 @@ class Ralf(nn.Module):
         """The crops without what the mask takes away, FP32, and |x − that|."""
         mask = self.mask.float().sigmoid()
         if torch.compiler.is_exporting():
-            # Plain products: only torch knows our op, and torch 2.11 cannot decompose it afterwards
-            # (SpecViolationError: its basis would be a constant that the program does not list).
+            # Plain products: our op exists only in torch, and torch 2.11 cannot decompose it after
+            # the export (SpecViolationError: the basis is a constant that the program lacks).
             destroyed = destruct_reference(crops, mask)
             return destroyed, (unit(crops) - destroyed).abs()
         made: tuple[Tensor, Tensor]
@@ -138,6 +140,7 @@ class Ralf(nn.Module):
         image = unit(crops)
         rebuilt, encoded = self.reconstructor(destroyed)
         dtype = dtype_of(self.classifier.stem)
+        # Subtracted in FP32: rounding both first would leave mostly rounding of their difference.
         features = self.classifier.stem((image - rebuilt).abs().to(dtype))
         if self.guide is not None and self.attention is not None:
             attention = self.attention(self.guide(removed.to(dtype)))
@@ -146,6 +149,7 @@ class Ralf(nn.Module):
             attention = torch.ones_like(features[:, :1])
         if self.plain is not None:
             plain = self.plain((image * 2 - 1).to(dtype))
+            # `lower` leaves the gate in FP32, which would make the sum FP32 too.
             features = plain + self.gate.to(plain.dtype) * features
         logit = self.classifier.classify(features)
         embedding = encoded.float().mean((2, 3))
@@ -164,6 +168,7 @@ class Ralf(nn.Module):
     def lower(self, dtype: torch.dtype) -> "Ralf":
         """Convolutions in a smaller dtype, where the logit stays accurate (see Numerics)."""
         self.reconstructor.to(dtype)
+        # In bf16 the classifier alone moves a logit by 0.25.
         if dtype is torch.float16:
             lower_backbone(self.classifier, dtype)
             for part in (self.guide, self.attention, self.plain):
@@ -176,6 +181,7 @@ class Ralf(nn.Module):
     ) -> tuple[str, ...]:
         """Fill the classifier as load_backbone does, and the other stems like the main one."""
         left = load_backbone(self.classifier, weights, pretrained)
+        # They were copied before the file was read, so they still hold the random weights.
         for stem in (self.guide, self.plain):
             if stem is not None:
                 stem.load_state_dict(self.classifier.stem.state_dict())

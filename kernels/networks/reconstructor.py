@@ -76,6 +76,7 @@ class Shallow(nn.Module):
             conv(3, width // 4, 3),
             conv(width // 4, width // 2, 1),
             conv(width // 2, width // 2, 3),
+            # Three fewer: the image's own channels are put beside them.
             conv(width // 2, width - 3, 1),
         )
         self.merge = conv(width, width, 1, relu=False)
@@ -111,6 +112,7 @@ class ScaleFusion(nn.Module):
         width = base << scale
         widths = [base << i for i in range(3)]
         whole = nn.Conv2d(sum(widths), width, 1)
+        # The parts add up to one convolution, so only one of them has a bias.
         self.parts = nn.ModuleList(nn.Conv2d(c, width, 1, bias=c == widths[-1]) for c in widths)
         with torch.no_grad():  # the fan-in is that of the whole
             for part, weight in zip(self.parts, torch.split(whole.weight, widths, 1), strict=True):
@@ -119,6 +121,7 @@ class ScaleFusion(nn.Module):
         self.body = nn.Sequential(nn.ReLU(inplace=True), conv(width, width, 3, relu=False))
 
     def forward(self, *maps: Tensor) -> Tensor:
+        # From the smallest map on, so that each sum is made before it is enlarged.
         total = self.parts[2](maps[2])
         for finer in (1, 0):
             if finer >= self.scale:
@@ -134,6 +137,7 @@ class Reconstructor(nn.Module):
 
     def __init__(self, base: int = 32, blocks: int = 8) -> None:
         super().__init__()
+        # Shallow's first convolution has base / 2 channels.
         if base < 4 or base % 2 or blocks < 1:
             raise ValueError(f"base should be even and ≥ 4, blocks ≥ 1, got {base} and {blocks}")
         c1, c2, c4 = base, 2 * base, 4 * base
