@@ -266,6 +266,7 @@ def at_false_positives(real: Floats, rate: float, people: int | None = None) -> 
     # ordered[allowed] must lie below the threshold, and all that equal it do too.
     barred = ordered[allowed] if allowed < len(ordered) else -np.inf
     above = int((ordered > barred).sum())
+    # With no real above, the range that the threshold halves ends where the scale does.
     next_up = ordered[above - 1] if above else 1.0
     score = 0.0 if np.isneginf(barred) else _between(float(barred), float(next_up))
     alarms = int((ordered >= score).sum())

@@ -155,6 +155,7 @@ def run_train(args: argparse.Namespace) -> int:
             index, recipe, args.out,
             device=device, ranks=ranks, options=options, allow_leaks=args.allow_leaks,
         )  # fmt: skip
+        # One line, however many processes there are: `ralf retrain` reads the last one as JSON.
         if ranks.first:
             print(json.dumps(outcome_facts(outcome, args.out)))
     return INTERRUPTED if outcome.ending == "interrupted" else OK

@@ -207,6 +207,7 @@ def targets_of(names: str, device: str) -> tuple[Target, ...]:
         return tuple(t for t in TARGETS if t == "cpu" or (t in here and _has_device(t, device)))
     found = [name.strip() for name in names.split(",") if name.strip()]
     chosen = tuple(target for target in TARGETS if target in found)
+    # Fewer than were named: one of the names is no target.
     if not chosen or len(chosen) != len(set(found)):
         raise ValueError(f"--targets takes all, or some of {', '.join(TARGETS)}; got {names!r}")
     return chosen

@@ -225,6 +225,7 @@ def rcl_small() -> Recipe:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
+    # By the function's own name, so that the two cannot differ.
     made.__name__: made
     for made in (
         ralf_paper,

@@ -110,6 +110,7 @@ def steps(order: Retraining) -> list[Step]:
         "name": order.name,
         "targets": order.targets,
         "golden": order.golden_from,
+        # Absolute: the same relative folder elsewhere is another one, and lacks the version.
         "models": str(order.models.resolve()),
     }
     return [
@@ -418,6 +419,7 @@ def _verify(order: Retraining, artifact: Artifact) -> Facts:
     try:
         device = pick_device(order.training.device)
         if device.type == "cuda":
+            # Only here: plans run on GPUs alone, and elsewhere the torch engine is all there is.
             from ralf.kernels.verify import verify
 
             verified = [str(plan.key) for plan in verify(artifact, device, order.say)]

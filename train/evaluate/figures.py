@@ -29,6 +29,7 @@ MARKS = "osD^vPX"
 
 
 def _figure(width: float = 4.6, height: float = 3.6) -> Figure:
+    # Not by pyplot, which keeps every figure in memory until it is closed.
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -212,6 +213,7 @@ def strips_figure(network: nn.Module, crops: Tensor, names: Sequence[str]) -> Fi
     for row, name in enumerate(names):
         for place, (title, pictures) in enumerate(columns):
             axes = grid[row, place]
+            # The crop lies under every picture; only Grad-CAM's is transparent.
             axes.imshow(columns[0][1][row])
             if pictures.ndim == 3:
                 axes.imshow(pictures[row], cmap="magma", alpha=0.55, vmin=0, vmax=1)

@@ -97,6 +97,7 @@ def _random() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weights: dict[str, Tensor] = {}
     for layer, (incoming, outgoing) in CONVS.items():
+        # He's scale: features keep their size through the ReLUs.
         scale = (2 / (incoming * 9)) ** 0.5
         weights[f"{layer}.weight"] = (
             torch.randn(outgoing, incoming, 3, 3, generator=generator) * scale

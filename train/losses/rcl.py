@@ -182,6 +182,8 @@ class RclObjective(Objective):
         """Cross entropy, and the contrastive loss of natural and of forged anchors."""
         refuse_one_class(batch.forged)
         loss = self.loss
+        # A cosine in bf16 has two or three digits, and a temperature of 0.1 makes its error ten
+        # times as large.
         with torch.autocast(seen.embedding.device.type, enabled=False):
             faces = F.normalize(self.project(exact(seen.embedding)), dim=1)
             natural, forged = faces[~batch.forged], faces[batch.forged]

@@ -78,6 +78,7 @@ def _videos(level: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
         if "frames" in below:
             yield "", name, below
         else:
+            # c0 and raw are two names of the same videos, here and in faceforensics.py.
             compression = "raw" if name == "c0" else name
             yield from ((compression, video, facts) for video, facts in below.items())
 

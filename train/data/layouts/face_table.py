@@ -47,6 +47,7 @@ def _row(root: Path, line: dict[str, str], has_mesh: bool) -> Row:
         box=tuple(float(line[name]) for name in BOX_COLUMNS) if line.get("box_x0") else (),
         five=tuple(float(line[name]) for name in FIVE_COLUMNS) if line.get("eye_l_x") else (),
         mesh=line["file"] if has_mesh else "",
+        # By way of float: a table may say 180.0, which int() refuses as text.
         face_px=int(float(line.get("face_px") or 0)),
     )
 

@@ -18,6 +18,7 @@ def wild_deepfake(root: Path) -> Index:
                 continue
             for folder in _frame_folders(top):
                 inside = relative(folder, top)
+                # No target: the collection names nobody, so nothing says who is in two sequences.
                 rows.append(
                     Row(
                         dataset="wild_deepfake",

@@ -65,6 +65,7 @@ def evenly_spread(scored: Scored, frames: int) -> NDArray[np.bool_]:
     for row, video in enumerate(scored.video):
         of, place = counts[video], seen[video]
         seen[video] += 1
+        # The middles of equal parts: one frame is the video's middle and not its first.
         wanted = np.floor((np.arange(min(frames, of)) + 0.5) * of / min(frames, of)).astype(int)
         kept[row] = place in wanted
     return kept

@@ -202,6 +202,7 @@ def _faces_per_s(models: Sequence[JudgedModel]) -> dict[str, float]:
     """All models in turn, so that a change of the machine's speed meets all of them alike."""
 
     def scoring(model: JudgedModel) -> Callable[[], object]:
+        # Blank: what a crop shows does not change the time.
         crops = torch.zeros((TIMED, 3, model.input.size, model.input.size), dtype=torch.uint8)
         return lambda: model.score(crops)
 
@@ -217,6 +218,7 @@ def _what_it_shows(rows: Mapping[str, DetectorRow], unseen: str) -> list[str]:
         parts = {name: rows[name].parts[CLEAN][place] for name in others}
         words = [f"{name} {part.difference} ({part.verdict})" for name, part in parts.items()]
         notes += [f"On {of}, against {first}: {'; '.join(words)}."] if words else []
+    # An ensemble was not trained itself and has no budget to compare.
     budgets = {row.trained.get("faces") for row in rows.values() if "members" not in row.trained}
     if len(budgets) > 1:
         notes.append("The models were not trained on as many faces each: see the column.")
