@@ -263,6 +263,7 @@ class Child:
                     ready = self._ready
                 if ready is not None:
                     parent.send(ready)
+            # A second job, or one before the greeting, breaks the protocol: see the last case.
             case messages.Run() if parent.greeted and parent.job is None:
                 parent.job = ChildJob(parent, message)
                 self._queue.add(parent.job)

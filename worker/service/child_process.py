@@ -221,6 +221,7 @@ class ChildProcess:
             received = messages.receive(self._connection, self._inbox)
         except messages.ProtocolError as error:
             log.error("child.misunderstood", error=str(error))
+            # A child that breaks the protocol may be under the control of a hostile file.
             self.kill()
             return None
         for message in received or ():
@@ -308,6 +309,7 @@ class ChildProcess:
                 code = self._process.wait()
             self.exit_code = code
             status = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+            # Its last lines may still be in the pipe, and the quarantine keeps them.
             if self._reader is not None:
                 self._reader.join(READ_OUT_S)
             self._process = self._reader = None
@@ -379,6 +381,7 @@ class ChildSupervisor:
         if reason:
             log.info("child.recycled", reason=reason, jobs=child.jobs_done, rss=child.rss())
             self._metrics.restarts.labels(reason).inc()
+            # Asked and not killed: a shared child first ends the running jobs of other parents.
             child.retire()
         self._load_with_retries()
 

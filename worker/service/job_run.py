@@ -371,6 +371,7 @@ class JobRun:
                 return RunResult("failure", "cancelled", "an operator stopped the job")
             return RunResult("hand_back", "child_killed", "an operator killed the child")
         if self._times.started is None:
+            # The child opens a file at its job's turn, so this file is not the cause.
             return RunResult("hand_back", "child_left", f"the child {how} before the job's turn")
         why = f"the child {how} in the middle of the job"
         crash = self._crash(why, detail=self.child.last_output())

@@ -235,7 +235,6 @@ def receive(connection: socket.socket, inbox: Inbox) -> list[Message] | None:
     """The messages that one read completes; None when the other side has gone."""
     try:
         data = connection.recv(262_144)
-    # select() may call a socket readable that has nothing to read.
     except (BlockingIOError, InterruptedError):
         return []
     except OSError:

@@ -286,10 +286,12 @@ class LoadedModels:
         if version is not None and version != own.artifact.version:
             self._next.request(f"{self._settings.model}@{version}")
             return False
+        # The version in use is the promoted one again, so nothing waits for the refused one.
         return version is not None and self._next.forget_failure()
 
     def _install(self) -> bool:
         """Use what has been loaded; whether anything changed."""
+        # A list: any() would stop at the first that is true and leave the others uncollected.
         changed = [each.collect() for each in (self._canary, self._shadow, self._next)]
         fresh, self._next.parts = self._next.parts, None
         if fresh is not None and self._own is not None:

@@ -212,6 +212,7 @@ class Supervisor:
             with suppress(RedisError):
                 if there():
                     return
+            # One that is started again is given up by tend() only, after several quick ends.
             code = None if process.restart else process.exit_code
             if code is not None:
                 raise ProcessFailed(f"{process.name} ended with {code}{_said(process)}")
@@ -236,6 +237,7 @@ class Supervisor:
             if process.pid and process.popen is not None:
                 process.popen.send_signal(signal.SIGCONT)  # a paused process gets SIGTERM after it
                 process.popen.terminate()
+        # All of them drain at the same time, so one end holds for all.
         end = time.monotonic() + self.settings.grace_s + STOP_SPARE_S
         for process in going:
             assert process.popen is not None
@@ -286,6 +288,7 @@ def _environment(settings: Settings) -> Mapping[str, str]:
 
 def as_environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, str]:
     """The environment from which Settings.from_environment() reads exactly these settings."""
+    # Settings refuses a RALF_ variable that is no setting, and to_environment() gives every other.
     environment = {name: value for name, value in outside.items() if not name.startswith("RALF_")}
     return environment | settings.to_environment()
 

@@ -320,6 +320,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             # With its memory full Redis refuses these two, but not our script.  Queued jobs run on.
             job_id = self.store.pop(self.priority)
             if job_id is None:
+                # The script does not block: without a pause the loop would spin.
                 time.sleep(POP_S if block else 0.0)
                 return None
         if job_id is None:
@@ -556,6 +557,8 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         listener = self.pubsub_thread
         if listener is None:
             return
+        # First the flag, then a message: the thread reads the flag only after its wait, which may
+        # last a minute.
         listener.stop()
         self.connection.publish(self.pubsub_channel_name, json.dumps({"command": "wake"}))
         listener.join(LISTENER_END_S)

@@ -125,7 +125,7 @@ class ShadowRun:
         # The name may be gone, and the body wants a path: this one opens the file from its start.
         path = f"/proc/self/fd/{self._descriptor}"
         run = self.task.run.model_copy(update={"path": path, "fetch_ms": 0.0})
-        # Nobody would see its pictures.
+        # Its pictures would be made for nothing.
         plain = EvidencePolicy(thumbnails=False, residuals=False, retain=False)
         job = self.task.job.model_copy(update={"evidence": plain})
         return self.body.work(Task(run, job, report), self.parts)[0]

@@ -56,6 +56,7 @@ class WorkerGroup:
         self._supervisor = Supervisor(settings, folder)
         self._stopping_since = 0.0
         many = range(len(priorities))
+        # 0 stays 0, which serves no page; 0 + n would name a port.
         self._ports = [settings.http_port and settings.http_port + n for n in many]
         self._bad_answers = [0] * len(priorities)
         self._asked = time.monotonic()
@@ -90,7 +91,7 @@ class WorkerGroup:
                 code = worker.exit_code
                 if code is not None and not worst:
                     log.error("group.broken", worker=worker.name, code=code)
-                    # 0 is a failure too here: nobody has told the worker to leave.
+                    # 0 is a failure too here: the worker left without a signal.
                     worst = code if code > 0 else BROKEN
             if worst:
                 self.pass_on(signal.SIGTERM)
