@@ -77,7 +77,7 @@ class QueueUnavailable(ClientError):
 
 
 class UnreadableDocument(ClientError):
-    """What is stored is not a document that this version knows."""
+    """What is stored is not a document that this version can read."""
 
 
 class NotFound(ClientError):
@@ -328,8 +328,7 @@ class Client:
                     raise TimedOut(
                         f"{name} did not end within {timeout:g} s, it goes on: last seen as {seen}"
                     )
-                # What the message says does not matter: the state is read again, also when none
-                # came.
+                # The message itself does not matter: the state is read again, also when none came.
                 channel.get_message(timeout=min(left, POLL_S))
                 now = read()
                 if now != seen:

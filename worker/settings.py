@@ -106,6 +106,7 @@ class Settings:
     session_ttl_s: int = 86400
     crash_ttl_s: int = 7 * 86400
     stream_max_len: int = 100_000
+    # Redis evicts nothing (noeviction): without bounds these two would fill its memory.
     dead_letters_max: int = 10_000
     quarantine_max: int = 10_000
     """Above these the oldest dead letter or quarantined job is dropped."""

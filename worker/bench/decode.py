@@ -1,7 +1,7 @@
 """`ralf bench decode`: the same frames of each clip by PyAV and by DALI, alone and side by side.
 
 For every clip named, in one run and in turns: PyAV on all threads, DALI with one clip under way,
-and DALI with several (copies of it).  The record tells frames read a second, not frames wanted,
+and DALI with several (copies of it).  The record has frames read a second, not frames wanted,
 since a decoder goes through all from a keyframe on; how far DALI's pixels lie from PyAV's; what
 the rule of routing.py would choose; and the rates that the rule's constants stand for.
 

@@ -133,7 +133,7 @@ def _wait(true: Callable[[], bool], fault: str) -> None:
 
 
 def run_scale(args: argparse.Namespace) -> int:
-    """Print the record, and keep it where it is told."""
+    """Print the record, and write it into the folder of --out."""
     made = record(WORKERS, {"wait": args.waits, "empty": args.jobs}, turns=args.turns)
     made.save(args.out, f"cpu{made.machine['cores']}")
     return 0

@@ -174,6 +174,7 @@ class FaultInjector:
         at, sharing = time.time(), [worker]
         if fault == "child":
             sharing = [other for other in self._supervisor.of("worker") if _share(worker, other)]
+            # Each worker that shares the child reports its death as a crash.
             self.hit.update(other.pid for other in sharing)
             if not self._kill(self._supervisor.child_of(worker)):
                 return False
@@ -184,8 +185,7 @@ class FaultInjector:
             self.hit.add(worker.pid)
             self._supervisor.signal(worker, signal.SIGSTOP)
             lease = self._supervisor.settings.heartbeat_ttl_s
-            # From below to above a lease: some paused workers keep their job and some have lost
-            # it.
+            # From below to above a lease: some paused workers keep their job, others lose it.
             self._paused = (time.monotonic() + self._random.uniform(0.8, 1.6) * lease, worker)
         else:
             return False

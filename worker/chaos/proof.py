@@ -85,7 +85,7 @@ def prove(
 
 
 def ended_jobs(store: Store, asked: Sequence[Asked]) -> dict[str, Ended]:
-    """The jobs of these tokens that Redis knows, by id."""
+    """The jobs of these tokens that are in Redis, by id."""
     found = {}
     for one in asked:
         for job_id in dict.fromkeys(one.answers):
@@ -163,7 +163,7 @@ def _ends(store: Store, found: Mapping[str, Ended], seen: Iterable[SeenEnd]) -> 
 def _blame(found: Mapping[str, Ended], hit: Collection[int]) -> Iterator[str]:
     for job_id, job in found.items():
         for crash in job.crashes if job.asked.innocent else ():
-            # A crash with other jobs in the child is charged to none of them.
+            # A crash with other jobs in the child blames none of them: each runs alone next.
             if crash["alone"] and pid_of(crash["worker"]) not in hit:
                 yield (
                     f"job {job_id} ({job.asked.kind}) is blamed for {crash['code']} in "
@@ -221,7 +221,7 @@ def _bodies(job_id: str, status: Status, taken: Sequence[Receipt]) -> Iterator[s
 
 
 def doubled(receipts: Sequence[Receipt]) -> int:
-    """Deliveries that were taken more than once; their id tells the receiver."""
+    """Deliveries that were taken more than once; by their id a receiver recognises them."""
     taken = Counter(receipt.id for receipt in receipts if receipt.answer == "taken")
     return sum(count > 1 for count in taken.values())
 

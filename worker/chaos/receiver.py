@@ -87,8 +87,7 @@ class Receiver:
             signed = False
         with self._lock:
             answer = self._answer_of(message_id) if unreliable else "taken"
-            # Before the answer: a push is delivered even if its deliverer is killed while it
-            # waits.
+            # Before the answer: a push counts even if its deliverer is killed while it waits.
             self._receipts.append(
                 Receipt(time.time(), message_id, body.decode(errors="replace"), signed, answer)
             )

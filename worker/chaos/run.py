@@ -203,6 +203,7 @@ class Run:
         stack.callback(self.store.redis.close)
         self.uploader.start()
         self._run_until(self._injected_all, injecting=True)
+        # A worker that is still paused could neither end its job nor stop.
         self.faults.end()
         self._run_until(self._settled, injecting=False)
         took = time.monotonic() - self.began

@@ -160,9 +160,11 @@ class Uploader:
                 self._send(batch)
                 self._send_again()
                 self._wait(pause)
+            # Some cancels are due only after the last batch.
             while self._cancels and not self._stop.is_set():
                 self._wait(0.1)
         except Exception as error:  # noqa: BLE001  the border: the run's figures name it
+            # After stop() a client that cannot reach Redis gives up on purpose.
             if not self._stop.is_set():
                 self.wrong.append(f"the client raised {type(error).__name__}: {error}")
 

@@ -1,1 +1,1 @@
-"""The command `ralf`: one parser, each command in the file that knows its business."""
+"""The command `ralf`: one parser, each command in a file of its own subject."""

@@ -1,4 +1,4 @@
-"""The command `ralf`: one parser, each command in the file that knows its business.
+"""The command `ralf`: one parser, each command in a file of its own subject.
 
 Heavy libraries are imported when a command runs, so that `ralf --help` is instant.  Results go to
 stdout, everything else to stderr.  Exit codes: 0 done, 1 a forged verdict with --fail-on, 2 usage,
@@ -21,19 +21,19 @@ from ralf.kernels.cli import commands as kernels
 from ralf.worker.cli.service import commands as service
 
 Register = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
-"""Adds the commands of one room to the parser."""
+"""Adds the commands of one top-level package to the parser."""
 OK, FORGED, USAGE, BAD_MEDIA, INFRASTRUCTURE, INTERRUPTED = 0, 1, 2, 4, 5, 130
 
 
 def parser(more: Sequence[Register] = ()) -> argparse.ArgumentParser:
-    """Every command of this room and of kernels, then those that `more` registers."""
+    """Every command of the worker and of kernels, then those that `more` registers."""
     top = argparse.ArgumentParser(
         prog="ralf",
         description="Finds forged faces in video.",
         epilog="exit codes: 0 done, 1 forged (with --fail-on), 2 usage, 4 bad media, "
         "5 infrastructure, 130 interrupted",
     )
-    top.set_defaults(pinned=_pinned)  # kernels' `models gc` asks; that room knows no queue
+    top.set_defaults(pinned=_pinned)  # for kernels' `models gc`, which must not import the queue
     top.add_argument("--version", action="version", version=f"ralf {__version__}")
     top.add_argument(
         "--print-completion",

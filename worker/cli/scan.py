@@ -42,7 +42,7 @@ STYLES = {
 RANK = (0, 4, 5, 1)
 """Exit codes of one file, the last one first: see the module's docstring."""
 ENDLESS = 1_000_000
-"""Columns of a line that nobody sees on a terminal: a program that reads it wants whole names."""
+"""Columns where stdout is no terminal: a program reads the lines and needs whole names."""
 
 
 class ScanError(Output):
@@ -163,6 +163,7 @@ def _failed_on(policy: str | None, verdict: Verdict) -> int:
 
 def _check_min_face(asked: int | None) -> None:
     try:
+        # Built only to be checked: the bounds belong to the type.
         Finder() if asked is None else Finder(min_face=asked)
     except ValueError:
         raise usage(f"--min-face should be 12 to 2000 pixels, got {asked}") from None
@@ -197,6 +198,7 @@ def _bar(name: str, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
         yield lambda _partial: None
         return
     columns = (
+        # A file's name may hold brackets, which rich would read as markup.
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),

@@ -50,8 +50,7 @@ log = structlog.get_logger()
 
 # A receiver may name any time: without a bound a delivery could wait for years.
 RETRY_AFTER_MOST_S = 86400.0
-# Standard Webhooks names 429, 502 and 504 as a wish for fewer pushes; HTTP defines Retry-After for
-# 503.
+# Standard Webhooks slows down at 429, 502 and 504; HTTP defines Retry-After for 503.
 BUSY = frozenset({429, 502, 503, 504})
 THREADS = 32
 SHARE = {"new": 4, "quick": THREADS, "slow": 6, "failing": 1}
@@ -337,8 +336,7 @@ class Deliverer:
             with self._lock:
                 self._running[endpoint] -= 1
                 if not self._running[endpoint]:
-                    # A Counter keeps zeros: it would grow by every endpoint that was ever pushed
-                    # to.
+                    # A Counter keeps zeros: it would grow with every new endpoint.
                     del self._running[endpoint]
                 self._manner[endpoint] = manner
                 # Tenants choose the addresses, so their number has no bound. A forgotten one is
@@ -351,6 +349,7 @@ class Deliverer:
 
     def push(self, delivery: Delivery) -> PushResult:
         """Send it once."""
+        # At each push: another deliverer may have got the 410.
         if self.outbox.endpoint_disabled(delivery.tenant, delivery.url):
             return PushResult(
                 "dead", "the endpoint answered 410 before; ralf deliver --enable uses it again"
@@ -410,6 +409,7 @@ class Deliverer:
 
     def _asked_wait(self, text: str) -> float:
         """Retry-After in seconds, as a number or a date; 0 when it is neither, never over a day."""
+        # isdigit alone takes signs such as ² too, on which float() fails.
         if text.isascii() and text.isdigit():
             return min(float(text), RETRY_AFTER_MOST_S)
         try:
@@ -459,6 +459,7 @@ class Deliverer:
 
 def _host(url: str) -> str:
     """Scheme, host and port: a path may hold a token."""
+    # A URL with a user is refused only when it is pushed to, and is never logged.
     return "/".join(url.split("/", 3)[:3]).rpartition("@")[2]
 
 

@@ -151,8 +151,7 @@ class Download:
             except EgressDenied as error:
                 raise FetchDenied(str(error)) from error
             except (EgressFailed, FetchFailed) as error:
-                # The deadline may be what broke it: then watch() says so, and there is no other
-                # try.
+                # The deadline may be what broke it: then watch() raises, and nothing is resumed.
                 self.upload.watch()
                 if turn == RESUMES or not self.upload.size or not self._validator:
                     raise FetchFailed(str(error)) from error
@@ -186,6 +185,7 @@ class Download:
         )
 
     def _redirected(self, target: Target, location: str) -> Target:
+        # Before urljoin, which removes tabs and line breaks without a word.
         if not location or re.search(r"[\x00-\x20\x7f-\xff\\]", location):
             raise FetchDenied(f"{target} redirects to something that is not a URL")
         following = self.egress.target(urljoin(target.url, location))

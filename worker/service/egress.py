@@ -1,6 +1,6 @@
 """The guarded HTTP client: the only way to the network for uploads and webhooks.
 
-A URL comes from a tenant, so it may point anywhere.  Its text, its host and port, and every
+A URL comes from a tenant, so it may point to any host.  Its text, its host and port, and every
 address of its name are judged (url_policy.py), each time anew and also at each redirect, since a
 redirect is only one more URL.  One address that is not public refuses the whole name.
 
@@ -264,8 +264,7 @@ class Egress:
         try:
             connection = HTTPConnection(target.host, target.port)
             line = _BoundedSocket(sock, deadline, allowance, watch)
-            # http.client only writes and reads the syntax: given a socket it neither resolves nor
-            # connects.
+            # http.client only writes and parses: given a socket, it does not connect.
             connection.sock = cast(Any, line)
             # Without its own headers: Host must be as in the URL that was judged.
             connection.putrequest(method, target.path, skip_host=True, skip_accept_encoding=True)

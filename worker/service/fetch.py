@@ -152,6 +152,7 @@ def _local(media: Media, tenant: str, settings: Settings, watch: Callable[[], No
         raise FetchFailed(f"{path} does not exist") from error
     except OSError as error:
         raise UnreadableFile(f"{path} could not be opened: {error.strerror}") from error
+    # Of the open file: by now the path may name another one.
     before = os.fstat(handle)
     if not stat.S_ISREG(before.st_mode):
         os.close(handle)

@@ -62,6 +62,7 @@ def queue_counts(store: Store) -> Callable[[], Iterator[Count]]:
         try:
             found = store.counts()
         except RedisError as error:
+            # telemetry.py does not import redis: an OSError here means that Redis is down.
             raise OSError(str(error)) from error
         for name, by_priority in (
             ("queued_jobs", found.waiting),

@@ -120,7 +120,7 @@ class Status(BaseModel):
             job_id=job_id,
             state=_state(stored["state"]),
             tenant=stored["tenant"],
-            # The script knows no null: an empty string means none.
+            # The script takes no null: an empty string means none.
             tag=stored["tag"] or None,
             attempts=int(stored["attempts"]),
             submitted_at=float(stored["submitted_at"]),

@@ -58,7 +58,7 @@ def run_worker(
     """
     # First: a child of the same user could read Redis' password in /proc/PID/environ.
     sandbox.refuse_inspection()
-    Rollout.of(settings)  # a fault in it is the operator's, and told before anything starts
+    Rollout.of(settings)  # an operator's error in it ends the process before anything starts
     telemetry.configure(settings)
     # The loop tries again by itself; one command must not block it for longer than its timeout.
     store = Store(connect(settings.redis_url, attempts=0, timeout_s=LOOP_TIMEOUT_S), settings)
@@ -90,6 +90,7 @@ def run_worker(
         worker.start()
         janitor.start()
         stack.callback(janitor.join, JANITOR_END_S)
+        # Called before the join above, which waits for it.
         stack.callback(stop.set)
         worker.work(burst=burst, max_jobs=max_jobs)
     return BROKEN if worker.broken else 0

@@ -108,7 +108,7 @@ class _RetryUntil(Retry):
         self._seconds = seconds
 
     def call_with_retry(self, do: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """redis-py's, with a look at the clock before each try."""
+        """redis-py's, but the clock is read before each try."""
         outermost = getattr(_call, "until", None) is None
         if outermost:
             _call.until = time.monotonic() + self._seconds
@@ -286,7 +286,7 @@ class Store:
         file_sha: str | None = None,
         now: float | None = None,
     ) -> BeatReply:
-        """Prove that the job runs, store what is given, and learn what to do next.
+        """Prove that the job runs, store what is given; gives what to do next.
 
         The caller sends progress at most once a second, and beats at least every
         settings.heartbeat_s.

@@ -149,7 +149,7 @@ _NOT_PUBLIC = tuple(
         "3fff::/20",
     )
 )
-"""Written out, since what `is_global` knows differs between releases of Python."""
+"""Written out, since `is_global` differs between releases of Python."""
 _UNICAST = ipaddress.IPv6Network("2000::/3")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NAT64_OWN = ipaddress.IPv6Network("64:ff9b:1::/48")
