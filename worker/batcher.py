@@ -2,15 +2,15 @@
 
 Each thread walks its own clip and waits for the logits of a chunk's crops.  While a batch is being
 scored the other threads queue up, and the next batch takes a few crops of each in turn.  So a
-device stays busy, and the next clips are decoded while these are scored, without a delay that
-somebody would have to choose.
+device stays busy, and the next clips are decoded while these are scored, without a waiting time
+to configure.
 
     job A  ──crops──▶ ┐             ┌──▶ logits of A
     job B  ──crops──▶ ├─ one batch ─┤
     job C  ──crops──▶ ┘             └──▶ logits of B, of C
 
-It has no thread of its own: a waiting thread that finds nobody at work scores the next batch for
-all (shared_work.py).
+It has no thread of its own: while no thread is scoring, one of those that wait scores the next
+batch for all (shared_work.py).
 
 Fair: jobs take turns of SHARE crops, so a job with thousands of crops does not delay the others.
 Bounded: at most one chunk's crops per thread wait, and a job decodes no further until they are

@@ -114,6 +114,7 @@ class SessionPart(Strict):
 
 def _drop_unknown(model: type[BaseModel], value: object) -> object:
     """The value without the fields that the model does not have."""
+    # Left to pydantic, whose error names the field.
     if not isinstance(value, Mapping):
         return value
     return {name: part for name, part in value.items() if name in model.model_fields}

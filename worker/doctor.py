@@ -110,6 +110,7 @@ def _torch(settings: Settings) -> Iterator[Finding]:
     if _version("torch") is None:
         yield Finding("torch", "missing", "not installed", WALK, needed=True)
         return
+    # Not at the top: the doctor must run where packages are missing, and report them.
     import torch
 
     yield Finding("torch", "ok", torch.__version__, needed=True)
@@ -192,7 +193,7 @@ def _redis(settings: Settings) -> Iterator[Finding]:
 
 
 def _appendfsync(server: Any) -> str:
-    """When the append-only file reaches the disk; a managed Redis may not tell."""
+    """When the append-only file reaches the disk; a managed Redis may refuse to say."""
     import redis
 
     try:

@@ -5,7 +5,7 @@ The population stability index compares two distributions over the same bins:
     PSI = Σ (a − e) · ln(a / e)        a: share of recent scores in a bin, e: of the reference's
 
 It is 0 for equal distributions and never negative, because it is the sum of both Kullback–Leibler
-divergences.  By convention below 0.1 is no drift, and above 0.25 somebody should investigate.  Half
+divergences.  By convention below 0.1 is no drift, and above 0.25 it should be investigated.  Half
 a score is added to each bin, so that an empty bin gives a finite number.  Without any drift PSI
 still averages about (bins − 1) · (1/n + 1/m) for n recent and m reference scores; therefore nothing
 is reported for fewer than LEAST.
@@ -56,6 +56,7 @@ class Window:
     edges: tuple[float, ...] = EDGES
     reference: tuple[int, ...] | None = None
     """None: the first WINDOW scores become the reference."""
+    # The bins and not the scores: what falls out of the window leaves the bin that counted it.
     late: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
     counts: list[int] = field(default_factory=list)
 

@@ -35,7 +35,7 @@ def analyze(source: str | Path, *, model: str | None = None, device: str | None 
         level = os.environ.get("RALF_LOG_LEVEL", "warning")
         telemetry.configure(replace(settings, log_level=level))
     parts = _loaded(settings, model, device)
-    # Only the verdict is returned, so nobody would see the pictures.
+    # Only the verdict is returned, so pictures would be made in vain.
     ask = Ask(evidence=EvidencePolicy(thumbnails=False))
     if not isinstance(source, str) or not is_url(source):
         return _walked(source, parts, ask)
@@ -50,7 +50,10 @@ def is_url(source: str) -> bool:
 
 @contextmanager
 def fetched(url: str, settings: Settings) -> Iterator["Fetched"]:
-    """The URL's content as a file that lasts as long as the block; the guard decides what may."""
+    """The URL's content as a file that lasts as long as the block.
+
+    The address guard (worker/service/url_policy.py) decides which URLs may be fetched.
+    """
     # The guarded client takes a quarter of a second to import, and most scans fetch nothing.
     from ralf.worker.service.fetch import fetch
 
@@ -59,7 +62,7 @@ def fetched(url: str, settings: Settings) -> Iterator["Fetched"]:
 
 
 def for_file(path: str | Path, parts: Parts, ask: Ask) -> tuple[Parts, Ask]:
-    """What walks this file: the same, or for an image what reads images.
+    """Parts and options for this file: the same, or for an image those that read images.
 
     A track decides from min_faces faces on.  A still has one, so one is enough there; the verdict
     lists the aggregation that was used, and warns that it is not calibrated.

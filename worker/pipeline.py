@@ -112,7 +112,7 @@ def analyze(
                 progress(partial)
             except BaseException:
                 # Closed here: the error's traceback refers to this frame, so the walk would
-                # otherwise keep its file open for as long as somebody holds the error.
+                # otherwise keep its file open until the error is released.
                 steps.close()
                 raise
 

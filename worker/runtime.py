@@ -86,6 +86,7 @@ def load(
     finder = artifact.manifest.input.finder
     if min_face is not None:
         finder = finder.model_copy(update={"min_face": min_face})
+    # The engine's device, where `auto` is already resolved.
     face_finder: FaceFinder = Mtcnn(finder, device=engine.device)
     if settings.find_every > 1:
         face_finder = StridedFinder(face_finder, settings.find_every)
@@ -116,6 +117,7 @@ def choose_decoder(settings: Settings, device: str) -> Decoder:
     pyav = PyavDecoder(chunk_bytes=settings.chunk_bytes, threads=cores(settings))
     missing = why_no_dali(device)
     if settings.decoder == "pyav" or (missing and settings.decoder == "auto"):
+        # On a CPU there is no other decoder to report about.
         if device != "cpu":
             log.info("decoder.chosen", decoder="pyav", why=missing or "RALF_DECODER=pyav")
         return pyav

@@ -1,8 +1,8 @@
 """Work that several threads want done and one of them does for all, without a thread of its own.
 
-Each thread waits for its own answer.  A thread that finds nobody at work takes the next batch of
-what waits, its own requests among it or not, and works on it; meanwhile others queue up and become
-the next batch.  So a busy machine works in large batches, and an idle one starts at once.  The
+Each thread waits for its own answer.  While no thread is working, one of those that wait takes the
+next batch, whether or not its own requests are in it.  Requests that arrive meanwhile become the
+batch after it.  So a busy machine works in large batches, and an idle one starts at once.  The
 scorer (batcher.py) and the GPU's decoder (media/decode_queue.py) work this way.
 """
 
@@ -30,8 +30,8 @@ class SharedWork(Generic[Batch]):
                 if answered():
                     return
                 batch = self.take()
-                # After take(): if that raises, no thread may be left waiting for work that nobody
-                # does.
+                # After take(): if that raises, the others must not wait for a batch that is
+                # not worked on.
                 self.busy = True
             try:
                 self.work(batch)

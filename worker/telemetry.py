@@ -317,6 +317,7 @@ def job_finished(finish: Finish, metrics: Metrics = METRICS) -> None:
     metrics.job_seconds.observe(finish.total_s)
     # A later attempt's wait includes the attempts before it, which is no time in the queue.
     if finish.attempt <= 1:
+        # The client's clock may be ahead of this machine's.
         metrics.wait_seconds.observe(max(0.0, finish.wait_s))
     if verdict is not None:
         _count(verdict, metrics)

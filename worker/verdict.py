@@ -313,7 +313,7 @@ def _small_warnings(scored: ScoredFrames, aggregation: Aggregation) -> list[str]
 def _undecided_warnings(
     tracks: Sequence[_TrackScore], scored: ScoredFrames, label: Label, threshold: Threshold
 ) -> list[str]:
-    """An authentic verdict must not hide a short track that looks forged."""
+    """An authentic verdict must not hide a short track that scores as forged."""
     if label != "likely_authentic":
         return []
     return [

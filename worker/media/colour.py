@@ -2,7 +2,7 @@
 
 The policy is `by_tag_untagged_601`: a tagged matrix and range are followed, and an untagged picture
 is BT.601 limited, whatever its size.  Formats that are full range by name (yuvj) are read as such.
-Matrices that swscale does not know are read as BT.601, with a warning.  HDR pictures become SDR by
+Matrices that swscale does not have are read as BT.601, with a warning.  HDR pictures become SDR by
 tonemap.py.
 
 Nothing here imports av; it reads attributes of frames that its callers decoded.
@@ -94,7 +94,7 @@ def describe_colour(frame: Any) -> tuple[str, str, list[str]]:
 def from_bt601(space: str) -> NDArray[np.float64] | None:
     """The matrix [3, 3] from RGB made with BT.601 to RGB made as tagged; None where they are equal.
 
-    For decoders that know no other matrix.  The range cancels out, because it stretches YCbCr
+    For decoders that have no other matrix.  The range cancels out, because it stretches YCbCr
     equally for both.  Values that the first conversion clipped at 0 or 255 are lost.
     """
     if space not in _LUMA or space == "bt601":

@@ -1,6 +1,6 @@
 """Which container a file is, by its first bytes, and what an MP4's boxes say.
 
-The file name's ending is ignored.  FFmpeg is told which demuxer to use, because its own guess could
+The file name's ending is ignored.  FFmpeg is given the demuxer to use, because its own guess could
 choose a playlist that opens other files.
 
 The boxes are checked before FFmpeg reads them, with little memory and within WALK_SECONDS.  Refused

@@ -51,6 +51,7 @@ def cut_one(image: Tensor, box: ArrayLike, contract: InputContract) -> Tensor:
 def regions(boxes: NDArray[np.floating], contract: InputContract) -> NDArray[np.int64]:
     """Boxes [m,4] → the whole pixels that are cut, [m,4] x0 y0 x1 y1, maybe outside the frame."""
     boxes = boxes.astype(np.float64)
+    # NaN as a whole number is an arbitrary place, and the crop of it would get a score.
     if not np.isfinite(boxes).all():
         raise ValueError("a face's box should be finite numbers; the finder gave NaN or infinity")
     size = boxes[:, 2:] - boxes[:, :2]

@@ -6,7 +6,7 @@ that arrive while DALI is busy are its next batch (decode_queue.py).
 
 DALI gets explicit frame numbers, those of sampling.plan, and never more than a chunk holds, so a
 container's claims decide no allocation.  It numbers frames by presentation time, as the probe does,
-wherever routing.refusal gives no reason against it.  It knows neither rotation nor any matrix but
+wherever routing.refusal gives no reason against it.  It has neither rotation nor any matrix but
 BT.601; both are corrected on the device, by colour.py's policy and the probe's rotation.  The
 pixels are copied to a new tensor before DALI's own memory is used again.
 

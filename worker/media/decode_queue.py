@@ -64,9 +64,8 @@ class DecodeQueue:
 
     def _take(self) -> list[FrameRequest]:
         """As many of the first requests as fit in one batch, and one at least."""
-        # Never empty: whoever takes a batch has a request without an answer, and no other thread is
-        # at work on it.  The first goes even where it is larger than the room, or it would wait for
-        # ever.
+        # Never empty: the calling thread's request has no answer, and no other thread is working.
+        # The first goes even where it is larger than the room, or it would wait for ever.
         batch = [self.waiting.popleft()]
         room = self.most_bytes - batch[0].bytes
         while self.waiting and len(batch) < self.most and self.waiting[0].bytes <= room:

@@ -31,6 +31,7 @@ def moved(boxes: Tensor, offsets: Tensor) -> Tensor:
 def placed(points: Tensor, boxes: Tensor) -> Tensor:
     """O-Net's landmarks [k,5,2], fractions of the box it saw, in pixels."""
     start = boxes[:, None, :2]
+    # Less one as in facenet-pytorch, whose boxes count from one.
     return start - 1 + points * (boxes[:, None, 2:] - start + 1)
 
 
@@ -94,6 +95,7 @@ def first_rows(stays: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Rows of the first `count` that stay, [n,count], and which of those there are."""
     k = stays.shape[1]
     rank = torch.arange(k, device=stays.device)
+    # topk and not nonzero, whose number of rows would have to be asked of the device.
     rows = torch.where(stays, rank, k).topk(min(count, k), dim=1, largest=False).values
     return rows.clamp(max=max(k - 1, 0)), rows < k
 

@@ -147,7 +147,7 @@ class FixedShapeMtcnn:
             logits.append(logit.flatten(1))
             offsets.append(offset.flatten(2))
         logit = torch.cat(logits, 1).float()
-        # Counted before topk cuts them, or nobody could see that the capacity was too small.
+        # Counted before topk cuts them, or a capacity that is too small would go unnoticed.
         cells = (logit.sigmoid() >= ACCEPT[0]).sum(1).amax()
         logit, cell = logit.topk(min(capacity.proposed, logit.shape[1]), dim=1)
         boxes = windows.boxes[cell]

@@ -225,6 +225,7 @@ class _PacketPass:
                 self._decode_first(packet)
             if number % 1024 == 1023 and time.monotonic() - began > PASS_SECONDS:
                 raise TooLong(f"reading {number} packets took more than {PASS_SECONDS:g} s")
+        # A decoder may hold back the picture of a very short clip until it is emptied.
         if self.first is None and not self.encrypted:
             self._decode_first(None)
 

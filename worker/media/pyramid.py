@@ -44,13 +44,13 @@ class Windows(NamedTuple):
     """Every cell of every level's P-Net output, in one row: P of them."""
 
     levels: tuple[Level, ...]
-    boxes: Tensor  # f32 [P, 4] what the cell looks at, in pixels of the reduced copy
+    boxes: Tensor  # f32 [P, 4] the cell's window, in pixels of the reduced copy
     level: Tensor  # i64 [P]
 
 
 @lru_cache(maxsize=16)
 def all_windows(height: int, width: int, min_face: float, device: torch.device) -> Windows:
-    """Where each cell of P-Net's answers to the whole pyramid looks."""
+    """The window of each cell of P-Net's output, over the whole pyramid."""
     levels = tuple(pyramid(height, width, min_face))
     boxes, level = [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)]
     for number, (scale, rows, columns) in enumerate(levels):

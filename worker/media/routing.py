@@ -102,6 +102,7 @@ def refusal(probe: Probe, backend: Backend) -> str:
         (probe.colour_space == "rgb", "RGB pictures"),
         (backend == "mixed" and bool(probe.width % 2 or probe.height % 2), "odd sides"),
         (probe.interlaced, "interlaced pictures"),
+        # DALI counts such frames too, so its numbers would name other pictures.
         (probe.unshown > 0 or probe.start_s < 0, "frames that are not shown"),
         (bool((np.diff(probe.times_s) <= 0).any()), "frames that share a time"),
         (any("is HDR" in text for text in probe.warnings), "HDR pictures"),

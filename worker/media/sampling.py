@@ -27,6 +27,7 @@ def plan(clip: Clip) -> NDArray[np.int64]:
     """
     probe, sampling = clip.probe, clip.sampling
     times = probe.times_s
+    # A still lasts no time, so it cannot be cut into bins.
     if len(times) == 1:
         return np.zeros(1, np.int64)
     spans = _spans(clip)
@@ -134,6 +135,7 @@ def _on_screen(
 ) -> NDArray[np.int64]:
     """Frames on screen at offsets into the spans laid end to end."""
     ends = np.cumsum(spans[:, 1] - spans[:, 0])
+    # Rounding may put the last offset at the very end, behind every span.
     which = np.minimum(np.searchsorted(ends, offsets, side="right"), len(spans) - 1)
     at = spans[which, 1] - (ends[which] - offsets)
     shown = np.maximum(np.searchsorted(times, at, side="right") - 1, 0)

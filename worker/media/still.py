@@ -142,7 +142,7 @@ def _opened(path: str | Path, format_name: str, settings: Settings) -> Iterator[
 
 @contextmanager
 def _guarded(path: str | Path, format_name: str, settings: Settings) -> Iterator[None]:
-    """Whatever Pillow raises inside becomes an error of ours."""
+    """Whatever Pillow raises inside becomes an error of worker/errors.py."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata
@@ -172,7 +172,7 @@ def _times(image: Image.Image, format_name: str) -> tuple[NDArray[np.float64], f
             image.seek(len(times))
         except EOFError:
             break
-        # Some of Pillow's readers know a frame's duration only once it is loaded.
+        # Pillow's WebP reader gives a frame's duration only once the frame is loaded.
         image.load()
         times.append(at / 1000)
         shown = float(image.info.get("duration") or 0.0)

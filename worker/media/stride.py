@@ -46,6 +46,7 @@ class StridedFinder:
             indices=frames.indices[rows],
         )
         seen = self.finder.find(some)
+        # `seen.frame` counts the searched frames, and `rows` says which rows of the chunk they are.
         parts = [_at(seen, np.flatnonzero(seen.frame == 0), rows[:1])]
         for place in range(1, len(rows)):
             parts += _between(seen, place, rows, frames.times_s)
@@ -78,6 +79,7 @@ def _between(
     one, other = before[one[close]], after[other[close]]
     start, end = times_s[rows[place - 1]], times_s[rows[place]]
     for row in range(rows[place - 1] + 1, rows[place]):
+        # Frames may share a time; then end - start is 0.
         share = float((times_s[row] - start) / (end - start)) if end > start else 0.5
         yield Faces(
             boxes=_mixed(seen.boxes[one], seen.boxes[other], share),

@@ -41,10 +41,10 @@ class Probe:
     pixel_format: str
     duration_s: float
     frame_rate: float
-    """Average; 0.0 where the container does not know it."""
+    """Average; 0.0 where the container gives none."""
     variable_rate: bool
     frame_count: int
-    """Counted from the packets; the container's number is not believed."""
+    """Counted from the packets; the container's number is not used."""
     times_s: NDArray[np.float64] = field(repr=False)
     """Presentation time of each frame in display order."""
     keyframes: NDArray[np.int64] = field(repr=False)

@@ -101,6 +101,7 @@ def heat(score: float, threshold: Threshold) -> str:
 
 
 def _between(start: RGB, end: RGB, done: float, whole: float) -> str:
+    # A threshold at 0 or 1, or without a grey band, leaves a range of no width.
     part = done / whole if whole > 0 else 1.0
     mixed = (round(a + (b - a) * part) for a, b in zip(start, end, strict=True))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
@@ -254,6 +255,7 @@ def line(track: Track, segments: list[Segment], verdict: Verdict) -> Line:
 def _polylines(track: Track, span_ms: int) -> list[str]:
     """The dots joined by lines, but not over a time when the face was away."""
     gaps = [later.time_ms - sample.time_ms for sample, later in pairwise(track.samples)]
+    # By the listed samples: a long track is thinned, so its steps are longer than the clip's.
     longest = GAP_STEPS * median(gaps) if gaps else 0
     pieces: list[list[str]] = [[]]
     for place, sample in enumerate(track.samples):

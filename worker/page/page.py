@@ -57,6 +57,8 @@ def page(verdict: Verdict, evidence: Evidence) -> str:
             style=Markup(style),
             script=Markup(script),
             policy=(
+                # By hash, because 'unsafe-inline' would also run what an attacker had put into a
+                # value.
                 f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
                 f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
             ),
@@ -96,6 +98,7 @@ def _showable(value: object) -> object:
     """What is put into the page: control characters become a visible mark."""
     if value is None:
         return ""
+    # Style and script must stay as they are, or their hashes in the policy would not fit.
     if isinstance(value, Markup):
         return value
     return UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", str(value))
