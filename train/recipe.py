@@ -228,6 +228,7 @@ class Recipe(Part):
     name: str
     network: Network
     # SerializeAsAny: pydantic would store only the fields of Loss itself, without the options.
+    # BeforeValidator: Loss itself would refuse the options as fields that it does not have.
     loss: Annotated[SerializeAsAny[Loss], BeforeValidator(_by_kind)]
     data: Data = Data()
     optimiser: Optimiser = Optimiser()

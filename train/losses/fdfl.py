@@ -9,9 +9,9 @@ same optimiser.
 
 It starts at the first batch's natural faces (`loss.centre=random`: at standard normals, as
 published).  Drawn at random it lies √D and more from every face, and the first hundreds of steps
-carry all of them there together.  Drawn close to zero it pulls natural faces to
-features of zero, and their logit is then the bias alone.  On one batch of eight, in 15 steps, cross
-entropy stalled at 0.31, about half of ln 2; from the faces' mean it came to 0.01.
+carry all of them there together.  Drawn close to zero it pulls natural faces to features of zero,
+and their logit is then the bias alone.  On one batch of eight, in 15 steps, cross entropy stalled
+at 0.31, about half of ln 2; from the faces' mean it came to 0.01.
 
 The losses that the paper compares with, by `loss.shape`: center loss (a centre for each class, half
 the mean squared distance), triplet (each face, the farthest of its class, the nearest of the other,

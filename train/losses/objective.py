@@ -28,6 +28,9 @@ from ralf.train.recipe_text import RecipeError
 class Batch(Protocol):
     """What the loop reads of a batch; ralf.train.data.batches makes them."""
 
+    # Properties and not plain fields: a protocol's fields can be set, and those of a frozen class,
+    # such as the loop's OnDevice, cannot.
+
     @property
     def crops(self) -> Tensor:
         """u8 [m, 3, s, s] RGB."""

@@ -33,6 +33,7 @@ def celeb_df(root: Path) -> Index:
                     f"{folder.name}/{path.name} is called {'forged' if listed else 'real'} by "
                     f"{TEST_LIST}, where 1 means real: the list and folders disagree"
                 )
+            # Only Celeb-DF++ has a folder for each way of forging.
             method = path.parent.name if path.parent != inner else "Celeb-synthesis"
             split: Split = "train" if listed is None else "test"
             rows.append(_row(root, path, version, method if forged else REAL, split))

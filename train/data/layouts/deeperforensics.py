@@ -72,9 +72,11 @@ def _real_rows(root: Path, by_target: Mapping[str, Split]) -> Iterator[Row]:
                 video=path.stem,
                 target=target,
                 label=0,
+                # What lies outside the root has no path below it.
                 path=relative(path, root) if place == root else str(path.resolve()),
                 kind="video",
             )
+        # One copy of FaceForensics++ is enough: a second would give every real twice.
         return
 
 
