@@ -424,11 +424,11 @@ def test_evaluation_is_the_same_every_time(reals):
     one, two = (list(Examples(reals, recipe, "val")) for _ in range(2))
 
     assert all(same(a, b) for a, b in zip(one, two, strict=True))
-    clean, worn = (
+    clean, damaged_faces = (
         Examples(reals, recipe, "val", condition=condition)[0].crops.float()
         for condition in ("clean", "jpeg=60")
     )
-    assert 0.2 < (clean - worn).abs().mean() < 12
+    assert 0.2 < (clean - damaged_faces).abs().mean() < 12
 
 
 def test_evaluation_with_every_family_and_the_one_held_out(reals):

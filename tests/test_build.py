@@ -49,7 +49,7 @@ KEY = Key("rtx", "1.4.0.76", ("sm80", "sm90"), "fp16", 8)
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tiny untrained model."""
     root = tmp_path_factory.mktemp("models")
     publish_untrained(root, name="tiny", base=4, blocks=1, size=SIZE, golden_crops=4)
@@ -57,9 +57,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def artifact(shelf: Path, tmp_path: Path) -> Artifact:
+def artifact(published_once: Path, tmp_path: Path) -> Artifact:
     """A copy of it."""
-    [version] = (shelf / "tiny").glob("????????")
+    [version] = (published_once / "tiny").glob("????????")
     return open_artifact(shutil.copytree(version, tmp_path / "tiny" / version.name))
 
 

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory) -> Path:
+def published_once(tmp_path_factory) -> Path:
     """A folder with one tiny untrained model, promoted."""
     root = tmp_path_factory.mktemp("models")
     made = publish_untrained(root, base=4, blocks=1, size=SIZE, golden_crops=8)
@@ -41,9 +41,9 @@ def shelf(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny(shelf) -> Artifact:
+def tiny(published_once) -> Artifact:
     """The tiny untrained model."""
-    return models.resolve(shelf, "untrained")
+    return models.resolve(published_once, "untrained")
 
 
 def baseline(size: int = SIZE, **changes: object) -> tuple[nn.Module, Manifest]:
@@ -270,7 +270,7 @@ def test_a_manifest_without_a_budget_proves_nothing(tiny):
         check_golden(TorchEngine.of(bare, CPU, "fp32"))
 
 
-def test_the_untrained_model_says_so_and_is_the_same_each_time(shelf, tiny, tmp_path):
+def test_the_untrained_model_says_so_and_is_the_same_each_time(published_once, tiny, tmp_path):
     """Fixed seed: the same version on the same machine; the caller's random state untouched."""
     before = torch.random.get_rng_state()
     again = publish_untrained(tmp_path, base=4, blocks=1, size=SIZE, golden_crops=8)
@@ -290,9 +290,9 @@ def run(*words: str) -> int:
     return args.run(args)
 
 
-def test_models_are_listed_shown_and_verified(shelf, tiny, capsys):
+def test_models_are_listed_shown_and_verified(published_once, tiny, capsys):
     """JSON on stdout for programs."""
-    where = ("--models", str(shelf), "--json")
+    where = ("--models", str(published_once), "--json")
     assert run("models", "list", *where) == 0
     [row] = json.loads(capsys.readouterr().out)
     assert run("models", "show", "untrained", *where) == 0
@@ -322,7 +322,7 @@ def test_models_are_made_promoted_and_rolled_back_by_command(tmp_path, capsys):
     assert "knows nothing" in capsys.readouterr().out
 
 
-def test_commands_fail_with_a_line_and_a_code(tmp_path, shelf, tiny, monkeypatch, capsys):
+def test_commands_fail_with_a_line_and_a_code(tmp_path, published_once, tiny, monkeypatch, capsys):
     """5 for what is not there, 1 for what is damaged, 2 for usage."""
     copy = tmp_path / "untrained"
     (copy / tiny.version).mkdir(parents=True)

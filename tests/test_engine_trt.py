@@ -172,7 +172,7 @@ class FakeQueue:
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tiny untrained model."""
     root = tmp_path_factory.mktemp("models")
     publish_untrained(root, name="tiny", base=4, blocks=1, size=SIZE, golden_crops=4)
@@ -180,9 +180,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def artifact(shelf: Path) -> Artifact:
+def artifact(published_once: Path) -> Artifact:
     """The model."""
-    [version] = (shelf / "tiny").glob("????????")
+    [version] = (published_once / "tiny").glob("????????")
     return open_artifact(version)
 
 
