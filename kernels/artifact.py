@@ -110,6 +110,8 @@ class Artifact:
 
     def verify(self) -> None:
         """Hash every file again; Damaged if one differs."""
+        # Also of links that the manifest does not name: a later reader of the folder might follow
+        # one.
         refuse_links(self.path)
         for name, expected in self.manifest.files.items():
             path = self.path / name

@@ -39,6 +39,7 @@ def flush_folder(folder: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace a text file in one step: a reader gets the old text or the new one."""
     staging = path.with_name(f".{path.name}.{os.getpid()}")
+    # From a process that died and had the same id; `write` refuses a file that is there already.
     staging.unlink(missing_ok=True)
     try:
         write(staging, text.encode())

@@ -110,6 +110,7 @@ class BuildRequest:
 def available() -> list[Builder]:
     """The builders that can run on this machine."""
     found: list[Builder] = []
+    # Not imported to find out: torch-tensorrt raises where there is no CUDA device.
     if torch.cuda.is_available() and find_spec("torch_tensorrt") is not None:
         found.append("torch-tensorrt")
     if all(find_spec(name) is not None for name in ("tensorrt_rtx", "onnx", "onnxruntime")):

@@ -42,6 +42,7 @@ def _pool(count: int) -> ThreadPoolExecutor:
     def use_one_thread(_: int) -> None:
         torch.get_num_threads()  # the first call in a thread sets the default there, so call it now
         torch.set_num_threads(1)
+        # Keeps each thread busy until all are here: one could take two calls, and another none.
         all_started.wait()
 
     list(pool.map(use_one_thread, range(count)))

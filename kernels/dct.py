@@ -85,13 +85,13 @@ def centred(image: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def destruct_reference(image: Tensor, mask: Tensor) -> Tensor:
-    """What ralf::destruct means, in plain torch; image [..., h, w], mask [h, w] of 0..1."""
+    """The definition of ralf::destruct in plain torch; image [..., h, w], mask [h, w] of 0..1."""
     kept = idct2(dct2(centred(image, mask.dtype)) * mask)
     return kept + CENTRE * mask[0, 0]
 
 
 def destruct_residual_reference(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, Tensor]:
-    """What ralf::destruct_residual means."""
+    """The definition of ralf::destruct_residual."""
     kept_in = torch.float16 if half else mask.dtype
     kept = idct2(dct2(centred(image, kept_in)) * mask.to(kept_in))
     # Added in the mask's dtype: in FP16 the sum would be rounded once more.

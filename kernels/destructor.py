@@ -56,7 +56,7 @@ _unbuildable: set[tuple[torch.device, int]] = set()
 def _try_fused(
     image: Tensor, mask: Tensor, products: torch.dtype, residual: bool
 ) -> tuple[Tensor, Tensor | None] | None:
-    """What the fused kernels make of it, or None where the reference has to."""
+    """The fused kernels' result; None where the reference has to run instead."""
     place = (image.device, image.shape[-1])
     if not fusible(image, products) or place in _unbuildable or (fused := _fused()) is None:
         return None
@@ -95,6 +95,7 @@ def _destruct_on_cuda(image: Tensor, mask: Tensor) -> Tensor:
 
 @destruct.register_fake
 def _destruct_shape(image: Tensor, mask: Tensor) -> Tensor:
+    # Contiguous whatever the image's strides, as the kernels write it; empty_like would copy them.
     return torch.empty(image.shape, dtype=mask.dtype, device=image.device)
 
 

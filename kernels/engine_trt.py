@@ -99,7 +99,7 @@ class TrtEngine:
 
     @cached_property
     def explainer(self) -> TorchEngine:
-        """A plan gives logits alone; pictures are for a few crops a track, and need no compiler."""
+        """A plan gives logits alone, so torch makes the pictures; eagerly, since they are few."""
         return TorchEngine.of(self.artifact, torch.device(self.device), compiled=False)
 
     def warm(self) -> None:

@@ -114,6 +114,7 @@ class Reference(Strict):
 class Manifest(Strict):
     """manifest.json."""
 
+    # With an underscore, because pydantic's BaseModel has a method of that name.
     schema_: Literal["ralf.model/1"] = Field("ralf.model/1", alias="schema")
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     network: Network

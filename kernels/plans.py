@@ -314,7 +314,9 @@ def write_plan(artifact: Artifact, content: bytes | Path, draft: Mapping[str, An
     """
     folder = engines(artifact)
     key = Key.parse(str(draft["key"]))
+    # A hidden name, so that `sweep` removes it after a crash.
     staging = folder / f".{key}.new"
+    # `write` refuses a file that is there already.
     staging.unlink(missing_ok=True)
     try:
         digest = write(staging, content)

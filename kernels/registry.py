@@ -276,6 +276,7 @@ def _metrics(artifact: Artifact, against: Artifact | None) -> PromotionCheck:
         asked = f"{', '.join(unseen)} on the family {old}, which {against.version} held out"
         advice = f"train with data.held_out={old}: figures on two families cannot be compared"
         return PromotionCheck("metrics", asked, f"figures on the family {new}", False, advice)
+    # A figure that was not measured again counts as worse than any.
     worse = {name for name, floor in floors.items() if not ours.get(name, -inf) >= floor}
     shown = sorted(worse or floors)  # the figures that are good enough would only hide the others
     beside = against.version
@@ -357,6 +358,7 @@ def _reasons(
     # A later reason replaces an earlier one, so the strongest is shown, and promoted comes last.
     reasons = dict.fromkeys(have, "")
     for prefix, why in spared.items():
+        # An empty prefix would keep every version.
         reasons |= {v: why for v in have if prefix and v.startswith(prefix)}
     # [-0:] would be all of them.
     reasons |= dict.fromkeys(have[-keep:] if keep > 0 else [], f"among the {keep} newest")

@@ -128,6 +128,7 @@ class Session:
     def _configure(self) -> None:
         """RTX: compile each shape once, and keep what was compiled."""
         self.config = self.compiled = None
+        # Standard TensorRT: its plans hold compiled kernels already.
         if not hasattr(self.engine, "create_runtime_config"):
             return
         self.config = self.engine.create_runtime_config()

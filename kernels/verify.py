@@ -168,6 +168,7 @@ def verify(artifact: Artifact, device: torch.device, say: Say = print) -> list[P
     check = AgreementCheck(artifact, reference(network), DECISIONS)
     checked: list[Plan] = []
     failures: list[str] = []
+    # For the whole run: no builder may replace a plan between its check and its record.
     with plans.building(artifact):
         for plan in plans.plans(artifact):
             try:

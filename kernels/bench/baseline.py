@@ -67,6 +67,7 @@ class Concatenated(nn.Module):
         whole = nn.Conv2d(sum(w.shape[1] for w in weights), weights[0].shape[0], 1)
         with torch.no_grad():
             whole.weight.copy_(torch.cat(weights, dim=1))
+            # The only part that has a bias.
             whole.get_parameter("bias").copy_(fuse.parts[2].get_parameter("bias"))
         self.whole, self.body = whole, fuse.body
 

@@ -2,7 +2,7 @@
 
 Each way but the last two takes u8 crops and gives the destroyed image and |x − it|:
 - authors, FFT FP32: as the papers' authors run it;
-- products, FP32 and FP16: `ralf.kernels.dct`'s reference, in the network's dtypes;
+- products, FP32 and FP16: the reference of `ralf.kernels.dct`, in the network's dtypes;
 - fused: dct_triton, on CUDA; with --tilings also under each tiling that is listed there.
 And for scale: the FP16 chain alone, four products and a multiply of pixels already centred in
 FP16, without the residual; and a copy of what the fused kernels read and write, which is as fast
@@ -58,6 +58,7 @@ def run_dct(args: argparse.Namespace) -> int:
         "products, FP16": lambda: destruct_residual_reference(crops, mask, True),
         **fused_ways(crops, mask, args.tilings),
     }
+    # Apart from the ways, because they have no residual whose error could be measured.
     ends: dict[str, Callable[[], object]] = {
         CHAIN: chain(crops, mask.half()),
         COPY: copy(crops),

@@ -40,11 +40,11 @@ class Family(NamedTuple):
     middle: str
     """The first part of the middle flow."""
     channels: int
-    """What comes into it."""
+    """The channels of its input."""
 
 
 class Features(NamedTuple):
-    """What losses on features read."""
+    """The values that losses on features use."""
 
     embedding: Tensor  # [m, c] pooled, FP32
     logit: Tensor  # [m] of being forged, FP32
@@ -100,7 +100,7 @@ class Backbone(nn.Module):
 
     @property
     def width(self) -> int:
-        """How many numbers the head judges by."""
+        """The number of inputs of the head."""
         return self.head.in_features
 
     def classify(self, features: Tensor) -> Tensor:

@@ -181,6 +181,8 @@ class Fdfl(nn.Module):
         if fusion != "none":
             width = self.backbone.family.channels
             self.spectrum = Spectrum()
+            # Outside the mining block, which `lower` converts: the norm of the spectrum stays in
+            # FP32.
             self.norm = nn.BatchNorm2d(CHANNELS)
             self.mining = MiningBlock(width)
             self.fuse = StreamFusion(fusion, width)

@@ -136,7 +136,7 @@ class Ralf(nn.Module):
         return self.follow(crops, *self.destroy(crops))
 
     def follow(self, crops: Tensor, destroyed: Tensor, removed: Tensor) -> Trace:
-        """All that comes after `destroy`, which a fused op may have done."""
+        """The network after `destroy`, whose results a fused op may have computed."""
         image = unit(crops)
         rebuilt, encoded = self.reconstructor(destroyed)
         dtype = dtype_of(self.classifier.stem)
