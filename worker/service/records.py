@@ -55,8 +55,7 @@ class Submitted:
         if kind == b"conflict":
             stored, asked = json.loads(document), json.loads(dump(job))
             fields = stored.keys() | asked.keys()
-            # No field may differ although the hashes do: a client in another language computes its
-            # own.
+            # The hashes may differ where no field does: a client in another language makes its own.
             differ = {f for f in fields if stored.get(f) != asked.get(f)} - NOT_IN_HASH or {"body"}
         return cls(job_id.decode(), _state(state.decode()), kind != b"new", tuple(sorted(differ)))
 

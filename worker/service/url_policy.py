@@ -167,7 +167,7 @@ def _embedded_ipv4(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
         return (address.sixtofour,)
     if address.teredo is not None:
         return address.teredo
-    # 0000:5efe or 0200:5efe: the mask drops the bit that says universal. & binds closer than ==.
+    # 0000:5efe or 0200:5efe: the mask drops the bit for universal. & binds closer than ==.
     isatap = int(address) >> 32 & 0xFDFFFFFF == 0x5EFE
     if isatap or any(address in network for network in (_NAT64, _NAT64_OWN, _COMPATIBLE)):
         return (low,)
