@@ -132,7 +132,7 @@ class ChildProcess:
     def _connected(self) -> socket.socket | None:
         connection = socket.socket(socket.AF_UNIX)
         try:
-            # Before the pid file is read: a dead child's file may name a process that is another
+            # Before the pid file is read: the number in a dead child's file may belong to another
             # program by now.
             connection.connect(str(self.folder / "socket"))
             info = psutil.Process(int((self.folder / "pid").read_text()))

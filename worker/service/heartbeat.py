@@ -64,7 +64,7 @@ class Heartbeat:
 
     @property
     def reachable(self) -> bool:
-        """Whether Redis answers, as far as we know now."""
+        """Whether the last command was answered, and none is overdue."""
         asked_at = self._asked_at
         overdue = asked_at is not None and time.monotonic() - asked_at > TIMEOUT_S
         return not (self.failed or overdue)
@@ -143,8 +143,8 @@ class Heartbeat:
             due = time.monotonic() - self._beaten_at >= self._every_s
             if claim is None or not (due or news.alone is not None):
                 return
-            # The hash is written with every beat: one that is lost must not lose it, since a crash
-            # is charged to it.
+            # The hash is written with every beat, since a beat may be lost and a crash is charged
+            # to the hash.
             self._news = _News(file_sha=news.file_sha)
             if due:
                 self._beaten_at = time.monotonic()

@@ -344,9 +344,8 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
 
     def _wait_for_redis(self, error: RedisError) -> None:
         log.warning("redis.unreachable", error=str(error))
-        # A loop that waits for Redis is live: /healthz must not have it restarted, which would not
-        # bring Redis back.  The command before may have taken seconds, so pulse before the sleep
-        # too.
+        # A loop that waits for Redis is live: a restart by /healthz would not bring Redis back.
+        # The pulse before the sleep counts too, since the failed command may have taken seconds.
         self.beats.failed = True
         self.wakeup.pulse = time.monotonic()
         time.sleep(1.0)

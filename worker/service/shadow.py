@@ -83,8 +83,8 @@ class ShadowRun:
         seen: Verdict | None = None
         why = ""
         try:
-            # Twice the time: report() stops a shadow that still makes progress after once the time,
-            # and costs only the shadow.  The alarm ends the whole child.
+            # Twice the time: a shadow that still reports progress is stopped by report() before the
+            # alarm, which ends the whole child.
             with _alone(2 * self._allowed_s):
                 seen = self._walked(leaving, start)
         except Cancelled:

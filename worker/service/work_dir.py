@@ -36,7 +36,7 @@ class WorkDir:
             raise Infrastructure(f"RALF_WORK_DIR should be a folder, there is none at {place}")
         _sweep(place)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
-        # Locked before it has the name that others look for, so that none can take it as unowned.
+        # Locked before it has the name that _sweep() searches: else it could be taken for unowned.
         self._lock = (self.path / "owner.new").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         (self.path / "owner.new").rename(self.path / _OWNER)
