@@ -254,7 +254,7 @@ def _inverse(  # type: ignore[no-untyped-def]
     _put(lower - lower_odd, below, mirror, inside, base, out, apart, sh, sw, N, U8, RESIDUAL)
 
 
-# Never emptied: a process has as many sizes as models.
+# Never emptied: a process has at most as many sizes as models.
 _folded: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
 

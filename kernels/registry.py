@@ -276,7 +276,7 @@ def _metrics(artifact: Artifact, against: Artifact | None) -> PromotionCheck:
         asked = f"{', '.join(unseen)} on the family {old}, which {against.version} held out"
         advice = f"train with data.held_out={old}: figures on two families cannot be compared"
         return PromotionCheck("metrics", asked, f"figures on the family {new}", False, advice)
-    # A figure that was not measured again counts as worse than any.
+    # A figure that was not measured for this version counts as worse.
     worse = {name for name, floor in floors.items() if not ours.get(name, -inf) >= floor}
     shown = sorted(worse or floors)  # the figures that are good enough would only hide the others
     beside = against.version

@@ -58,7 +58,7 @@ def run_dct(args: argparse.Namespace) -> int:
         "products, FP16": lambda: destruct_residual_reference(crops, mask, True),
         **fused_ways(crops, mask, args.tilings),
     }
-    # Apart from the ways, because they have no residual whose error could be measured.
+    # Apart from the ways: their results are not the destroyed image, so they have no error.
     ends: dict[str, Callable[[], object]] = {
         CHAIN: chain(crops, mask.half()),
         COPY: copy(crops),
