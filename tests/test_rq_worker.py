@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from rq.command import send_stop_job_command
 from rq.job import Job as RqJob
 from rq.registry import FailedJobRegistry, StartedJobRegistry
@@ -35,7 +37,7 @@ from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.processes import as_environment
 from ralf.worker.service.records import Status
 from ralf.worker.service.rq_worker import RalfWorker
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import GaveUp, Store, connect
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
 from tests.waiting import LONG_S, PATIENCE_S, until
@@ -832,6 +834,25 @@ def test_an_idle_worker_stops_at_once_and_takes_nothing(make: Callable[..., Serv
 
     assert service.redis.lrange(f"rq:queue:{service.queue}", 0, -1) == [job_id.encode()]
     assert service.status(job_id).state == "queued"
+
+
+@pytest.mark.parametrize("error", [GaveUp("no answer within 6 s"), RedisConnectionError("closed")])
+def test_the_command_thread_outlives_a_redis_that_is_away(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, error: RedisError
+):
+    """RQ ends the thread on what is not a ConnectionError; then no stop-job arrives any more."""
+    service = Service(redis_server.url, QUICK)
+    child = ChildProcess(service.settings, bodies="test")
+    worker = RalfWorker(service.store, child, priority="default", table=jobs.table("test"))
+    waits: list[float] = []
+    monkeypatch.setattr("rq.worker.base.time.sleep", waits.append)
+
+    worker._pubsub_exception_handler(error, None, None)
+
+    assert [2.0] == waits
+    child.close()
+    worker.wakeup.close()
+    service.close()
 
 
 def test_a_stopped_worker_leaves_no_thread_listening(redis_server: RedisServer):

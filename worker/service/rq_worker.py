@@ -37,6 +37,8 @@ from types import FrameType
 from typing import Any, assert_never
 
 import structlog
+from redis.client import PubSub, PubSubWorkerThread
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from rq import Queue, Worker, worker_registration
 from rq.executions import Execution
@@ -499,6 +501,18 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         except RedisError as error:
             self.beats.failed = True
             log.warning("redis.unreachable", error=str(error))
+
+    def _pubsub_exception_handler(
+        self, exc: Exception, pubsub: PubSub, pubsub_thread: PubSubWorkerThread
+    ) -> None:
+        """Keep RQ's command thread through any fault of Redis.
+
+        RQ waits and tries again after a ConnectionError, and lets the thread end on anything else.
+        Our connection also raises GaveUp, when Redis was silent for longer than a call may take.
+        """
+        if isinstance(exc, RedisError):
+            exc = RedisConnectionError(str(exc))
+        super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """RQ's commands stop-job and kill-horse, from its listening thread."""
