@@ -51,6 +51,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no TensorRT-RTX; REQUIRE_RTX=1 makes this an error")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked each_redis run on the installed Redis and on the bundled 6.2."""
+    marked = metafunc.definition.get_closest_marker("each_redis")
+    if marked and "redis_server" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "redis_server", ["installed", "bundled"], indirect=True, scope="session"
+        )
+
+
 @pytest.fixture(autouse=True)
 def _same_random_state() -> None:
     """Every test starts from the same random state."""

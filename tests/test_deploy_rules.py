@@ -16,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ralf.worker.chaos import bodies
 from ralf.worker.errors import Crashed, Interrupted, Rejected, by_code
+from ralf.worker.service.connection import connect
 from ralf.worker.service.processes import as_environment
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from tests.deploy_tools import DEPLOY, ROOT, run
 from tests.documents import a_job
 from tests.redis_server import RedisServer

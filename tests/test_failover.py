@@ -9,9 +9,10 @@ import pytest
 from redis import Redis
 
 from ralf.worker.chaos import bodies
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.connection import connect
+from ralf.worker.service.store import Store
 from tests.documents import a_job, a_verdict
-from tests.redis_server import RedisServer, bundled, executable
+from tests.redis_server import RedisServer, program_of
 from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.test_store import claim
 from tests.waiting import until
@@ -56,8 +57,7 @@ class Pair:
 
 @pytest.fixture(params=["installed", "bundled"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    program = executable() if request.param == "installed" else bundled()
-    pair = Pair(program)
+    pair = Pair(program_of(request.param))
     try:
         pair.start()
         yield pair

@@ -7,9 +7,10 @@ from dataclasses import replace
 from redis import Redis
 
 from ralf.worker.chaos import bodies
+from ralf.worker.service.connection import connect
 from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.janitor import Janitor
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from tests.documents import a_job
 from tests.test_deliver import deliverer, end_one
 from tests.test_rq_worker import QUICK, a_worker, ended

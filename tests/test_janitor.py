@@ -11,8 +11,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from ralf.worker.contract import Callback, SessionPart
+from ralf.worker.service.connection import connect
 from ralf.worker.service.janitor import Janitor, SweepReport
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from ralf.worker.telemetry import Metrics
 from tests.documents import a_failure, a_job, a_verdict

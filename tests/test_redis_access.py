@@ -14,6 +14,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ralf.worker.chaos import bodies
 from ralf.worker.client import connect
 from ralf.worker.contract import Callback, SessionPart
+from ralf.worker.doctor import _redis
 from ralf.worker.service.deliver import Deliverer, Outbox
 from ralf.worker.service.janitor import Janitor
 from ralf.worker.service.quarantine import Quarantine
@@ -24,6 +25,7 @@ from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.waiting import until
 from tests.web import reply, serving
 
+pytestmark = pytest.mark.each_redis
 ROOT = Path(__file__).resolve().parent.parent
 RULES = [
     line.split()[1:]
@@ -99,6 +101,8 @@ def test_the_whole_service_runs_as_its_user_and_a_reader_reads(users: dict[str, 
     assert (code, cancelled, status.state) == (0, "cancelled", "succeeded")
     assert (pushes, quarantined, dead, rolling.complete) == (1, [], [], True)
     assert swept is not None
+    with Redis.from_url(users["ralf"]) as operator:
+        operator.xgroup_create("ralf:verdicts", "review", id="0", mkstream=True)
     read = subprocess.run(
         [sys.executable, "docs/examples/stream_consumer.py", users["reader"], "--drain"],
         cwd=ROOT,
@@ -114,6 +118,15 @@ def test_the_whole_service_runs_as_its_user_and_a_reader_reads(users: dict[str, 
     ]
     with Redis.from_url(users["reader"]) as reader:
         assert reader.get("ralf:verdict:j1") is not None
+
+
+def test_the_doctor_finds_redis_under_its_documented_user(users: dict[str, str]):
+    """INFO is not among the user's commands; that does not make Redis missing."""
+    for url in users.values():
+        found = next(iter(_redis(replace(QUICK, redis_url=url))))
+        assert found.state == "ok"
+        assert "answers at" in found.found
+        assert "SECRET" not in found.found
 
 
 def popped(store: Store) -> str:
@@ -132,6 +145,10 @@ def popped(store: Store) -> str:
         ("ralf", "CONFIG GET dir"),
         ("ralf", "SUBSCRIBE other"),
         ("ralf", "KEYS *"),
+        ("ralf", "SCAN 0"),
+        ("ralf", "SCRIPT FLUSH"),
+        ("ralf", "PUBSUB CHANNELS"),
+        ("reader", "XGROUP CREATE ralf:verdict:new g 0 MKSTREAM"),
         ("reader", "SET ralf:verdict:j1 x"),
         ("reader", "XADD ralf:verdicts * type verdict.ready"),
         ("reader", "HSET ralf:job:j1 state queued"),

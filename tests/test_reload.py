@@ -23,8 +23,9 @@ from ralf.kernels import registry
 from ralf.kernels.artifact import Artifact
 from ralf.kernels.manifest import Calibration
 from ralf.worker.contract import Job, Media, Sampling, Verdict
+from ralf.worker.service.connection import connect
 from ralf.worker.service.processes import as_environment
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
 from tests.web import free_port, get

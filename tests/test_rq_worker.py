@@ -34,10 +34,11 @@ from ralf.worker.chaos.proof import pid_of
 from ralf.worker.contract import Job, Media
 from ralf.worker.service import jobs
 from ralf.worker.service.child_process import ChildProcess
+from ralf.worker.service.connection import GaveUp, connect
 from ralf.worker.service.processes import as_environment
 from ralf.worker.service.records import Status
 from ralf.worker.service.rq_worker import RalfWorker
-from ralf.worker.service.store import GaveUp, Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
 from tests.waiting import LONG_S, PATIENCE_S, until

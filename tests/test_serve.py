@@ -17,9 +17,10 @@ from redis import Redis
 
 from ralf.worker.chaos import bodies
 from ralf.worker.contract import Media
+from ralf.worker.service.connection import connect
 from ralf.worker.service.health import Health, queue_counts, serving_at
 from ralf.worker.service.processes import ProcessFailed, as_environment, embedded
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from ralf.worker.telemetry import Metrics
 from tests.documents import a_job

@@ -14,10 +14,11 @@ from rq.job import Job as RqJob
 from rq.serializers import JSONSerializer
 
 from ralf.worker.contract import Callback, EvidencePolicy, Media, Progress, SessionPart
+from ralf.worker.service.connection import connect
 from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.janitor import Janitor
 from ralf.worker.service.records import Claim
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
 from tests.redis_server import RedisServer

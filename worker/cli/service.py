@@ -395,11 +395,12 @@ def _each(names: list[str], do: Callable[[str], Any], missing: str) -> int:
 @contextmanager
 def _store(args: argparse.Namespace) -> Iterator["Store"]:
     """The store itself, for the operator's commands."""
-    from ralf.worker.service.store import Store, connect
+    from ralf.worker.service.connection import connect
+    from ralf.worker.service.store import Store
 
     settings = _settings(args)
     # Not connect()'s ten: a person waits for the answer.
-    redis = connect(settings.redis_url, attempts=3)
+    redis = connect(settings.redis_url, attempts=3, ca_file=settings.redis_ca_file)
     try:
         yield Store(redis, settings)
     finally:

@@ -17,8 +17,9 @@ import structlog
 from redis.exceptions import RedisError
 
 from ralf.worker.contract import Progress, Verdict
+from ralf.worker.service.connection import connect
 from ralf.worker.service.records import BeatReply, Claim
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.service.wakeup import Wakeup
 
 log = structlog.get_logger()
@@ -45,10 +46,16 @@ class Heartbeat:
 
     def __init__(self, store: Store, wakeup: Wakeup, *, rq_beat: Callable[[Any], None]) -> None:
         # connect() gives half of the time to an answer.  No other attempt: the next beat is one.
-        self._redis = connect(store.settings.redis_url, attempts=0, timeout_s=2 * TIMEOUT_S)
-        self._store = Store(self._redis, store.settings)
-        self._settings, self._wakeup, self._rq_beat = store.settings, wakeup, rq_beat
-        self._every_s = min(BEAT_S, store.settings.heartbeat_s)
+        settings = store.settings
+        self._redis = connect(
+            settings.redis_url,
+            attempts=0,
+            timeout_s=2 * TIMEOUT_S,
+            ca_file=settings.redis_ca_file,
+        )
+        self._store = Store(self._redis, settings)
+        self._settings, self._wakeup, self._rq_beat = settings, wakeup, rq_beat
+        self._every_s = min(BEAT_S, settings.heartbeat_s)
         self.failed = False
         """Whether the last command got no answer, the loop's commands too."""
         self._asked_at: float | None = None

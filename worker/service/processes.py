@@ -32,8 +32,9 @@ from redis.exceptions import RedisError
 
 import ralf
 from ralf.worker.errors import Infrastructure
+from ralf.worker.service.connection import connect
 from ralf.worker.service.jobs import Bodies
-from ralf.worker.service.store import PRIORITIES, Store, connect
+from ralf.worker.service.store import PRIORITIES, Store
 from ralf.worker.settings import Settings
 
 Role = Literal["redis", "worker", "janitor", "deliverer"]

@@ -23,13 +23,14 @@ from ralf.worker import telemetry
 from ralf.worker.contract import Priority
 from ralf.worker.service import jobs, sandbox
 from ralf.worker.service.child_process import ChildProcess
+from ralf.worker.service.connection import connect
 from ralf.worker.service.deliver import Deliverer
 from ralf.worker.service.health import Health, queue_counts, serving
 from ralf.worker.service.janitor import Janitor
 from ralf.worker.service.models import Rollout
 from ralf.worker.service.processes import BROKEN
 from ralf.worker.service.rq_worker import RalfWorker
-from ralf.worker.service.store import Store, connect
+from ralf.worker.service.store import Store
 from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.settings import Settings
 
@@ -61,9 +62,10 @@ def run_worker(
     Rollout.of(settings)  # an operator's error in it ends the process before anything starts
     telemetry.configure(settings)
     # The loop tries again by itself; one command must not block it for longer than its timeout.
-    store = Store(connect(settings.redis_url, attempts=0, timeout_s=LOOP_TIMEOUT_S), settings)
+    url, ca = settings.redis_url, settings.redis_ca_file
+    store = Store(connect(url, attempts=0, timeout_s=LOOP_TIMEOUT_S, ca_file=ca), settings)
     # A connection of its own: the janitor waits out an outage of Redis, the loop must not.
-    repairs = Store(connect(settings.redis_url), settings)
+    repairs = Store(connect(url, ca_file=ca), settings)
     wakeup, stop = Wakeup(), threading.Event()
     child = ChildProcess(settings, bodies=bodies, shared=shared, capacity=capacity)
     telemetry.METRICS.watch_queue(queue_counts(store))
@@ -123,7 +125,8 @@ def _without_child(
     """Logging, signals, /metrics and a store, for a process that has no child."""
     sandbox.refuse_inspection()
     telemetry.configure(settings)
-    store, stop, pulse = Store(connect(settings.redis_url), settings), threading.Event(), [0.0]
+    redis = connect(settings.redis_url, ca_file=settings.redis_ca_file)
+    store, stop, pulse = Store(redis, settings), threading.Event(), [0.0]
 
     def ask_to_stop(_: int, __: FrameType | None) -> None:
         stop.set()

@@ -36,21 +36,17 @@ docs/integration.md.
 
 import hashlib
 import json
-import math
 import random
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC
 from importlib.resources import files
 from typing import Any, Literal, cast
 
+import structlog
 from pydantic import ValidationError
-from redis import Redis, exceptions
-from redis.backoff import EqualJitterBackoff
-from redis.retry import Retry
+from redis import exceptions
 
 from ralf.worker.contract import (
     Evidence,
@@ -76,6 +72,8 @@ from ralf.worker.service.records import (
 )
 from ralf.worker.settings import Settings
 
+log = structlog.get_logger()
+
 PRIORITIES: tuple[Priority, ...] = ("high", "default")
 # A job keeps its last ten crashes in Redis, each with at most this much of the child's log.
 DETAIL_BYTES = 4096
@@ -83,71 +81,15 @@ END_BY_CODE: Mapping[str, State] = {"cancelled": "cancelled", "deadline_passed":
 RQ_TTL_S = 3600
 """What RQ shows of an ended job is kept for this long."""
 TRIES = 3
+WAIT_MS = 1000
+"""How long replicas have to confirm a write, where settings.redis_wait_replicas asks for it."""
 # A try fails only when another segment ended since the read; the janitor folds what eight miss.
 FOLD_TRIES = 8
 PAGE = 500
 
 
-# One for each thread: a Store is shared between threads, and each call has a deadline of its own.
-_call = threading.local()
-
-
-class GaveUp(exceptions.RedisError):
-    """Redis did not answer in the time that a call may take."""
-
-
-class _RetryUntil(Retry):
-    """Retries, but not after `seconds` from the start of the outermost call.
-
-    redis-py retries to connect inside each retry of a command, so their numbers multiply: with
-    three retries each, a Redis that accepts connections and says nothing blocked a call for 83 s.
-    """
-
-    def __init__(self, retries: int, seconds: float) -> None:
-        super().__init__(EqualJitterBackoff(base=0.05, cap=2.0), retries)
-        self._seconds = seconds
-
-    def call_with_retry(self, do: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """redis-py's, but the clock is read before each try."""
-        outermost = getattr(_call, "until", None) is None
-        if outermost:
-            _call.until = time.monotonic() + self._seconds
-
-        def in_time() -> Any:
-            if time.monotonic() >= _call.until:
-                raise GaveUp(f"no answer within {self._seconds:g} s")
-            return do()
-
-        try:
-            return super().call_with_retry(in_time, *args, **kwargs)
-        finally:
-            if outermost:
-                # Also after an error: with the old time the thread's next call would be over
-                # before it began.
-                _call.until = None
-
-
-def connect(url: str, *, attempts: int = 10, timeout_s: float = math.inf) -> Redis:
-    """A client that waits out a restart or a fail-over of Redis of some ten seconds.
-
-    It sends a command again when the answer was lost, so every operation here may run twice.  No
-    call lasts much longer than timeout_s.
-    """
-    return Redis.from_url(
-        url,
-        # redis-py before 8 waits for ever; a blocking pop asks for a second
-        socket_timeout=min(5.0, timeout_s / 2),
-        socket_connect_timeout=min(5.0, timeout_s / 2),
-        retry=_RetryUntil(attempts, timeout_s),
-        retry_on_error=[
-            exceptions.ConnectionError,
-            exceptions.TimeoutError,
-            exceptions.BusyLoadingError,
-            # After a fail-over this connection leads to what is now a replica: connect again.
-            exceptions.ReadOnlyError,
-        ],
-        health_check_interval=30,
-    )
+class NotReplicated(exceptions.ResponseError):
+    """Redis has the write, and too few replicas have confirmed it."""
 
 
 def decoded(value: Any) -> str:
@@ -332,6 +274,14 @@ class Store:
             # If the fold fails the end still stands: the session stays marked for the janitor.
             with suppress(exceptions.RedisError):
                 self.fold_session(job.tenant, job.session.session_id, now=now)
+        if ended and self.settings.redis_wait_replicas:
+            # The end stands on the primary, and nothing better could be done than to say so.
+            try:
+                with self.redis.pipeline(transaction=False) as pipe:
+                    self._wait_for_replicas(pipe)
+                    self._check_replicas(pipe.execute())
+            except exceptions.RedisError as error:
+                log.warning("redis.unreplicated", job_id=claim.job_id, error=str(error))
         return ended
 
     def retry(
@@ -488,12 +438,34 @@ class Store:
             with self.redis.pipeline(transaction=False) as pipe:
                 for arguments in calls:
                     self.call(operation, now, *arguments, client=pipe)
+                if self.settings.redis_wait_replicas:
+                    self._wait_for_replicas(pipe)
                 try:
-                    return pipe.execute()
+                    return self._check_replicas(pipe.execute())
                 except exceptions.NoScriptError:
                     if not left:
                         raise
         raise AssertionError  # the last try returns or raises
+
+    def _wait_for_replicas(self, pipe: Any) -> None:
+        """Wait until enough replicas have all that was written before."""
+        # WAIT counts replicas that have the connection's own last write.  A token that is sent
+        # again writes nothing, so without this one it would wait for nothing.
+        pipe.set(self.key("replicated"), 1, ex=60)
+        pipe.execute_command("WAIT", self.settings.redis_wait_replicas, WAIT_MS)
+
+    def _check_replicas(self, replies: list[Any]) -> list[Any]:
+        """The replies without those of _wait_for_replicas(); NotReplicated if they are too few."""
+        wanted = self.settings.redis_wait_replicas
+        if not wanted:
+            return replies
+        *others, _, confirmed = replies
+        if int(confirmed) < wanted:
+            raise NotReplicated(
+                f"stored, but {confirmed} of {wanted} replicas confirmed it within "
+                f"{WAIT_MS / 1000:g} s (RALF_REDIS_WAIT_REPLICAS)"
+            )
+        return others
 
     def hash(self, key: str) -> dict[str, str]:
         """A hash in Redis, empty when there is none."""
