@@ -16,7 +16,7 @@ from ralf.worker.client import QueueUnavailable
 from ralf.worker.client import connect as connect_client
 from ralf.worker.doctor import _redis, settings_shown
 from ralf.worker.service.connection import connect
-from ralf.worker.service.store import Store
+from ralf.worker.service.store import NotReplicated, Store
 from ralf.worker.settings import Settings
 from tests.documents import a_job, a_verdict
 from tests.redis_server import RedisServer, executable, program_of
@@ -261,11 +261,11 @@ def test_a_submission_that_no_replica_confirms_is_refused(program: str):
             assert again.existing
             running = claim(client.store)
             assert client.store.end(running, a_verdict())
+            client.store.replicated()
             assert other.hget("ralf:job:j1", "state") == b"succeeded"
         replica.kill()
-        store = Store(client.store.redis, replace(settings, redis_wait_replicas=0))
-        store.submit([a_job("2")])
-        assert client.store.end(claim(client.store), a_verdict())  # logged, and stands
+        with pytest.raises(NotReplicated):
+            client.store.replicated()
     finally:
         client.close()
         primary.stop(), replica.stop()

@@ -451,11 +451,18 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
                 # Not even tried: a command to a silent Redis takes seconds that the exit has not.
                 if self._must_exit and not self.beats.reachable:
                     raise RedisError("Redis does not answer, and the worker has to exit")
-                return store_result(self.store, claim, result)
+                outcome = store_result(self.store, claim, result)
+                break
             except RedisError as error:
                 if self._must_exit:
                     raise
                 self._wait_for_redis(error)
+        try:
+            self.store.replicated()
+        except RedisError as error:
+            # The end stands on the primary, and nothing better could be done than to say so.
+            log.warning("redis.unreplicated", job_id=claim.job_id, error=str(error))
+        return outcome
 
     @property
     def _must_exit(self) -> bool:

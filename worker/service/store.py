@@ -44,7 +44,6 @@ from datetime import UTC
 from importlib.resources import files
 from typing import Any, Literal, cast
 
-import structlog
 from pydantic import ValidationError
 from redis import exceptions
 
@@ -71,8 +70,6 @@ from ralf.worker.service.records import (
     Submitted,
 )
 from ralf.worker.settings import Settings
-
-log = structlog.get_logger()
 
 PRIORITIES: tuple[Priority, ...] = ("high", "default")
 # A job keeps its last ten crashes in Redis, each with at most this much of the child's log.
@@ -274,14 +271,6 @@ class Store:
             # If the fold fails the end still stands: the session stays marked for the janitor.
             with suppress(exceptions.RedisError):
                 self.fold_session(job.tenant, job.session.session_id, now=now)
-        if ended and self.settings.redis_wait_replicas:
-            # The end stands on the primary, and nothing better could be done than to say so.
-            try:
-                with self.redis.pipeline(transaction=False) as pipe:
-                    self._wait_for_replicas(pipe)
-                    self._check_replicas(pipe.execute())
-            except exceptions.RedisError as error:
-                log.warning("redis.unreplicated", job_id=claim.job_id, error=str(error))
         return ended
 
     def retry(
@@ -446,6 +435,16 @@ class Store:
                     if not left:
                         raise
         raise AssertionError  # the last try returns or raises
+
+    def replicated(self) -> None:
+        """Wait until replicas have all that was written, where the settings ask for that.
+
+        Raises NotReplicated when they are too few.
+        """
+        if self.settings.redis_wait_replicas:
+            with self.redis.pipeline(transaction=False) as pipe:
+                self._wait_for_replicas(pipe)
+                self._check_replicas(pipe.execute())
 
     def _wait_for_replicas(self, pipe: Any) -> None:
         """Wait until enough replicas have all that was written before."""
