@@ -4,6 +4,8 @@ One JSON document, checked by pydantic, never changed after publishing: the vers
 the first 8 hex digits of this file's SHA-256.  Imports no torch, so that a backend may read it.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -80,12 +82,48 @@ class Aggregation(Strict):
     """Faces smaller than this are shown but do not count."""
 
 
+class CompressionPoint(Strict):
+    """Temperature and shift at one strength of compression."""
+
+    bits_per_pixel: Annotated[float, Field(gt=0)]
+    """Of the video's packets, for each pixel of each frame."""
+    temperature: Annotated[float, Field(gt=0)]
+    shift: float
+
+
 class Calibration(Strict):
     """P(forged) = sigmoid((logit − shift) / temperature)."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     shift: float = 0.0
     fitted_on: str = "nothing"
+    by_compression: tuple[CompressionPoint, ...] = ()
+    """Replaces temperature and shift for a clip whose bits per pixel are known; ascending.
+    Stills, and models published without it, use the two numbers above."""
+
+    @model_validator(mode="after")
+    def _ascends(self) -> "Calibration":
+        rates = [point.bits_per_pixel for point in self.by_compression]
+        if rates != sorted(set(rates)):
+            raise ValueError(f"by_compression should ascend in bits_per_pixel, got {rates}")
+        return self
+
+    def at(self, bits_per_pixel: float | None) -> "Calibration":
+        """The temperature and shift of a clip with so many bits per pixel; None: not known."""
+        points = self.by_compression
+        if not points or bits_per_pixel is None or not bits_per_pixel > 0:
+            return self.model_copy(update={"by_compression": ()})
+        # Nothing was fitted beyond the ends, so the nearest end is used there.
+        rates = [math.log(point.bits_per_pixel) for point in points]
+        rate = min(max(math.log(bits_per_pixel), rates[0]), rates[-1])
+        after = min(bisect_right(rates, rate), len(points) - 1)
+        before = max(after - 1, 0)
+        part = (rate - rates[before]) / (rates[after] - rates[before]) if after > before else 0.0
+        one, other = points[before], points[after]
+        # Slope and offset of the logit are interpolated, because the fit is linear in them.
+        slope = (1 - part) / one.temperature + part / other.temperature
+        offset = (1 - part) * one.shift / one.temperature + part * other.shift / other.temperature
+        return Calibration(temperature=1 / slope, shift=offset / slope, fitted_on=self.fitted_on)
 
 
 class Reference(Strict):
@@ -143,6 +181,11 @@ class Manifest(Strict):
     )
     """Figures in `metrics` that should be high (* stands for any text), and how far each may fall
     below the promoted version's."""
+    limits: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: {"other people clean false positives": 0.10}
+    )
+    """Figures in `metrics` that should be low, and the most that each may be at a promotion; one
+    that was not measured is not asked for."""
     reference: Reference | None = None
     """Scores of videos at publishing; None: a worker takes the first scores that it computes."""
     trained: dict[str, Any] = Field(default_factory=dict)

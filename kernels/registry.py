@@ -163,7 +163,7 @@ def rollback(models_dir: Path | str, name: str) -> Artifact:
 class PromotionCheck:
     """One question at a promotion, and the answer."""
 
-    name: Literal["engines", "metrics", "golden"]
+    name: Literal["engines", "metrics", "limits", "golden"]
     asked: str
     came: str
     passed: bool
@@ -224,6 +224,7 @@ def check(
     return (
         _engines(artifact),
         _metrics(artifact, _promoted(Path(models_dir), artifact.name)),
+        _limits(artifact),
         (golden or check_golden_logits)(artifact),
     )
 
@@ -284,6 +285,20 @@ def _metrics(artifact: Artifact, against: Artifact | None) -> PromotionCheck:
     came = ", ".join(f"{n} {f'{ours[n]:.4f}' if n in ours else 'not measured'}" for n in shown)
     advice = "train further, or measure it on the same test data: ralf evaluate"
     return PromotionCheck("metrics", asked, came, not worse, advice)
+
+
+def _limits(artifact: Artifact) -> PromotionCheck:
+    """Figures that no version may exceed, whatever was promoted before."""
+    limits, found = artifact.manifest.limits, figures(artifact.manifest.metrics)
+    measured = {name: most for name, most in limits.items() if name in found}
+    if not measured:
+        asked = ", ".join(limits) or "nothing"
+        return PromotionCheck("limits", asked, "none of them was measured", True)
+    high = {name: most for name, most in measured.items() if found[name] > most}
+    asked = ", ".join(f"{name} at most {most:g}" for name, most in (high or measured).items())
+    came = ", ".join(f"{name} {found[name]:.4f}" for name in high or measured)
+    advice = "train on more kinds of people, or calibrate with them among the reals"
+    return PromotionCheck("limits", asked, came, not high, advice)
 
 
 def figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

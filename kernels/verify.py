@@ -125,10 +125,11 @@ def decided_otherwise(
 def thresholds(manifest: Manifest) -> list[float]:
     """The manifest's thresholds as logits; without any, the logit of an even chance."""
     fitted = manifest.calibration
+    curves = (fitted.at(None), *(fitted.at(each.bits_per_pixel) for each in fitted.by_compression))
     # A score of 0 or 1 has no finite logit: every engine decides alike there.
     scores = [score for score in manifest.thresholds.values() if 0 < score < 1] or [0.5]
     logits = {math.log(score / (1 - score)) for score in scores}
-    return sorted(fitted.shift + fitted.temperature * logit for logit in logits)
+    return sorted({curve.shift + curve.temperature * logit for curve in curves for logit in logits})
 
 
 def variations(crops: NDArray[np.uint8], count: int, seed: int = SEED) -> NDArray[np.uint8]:

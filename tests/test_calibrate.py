@@ -12,12 +12,10 @@ from PIL import Image
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
-from ralf.kernels.manifest import Calibration, InputContract
+from ralf.kernels.manifest import Calibration, CompressionPoint, InputContract, Manifest
 from ralf.train import calibrate as calibrate_module
 from ralf.train.calibrate import (
     CalibrationError,
-    at_false_positives,
-    at_misses,
     calibrate,
     calibrate_on_split,
     fit,
@@ -27,7 +25,8 @@ from ralf.train.calibrate import (
 from ralf.train.data.index import Index, Row
 from ralf.train.data.pool import Pool
 from ralf.train.evaluate.judge import JudgedModel, score_examples
-from ralf.train.evaluate.metrics import share_interval
+from ralf.train.evaluate.metrics import at_even_odds, ece, share_interval
+from ralf.train.thresholds import SMALL, at_false_positives, at_misses
 from tests.faces_on_disk import faces
 
 
@@ -318,3 +317,152 @@ def test_what_cannot_be_calibrated_is_refused(scores: list[float], forged: list[
     """With its reason."""
     with pytest.raises(CalibrationError, match=said):
         calibrate(np.array(scores), np.array(forged), fitted_on="x")
+
+
+def compressed(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """n forged and n real logits and their bits per pixel: the fewer bits, the less is seen."""
+    rng = np.random.default_rng(seed)
+    forged = np.arange(2 * n) < n
+    rate = np.exp(rng.uniform(np.log(0.01), np.log(0.4), 2 * n))
+    seen = np.interp(np.log(rate), np.log([0.01, 0.4]), [0.3, 3.0])
+    return np.where(forged, seen, -seen) * 2 + rng.normal(0, 2, 2 * n), forged, rate
+
+
+def test_by_compression_scores_are_true_where_one_curve_is_not():
+    """The calibration error at the strongest compression and at the weakest, on new clips."""
+    logits, forged, rate = compressed(1500)
+    found = calibrate(logits, forged, fitted_on="x", bits_per_pixel=rate)
+    new, truth, rates = compressed(6000, seed=1)
+
+    for part, least in ((rates < 0.02, 0.08), (rates > 0.2, 0.0)):
+        even = at_even_odds(truth[part])
+        plain, by_rate = (
+            ece(truth[part], probability(new[part], found.calibration, known), weight=even)
+            for known in (None, rates[part])
+        )
+        assert by_rate < 0.04
+        assert plain > least
+    assert 3 == len(found.calibration.by_compression)
+    assert found.nll_after < nll(logits, forged, found.calibration)
+
+
+def test_one_strength_of_compression_is_scikit_learns_regression_at_the_knots():
+    """Two clusters of bits per pixel: each knot's curve is the fit of that cluster alone."""
+    rng = np.random.default_rng(3)
+    n = 40_000
+    forged = np.arange(2 * n) % 2 == 0
+    weak = np.arange(2 * n) < n
+    logits = np.where(forged, 1.0, -1.0) * np.where(weak, 2.0, 0.5) + rng.normal(0, 1.5, 2 * n)
+    rate = np.where(weak, 0.3, 0.03)
+
+    low, high = calibrate(
+        logits, forged, fitted_on="x", bits_per_pixel=rate
+    ).calibration.by_compression
+
+    for point, own in ((low, ~weak), (high, weak)):
+        theirs = LogisticRegression(C=np.inf, tol=1e-10).fit(logits[own][:, None], forged[own])
+        assert 1 / point.temperature == pytest.approx(theirs.coef_[0, 0], rel=1e-2)
+        expected = theirs.intercept_[0]
+        assert -point.shift / point.temperature == pytest.approx(expected, abs=1e-2)
+
+
+def test_compression_alone_does_not_tell_the_label():
+    """Reals that were compressed more often than forgeries must not make few bits authentic."""
+    logits, forged, rate = compressed(2000, seed=4)
+    kept = forged | (rate < 0.05) | (np.arange(4000) % 8 == 0)
+    fair = calibrate(logits, forged, fitted_on="x", bits_per_pixel=rate).calibration
+    found = calibrate(logits[kept], forged[kept], fitted_on="x", bits_per_pixel=rate[kept])
+
+    for bits in (0.012, 0.3):
+        one, other = (
+            probability(np.zeros(1), each, np.array([bits]))[0]
+            for each in (fair, found.calibration)
+        )
+        assert other == pytest.approx(one, abs=0.1)
+
+
+def test_too_few_clips_of_known_compression_keep_the_plain_curve():
+    """And so does a compression that hardly varies."""
+    logits, forged, rate = compressed(50)
+    many = compressed(500)
+
+    assert (
+        ()
+        == calibrate(logits, forged, fitted_on="x", bits_per_pixel=rate).calibration.by_compression
+    )
+    assert (
+        ()
+        == calibrate(
+            *many[:2], fitted_on="x", bits_per_pixel=np.full(1000, 0.1)
+        ).calibration.by_compression
+    )
+
+
+def test_between_the_knots_the_calibration_is_interpolated_and_beyond_them_it_is_the_nearest():
+    """Slope and offset in the logarithm of the bits per pixel."""
+    fitted = Calibration(
+        temperature=7,
+        by_compression=(
+            CompressionPoint(bits_per_pixel=0.01, temperature=4, shift=1),
+            CompressionPoint(bits_per_pixel=1, temperature=1, shift=0),
+        ),
+    )
+    middle = fitted.at(0.1)
+
+    assert (fitted.at(None).temperature, fitted.at(0.001).temperature) == (7, 4)
+    assert fitted.at(9).temperature == 1
+    assert 1 / middle.temperature == pytest.approx((1 / 4 + 1) / 2)
+    assert middle.shift / middle.temperature == pytest.approx((1 / 4 + 0) / 2)
+
+
+def test_a_model_published_before_keeps_its_one_curve():
+    """The shipped manifest has no curve by compression: every clip gets the same two numbers."""
+    path = next(Path("models/ralf-small").glob("*/manifest.json"))
+    text = path.read_text().replace('"by_compression"', '"ignored"')
+    fitted = Manifest.model_validate_json(text).calibration
+
+    assert fitted.at(0.01) == fitted.at(None) == fitted
+
+
+def test_the_worst_collection_sets_the_threshold():
+    """A thousand strangers who score higher than a thousand others, and thirty of a third kind."""
+    rng = np.random.default_rng(5)
+    reals = np.concatenate([rng.normal(-2, 1, 1000), rng.normal(0, 1, 1000), rng.normal(3, 1, 30)])
+    logits = np.concatenate([reals, rng.normal(3, 1, 1000)])
+    names = ["studio"] * 1000 + ["street"] * 1000 + ["few"] * 30 + ["studio"] * 1000
+
+    at = calibrate(logits, np.arange(3030) >= 2030, fitted_on="x", collection=names).thresholds[
+        "fpr_0.05"
+    ]
+
+    assert at.set_by == "street"
+    assert at.by_collection["street"][0] == 0.05
+    assert at.by_collection["studio"][0] < 0.01 < at.rate < 0.05
+    assert at.by_collection["few"][0] > 0.5
+
+
+def test_small_collections_count_together():
+    """Two of 60 people each support 5 % only together, beside one that does alone."""
+    reals = np.concatenate([np.linspace(-3, -1, 500), np.linspace(0, 1, 60), np.linspace(0, 1, 60)])
+    logits = np.concatenate([reals, np.linspace(0, 5, 500)])
+    names = ["large"] * 500 + ["one"] * 60 + ["other"] * 60 + ["large"] * 500
+
+    found = calibrate(logits, np.arange(1120) >= 620, fitted_on="x", collection=names)
+
+    assert found.thresholds["fpr_0.05"].set_by == SMALL
+
+
+def test_reals_of_a_collection_without_forgeries_move_the_threshold_and_not_the_curve():
+    """Stills beside made clips."""
+    logits, forged = made(300, 300)
+    alone = calibrate(logits, forged, fitted_on="x")
+    names = ["clips"] * 600 + ["stills"] * 200
+    more = np.concatenate([logits, np.random.default_rng(6).normal(1, 1, 200)])
+
+    found = calibrate(
+        more, np.concatenate([forged, np.zeros(200, bool)]), fitted_on="x", collection=names
+    )
+
+    assert found.calibration == alone.calibration
+    assert found.thresholds["fpr_0.05"].score > alone.thresholds["fpr_0.05"].score
+    assert found.thresholds["fpr_0.05"].set_by == "stills"

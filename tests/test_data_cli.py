@@ -77,6 +77,18 @@ def test_prepare_from_the_command_line(tmp_path, capsys):
     assert len(load(said.out.strip())) == 2 and "2 faces" in said.err
 
 
+def test_preparing_for_a_recipe_of_one_frame_keeps_more_than_one(tmp_path, capsys):
+    """ralf_paper shows one frame of a video an epoch, and another one in each."""
+    (tmp_path / "own/real").mkdir(parents=True)
+    portrait = portraits()["tim-kaine.jpg"].image
+    film = animate(portrait, seconds=0.5, fps=10, size=(320, 240))
+    encode(film, tmp_path / "own/real/a.mp4")
+    words = ("data", "prepare", tmp_path / "own", "--out", tmp_path / "out")
+    assert ralf(*words, "--recipe", "ralf_paper") == 0
+
+    assert len(load(capsys.readouterr().out.strip())) == 5
+
+
 def run_folder(tmp_path):
     """A run whose network was never trained."""
     recipe = override(

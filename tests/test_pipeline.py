@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ralf.kernels.manifest import Calibration, CompressionPoint
 from ralf.worker.contract import EarlyStop, EvidencePolicy, Job, Media, Sampling, Verdict, dump
 from ralf.worker.errors import BadRequest, Cancelled, CorruptMedia
 from ralf.worker.media.decode_pyav import PyavDecoder
+from ralf.worker.media.probe import probe
 from ralf.worker.media.types import Frames
 from ralf.worker.pipeline import Ask, Partial, analyze, file_sha256, walk
 from ralf.worker.runtime import Parts, with_decoder
+from ralf.worker.settings import Settings
 
 FEW = Sampling(mode="uniform", max_frames=6)
 
@@ -292,3 +295,25 @@ def test_a_rate_that_max_frames_cannot_keep_up_with_is_warned_of(
 
     assert [] == said[10]
     assert "10 frames a second are 10 here, max_frames is 4" in said[4][0]
+
+
+def test_a_clip_is_calibrated_at_its_own_compression(eager_parts: Parts, clip_of_two: Path):
+    """The score is the sigmoid at the clip's bits per pixel; the verdict says which that was."""
+    artifact = eager_parts.artifact
+    bits = probe(clip_of_two, Settings()).bits_per_pixel
+    fitted = Calibration(
+        by_compression=(
+            CompressionPoint(bits_per_pixel=bits / 4, temperature=9, shift=9),
+            CompressionPoint(bits_per_pixel=bits, temperature=3, shift=-2),
+        )
+    )
+    manifest = artifact.manifest.model_copy(update={"calibration": fitted})
+    parts = replace(eager_parts, artifact=replace(artifact, manifest=manifest))
+
+    plain, _ = analyze(clip_of_two, eager_parts)
+    found, _ = analyze(clip_of_two, parts)
+
+    assert found.media.bits_per_pixel == pytest.approx(bits, abs=1e-6)
+    assert {"temperature": 3, "shift": -2, "fitted_on": "nothing"} == found.made.calibration
+    logit = np.log(plain.score / (1 - plain.score))
+    assert found.score == pytest.approx(1 / (1 + np.exp(-(logit + 2) / 3)), abs=1e-5)

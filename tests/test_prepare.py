@@ -91,6 +91,23 @@ def test_labels_people_and_frames_are_kept(prepared):
     assert len({row.frame for row in fakes}) == 3
 
 
+def test_a_face_remembers_how_strongly_its_video_was_compressed(films, prepared, tmp_path):
+    """In the table too; a table without the column keeps its name."""
+    row = next(row for row in prepared if row.path.startswith("faces/kaine"))
+    film = films / ("fake/kaine_x.mp4" if row.label else "real/kaine.mp4")
+    expected = probe(film, Settings()).bits_per_pixel
+    unknown = Index(prepared.root, tuple(replace(row, bits_per_pixel=0.0) for row in prepared))
+    text = unknown.save(tmp_path / "new.csv").read_text().splitlines()
+    assert text[0].endswith(",bits_per_pixel")
+    old = [line.rsplit(",", 1)[0] for line in text]
+    (tmp_path / "old.csv").write_text("\n".join(old))
+
+    assert row.bits_per_pixel == pytest.approx(expected, abs=1e-6)
+    again = load(prepared.save(tmp_path / "index.csv"))
+    assert [row.bits_per_pixel for row in again] == [row.bits_per_pixel for row in prepared]
+    assert load(tmp_path / "old.csv").sha256 == unknown.sha256 != prepared.sha256
+
+
 def test_a_stored_face_is_cut_as_the_worker_would_cut_it(films, tmp_path):
     """From the stored file and from the video itself: the same crop but for the encoding."""
     index = read(films).where(video="kaine", label=0)

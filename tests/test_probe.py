@@ -4,6 +4,7 @@ import struct
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -351,3 +352,13 @@ def test_a_recording_glued_to_another_ends_at_the_seam(tmp_path: Path):
 
     assert 50 == found.frame_count
     assert "clock jumps" in found.warnings[0]
+
+
+@pytest.mark.parametrize("audio", [False, True])
+def test_bits_per_pixel_are_those_of_the_videos_own_packets(tmp_path: Path, audio: bool):
+    """Sound and container do not count; PyAV's packets, added up, are the reference."""
+    path = make_clip(tmp_path / "clip.mp4", 25, size=(96, 64), audio=audio)
+    with av.open(str(path)) as container:
+        size = sum(packet.size for packet in container.demux(video=0))
+
+    assert probe(path, SETTINGS).bits_per_pixel == pytest.approx(8 * size / (96 * 64 * 25))

@@ -56,7 +56,7 @@ def test_the_first_version_has_nothing_to_be_worse_than(tmp_path: Path):
     made = measured(tmp_path, 0.5)
     _, gates = promote(tmp_path, made)
 
-    assert [("engines", True), ("metrics", True), ("golden", True)] == [
+    assert [("engines", True), ("metrics", True), ("limits", True), ("golden", True)] == [
         (gate.name, gate.passed) for gate in gates
     ]
     assert made == models.resolve(tmp_path, "tiny")
@@ -468,3 +468,15 @@ def test_what_waiting_jobs_pin_stays(
     assert {seven[0]: "pinned by 1 waiting or running jobs"} == store.pinned_versions("tiny")
     assert 0 == main([*rule, "--apply"])
     assert [seven[0], seven[4], seven[6]] == models.versions(tmp_path, "tiny")
+
+
+def test_a_version_that_calls_too_many_strangers_forged_is_refused(tmp_path: Path):
+    """Also as the first one; a figure that nobody measured is not asked for."""
+    figure = "other people clean false positives"
+    worse = publish(tmp_path, "worse", metrics={figure: [0.2, 0.17, 0.24]})
+    fair = publish(tmp_path, "fair", metrics={figure: [0.09, 0.07, 0.12]})
+
+    with pytest.raises(NotPromoted, match=rf"asked {figure} at most 0\.1; came {figure} 0\.2000"):
+        promote(tmp_path, worse)
+    promote(tmp_path, fair)
+    promote(tmp_path, measured(tmp_path, 0.9))

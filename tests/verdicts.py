@@ -110,7 +110,7 @@ def made(faces: int = 40) -> Made:
         colour_policy="by_tag_untagged_601",
         sampling=Sampling(),
         finder={"long_side": 640, "min_face": 48},
-        calibration=CALIBRATION.model_dump(),
+        calibration=CALIBRATION.model_dump(exclude={"by_compression"}),
         aggregation=AGGREGATION.model_dump(),
         frames_asked=32,
         frames_decoded=31,

@@ -1,15 +1,17 @@
 """What a score means: temperature and shift by likelihood, thresholds by false-positive rates.
 
 A logit becomes P(forged) = sigmoid((logit − shift) / temperature).  Both are fitted on a split that
-chose nothing else.  Both classes weigh alike in the fit, so a score speaks at even odds, whatever
-the split's share of forgeries.  The targets are Platt's, (n + 1) / (n + 2) in place of 1, so that a
-hundred faces which are perfectly separated do not make certainty.
+chose nothing else.  Compression hides what a detector looks for, so for clips both depend on the
+bits per pixel: they are fitted at three strengths of compression and interpolated (the manifest's
+`by_compression`).  A collection without forgeries takes no part in the fit.
 
-A threshold decides about scores at or above it.  At `fpr_0.05`, at most 5 % of the split's real
-videos are called forged.  Beside it stand the rate found, its 95 % interval (Clopper-Pearson),
-and whether the split is large enough to support it: five expected false positives, the least at
-which the interval says anything.  Below `low` lie 5 % of the split's forgeries: a video below it is
-called authentic, and one between the two thresholds is inconclusive.
+Both classes weigh alike in the fit, so a score speaks at even odds, whatever the split's share of
+forgeries.  The targets are Platt's, (n + 1) / (n + 2) in place of 1, so that a hundred faces which
+are perfectly separated do not make certainty.
+
+`fpr_0.05` is the threshold at which at most 5 % of the real videos are called forged:
+ralf.train.thresholds says of which.  Below `low` lie 5 % of the split's forgeries: a video below it
+is called authentic, and one between the two thresholds is inconclusive.
 
 `calibrate_on_split` scores a split as a verdict does, one pooled logit a video, and counts people.
 Nothing here writes a model: ralf.train.publish does.
@@ -18,6 +20,7 @@ Nothing here writes a model: ralf.train.publish does.
 import csv
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +29,28 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from ralf.kernels.manifest import Calibration
+from ralf.kernels.manifest import Calibration, CompressionPoint
 from ralf.train.data.evaluation_set import Example
 from ralf.train.data.index import Index
 from ralf.train.evaluate.judge import JudgedModel, examples_for, score_examples
-from ralf.train.evaluate.metrics import at_even_odds, share_interval
+from ralf.train.evaluate.metrics import Scored, at_even_odds, concatenated
 from ralf.train.recipe import seen_families
+from ralf.train.thresholds import Threshold, at_misses, everywhere
 
 Floats = NDArray[np.float64]
 FALSE_POSITIVE_RATES = (0.01, 0.05)
 MISSED = 0.05
 """Share of forgeries that may lie below the threshold `low`."""
-SUPPORTING_FALSE_POSITIVES = 5.0
-"""Expected number from which on a split supports a threshold."""
+KNOTS = (0.05, 0.5, 0.95)
+"""Quantiles of the bits per pixel at which temperature and shift are fitted."""
+LEAST_APART = 1.2
+"""Two knots differ by this factor or more; with one alone there is no curve by compression."""
+LEAST_ROWS = 60
+"""Real and forged clips each, with known compression, that the curve needs."""
 
 
 class CalibrationError(ValueError):
     """Scores cannot be calibrated as they are."""
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A score that decides, and how well the split supports it."""
-
-    score: float
-    rate: float
-    """Share of the split's reals at or above it (for low: of its forgeries below it)."""
-    interval: tuple[float, float]
-    """95 %, of the rate."""
-    faces: int
-    """How many people the rate was measured on."""
-    supported: bool
 
 
 @dataclass(frozen=True)
@@ -94,25 +88,42 @@ def calibrate(
     fitted_on: str,
     shift: bool = True,
     person: Sequence[Hashable] | None = None,
+    bits_per_pixel: Floats | None = None,
+    collection: Sequence[str] | None = None,
 ) -> Calibrated:
     """Calibration and thresholds from one split: a logit, a label and a person for each video.
 
-    Without `person` each row is somebody else.
+    Without `person` each row is somebody else.  `bits_per_pixel` is NaN where it is not known.
     """
-    calibration = fit(logit, forged, fitted_on=fitted_on, shift=shift)
-    score = probability(logit, calibration)
-    forged = np.asarray(forged, bool)
-    reals, forgeries = _people(forged, person)
+    logit, forged = _checked(logit, forged)
+    names = np.array(["all"] * len(logit) if collection is None else collection)
+    rate = np.full(len(logit), np.nan) if bits_per_pixel is None else bits_per_pixel
+    # Reals without forgeries beside them would only shift the odds; their thresholds count.
+    fitted = np.isin(names, np.unique(names[forged]))
+    rows = (logit[fitted], forged[fitted])
+    calibration = fit(*rows, fitted_on=fitted_on, shift=shift)
+    points = fit_by_compression(*rows, rate[fitted], calibration) if shift else ()
+    calibration = calibration.model_copy(update={"by_compression": points})
+    score = probability(logit, calibration, rate)
+    people = list(range(len(logit))) if person is None else list(person)
     thresholds = {
-        f"fpr_{rate:g}": at_false_positives(score[~forged], rate, reals)
-        for rate in FALSE_POSITIVE_RATES
+        f"fpr_{each:g}": everywhere(
+            score[~forged],
+            each,
+            [who for who, is_forged in zip(people, forged, strict=True) if not is_forged],
+            names[~forged].tolist(),
+        )
+        for each in FALSE_POSITIVE_RATES
     }
     # `low` stays below every other threshold: between them a video is inconclusive.
     lowest = min(threshold.score for threshold in thresholds.values())
+    _, forgeries = _people(forged, person)
     thresholds["low"] = at_misses(score[forged], MISSED, at_most=lowest, people=forgeries)
-    plain = Calibration()
     return Calibrated(
-        calibration, thresholds, nll(logit, forged, plain), nll(logit, forged, calibration)
+        calibration,
+        thresholds,
+        nll(*rows, Calibration()),
+        nll(*rows, calibration, rate[fitted]),
     )
 
 
@@ -133,14 +144,26 @@ def _people(
 
 
 def calibrate_on_table(path: Path, fitted_on: str, *, shift: bool = True) -> Calibrated:
-    """From a CSV of logits and labels (1 = forged), one row for each track or video."""
+    """From a CSV of logits and labels (1 = forged), one row for each track or video.
+
+    It may have the columns bits_per_pixel (empty: not known), person and collection too.
+    """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"logit", "label"} <= rows[0].keys():
         raise CalibrationError(f"{path} should be a CSV with columns logit and label (1 = forged)")
     logit = np.array([float(row["logit"]) for row in rows])
     forged = np.array([row["label"] for row in rows]) == "1"
-    return calibrate(logit, forged, fitted_on=fitted_on or path.name, shift=shift)
+    rates = [float(row.get("bits_per_pixel") or np.nan) for row in rows]
+    return calibrate(
+        logit,
+        forged,
+        fitted_on=fitted_on or path.name,
+        shift=shift,
+        person=[row["person"] for row in rows] if "person" in rows[0] else None,
+        bits_per_pixel=np.array(rates),
+        collection=[row["collection"] for row in rows] if "collection" in rows[0] else None,
+    )
 
 
 def calibrate_on_split(
@@ -164,24 +187,31 @@ def calibrate_on_split(
     if not conditions:
         raise ValueError("--conditions should name at least one, as clean,h264=30")
     families = tuple(families) or families_to_blend(judge, index, split)
-    logits: list[Floats] = []
-    forged: list[NDArray[np.bool_]] = []
+    parts: list[Scored] = []
     people: list[Hashable] = []
     for condition in conditions:
         examples = examples_for(judge, index, split, families=families, condition=condition)
         videos = score_examples(judge, examples).pooled(judge.aggregation)
         who = {item.video: person_of(item) for item in examples.items}
-        logits.append(videos.logit)
-        forged.append(videos.forged)
+        parts.append(videos)
         people += [who[video] for video in videos.video]
+    every = concatenated(parts)
     found = calibrate(
-        np.concatenate(logits),
-        np.concatenate(forged),
+        every.logit,
+        every.forged,
         fitted_on=fitted_on or f"{split}: {','.join(conditions)}",
         shift=shift,
         person=people,
+        bits_per_pixel=every.bits_per_pixel,
+        collection=[video[0] for video in every.video],
     )
-    return found, probability(logits[0], found.calibration)[~forged[0]]
+    # As the fit: a collection without forgeries is there for the thresholds alone.
+    forged_too = {
+        video[0] for video, is_forged in zip(every.video, every.forged, strict=True) if is_forged
+    }
+    of_fit = np.array([video[0] in forged_too for video in parts[0].video], bool)
+    first = parts[0].where(of_fit & ~parts[0].forged)
+    return found, probability(first.logit, found.calibration, first.bits_per_pixel)
 
 
 def person_of(item: Example) -> Hashable:
@@ -200,18 +230,36 @@ def families_to_blend(judge: JudgedModel, index: Index, split: str) -> tuple[str
     return seen_families(judge.trained)
 
 
-def probability(logit: Floats, calibration: Calibration) -> Floats:
+def probability(
+    logit: Floats, calibration: Calibration, bits_per_pixel: Floats | None = None
+) -> Floats:
     """P(forged)."""
-    logit = np.asarray(logit, np.float64)
-    score: Floats = expit((logit - calibration.shift) / calibration.temperature)
+    score: Floats = expit(_normal(logit, calibration, bits_per_pixel))
     return score
 
 
-def nll(logit: Floats, forged: NDArray[np.bool_], calibration: Calibration) -> float:
+def nll(
+    logit: Floats,
+    forged: NDArray[np.bool_],
+    calibration: Calibration,
+    bits_per_pixel: Floats | None = None,
+) -> float:
     """Mean negative log likelihood, both classes weighing alike."""
     logit, forged = _checked(logit, forged)
-    z = (logit - calibration.shift) / calibration.temperature
+    z = _normal(logit, calibration, bits_per_pixel)
     return float(_loss(z, forged.astype(np.float64), at_even_odds(forged)))
+
+
+def _normal(logit: Floats, calibration: Calibration, bits_per_pixel: Floats | None) -> Floats:
+    """(logit − shift) / temperature of each row, at its own compression where that is known."""
+    logit = np.asarray(logit, np.float64)
+    found = np.empty(len(logit))
+    rates = np.full(len(logit), np.nan) if bits_per_pixel is None else bits_per_pixel
+    for rate in np.unique(rates):  # takes all NaN as one value
+        own = np.isnan(rates) if np.isnan(rate) else rates == rate
+        at = calibration.at(None if np.isnan(rate) else float(rate))
+        found[own] = (logit[own] - at.shift) / at.temperature
+    return found
 
 
 def fit(
@@ -258,47 +306,76 @@ def fit(
     return Calibration(temperature=1 / slope, shift=-offset / slope, fitted_on=fitted_on)
 
 
-def at_false_positives(real: Floats, rate: float, people: int | None = None) -> Threshold:
-    """The lowest score at or above which at most `rate` of the reals lie, half-way to the next."""
-    ordered = np.sort(np.asarray(real, np.float64))[::-1]
-    # The product may come out a hair below a whole number: the 1e-9 keeps that one.
-    allowed = int(np.floor(rate * len(ordered) + 1e-9))
-    # ordered[allowed] must lie below the threshold, and all that equal it do too.
-    barred = ordered[allowed] if allowed < len(ordered) else -np.inf
-    above = int((ordered > barred).sum())
-    # With no real above, the range that the threshold halves ends where the scale does.
-    next_up = ordered[above - 1] if above else 1.0
-    score = 0.0 if np.isneginf(barred) else _between(float(barred), float(next_up))
-    alarms = int((ordered >= score).sum())
-    return _threshold(score, alarms, len(ordered), rate, people)
+def fit_by_compression(
+    logit: Floats, forged: NDArray[np.bool_], bits_per_pixel: Floats, plain: Calibration
+) -> tuple[CompressionPoint, ...]:
+    """Temperature and shift at some strengths of compression; none where too little is known.
 
-
-def at_misses(
-    forged: Floats, rate: float, *, at_most: float = 1.0, people: int | None = None
-) -> Threshold:
-    """The highest score, not above `at_most`, below which at most `rate` of forgeries lie."""
-    ordered = np.sort(np.asarray(forged, np.float64))
-    allowed = int(np.floor(rate * len(ordered) + 1e-9))
-    # With `rate` near 1 every forgery may be missed: the highest score is then the answer.
-    score = min(float(ordered[min(allowed, len(ordered) - 1)]), at_most)
-    return _threshold(score, int((ordered < score).sum()), len(ordered), rate, people)
-
-
-def _threshold(score: float, events: int, of: int, rate: float, people: int | None) -> Threshold:
-    """The rate is of all videos; interval and support count each person once.
-
-    The same person seen again, in another video or under another condition, is no new evidence of
-    how often other people are called forged.
+    Slope and offset of the logit are linear between the knots, in the logarithm of the bits per
+    pixel, so this is one logistic regression.
     """
-    people = of if people is None else people
-    span = share_interval(min(round(events * people / of), people), people)
-    return Threshold(score, events / of, span, people, people * rate >= SUPPORTING_FALSE_POSITIVES)
+    known = np.isfinite(bits_per_pixel) & (bits_per_pixel > 0)
+    logit, forged = logit[known], forged[known]
+    if min(int(forged.sum()), int((~forged).sum())) < LEAST_ROWS:
+        return ()
+    place = np.log(bits_per_pixel[known])
+    knots = _apart(np.quantile(place, KNOTS, method="nearest"))
+    weights = _even_odds_by_compression(place, forged)
+    if len(knots) < 2 or not weights.any():
+        return ()
+    share = np.stack([np.interp(place, knots, hat) for hat in np.eye(len(knots))], axis=1)
+    features = np.concatenate([share * (logit / plain.temperature)[:, None], share], axis=1)
+    n, m = int(forged.sum()), int((~forged).sum())
+    target = np.where(forged, (n + 1) / (n + 2), 1 / (m + 2))
+
+    def objective(x: Floats) -> tuple[float, Floats]:
+        z = features @ x
+        return _loss(z, target, weights), features.T @ (weights * (expit(z) - target))
+
+    middle = [1.0] * len(knots) + [-plain.shift / plain.temperature] * len(knots)
+    # Where compression leaves nothing to see the slope would fall to 0 or below: a twentieth of
+    # the plain one keeps the order of scores.
+    bounds = [(0.05, 50.0)] * len(knots) + [(None, None)] * len(knots)
+    found = minimize(
+        objective, np.array(middle), jac=True, bounds=bounds, method="L-BFGS-B",
+        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000},
+    )  # fmt: skip
+    slopes, offsets = found.x[: len(knots)] / plain.temperature, found.x[len(knots) :]
+    return tuple(
+        CompressionPoint(
+            bits_per_pixel=float(np.exp(knot)),
+            temperature=float(1 / slope),
+            shift=float(-offset / slope),
+        )
+        for knot, slope, offset in zip(knots, slopes, offsets, strict=True)
+    )
 
 
-def _between(low: float, high: float) -> float:
-    """A score above `low` and not above `high`, in the middle where floats leave room."""
-    middle = low + (high - low) / 2
-    return middle if low < middle <= high else min(float(np.nextafter(low, np.inf)), 1.0)
+def _apart(knots: Floats) -> Floats:
+    """The knots without those that lie close to the one before."""
+    kept = [float(knots[0])]
+    kept += [
+        float(knot)
+        for before, knot in pairwise(knots)
+        if knot - kept[-1] >= np.log(LEAST_APART) and knot > before
+    ]
+    return np.array(kept)
+
+
+def _even_odds_by_compression(place: Floats, forged: NDArray[np.bool_]) -> Floats:
+    """A weight for each row: both classes weigh alike in each narrow range of compression.
+
+    Else, where the reals were compressed more often, compression itself would tell the label.
+    """
+    ranges = min(12, len(place) // 40)
+    number = np.searchsorted(np.quantile(place, np.arange(1, ranges) / ranges), place)
+    weights = np.zeros(len(place))
+    for each in np.unique(number):
+        own = number == each
+        # A range of one class alone says nothing about the odds.
+        if forged[own].any() and not forged[own].all():
+            weights[own] = at_even_odds(forged[own]) * own.mean()
+    return weights
 
 
 def _loss(z: Floats, target: Floats, weights: Floats) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ralf.kernels.manifest import Manifest, held_out_family
+from ralf.kernels.manifest import Calibration, Manifest, held_out_family
 from ralf.train.data.layouts import licence_of
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import differences
@@ -124,6 +124,7 @@ def _meaning(manifest: Manifest) -> str:
     fitted = manifest.calibration
     formula = f"sigmoid((logit − {fitted.shift:.4g}) / {fitted.temperature:.4g})"
     lines = [f"P(forged) = {formula}, fitted on {fitted.fitted_on}, at even odds of both classes."]
+    lines += by_compression(fitted)
     for name, score in sorted(manifest.thresholds.items()):
         meaning = (
             "below it: likely authentic"
@@ -139,6 +140,18 @@ def _meaning(manifest: Manifest) -> str:
     if weak:
         lines.append(f"- too few faces support: {', '.join(weak)} (see the intervals)")
     return "\n".join(lines)
+
+
+def by_compression(fitted: Calibration) -> list[str]:
+    """How temperature and shift depend on a clip's compression, in lines of a card."""
+    if not fitted.by_compression:
+        return []
+    points = (
+        f"{point.bits_per_pixel:.3g} bits a pixel: shift {point.shift:.4g}, temperature "
+        f"{point.temperature:.4g}"
+        for point in fitted.by_compression
+    )
+    return [f"- for clips, by their compression and in between: {'; '.join(points)}"]
 
 
 def _failures(recipe: Recipe, failures: Sequence[str]) -> str:

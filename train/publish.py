@@ -28,7 +28,7 @@ from ralf.kernels.manifest import Aggregation, Manifest, Reference
 from ralf.kernels.networks import build
 from ralf.kernels.untrained import patterns
 from ralf.train.calibrate import Calibrated, CalibrationError, restored
-from ralf.train.card import Portion, card
+from ralf.train.card import Portion, by_compression, card
 from ralf.train.data.evaluation_set import Examples
 from ralf.train.data.index import Index, IndexFault
 from ralf.train.loop.checkpoint import judged, load, weights
@@ -116,6 +116,7 @@ def recalibrate(artifact: Artifact, models: Path, calibrated: Calibrated) -> Art
         "",
         f"Fitted on {fitted.fitted_on}; this replaces what is said above.",
         f"- temperature {fitted.temperature:.4g}, shift {fitted.shift:.4g}",
+        *by_compression(fitted),
         *(f"- `{name}` {score:.4f}" for name, score in sorted(draft.thresholds.items())),
         *([f"- {forced}"] if forced else []),
     ]

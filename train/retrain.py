@@ -248,7 +248,9 @@ def _calibrate(order: Retraining, done: Mapping[str, Facts]) -> Facts:
     split, clips = order.calibrate_on, order.clips
     index, fitted_on = order.index, ""
     if clips:
-        index = read_all([done["clips"][split]])
+        # Uploads may be stills too, and people of the stills need not be those of the clips: their
+        # reals count for the thresholds.
+        index = read_all([done["clips"][split]]) + order.index.where(split=split, label=0)
         rates = " and ".join(map(str, clips.crfs))
         fitted_on = f"made clips of the {split} people, H.264 at crf {rates}"
     _refuse_empty(index, split, "--calibrate-on")

@@ -272,6 +272,8 @@ class MediaFacts(Output):
     height: int
     rotation: int
     colour: str
+    bits_per_pixel: float | None = None
+    """How strongly the video is compressed; the score's calibration may depend on it."""
 
 
 class Made(Output):

@@ -156,6 +156,7 @@ class _Walk:
                 f"(RALF_MAX_FRAMES), got {self.sampling.max_frames}"
             )
         self.clip = Clip(self.probe, self.sampling)
+        self.calibration = self.manifest.calibration.at(self.probe.bits_per_pixel)
         wanted = plan(self.clip)
         refuse_work(pixels_read(self.probe, wanted), parts.settings)
         self.total = len(wanted)
@@ -279,6 +280,7 @@ class _Walk:
                 height=self.probe.height,
                 duration_s=self.probe.duration_s,
                 manifest=self.manifest,
+                calibration=self.calibration,
                 max_tracks=self.tracker.max_tracks,
             )
             self._judgement = without_decision(found) if self.manifest.untrained else found
@@ -349,7 +351,7 @@ class _Walk:
         if engine is not None and engine.explains and self.ask.evidence.residuals:
             residuals = engine.explain(torch.stack([face.crop for face in kept])).residual
         logits = np.array([face.logit for face in kept], np.float32)
-        scores = calibrated(logits, self.manifest.calibration).tolist()
+        scores = calibrated(logits, self.calibration).tolist()
         return Evidence(pictures=pictures(kept, names, scores, residuals))
 
     def _made(self) -> Made:
@@ -372,7 +374,7 @@ class _Walk:
             sampling=self.sampling,
             longest_gap_ms=self.judgement().longest_gap_ms,
             finder=self.parts.finder_settings.model_dump(),
-            calibration=manifest.calibration.model_dump(),
+            calibration=self.calibration.model_dump(exclude={"by_compression"}),
             aggregation=manifest.aggregation.model_dump(),
             frames_asked=self.asked,
             frames_decoded=self.decoded - self.replaced,
@@ -432,4 +434,5 @@ def media_facts(found: Probe, sha256: str) -> MediaFacts:
         height=found.height,
         rotation=found.rotation,
         colour=f"{found.colour_space}/{found.colour_range}",
+        bits_per_pixel=found.bits_per_pixel and round(found.bits_per_pixel, 6),
     )

@@ -79,12 +79,14 @@ def judge(
     height: int,
     duration_s: float,
     manifest: Manifest,
+    calibration: Calibration | None = None,
     max_tracks: int = MAX_TRACKS,
 ) -> Judgement:
     """Judge a clip by its model's manifest; sampled_s are the times of all sampled frames.
 
     The boxes of the scores are in pixels of a frame of width × height.  Every track is judged;
-    the max_tracks strongest are listed.
+    the max_tracks strongest are listed.  `calibration` is the manifest's at the clip's compression;
+    None takes the one for clips whose compression is not known.
     """
     judgement = judge_by(
         scores,
@@ -92,7 +94,7 @@ def judge(
         width=width,
         height=height,
         duration_s=duration_s,
-        calibration=manifest.calibration,
+        calibration=calibration or manifest.calibration.at(None),
         aggregation=manifest.aggregation,
         threshold=threshold_for(manifest.thresholds, manifest.policy),
         max_tracks=max_tracks,

@@ -10,6 +10,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run = Callable[[argparse.Namespace], int]
 Refusing = Callable[[Run], Run]
 OK, NOT_FINE = 0, 1
+KEPT_FRAMES = 32
+"""Frames of a video to keep for training at the least."""
 
 
 def data_commands(subparsers: Commands, refusing: Refusing) -> None:
@@ -46,7 +48,8 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
     prepare.add_argument("data", nargs="+", metavar="PATH")
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR")
     prepare.add_argument("--recipe", default="ralf", help="whose input contract to follow")
-    prepare.add_argument("--frames", type=int, help="frames of each video (the contract's)")
+    prepare.add_argument("--frames", type=int, help="frames of each video (the contract's, at "
+                         f"least {KEPT_FRAMES})")  # fmt: skip
     prepare.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
     prepare.add_argument("--device", default="cpu", help="where faces are found")
     prepare.add_argument("--png", action="store_true", help="store without loss")
@@ -128,12 +131,14 @@ def _prepare(args: argparse.Namespace) -> int:
     from ralf.train.progress import progress
     from ralf.train.recipes import named
 
+    contract = named(args.recipe).data.input
     with progress() as move:
         made = prepare(
             read_all(args.data),
             args.out,
-            named(args.recipe).data.input,
-            frames=args.frames,
+            contract,
+            # A verdict may need one frame of a video; training draws other ones in each epoch.
+            frames=args.frames or max(contract.sampling.max_frames, KEPT_FRAMES),
             workers=args.workers,
             device=args.device,
             quality=0 if args.png else 98,

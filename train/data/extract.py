@@ -108,7 +108,10 @@ class Extractor:
             seen.remarks.append(f"{error.code} after {len(seen.images)} frames")
         except (UnidentifiedImageError, OSError) as error:
             return FileOutcome(row.path, reason=f"unreadable_picture: {error}"), []
-        rows = [self._store(task, whose, kept) for whose, kept in self._choose(task, seen)]
+        rows = [
+            replace(self._store(task, whose, kept), bits_per_pixel=round(seen.bits_per_pixel, 6))
+            for whose, kept in self._choose(task, seen)
+        ]
         if not rows and task.pictures:
             rows = self._as_they_are(task)
             seen.remarks.append("no_faces: kept as crops")
@@ -210,10 +213,12 @@ class _FacesOfFile:
         self.tracks: list[NDArray[np.int64]] = []
         self.remarks: list[str] = []
         self.asked = 0
+        self.bits_per_pixel = 0.0
         self._faces: list[Faces] = []
         self._tracker = Tracker(max_tracks=16)
 
     def add(self, frames: Frames, faces: Faces) -> None:
+        self.bits_per_pixel = frames.clip.probe.bits_per_pixel or 0.0
         self.tracks.append(self._tracker.update(frames, faces))
         self._faces.append(replace(faces, frame=faces.frame + len(self.images)))
         self.images += list(frames.pixels.permute(0, 2, 3, 1).cpu().numpy())

@@ -65,6 +65,8 @@ class Row:
     file's path and "::" before it, the name in there."""
     face_px: int = 0
     """Size of the face where it came from, in pixels; 0: not known."""
+    bits_per_pixel: float = 0.0
+    """How strongly the video that it came from is compressed; 0: not known."""
 
     def __post_init__(self) -> None:
         if self.label not in (0, 1):
@@ -149,7 +151,7 @@ class Index:
     @property
     def sha256(self) -> str:
         """The same whatever the order of rows and the place of the root."""
-        lines = sorted(repr(tuple(asdict(row).values())) for row in self.rows)
+        lines = sorted(repr(_told(row)) for row in self.rows)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def save(self, path: str | Path) -> Path:
@@ -163,6 +165,13 @@ class Index:
             for row in self.rows:
                 writer.writerow(_plain(getattr(row, name)) for name in names)
         return partial.rename(path)
+
+
+def _told(row: Row) -> tuple[object, ...]:
+    """What a row's hash is of: without the newest column where it says nothing, so that tables
+    written before it keep their names."""
+    values = tuple(asdict(row).values())
+    return values if row.bits_per_pixel else values[:-1]
 
 
 def _plain(value: object) -> object:
@@ -202,6 +211,7 @@ def _row(text: dict[str, str]) -> Row:
     for name in ("label", "frame", "face_px"):
         if name in text:
             typed[name] = int(text[name])
+    typed["bits_per_pixel"] = float(text.get("bits_per_pixel") or 0)
     for name in ("box", "five"):
         typed[name] = tuple(float(part) for part in text.get(name, "").split())
     return Row(**typed)  # type: ignore[arg-type]

@@ -32,7 +32,6 @@ from ralf.train.evaluate.metrics import Metrics, Scored, measure
 from ralf.train.loop.checkpoint import judged, weights
 from ralf.train.loop.checkpoint import load as load_checkpoint
 from ralf.train.recipe import Data
-from ralf.worker.scores import calibrated
 
 Scorer = Callable[[Tensor], Tensor]
 OnProgress = Callable[[int, int], None]
@@ -172,6 +171,13 @@ def with_logits(examples: Examples, logit: np.ndarray) -> Scored:
         np.array([item.forged for item in items], bool),
         tuple(item.video for item in items),
         tuple((item.frame.row.dataset, item.frame.row.video) for item in items),
+        # Under a condition a picture is no longer compressed as its video was.
+        np.array(
+            [
+                (examples.condition == CLEAN and item.frame.row.bits_per_pixel) or np.nan
+                for item in items
+            ]
+        ),
     )
 
 
@@ -235,7 +241,7 @@ def write_videos(path: Path, model: JudgedModel, evaluations: Iterable[Evaluatio
         for each in evaluations:
             pooled = each.scored.pooled(model.aggregation)
             # Rounded, as the worker shows it: the CSV and a verdict then agree to the last digit.
-            score_of = calibrated(pooled.logit, model.calibration)
+            score_of = pooled.probability(model.calibration)
             frames = Counter(each.scored.video)
             for row, video in enumerate(pooled.video):
                 logit, value = f"{pooled.logit[row]:.6f}", f"{score_of[row]:.6f}"

@@ -12,11 +12,10 @@ are NaN, never 0.5.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_curve
 
@@ -166,8 +165,13 @@ class Scored:
     """Dataset, method, compression, name."""
     cluster: tuple[Hashable, ...]
     """What is drawn together in a bootstrap."""
+    bits_per_pixel: Floats = field(default_factory=lambda: np.zeros(0))
+    """How strongly its video is compressed; NaN, and where none are given, not known."""
 
     def __post_init__(self) -> None:
+        if not len(self.bits_per_pixel):
+            # The dataclass is frozen for its users; it is still being made here.
+            object.__setattr__(self, "bits_per_pixel", np.full(len(self.logit), np.nan))
         lengths = {len(getattr(self, field.name)) for field in fields(self)}
         if len(lengths) != 1:
             raise ValueError(f"scores, labels, videos and clusters differ in number: {lengths}")
@@ -185,7 +189,19 @@ class Scored:
             self.forged[rows],
             tuple(self.video[row] for row in rows),
             tuple(self.cluster[row] for row in rows),
+            self.bits_per_pixel[rows],
         )
+
+    def probability(self, calibration: Calibration) -> Floats:
+        """P(forged) of each row as it is served: calibrated at its own compression."""
+        found = np.empty(len(self))
+        # np.unique takes all NaN as one value.
+        rates, member = np.unique(self.bits_per_pixel, return_inverse=True)
+        for number, rate in enumerate(rates):
+            own = member == number
+            at = calibration.at(None if np.isnan(rate) else float(rate))
+            found[own] = calibrated(self.logit[own], at)
+        return found
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -211,6 +227,7 @@ class Scored:
             np.array([self.forged[own[0]] for own in rows.values()], bool),
             tuple(rows),
             tuple(self.cluster[own[0]] for own in rows.values()),
+            np.array([self.bits_per_pixel[own[0]] for own in rows.values()]),
         )
 
 
@@ -221,6 +238,7 @@ def concatenated(parts: Sequence[Scored]) -> Scored:
         np.concatenate([part.forged for part in parts]),
         tuple(video for part in parts for video in part.video),
         tuple(cluster for part in parts for cluster in part.cluster),
+        np.concatenate([part.bits_per_pixel for part in parts]),
     )
 
 
@@ -251,7 +269,7 @@ def measure(
 ) -> Metrics:
     """Every figure, and the 95 % interval of the AUC."""
     forged, logit = scored.forged, scored.logit
-    probability = calibrated(logit, calibration) if len(scored) else expit(logit)
+    probability = scored.probability(calibration)
     low, high = bootstrap_interval(scored, auc, replicates=replicates)
     return Metrics(
         real=int((~forged).sum()),

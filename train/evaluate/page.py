@@ -35,7 +35,6 @@ from ralf.train.evaluate.judge import (
     score_examples,
 )
 from ralf.train.evaluate.tables.table import TableOptions
-from ralf.worker.scores import calibrated
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -45,7 +44,7 @@ def write_page(
 ) -> Path:
     """The page: every figure that this model can give, beside its numbers."""
     scores = evaluation.scored
-    chance = calibrated(scores.logit, model.calibration)
+    chance = scores.probability(model.calibration)
     makers: list[tuple[str, Callable[[], Figure]]] = [
         ("Receiver operating characteristic, by frame", lambda: roc_figure(scores)),
         ("Reliability", lambda: reliability_figure(scores.forged, chance)),

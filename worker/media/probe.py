@@ -201,6 +201,7 @@ class _PacketPass:
     """The first picture that decoded."""
     tried: int = 0
     """Packets given to the decoder."""
+    video_bytes: int = 0
     last_dts: int | None = None
     encrypted: bool = False
     broken: str = ""
@@ -248,6 +249,7 @@ class _PacketPass:
                     self.broken = "its clock jumps: another recording follows, not looked at"
                     return False
             self.last_dts = packet.dts
+        self.video_bytes += packet.size
         tick = packet.pts if packet.pts is not None else packet.dts
         self.times.add(tick, packet.duration or 0, packet.is_keyframe, not packet.is_discard)
         self._refuse_length()
@@ -347,6 +349,7 @@ def _facts(name: str, size: int, stream: Any, reading: _PacketPass) -> Probe:
         colour_range=colour_range,
         interlaced=bool(first.interlaced_frame),
         unshown=len(reading.times.ticks) - len(shown.times_s),
+        video_bytes=reading.video_bytes,
         warnings=(*notes, *_warnings(reading, stream, shown, size)),
     )
 

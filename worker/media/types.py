@@ -59,6 +59,8 @@ class Probe:
     unshown: int = 0
     """Frames in the file that a player does not show: an edit list hides them, or they come
     before the first keyframe.  A decoder that counts packets counts them too."""
+    video_bytes: int = 0
+    """Of the video's packets, without sound and container; 0: not known, as of an image."""
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,6 +68,12 @@ class Probe:
             raise ValueError(f"rotation should be a quarter turn, got {self.rotation}")
         if len(self.times_s) != self.frame_count:
             raise ValueError(f"{len(self.times_s)} times for {self.frame_count} frames")
+
+    @property
+    def bits_per_pixel(self) -> float | None:
+        """How strongly the video is compressed; None where that is not known."""
+        pixels = self.width * self.height * (self.frame_count + self.unshown)
+        return 8 * self.video_bytes / pixels if self.video_bytes and pixels else None
 
 
 @dataclass(frozen=True)
