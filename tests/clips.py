@@ -321,6 +321,12 @@ class Shown:
     key: bool
 
 
+def video_bytes(path: str | Path) -> int:
+    """The size of all packets of the first video stream."""
+    with av.open(str(path)) as file:
+        return sum(packet.size for packet in file.demux(video=0))
+
+
 def decode_all(path: str | Path, stream: int = 0, **colour: Any) -> list[Shown]:
     """Decode every frame the plain way: FFmpeg chooses the demuxer, one thread, no seek.
 

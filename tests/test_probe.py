@@ -4,7 +4,6 @@ import struct
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
@@ -23,7 +22,7 @@ from ralf.worker.media.containers import demuxer_of
 from ralf.worker.media.packet_times import PacketTimes, frame_times
 from ralf.worker.media.probe import CODECS, codec_available, ffmpeg_version, probe
 from ralf.worker.settings import Settings
-from tests.clips import decode_all, make_clip, picture, sound_only
+from tests.clips import decode_all, make_clip, picture, sound_only, video_bytes
 from tests.hostile import patch, with_hidden_frames
 
 SETTINGS = Settings()
@@ -358,7 +357,6 @@ def test_a_recording_glued_to_another_ends_at_the_seam(tmp_path: Path):
 def test_bits_per_pixel_are_those_of_the_videos_own_packets(tmp_path: Path, audio: bool):
     """Sound and container do not count; PyAV's packets, added up, are the reference."""
     path = make_clip(tmp_path / "clip.mp4", 25, size=(96, 64), audio=audio)
-    with av.open(str(path)) as container:
-        size = sum(packet.size for packet in container.demux(video=0))
 
-    assert probe(path, SETTINGS).bits_per_pixel == pytest.approx(8 * size / (96 * 64 * 25))
+    expected = 8 * video_bytes(path) / (96 * 64 * 25)
+    assert probe(path, SETTINGS).bits_per_pixel == pytest.approx(expected)
