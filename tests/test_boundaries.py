@@ -30,6 +30,7 @@ OWNERS = {
         "worker/media/decode_pyav.py",
         "worker/media/probe.py",
         "worker/cli/annotate.py",
+        "worker/chaos/mutants.py",
         "train/forge/video.py",
         "tests/clips.py",
     },

@@ -2,8 +2,8 @@
 
 For chaos runs, benches and tests.  A worker or a child knows them only when it was started with
 `--bodies test` (see worker/service/jobs.py); production never imports this file.  Only
-hold_analysis needs torch.  What follows a colon in the job's tag is the body's argument, as in
-`sleep:2.5`.
+hold_analysis and judge need torch.  What follows a colon in the job's tag is the body's argument,
+as in `sleep:2.5`.
 """
 
 import os
@@ -151,6 +151,17 @@ def hold_analysis(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]
     return moderate(replace(task, report=report), parts)
 
 
+def judge(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
+    """Judges the file at the run's path as a worker does, and an image as `ralf scan` does."""
+    from ralf.worker.local import for_file
+    from ralf.worker.pipeline import Ask, analyze
+
+    assert parts is not None, "a heavy body runs with a loaded model"
+    path = Path(task.run.path)
+    own, ask = for_file(path, parts, Ask.of(task.job, sha256=task.run.sha256))
+    return moderate(task, parts) if ask.probed is None else analyze(path, own, ask=ask)
+
+
 def sleep(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
     """Takes the seconds in its tag, reports progress, and stops when it is cancelled."""
     seconds = _argument(task, 1.0)
@@ -214,7 +225,9 @@ _LEAKED: list[bytearray] = []
 
 BODIES: dict[str, Body] = {
     PREFIX + work.__name__: Body(
-        work, fetches=work in (weigh, hold_file, hold_analysis), heavy=work is hold_analysis
+        work,
+        fetches=work in (weigh, hold_file, hold_analysis),
+        heavy=work in (hold_analysis, judge),
     )
     for work in (
         *(
@@ -223,6 +236,7 @@ BODIES: dict[str, Body] = {
             hold,
             hold_file,
             hold_analysis,
+            judge,
             sleep,
             sleep_once,
             crash,

@@ -1,6 +1,6 @@
 """The commands of the service: submit, status, result, cancel, watch; worker, serve, deliver,
-janitor, quarantine, chaos.  Answers are JSON on stdout, one document a line.  Exit codes: 2 for
-a wrong request, 4 for a job that ended without a verdict, 5 where it may be tried again.
+janitor, quarantine, chaos, fuzz.  Answers are JSON on stdout, one document a line.  Exit codes: 2
+for a wrong request, 4 for a job that ended without a verdict, 5 where it may be tried again.
 
 Nothing heavy is imported until a command runs.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def commands(subparsers: Any) -> None:
     """Add them all."""
-    for add in (_submit, _ask, _worker, _serve, _deliver, _janitor, _quarantine, _chaos):
+    for add in (_submit, _ask, _worker, _serve, _deliver, _janitor, _quarantine, _chaos, _fuzz):
         add(subparsers)
 
 
@@ -484,5 +484,28 @@ def _chaos(subparsers: Any) -> None:
 
 def _run_chaos(args: argparse.Namespace) -> int:
     from ralf.worker.chaos.run import run
+
+    return run(args)
+
+
+def _fuzz(subparsers: Any) -> None:
+    fuzz = subparsers.add_parser(
+        "fuzz", help="judge damaged media in the real child process; every end must have a name"
+    )
+    fuzz.add_argument("--mutants", type=int, default=10_000, help="in all (%(default)s)")
+    fuzz.add_argument("--minutes", type=float, default=30.0, help="then stop (%(default)g)")
+    fuzz.add_argument("--seed", type=int, default=0)
+    fuzz.add_argument("--children", type=int, default=2, help="child processes (%(default)s)")
+    fuzz.add_argument(
+        "--folder",
+        default="fuzz",
+        help="outcomes and kept mutants; run it again to go on (%(default)s)",
+    )
+    fuzz.add_argument("--only", type=int, help="write and judge the mutant of this number")
+    fuzz.set_defaults(run=_run_fuzz)
+
+
+def _run_fuzz(args: argparse.Namespace) -> int:
+    from ralf.worker.chaos.fuzz import run
 
     return run(args)
