@@ -305,7 +305,8 @@ def _named(message: messages.Done | messages.Failed, job_id: str) -> tuple[str, 
         verdict = Verdict.model_validate_json(message.verdict)
     except ValidationError as error:
         return "not a valid verdict", str(error)
-    return ("verdict", "") if verdict.job_id == job_id else ("another's verdict", str(verdict.job_id))
+    right = verdict.job_id == job_id
+    return ("verdict", "") if right else ("another's verdict", str(verdict.job_id))
 
 
 def _peak_rss(pid: int) -> int:
