@@ -102,7 +102,7 @@ def test_the_worker_finds_the_faces_in_them(made, tmp_path):
     ("wrong", "message"),
     [
         ({"families": ("warp",)}, "no family"),
-        ({"families": ()}, "name some families"),
+        ({"families": ()}, "name some"),
         ({"families": ("smooth",), "each": 2}, "at most as many"),
         ({"families": ("smooth",), "crfs": (60,)}, "0 to 51"),
     ],

@@ -1,8 +1,8 @@
 """`ralf train | publish | calibrate | ensemble | retrain`: their options, and what they print.
 
 Each command imports what it needs when it runs, so that `--help` is instant.  Results go to stdout,
-one JSON line or a path; progress and refusals go to stderr.  `ralf data` and `ralf evaluate` are in
-ralf.train.data.cli.
+one JSON line or a path; progress and refusals go to stderr.  `ralf data`, `ralf forge` and `ralf
+evaluate` are in ralf.train.data.cli, ralf.train.forge.cli and ralf.train.evaluate.cli.
 
 Exit codes: 0 done, 1 training diverged or a condition of retraining does not hold, 2 cannot be done
 as asked, 130 interrupted (the same command goes on).
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ralf.train.data.cli import Commands, Run, add_command, data_commands, listed
 from ralf.train.evaluate.cli import evaluate_commands
+from ralf.train.forge.cli import forge_commands
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ def commands(subparsers: Commands) -> None:
     _add_ensemble(subparsers)
     _add_retrain(subparsers)
     data_commands(subparsers, refusing)
+    forge_commands(subparsers, refusing)
     evaluate_commands(subparsers, refusing)
 
 

@@ -37,6 +37,8 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
     clips.add_argument("--split", default="val")
     clips.add_argument("--families", default="", metavar="A,B",
                        help="forgeries, in turn (all but the held-out one)")  # fmt: skip
+    clips.add_argument("--renderers", nargs="*", type=Path, default=[], metavar="FILE",
+                       help="files of `ralf forge fit`, in turn with the families")  # fmt: skip
     clips.add_argument("--crf", default="23,40", metavar="A,B", help="H.264's rates")
     clips.add_argument("--each", type=int, default=1, help="forged clips of a still and CRF")
     clips.add_argument("--seconds", type=float, default=1.3)
@@ -105,7 +107,9 @@ def _clips(args: argparse.Namespace) -> int:
 
     seen = tuple(family for family in FAMILIES if family != HELD_OUT)
     options = ClipOptions(
-        families=listed(args.families) or seen,
+        # Renderers alone, where they are given and no family is.
+        families=listed(args.families) or (() if args.renderers else seen),
+        renderers=tuple(args.renderers),
         crfs=tuple(int(crf) for crf in args.crf.split(",")),
         each=args.each,
         seconds=args.seconds,

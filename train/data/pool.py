@@ -14,13 +14,23 @@ from ralf.kernels.manifest import InputContract
 from ralf.train.data.crop import Cut, region
 from ralf.train.data.index import Index, IndexFault
 from ralf.train.data.pictures import Frame, Pictures, frames_of
-from ralf.train.forge.families import FAMILIES, REGISTRY, Family, Portrait, forge
+from ralf.train.forge.families import (
+    FAMILIES,
+    REGISTRY,
+    Family,
+    ForgeryFamily,
+    Portrait,
+    forge,
+    of,
+)
 from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.pixels import Image
 from ralf.train.recipe import Data
 
 PREPARED = "prepare.json"
 """The file beside a prepared index that says how it was prepared."""
+VARIANT = "~"
+"""Stands between a video's name and the number of a forgery of it, where there are several."""
 
 
 def refuse_other_contract(index: Index, contract: InputContract) -> None:
@@ -92,6 +102,9 @@ class Pool:
             return None
         # The method first, then the video: a method with many videos is not drawn more often.
         videos = methods[sorted(methods)[(how or rng).integers(len(methods))]]
+        # A forgery with the real's own name was made from it, and not only from the same person.
+        own = [v for v in videos if v[0].row.video.partition(VARIANT)[0] == row.video]
+        videos = own or videos
         video = videos[rng.integers(len(videos))]
         return min(video, key=lambda frame: (abs(frame.number - real.number), frame.number))
 
@@ -117,11 +130,11 @@ class Pool:
         frame: Frame,
         image: Image,
         face: FaceGeometry,
-        family: Family,
+        family: Family | ForgeryFamily,
         rng: np.random.Generator,
     ) -> Image:
         """A pseudo-forgery of the region; with nobody to swap with, of the face itself."""
-        needed = REGISTRY[family].needs_donor
+        needed = of(family).needs_donor
         donor = self.donor(frame, face, rng) if needed else None
         made = self.alone if needed and donor is None else family
         return forge(image, face, made, rng, donor=donor)[0]

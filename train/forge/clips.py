@@ -22,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ralf.train.data.index import Index, IndexFault, Row
+from ralf.train.data.index import REAL, Index, IndexFault, Row
 from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
-from ralf.train.forge.families import FAMILIES, Family
+from ralf.train.forge.families import FAMILIES, Family, ForgeryFamily, of
 from ralf.train.forge.pixels import Image
+from ralf.train.forge.renderers.stored import load
 from ralf.train.forge.video import animate, encode
 from ralf.train.recipe import Data
 
@@ -43,6 +44,8 @@ class ClipOptions:
     """Which clips to make of each still."""
 
     families: tuple[Family, ...]
+    renderers: tuple[Path, ...] = ()
+    """Files of fitted renderers, which take turns with the families."""
     crfs: tuple[int, ...] = (23, 40)
     each: int = 1
     """Forged clips of each still at each CRF: the families take turns."""
@@ -51,13 +54,21 @@ class ClipOptions:
     def __post_init__(self) -> None:
         if unknown := set(self.families) - set(FAMILIES):
             raise IndexFault(f"no family {sorted(unknown)}; known: {', '.join(FAMILIES)}")
-        if not self.families or not 1 <= self.each <= len(self.families):
+        if not 1 <= self.each <= len(self.ways):
             raise IndexFault(
-                f"asked for {self.each} forged clips a still of {len(self.families)} families: "
-                "name some families, and at most as many clips"
+                f"asked for {self.each} forged clips a still of {len(self.ways)} families and "
+                "renderers: name some, and at most as many clips"
             )
+        if len({way.name for way in self.ways}) < len(self.ways):
+            raise IndexFault("two renderers of one name would write the same clips: give one")
         if not self.crfs or not all(0 <= crf <= 51 for crf in self.crfs):
             raise IndexFault(f"CRFs should lie in 0 to 51, got {self.crfs}")
+
+    @property
+    def ways(self) -> tuple[ForgeryFamily, ...]:
+        """Every way of forging: the families, then the renderers."""
+        fitted = (load(path).renderer.as_family() for path in self.renderers)
+        return (*map(of, self.families), *fitted)
 
 
 def make_clips(
@@ -91,18 +102,18 @@ def make_clips(
 
 @dataclass(frozen=True)
 class _StillTask:
-    """One still and the families it is forged by."""
+    """One still and the ways it is forged."""
 
     still: Frame
     number: int
     options: ClipOptions
 
     @property
-    def families(self) -> tuple[Family, ...]:
+    def ways(self) -> tuple[ForgeryFamily, ...]:
         # In turn and not by chance: no family gets more than one clip more than another.
-        families, each = self.options.families, self.options.each
+        ways, each = self.options.ways, self.options.each
         start = self.number * each
-        return tuple(families[(start + turn) % len(families)] for turn in range(each))
+        return tuple(ways[(start + turn) % len(ways)] for turn in range(each))
 
 
 def _run(
@@ -140,16 +151,16 @@ def _clips(task: _StillTask, pool: Pool, out: Path) -> list[Row]:
             "`ralf data prepare` finds them"
         )
     rows = []
-    for family in (None, *task.families):
+    for way in (None, *task.ways):
         for crf in task.options.crfs:
-            path = out / f"crf{crf}" / (family or "real") / f"{_stem(still)}.mp4"
-            rows.append(_row(still, family, crf, path.relative_to(out).as_posix()))
+            name = way.name if way else REAL
+            path = out / f"crf{crf}" / name / f"{_stem(still)}.mp4"
+            rows.append(_row(still, name, crf, path.relative_to(out).as_posix()))
             if path.exists():
                 continue
             image = pool.pictures.picture(still)
-            if family is not None:
-                rng = _seeded(f"{still.name}+{family}")
-                image = pool.forgery(still, image, face, family, rng)
+            if way is not None:
+                image = pool.forgery(still, image, face, way, _seeded(f"{still.name}+{name}"))
             _write(image, path, crf, still.name, task.options.seconds)
     return rows
 
@@ -174,16 +185,16 @@ def _write(image: Image, path: Path, crf: int, name: str, seconds: float) -> Non
     partial_path.rename(path)
 
 
-def _row(still: Frame, family: str | None, crf: int, path: str) -> Row:
+def _row(still: Frame, method: str, crf: int, path: str) -> Row:
     row = still.row
     return Row(
         dataset=f"{row.dataset}_clips",
-        method=family or "real",
+        method=method,
         compression=f"crf{crf}",
         split=row.split,
         video=_stem(still),
         target=row.target,
-        label=int(family is not None),
+        label=int(method != REAL),
         path=path,
         kind="video",
         group=still.path,

@@ -113,18 +113,23 @@ def refuse_unknown(name: str) -> str:
     return name
 
 
+def of(name: Family | ForgeryFamily) -> ForgeryFamily:
+    """The family of that name; a fitted renderer is a family by itself, without a name here."""
+    return name if isinstance(name, ForgeryFamily) else REGISTRY[refuse_unknown(name)]
+
+
 def forge(
     image: Image,
     face: FaceGeometry,
-    name: Family,
+    name: Family | ForgeryFamily,
     rng: np.random.Generator,
     *,
     donor: Portrait | None = None,
 ) -> tuple[Image, Pixels]:
     """A forged copy of the image, and how much of each pixel is forged: f32 [h, w], 0 to 1."""
-    made_by = REGISTRY[refuse_unknown(name)]
+    made_by = of(name)
     if made_by.needs_donor and donor is None:
-        raise ValueError(f"a {name} needs a donor: pass donor=Portrait(image, face)")
+        raise ValueError(f"a {made_by.name} needs a donor: pass donor=Portrait(image, face)")
     target = image.astype(np.float32)
     source = made_by.make(ForgeryTask(target, face, rng, donor))
     if isinstance(source, Joined):

@@ -1,0 +1,1 @@
+"""Learned renderers: networks that are trained on real faces and then draw forged ones."""
