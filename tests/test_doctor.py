@@ -1,6 +1,7 @@
 """The doctor: every setting shown, secrets kept, and a fix beside each thing that is missing."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from redis import Redis
 
 from ralf.__main__ import main
 from ralf.kernels.networks.mtcnn import WeightsMissing
-from ralf.worker.doctor import Finding, _redis, _redis_cure, examine, settings_shown
+from ralf.worker.doctor import Finding, _confinement, _redis, _redis_cure, examine, settings_shown
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
 
@@ -53,24 +54,46 @@ def test_everything_missing_comes_with_a_fix():
 def test_what_cannot_be_examined_comes_with_a_fix_and_an_exit_code(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """A machine without PyAV, the finder's weights or `unshare`: the first two stop a walk."""
+    """A machine without PyAV, the finder's weights or a Python to start: two stop a walk."""
 
     def missing(_: str) -> Path:
         raise WeightsMissing("pnet.pt is not there")
 
     monkeypatch.setenv("RALF_MODELS_DIR", str(tiny_models))
     monkeypatch.setenv("RALF_MODEL", "tiny")
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.setattr("ralf.kernels.networks.mtcnn.weights_path", missing)
     monkeypatch.setitem(sys.modules, "ralf.worker.media.probe", None)
 
     assert 5 == main(["doctor", "--json"])
     found = {item["name"]: item for item in json.loads(capsys.readouterr().out)["findings"]}
-    states = {name: found[name]["state"] for name in ("codecs", "finder", "namespaces")}
+    states = {name: found[name]["state"] for name in ("codecs", "finder", "confinement")}
     needed = {name: found[name]["needed"] for name in states}
-    assert {"codecs": "missing", "finder": "broken", "namespaces": "broken"} == states
-    assert {"codecs": True, "finder": True, "namespaces": False} == needed
+    assert {"codecs": "missing", "finder": "broken", "confinement": "broken"} == states
+    assert {"codecs": True, "finder": True, "confinement": False} == needed
     assert [] == [item for item in found.values() if item["state"] != "ok" and not item["fix"]]
+
+
+@pytest.mark.parametrize("mode", ["auto", "required", "off"])
+def test_what_confines_a_child_here_is_tried_and_said(mode: str, monkeypatch: pytest.MonkeyPatch):
+    """One line for each protection; where they are required, a missing one is an error."""
+    monkeypatch.setenv("RALF_SANDBOX", mode)
+    settings = Settings.from_environment()
+    found = {item.name: item for item in _confinement(settings)}
+    tried = subprocess.run(
+        [sys.executable, "-m", "ralf.worker.service.sandbox"], capture_output=True, text=True
+    )
+    holds = {
+        f"child {one['name']}": one["holds"]
+        for one in map(json.loads, tried.stdout.split("\n")[:-1])
+    }
+
+    assert {"child seccomp", "child landlock", "child network", "child memory"} <= set(found)
+    assert {name: item.state == "ok" for name, item in found.items()} == holds
+    assert {item.needed for item in found.values()} == {mode == "required"}
+    if mode == "off":
+        assert "RALF_SANDBOX=off" in found["child seccomp"].found
+        assert found["child seccomp"].state == "missing"
 
 
 def examined(redis_url: str) -> Finding:

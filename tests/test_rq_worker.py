@@ -508,7 +508,9 @@ def test_a_full_work_disk_charges_no_job(make: Callable[..., Service], tmp_path:
     shutil.rmtree(filler)
     assert {service.reaches(job, "succeeded", "failed").state for job in jobs} == {"succeeded"}
     assert service.redis.keys(f"{service.store.prefix}crashes:*") == []
-    assert get(port, "/readyz")[0] == 200
+    code, ready = get(port, "/readyz")
+    assert code == 200
+    assert "its child is confined by capabilities, memory_closed" in ready
 
 
 def test_a_work_folder_that_is_away_charges_no_job(make: Callable[..., Service], tmp_path: Path):

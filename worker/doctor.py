@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,10 @@ from ralf.worker.settings import Settings, SettingsError
 
 State = Literal["ok", "missing", "broken"]
 WALK = install_hint("cpu")
+CONFINE = (
+    "use Linux 5.13 or later, on x86_64 or aarch64, with landlock in the kernel's lsm= list and "
+    "RALF_SANDBOX not off; see docs/operations.md, Security"
+)
 
 
 @dataclass(frozen=True)
@@ -272,21 +277,19 @@ def _gpu_parts(settings: Settings) -> Iterator[Finding]:
     )
 
 
-def _namespaces(settings: Settings) -> Iterator[Finding]:
-    # tried in a fresh process: a namespace once entered cannot be left
-    import subprocess
-
+def _confinement(settings: Settings) -> Iterator[Finding]:
+    # Tried in a fresh process: what it gives up it cannot take back.
     tried = subprocess.run(
-        ["unshare", "--user", "--net", "true"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ralf.worker.service.sandbox"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    yield Finding(
-        "isolation",
-        "ok" if tried.returncode == 0 else "missing",
-        "the child gets a network namespace of its own"
-        if tried.returncode == 0
-        else f"no network namespace for the child: {tried.stderr.strip()}",
-        "allow user namespaces, or forbid egress to the container otherwise",
-    )
+    needed = settings.sandbox == "required"
+    for line in tried.stdout.splitlines():
+        held = json.loads(line)
+        state: State = "ok" if held["holds"] else "missing"
+        yield Finding(f"child {held['name']}", state, held["found"], CONFINE, needed)
 
 
 CHECKS: tuple[tuple[Callable[[Settings], Iterator[Finding]], bool, str], ...] = (
@@ -297,6 +300,6 @@ CHECKS: tuple[tuple[Callable[[Settings], Iterator[Finding]], bool, str], ...] = 
     (_finder, True, f"{WALK}; the finder's weights come with facenet-pytorch"),
     (_redis, False, "set RALF_REDIS_URL to redis://HOST:PORT/DB"),
     (_gpu_parts, False, "on a machine with a GPU: " + install_hint("gpu")),
-    (_namespaces, False, "install util-linux, whose `unshare` tries it"),
+    (_confinement, False, "run `python -m ralf.worker.service.sandbox` to see its error"),
 )
 """Each check; whether a walk needs what it examines; what to do when it cannot examine."""

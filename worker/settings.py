@@ -7,7 +7,7 @@ with their values. A value that does not parse is an error that names the variab
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 GIB = 1024**3
 CHILD: Mapping[str, bool] = {"child": True}
@@ -39,6 +39,13 @@ class Settings:
     """VERSION:tenant-a,tenant-b or VERSION:5%: whose verdicts come from a version not promoted."""
     work_dir: str = ""
     """Fetched files and the child's socket; empty means a private folder under the system's."""
+
+    # what confines the child that decodes uploads
+    sandbox: Literal["auto", "required", "off"] = field(default="auto", metadata=CHILD)
+    """auto: all that this host allows; required: a worker does not start where something is
+    missing; off: no seccomp filter and no Landlock, for a profiler or a debugger."""
+    sandbox_read: tuple[str, ...] = field(default=(), metadata=CHILD)
+    """Further folders that the child may read, such as those of packages outside Python's path."""
 
     # the device
     device: str = field(default="auto", metadata=CHILD)
@@ -87,7 +94,7 @@ class Settings:
     # Of the child's first resident size: a larger child is replaced between two jobs, which bounds
     # a slow leak.
     child_max_rss_ratio: float = 1.5
-    child_max_rss: int = 0
+    child_max_rss: int = field(default=0, metadata=CHILD)
     """Bytes; above it a child is killed in the middle of a job. 0 means 80 % of the memory."""
     child_start_timeout_s: float = 120.0
     hang_s: float = 60.0
@@ -200,5 +207,9 @@ def _parse(name: str, text: str, kind: Any) -> Any:
             return kind(text)
         except ValueError:
             raise SettingsError(f"{name} should be {kind.__name__}, got {text!r}") from None
+    if get_origin(kind) is Literal:
+        if text in get_args(kind):
+            return text
+        raise SettingsError(f"{name} should be {' or '.join(get_args(kind))}, got {text!r}")
     inner = kind.__args__[0]
     return tuple(_parse(name, part.strip(), inner) for part in text.split(",") if part.strip())

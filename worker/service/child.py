@@ -1,6 +1,6 @@
 """The warm child process: loads the model once, then runs jobs that arrive over a Unix socket.
 
-    python -m ralf.worker.service.child --socket-fd N [--parent PID] [--bodies test] [--capacity N]
+    python -m ralf.worker.service.child --socket-fd N --folder DIR [--parent PID] [--bodies test]
 
 The child is spawned and never forked, so that CUDA starts in a clean process.  It holds no
 credentials (see sandbox.py) and accepts only the messages of messages.py.  It inherits the
@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import structlog
 
@@ -184,12 +185,15 @@ class Child:
         *,
         table: dict[str, jobs.Body],
         models: LoadedModels,
+        settings: Settings,
+        protections: tuple[messages.Protection, ...] = (),
         capacity: int = 1,
         linger_s: float | None = None,
     ) -> None:
         self._listener = listener
         self._table = table
         self._models = models
+        self._settings, self._protections = settings, protections
         self._capacity = capacity
         self._linger_s = linger_s
         """None: exclusive, exit with the first parent; else how long to wait for another."""
@@ -296,7 +300,7 @@ class Child:
         """Load the model, send the outcome to all parents, then run jobs like the other threads."""
         ready: messages.Ready | messages.Unready
         try:
-            ready = messages.Ready(facts=self._models.open())
+            ready = self._confined(self._models.open())
         except Exception as error:  # noqa: BLE001  the border: the parent logs it and decides
             ready = messages.Unready(
                 message=str(error) if isinstance(error, RalfError) else traceback.format_exc()
@@ -312,6 +316,17 @@ class Child:
             threading.Thread(target=self._work, name=f"work-{number}", daemon=True).start()
         self._work()
 
+    def _confined(self, facts: EngineFacts) -> messages.Ready | messages.Unready:
+        """The model is loaded: from now on no program is started, and hostile files may come."""
+        self._protections += (sandbox.forbid_programs(self._settings),)
+        for sentence in sandbox.missing(self._protections):
+            log.warning("child.sandbox_incomplete", missing=sentence)
+        why = sandbox.why_refused(self._settings, self._protections)
+        return messages.Unready(message=why) if why else self._ready_with(facts)
+
+    def _ready_with(self, facts: EngineFacts) -> messages.Ready:
+        return messages.Ready(facts=facts.model_copy(update={"protections": self._protections}))
+
     def _announce(self, ready: messages.Ready | messages.Unready) -> int:
         """Send it to all parents that have greeted, keep it for later ones; returns how many."""
         with self._parents_lock:
@@ -326,7 +341,7 @@ class Child:
             job = self._queue.start_next(IDLE_S)
             facts: EngineFacts | None = self._models.follow()
             if facts is not None:
-                self._announce(messages.Ready(facts=facts))
+                self._announce(self._ready_with(facts))
             if job is None:
                 continue
             job.parent.send(messages.Started(job_id=job.run.job_id))
@@ -401,23 +416,26 @@ def main(arguments: list[str] | None = None) -> int:
         prog="ralf.worker.service.child", description="The warm child process."
     )
     parser.add_argument("--socket-fd", type=int, required=True)
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="of the jobs' files, and scratch"
+    )
     parser.add_argument("--parent", type=int, help="exit when this process does")
     parser.add_argument("--bodies", choices=("moderate", "test"), default="moderate")
     parser.add_argument("--capacity", type=int, default=1)
     parser.add_argument("--linger", type=float, help="shared: seconds to wait without a parent")
     options = parser.parse_args(arguments)
-    missing = sandbox.enter(options.parent)
+    settings = Settings.from_environment()
+    protections = sandbox.enter(settings, options.folder, options.parent)
     # A crash in native code writes the Python stack to stderr, whose end the quarantine keeps.
     faulthandler.enable()
-    settings = Settings.from_environment()
     telemetry.configure(settings)
-    for sentence in missing:
-        log.warning("child.sandbox_incomplete", missing=sentence)
     own = partial(load, together=options.capacity > 1)
     child = Child(
         socket.socket(fileno=options.socket_fd),
         table=jobs.table(options.bodies),
         models=(LoadedModels if options.bodies == "moderate" else LazyModels)(settings, load=own),
+        settings=settings,
+        protections=tuple(protections),
         capacity=options.capacity,
         linger_s=options.linger,
     )

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -81,10 +82,12 @@ class ChildProcess:
         self.capacity = capacity
         self._work_dir = WorkDir(settings.work_dir)
         self.uploads = self._work_dir.path
-        """Files of this parent's jobs are fetched into it."""
+        """Files of this parent's jobs are fetched into it; the child cannot read them there."""
         self.folder = shared or self._work_dir.path
-        """Holds the child's socket."""
+        """Holds the child's socket, and the folders that the child may read and write."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in (sandbox.INBOX, sandbox.SCRATCH):
+            (self.folder / name).mkdir(mode=0o700, exist_ok=True)
         self.ready: messages.Ready | None = None
         self.load_error = ""
         """Why the last child could not load its model."""
@@ -158,7 +161,7 @@ class ChildProcess:
             self._process = subprocess.Popen(
                 self._command(listener.fileno()),
                 env=self._environment(),
-                cwd=self.folder,
+                cwd=self.folder / sandbox.SCRATCH,
                 pass_fds=(listener.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -181,8 +184,10 @@ class ChildProcess:
         return connection
 
     def _command(self, descriptor: int) -> list[str]:
-        command = [sys.executable, "-m", CHILD_MODULE]
+        # -P: it could write a module into its working folder, which the next child would import.
+        command = [sys.executable, "-P", "-m", CHILD_MODULE]
         command += ["--socket-fd", str(descriptor), "--bodies", self.bodies]
+        command += ["--folder", str(self.folder.absolute())]
         command += ["--capacity", str(self.capacity)]
         if self.shared:
             return [*command, "--linger", str(LINGER_S)]
@@ -191,8 +196,9 @@ class ChildProcess:
     def _environment(self) -> dict[str, str]:
         environment = sandbox.environment(self.settings, os.environ)
         path = environment.get("PYTHONPATH")
-        # The child starts in the work folder: a checkout would not be found from there.
+        # The child starts in another folder: a checkout would not be found from there.
         environment["PYTHONPATH"] = f"{_ROOT}{os.pathsep}{path}" if path else str(_ROOT)
+        environment["TMPDIR"] = str((self.folder / sandbox.SCRATCH).absolute())
         return environment
 
     def _forward(self) -> None:
@@ -212,6 +218,13 @@ class ChildProcess:
         if self._connection is not None:
             with contextlib.suppress(OSError):
                 self._connection.sendall(messages.encode(message))
+
+    def place(self, folder: Path) -> Path:
+        """Move a job's folder to where the child may read it; gives its new path."""
+        # The folder of this parent in the name: several parents may share the child.
+        return Path(
+            shutil.move(folder, self.folder / sandbox.INBOX / f"{self.uploads.name}-{folder.name}")
+        )
 
     def receive(self) -> list[messages.Message] | None:
         """What the child sent; None when it has gone. Call it when fileno() is readable."""
@@ -254,6 +267,16 @@ class ChildProcess:
         self.jobs_done += 1
         if self.jobs_done == 1:
             self.first_rss = max(self.first_rss, self.rss())
+
+    def confinement(self) -> str:
+        """What confines the child, and what does not, in one line; empty before it is ready."""
+        if self.ready is None:
+            return ""
+        held = [each.name for each in self.ready.facts.protections if each.holds]
+        lacks = sandbox.missing(self.ready.facts.protections)
+        return (
+            f"its child is confined by {', '.join(held)}; missing: {'; '.join(lacks) or 'nothing'}"
+        )
 
     def wait(self, seconds: float) -> list[messages.Message] | None:
         """receive() after waiting for a message; [] when none came in time."""

@@ -47,10 +47,7 @@ class Fetched:
 
 
 class UploadFile:
-    """Takes the bytes of an upload: counts, hashes and caps them; writes them if `file` is given.
-
-    A local upload is already a file, so its bytes are only counted and hashed.
-    """
+    """Takes the bytes of an upload: counts, hashes, caps and writes them."""
 
     def __init__(
         self,
@@ -58,7 +55,7 @@ class UploadFile:
         path: Path,
         most: int,
         watch: Callable[[], None],
-        file: BinaryIO | None = None,
+        file: BinaryIO,
     ) -> None:
         self.media, self.path, self.most, self.watch, self.file = media, path, most, watch, file
         self.size, self._hash = 0, hashlib.sha256()
@@ -81,15 +78,13 @@ class UploadFile:
         if self.size > self.most:
             raise TooLarge(f"the upload has more than the {self.most} bytes that are taken")
         self._hash.update(part)
-        if self.file is not None:
-            self.file.write(part)
+        self.file.write(part)
 
     def restart(self) -> None:
         """The source begins again from the first byte."""
         self.size, self._hash = 0, hashlib.sha256()
-        if self.file is not None:
-            self.file.seek(0)
-            self.file.truncate()
+        self.file.seek(0)
+        self.file.truncate()
 
     def finish(self) -> Fetched:
         """All bytes have come: check them against what the job says."""
@@ -101,8 +96,7 @@ class UploadFile:
                 f"the upload's SHA-256 is {found}; the job says {self.media.sha256}: "
                 "it was changed since, or the URI names another file"
             )
-        if self.file is not None:
-            self.file.flush()
+        self.file.flush()
         self.fetched = Fetched(self.path, found, self.size)
         return self.fetched
 

@@ -1,9 +1,8 @@
 """Make a job's URI a local file: only from allowed roots, buckets and hosts, and never too large.
 
     file:         a regular file under one of settings.file_roots, links resolved first, then opened
-                  component by component without following any.  It is used in place, not copied:
-                  who may write under the roots could still swap it afterwards, so give the roots
-                  to trusted writers only.
+                  component by component without following any.  It is copied: the child may read
+                  the copy alone, and nobody swaps it after its hash was taken.
     http, https   through egress.py; each redirect is judged like the first URL, https never leads
                   to http.  A broken download goes on where it stopped (Range, If-Range) when the
                   server says what it is by a strong ETag or a date.
@@ -24,7 +23,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import fsspec
@@ -61,7 +60,7 @@ def fetch(
     egress: Egress | None = None,
     store: Callable[[str, Settings], Any] | None = None,
 ) -> Fetched:
-    """Get the upload, into `folder` unless it is local.
+    """Get the upload into `folder`.
 
     Raises FetchDenied, TooLarge, HashMismatch, UnreadableFile (never retried),
     FetchFailed (retried) or Cancelled.  store opens an fsspec filesystem for s3 or gs; egress is
@@ -77,7 +76,9 @@ def fetch(
 
     scheme = media.uri.partition(":")[0].lower()
     if scheme == "file":
-        return _local(media, tenant, settings, watch)
+        with receiving(media, folder, settings, watch) as upload:
+            _from_disk(media.uri, tenant, settings, upload)
+        return upload.fetched
     if scheme in {"http", "https"}:
         door = egress or Egress(settings, hosts=settings.fetch_hosts)
         with receiving(media, folder, settings, watch) as upload:
@@ -144,8 +145,8 @@ class FetchThread:
 # file
 
 
-def _local(media: Media, tenant: str, settings: Settings, watch: Callable[[], None]) -> Fetched:
-    path, root = _inside(media.uri, tenant, settings)
+def _from_disk(uri: str, tenant: str, settings: Settings, upload: UploadFile) -> None:
+    path, root = _inside(uri, tenant, settings)
     try:
         handle = _opened(path, root)
     except FileNotFoundError as error:  # a spool on another machine may show it a moment later
@@ -158,17 +159,20 @@ def _local(media: Media, tenant: str, settings: Settings, watch: Callable[[], No
         os.close(handle)
         raise UnreadableFile(f"{path} is not a regular file")
     with os.fdopen(handle, "rb") as file:
-        upload = UploadFile(media, path, settings.max_bytes, watch)
         upload.expect(before.st_size)
-        try:
-            while part := file.read(CHUNK):
-                upload.write(part)
-        except OSError as error:
-            raise FetchFailed(f"{path} could not be read: {error.strerror}") from error
+        while part := _read(file, path):
+            upload.write(part)
         after = os.fstat(handle)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise FetchFailed(f"{path} changed while it was read; submit it when it is complete")
-    return upload.finish()
+
+
+def _read(file: BinaryIO, path: Path) -> bytes:
+    # Apart from the write, whose OSError means a full work folder and not a broken source.
+    try:
+        return file.read(CHUNK)
+    except OSError as error:
+        raise FetchFailed(f"{path} could not be read: {error.strerror}") from error
 
 
 def _roots(tenant: str, settings: Settings) -> list[str]:

@@ -18,8 +18,6 @@ is handed back without a charge, and the worker takes no other job until the fol
 run() always returns a RunResult; rq_worker.py writes it to the store.
 """
 
-import contextlib
-import os
 import select
 import shutil
 import tempfile
@@ -49,6 +47,7 @@ from ralf.worker.service.fetch import FetchThread
 from ralf.worker.service.heartbeat import Heartbeat
 from ralf.worker.service.jobs import Body
 from ralf.worker.service.records import Claim
+from ralf.worker.service.sandbox import memory_allowed
 from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.service.work_dir import why_unusable
 from ralf.worker.settings import Settings
@@ -119,19 +118,6 @@ def time_allowed(settings: Settings, seconds: float) -> float:
         return settings.timeout_most_s
     wanted = settings.timeout_base_s + settings.timeout_per_video_s * seconds
     return min(max(wanted, settings.timeout_least_s), settings.timeout_most_s)
-
-
-def memory_allowed(settings: Settings) -> int:
-    """Above so many bytes a child is killed in the middle of a job."""
-    if settings.child_max_rss:
-        return settings.child_max_rss
-    # In a container the first figure is the host's memory, but the kernel enforces the cgroup's.
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    # Below the limit: at the limit the kernel sends SIGKILL, and that end names no reason and
-    # counts against no file.
-    return int(0.8 * total)
 
 
 def overrun(
@@ -228,7 +214,11 @@ class JobRun:
         folder = Path(tempfile.mkdtemp(prefix="job-", dir=self.child.uploads))
         try:
             file = self._fetched(folder)
-            return file if isinstance(file, RunResult) else self._in_child(file)
+            if isinstance(file, RunResult):
+                return file
+            # Only now: the child must not read what other parents are fetching.
+            folder = self.child.place(folder)
+            return self._in_child(folder / file.name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -26,7 +26,7 @@ from ralf.kernels.manifest import Reference
 
 # A parent of a newer release may connect to a shared child that still runs.  With another version
 # in its Hello it is refused at once, and not at a field in the middle of a job.
-VERSION = 2
+VERSION = 3
 # The length comes from the other side, which may be a child that a file has taken over.  Without a
 # bound four bytes would make the parent allocate 4 GiB.
 MAX_FRAME = 64 * 1024**2
@@ -49,6 +49,14 @@ class RefusedModel(_Frozen):
     why: str
 
 
+class Protection(_Frozen):
+    """One thing that confines the child, and whether it holds on this host."""
+
+    name: str
+    holds: bool
+    found: str
+
+
 class EngineFacts(_Frozen):
     """What the child's verdicts are made with; ralf_engine_info shows it."""
 
@@ -59,6 +67,7 @@ class EngineFacts(_Frozen):
     device: str = ""
     decoder: str = ""
     refused: tuple[RefusedModel, ...] = ()
+    protections: tuple[Protection, ...] = ()
     references: dict[str, Reference] = {}
     """By NAME@VERSION: the scores that drift is measured against."""
 

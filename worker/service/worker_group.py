@@ -10,8 +10,8 @@ others drain and the group ends with an error, so that the container is started 
 lost by that: jobs are handed back, and the janitor finds those of a killed worker.
 """
 
+import contextlib
 import signal
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +27,7 @@ from ralf.worker.contract import Priority
 from ralf.worker.service.jobs import Bodies
 from ralf.worker.service.processes import BROKEN, Supervisor
 from ralf.worker.service.sandbox import refuse_inspection
+from ralf.worker.service.work_dir import WorkDir
 from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
@@ -143,12 +144,14 @@ def run_group(
     """
     refuse_inspection()
     telemetry.configure(settings)
-    with tempfile.TemporaryDirectory(prefix="group-", dir=settings.work_dir or None) as folder:
+    # The jobs' files lie in it while the child reads them: it must go even after a SIGKILL.
+    folder = WorkDir(settings.work_dir)
+    with contextlib.closing(folder):
         group = WorkerGroup(
             settings,
             priorities,
             capacity=capacity or len(priorities),
-            folder=Path(folder),
+            folder=folder.path,
             bodies=bodies,
         )
         for number in (signal.SIGTERM, signal.SIGINT):
