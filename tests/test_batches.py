@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Picture
 from pydantic import ValidationError
 from scipy import ndimage
 from sklearn.ensemble import RandomForestClassifier
@@ -18,6 +19,8 @@ from ralf.train.data.batches import REAL, Batches
 from ralf.train.data.crop import Cut, region
 from ralf.train.data.evaluation_set import Examples
 from ralf.train.data.index import Index, IndexFault
+from ralf.train.data.layouts import read
+from ralf.train.data.layouts.face_table import BOX_COLUMNS, FIVE_COLUMNS
 from ralf.train.data.pictures import Pictures, frames_of
 from ralf.train.forge.families import FAMILIES
 from ralf.train.forge.landmarks import FaceGeometry
@@ -533,3 +536,94 @@ def test_shares_that_fit_no_families_are_refused(shares):
     """One above 0 for each family."""
     with pytest.raises(ValidationError, match=r"data\.shares should be 2 numbers above 0"):
         data(families=("smooth", "inner"), shares=shares)
+
+
+@pytest.fixture(scope="module")
+def two_collections(reals, tmp_path_factory) -> Index:
+    """The portraits, and a second collection whose pictures end at the face, as one index."""
+    root = tmp_path_factory.mktemp("tight") / "d"
+    (root / "faces").mkdir(parents=True)
+    lines = [",".join(["file", "identity", "split", *BOX_COLUMNS, *FIVE_COLUMNS])]
+    for name, portrait in sorted(portraits().items()):
+        left, top, right, bottom = (int(side) for side in portrait.face.box)
+        part = portrait.image[top + (bottom - top) // 10 : bottom - 8, left + 8 : right - 8]
+        moved = portrait.face.scaled(1, 1, left + 8, top + (bottom - top) // 10)
+        Picture.fromarray(np.ascontiguousarray(part)).save(root / "faces" / name, quality=95)
+        numbers = (f"{value:.1f}" for value in (*moved.box, *moved.five.ravel()))
+        lines.append(",".join([name, f"tight {name}", "train", *numbers]))
+    (root / "faces.csv").write_text("\n".join(lines))
+    return reals + read(root)
+
+
+def flat_run(crop: torch.Tensor) -> np.ndarray:
+    """How many pixels repeat the outermost one, for each place of the crop's four borders."""
+    pixels = crop.permute(1, 2, 0).numpy().astype(int)
+    sides = (np.rot90(pixels, turns) for turns in range(4))
+    equal = (np.abs(side - side[:1]).max(axis=-1) <= 2 for side in sides)
+    return np.stack([np.cumprod(side, axis=0).sum(axis=0) for side in equal])
+
+
+def runs_of_pairs(batches: Batches, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """flat_run of the real and of the forged halves, [pairs, side, place]."""
+    half = batches.data.batch // 2
+    seen = [batches[place].crops for place in range(number)]
+    runs = np.stack([flat_run(crop) for crops in seen for crop in crops])
+    paired = runs.reshape(number, 2, half, *runs.shape[1:])
+    return np.concatenate(paired[:, 0]), np.concatenate(paired[:, 1])
+
+
+def test_padding_does_not_tell_the_label_where_collections_are_mixed(two_collections):
+    """Both halves of a pair are padded alike, in tight pictures and in those cut off here."""
+    margins = (0.85, 1.0, 1.15, 1.3, 1.45)
+    augment = Augment(flip=0.5, margins=margins, cut_off=0.5)
+    recipe = data(batch=16, families=("mouth", "smooth"), augment=augment, tight_pictures=True)
+    real, forged = runs_of_pairs(Batches(two_collections, recipe, seed=2), 8)
+    padding = real.min(axis=2)
+
+    assert 0.3 < (padding.max(axis=1) > 3).mean() < 0.95
+    assert np.abs(padding - forged.min(axis=2)).max() <= 1
+    wide = data(batch=16, families=("mouth",), augment=augment)
+    alone = Index(two_collections.root, two_collections.rows[:8])
+    cut = runs_of_pairs(Batches(alone, wide, seed=2), 4)[0].min(axis=2).max(axis=1)
+    assert 0.2 < (cut > 3).mean()
+
+
+def test_a_moved_copy_draws_no_streaks_at_the_edge_of_a_tight_picture(two_collections):
+    """Mirrored beyond its edge while it is forged, a forgery's padding is as long as the real's.
+
+    Without that, the copy's own repeated edge is seen as padding that begins inside the picture.
+    """
+    tight = Index(two_collections.root, two_collections.rows[8:])
+    longer = []
+    for mirrored in (True, False):
+        recipe = data(batch=16, families=("boundary",), tight_pictures=mirrored)
+        real, forged = runs_of_pairs(Batches(tight, recipe, seed=2, allow_leaks=True), 8)
+        longer.append((forged > real + 1).mean() - (forged < real - 1).mean())
+
+    assert longer[0] < 0.01 < longer[1]
+
+
+def test_donors_show_their_whole_face_where_pictures_are_tight(two_collections):
+    """Those that their picture cuts are taken only when there is no other."""
+    for tight in (True, False):
+        pool = Batches(two_collections, data(families=("swap",), tight_pictures=tight)).pool
+        frame = pool.real[0][0]
+        face = pool.pictures.face(frame)
+        assert face is not None
+        drawn = [pool.donor(frame, face, np.random.default_rng(seed)) for seed in range(20)]
+        sizes = [donor.image.shape[:2] for donor in drawn if donor is not None]
+        cut = [
+            donor
+            for donor in drawn
+            if donor is not None and (np.concatenate(donor.face.outline("face")) < 0).any()
+        ]
+        assert sizes and (not cut if tight else cut)
+
+
+def test_a_recipe_without_new_fields_gets_the_batches_it_always_got(reals):
+    """No random number more is drawn for what is off: mean brightness of each crop, as it was."""
+    known = (116.36, 129.43, 100.41, 83.97, 110.63, 127.79, 100.82, 83.97)
+    augment = Augment(flip=0.5, margins=(1.2, 1.5))
+    seen = Batches(reals, data(families=("inner", "swap"), augment=augment), seed=5)[0].crops
+
+    assert pytest.approx(known, abs=0.05) == seen.float().mean(dim=(1, 2, 3)).tolist()

@@ -19,9 +19,9 @@ from ralf.train.chain import CHAINS, Chain, MadeClips, Training, chain_of
 from ralf.train.data.index import Index
 from ralf.train.data.pool import Pool
 from ralf.train.evaluate.tables import TableOptions
-from ralf.train.forge.families import FAMILIES
 from ralf.train.loop import loop
 from ralf.train.loop.checkpoint import LAST, load
+from ralf.train.recipe import BLENDS
 from ralf.train.recipe_text import RecipeError
 from tests.faces_on_disk import faces
 from tests.test_retrain import Killed, killing_at
@@ -195,7 +195,7 @@ def test_clips_show_the_held_out_family_in_the_test_alone():
     )
     families = retrain._clips_step(order).asks["families"]
 
-    assert {*FAMILIES} - {"swap"} == {*families["val"]}
+    assert {*BLENDS} - {"swap"} == {*families["val"]}
     assert ("swap",) * 3 == families["test"][len(families["val"]) :]
     for training in shipped.trainings:
         assert "swap" not in order.training.recipe(training).data.trained_families

@@ -19,6 +19,7 @@ from ralf.train.data.check import check, refuse_leaks
 from ralf.train.data.index import REAL, Index, IndexFault, Row, leaks, load, split_by_identity
 from ralf.train.data.layouts import LAYOUTS, licence_of, read, read_all
 from ralf.train.data.layouts.deepfakebench import LmdbPictures, five_points
+from ralf.train.data.layouts.face_table import read_groups
 from ralf.train.recipe import Data
 
 
@@ -334,6 +335,28 @@ def review(sha256: str, decided: str, label: str) -> dict[str, object]:
     }  # fmt: skip
 
 
+def test_groups_are_read_for_figures_alone_and_never_with_the_index(tmp_path):
+    """groups.csv beside faces.csv: person → column → group; no row of the index carries them."""
+    (tmp_path / "faces").mkdir()
+    table = "file,identity,split\na.jpg,anna,train\na2.jpg,anna,train\nb.jpg,ben,val\n"
+    (tmp_path / "faces.csv").write_text(table)
+    before = read(tmp_path).sha256
+    groups = tmp_path / "groups.csv"
+    groups.write_text("file,split,age,region\na.jpg,train,20-29,East\nb.jpg,val,60-69,West\n")
+
+    assert {"age": "20-29", "region": "East"} == read_groups(tmp_path)["anna"]
+    assert {row.target for row in read(tmp_path)} == set(read_groups(tmp_path))
+    assert before == read(tmp_path).sha256
+    for wrong, said in (
+        ("file,age\na.jpg,20-29\na2.jpg,60-69\n", "anna into two groups"),
+        ("file,age\nc.jpg,20-29\n", "c.jpg, which faces.csv does not"),
+        ("file,split\na.jpg,train\n", "one for each grouping"),
+    ):
+        groups.write_text(wrong)
+        with pytest.raises(IndexFault, match=said):
+            read_groups(tmp_path)
+
+
 def test_reviewers_labels_find_their_media_by_hash(tmp_path):
     """The latest review counts; unsure tracks and wrong faces are left out, and said."""
     touch(tmp_path, "media/clip.mp4")
@@ -548,6 +571,7 @@ def test_a_row_that_contradicts_itself_is_refused():
         ("dfdc_preview", "DFDC licence"),
         ("dfd", "FaceForensics++ terms"),
         ("celeb_df_v2", "Celeb-DF terms"),
+        ("fairface", "Kärkkäinen"),
         ("FFHQ", "never in weights that ship"),
         ("civilservice_clips", "public domain"),
         ("holiday", "not known"),

@@ -22,6 +22,7 @@ from ralf.kernels.networks import build
 from ralf.train.calibrate import Calibrated
 from ralf.train.evaluate.judge import JudgedModel, model_of_network
 from ralf.train.publish import with_calibration
+from ralf.train.recipe import seen_families
 from ralf.train.recipe_text import differences
 
 
@@ -66,6 +67,7 @@ def draft_ensemble(members: Sequence[Artifact], name: str) -> tuple[Manifest, nn
             "recipe": "ensemble",
             "members": [member.label for member in members],
             "held_out": _unseen_by_all(members),
+            "families": _seen_by_any(members),
         },
         untrained=any(member.manifest.untrained for member in members),
     )
@@ -105,6 +107,12 @@ def _unseen_by_all(members: Sequence[Artifact]) -> str | None:
     """The family that every member held out; None where they differ, so that none is unseen."""
     families = {held_out_family(member.manifest.trained) for member in members}
     return families.pop() if len(families) == 1 else None
+
+
+def _seen_by_any(members: Sequence[Artifact]) -> list[str]:
+    """Every family that a member was trained on."""
+    seen = [seen_families(member.manifest.trained) for member in members]
+    return list(dict.fromkeys(family for families in seen for family in families))
 
 
 def _card(draft: Manifest, members: Sequence[Artifact]) -> str:

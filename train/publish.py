@@ -89,6 +89,7 @@ def publish_run(
             "faces": checkpoint.state.faces,
             "chosen_by": recipe.schedule.select,
             "held_out": recipe.data.unseen,
+            "families": list(recipe.data.trained_families),
             "data_sha256": checkpoint.data_sha256,
             "commit": checkpoint.commit,
         },

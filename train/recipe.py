@@ -26,7 +26,7 @@ from pydantic import (
 
 from ralf.kernels.manifest import USUALLY_HELD_OUT, InputContract, Network, held_out_family
 from ralf.train import losses
-from ralf.train.forge.families import FAMILIES, REGISTRY, Family
+from ralf.train.forge.families import REGISTRY, Family
 from ralf.train.recipe_text import explained
 
 HELD_OUT: Family = USUALLY_HELD_OUT
@@ -34,10 +34,19 @@ HELD_OUT: Family = USUALLY_HELD_OUT
 seen stands in its `trained` record: ralf.kernels.manifest.held_out_family reads it."""
 
 
+BLENDS: tuple[Family, ...] = (
+    "self_blend", "inner", "swap", "mouth", "eyes",
+    "reenact", "resample", "smooth", "spectrum", "boundary",
+)  # fmt: skip
+"""The families of the first recipes, which draw no others: a new family changes no old batch."""
+
+
 def seen_families(trained: Mapping[str, Any]) -> tuple[Family, ...]:
-    """Every family but the one that a model's `trained` record says was held out."""
+    """The families that a model was trained on, by its `trained` record: not the one held out."""
     unseen = held_out_family(trained)
-    return tuple(family for family in FAMILIES if family != unseen)
+    # Models published before the record listed them had seen the blends at most.
+    listed = trained.get("families") or BLENDS
+    return tuple(family for family in listed if family != unseen)
 
 
 def _known(family: str) -> str:
@@ -78,7 +87,9 @@ class Augment(Part):
     colour: Share = 0.0
     other: Share = 0.0
     """Another person's features, expression and skin, in another light, before the forging."""
-    margins: tuple[Annotated[float, Field(ge=1, le=3)], ...] = ()
+    cut_off: Share = 0.0
+    """Faces cut by the edge of the picture, as at a border of a frame or in a tight picture."""
+    margins: tuple[Annotated[float, Field(ge=0.5, le=3)], ...] = ()
     """Crop margins drawn from, instead of the contract's one; () keeps the contract's."""
 
 
@@ -103,6 +114,10 @@ class Data(Part):
     """How often each of the families is drawn, in their order; () draws them alike."""
     held_out: Known | None = None
     """A family never trained on, made or from disk: it judges what generalises."""
+    tight_pictures: bool = False
+    """For collections whose pictures end at the face: boxes and points come from the mesh where
+    there is one, donors show their whole face, and while a face is forged the picture is mirrored
+    beyond its edge, or the repeated edge would tell the forged half of a pair."""
     blended_share: Share = 1.0
     """The share of forgeries that are made by blending where some are on disk too."""
 

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from ralf.kernels.manifest import InputContract, Network, Sampling
-from ralf.train.forge.families import FAMILIES, REGISTRY
+from ralf.train.forge.families import REGISTRY
 from ralf.train.losses.fdfl import FdflLoss
 from ralf.train.losses.objective import BceLoss
 from ralf.train.losses.ralf import RalfLoss
 from ralf.train.losses.rcl import RclLoss
-from ralf.train.recipe import HELD_OUT, Augment, Data, Optimiser, Recipe, Schedule
+from ralf.train.recipe import BLENDS, HELD_OUT, Augment, Data, Optimiser, Recipe, Schedule
 from ralf.train.recipe_text import RecipeError
 
-SHARES = tuple(REGISTRY[family].share for family in FAMILIES)
+SHARES = tuple(REGISTRY[family].share for family in BLENDS)
 """How often each family is drawn, as its function in train/forge/families.py says."""
 
 PAPER_NOTES = (
@@ -87,7 +87,7 @@ def ralf() -> Recipe:
         name="ralf",
         network=Network(build="ralf", base=32, blocks=8, backbone="xception", size=256),
         loss=RalfLoss(),
-        data=Data(families=FAMILIES, shares=SHARES, held_out=HELD_OUT, augment=OUR_AUGMENT),
+        data=Data(families=BLENDS, shares=SHARES, held_out=HELD_OUT, augment=OUR_AUGMENT),
         optimiser=Optimiser(lr=2e-4, weight_decay=1e-4, norm_momentum=0.05, norms="running"),
         schedule=Schedule(epochs=40, patience=10),
         notes=OUR_NOTES,

@@ -22,6 +22,8 @@ class Cut:
     shift: tuple[float, float] = (0.0, 0.0)  # of the box's longer side
     grow: float = 1.0
     flip: bool = False
+    cut_off: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """What the picture's edge takes away: left, top, right, bottom, in parts of the crop's side."""
 
     def take(self, image: Image, face: FaceGeometry | None) -> Tensor:
         """u8 [3, s, s]; a picture without geometry is a crop already and is only resized."""
@@ -52,11 +54,13 @@ def region(image: Image, face: FaceGeometry, cut: Cut) -> tuple[Image, FaceGeome
     reach = max(right - left, bottom - top) * (1.0 if cut.contract.squeeze else cut.contract.margin)
     # A tenth wider than the crop: blur and encoders reach across its border.
     middle, half = np.array([left + right, top + bottom]) / 2, 0.55 * reach
+    low, high = middle - half, middle + half
+    if any(cut.cut_off):
+        low, high = _cut_off(low, high, reach, face, cut.cut_off)
     height, width = image.shape[:2]
-    x0, y0 = (int(max(0, value)) for value in np.floor(middle - half))
+    x0, y0 = (int(max(0, value)) for value in np.floor(low))
     x1, y1 = (
-        int(min(most, value))
-        for most, value in zip((width, height), np.ceil(middle + half), strict=True)
+        int(min(most, value)) for most, value in zip((width, height), np.ceil(high), strict=True)
     )
     if x1 - x0 < 8 or y1 - y0 < 8:
         raise IndexFault(
@@ -69,3 +73,25 @@ def region(image: Image, face: FaceGeometry, cut: Cut) -> tuple[Image, FaceGeome
         moved = face.scaled(wide / part.shape[1], tall / part.shape[0], x0, y0)
         return to_u8(resize(part.astype(np.float32), tall, wide)), moved
     return part, face.scaled(1, 1, x0, y0)
+
+
+def _cut_off(
+    low: NDArray[np.floating],
+    high: NDArray[np.floating],
+    reach: float,
+    face: FaceGeometry,
+    parts: tuple[float, float, float, float],
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """The corners of the region once the picture's edge has moved in, never over the five points.
+
+    The region is a tenth wider than the crop, so the edge first passes that tenth.
+    """
+    taken = np.array(parts).reshape(2, 2) * reach
+    border = 0.05 * reach
+    near = 0.25 * face.eye_distance
+    left_top = np.where(taken[0] > 0, low + border + taken[0], low)
+    right_bottom = np.where(taken[1] > 0, high - border - taken[1], high)
+    return (
+        np.minimum(left_top, np.maximum(low, face.five.min(axis=0) - near)),
+        np.maximum(right_bottom, np.minimum(high, face.five.max(axis=0) + near)),
+    )

@@ -65,29 +65,46 @@ class Pictures:
     """Every picture of some frames, by path."""
 
     def __init__(
-        self, index: Index, frames: Sequence[Frame] = (), *, ram_bytes: int = 2 * 1024**3
+        self,
+        index: Index,
+        frames: Sequence[Frame] = (),
+        *,
+        ram_bytes: int = 2 * 1024**3,
+        by_mesh: bool = False,
     ) -> None:
-        self.root = index.root
+        """With `by_mesh`, a face's box and points come from its mesh where there is one."""
+        self.root, self._by_mesh = index.root, by_mesh
         self._meshes = self._read_meshes(frames)
         self._held, self._places = self._hold(frames, ram_bytes)
 
     def picture(self, frame: Frame) -> Image:
         """u8 [h, w, 3] RGB."""
-        place = self._places.get(frame.path)
-        encoded = (
-            self._read(frame.path) if place is None else self._held[slice(*place)].numpy().tobytes()
-        )
         try:
-            with Picture.open(io.BytesIO(encoded)) as opened:
+            with Picture.open(io.BytesIO(self._encoded(frame))) as opened:
                 return np.asarray(opened.convert("RGB"))
         except (UnidentifiedImageError, OSError) as error:
             raise IndexFault(f"{frame.path} is not a picture that can be read: {error}") from error
+
+    def size(self, frame: Frame) -> tuple[int, int]:
+        """Width and height, from the file's header alone."""
+        with Picture.open(io.BytesIO(self._encoded(frame))) as opened:
+            width, height = opened.size
+        return width, height
+
+    def _encoded(self, frame: Frame) -> bytes:
+        place = self._places.get(frame.path)
+        if place is None:
+            return self._read(frame.path)
+        return self._held[slice(*place)].numpy().tobytes()
 
     def face(self, frame: Frame) -> FaceGeometry | None:
         """Where the face is, where that is known."""
         if frame.row.kind == "lmdb" and not frame.row.five:
             return self._stored_face(frame)
-        return frame.row.geometry(self._meshes.get(frame.row.mesh))
+        face = frame.row.geometry(self._meshes.get(frame.row.mesh))
+        if face is not None and not face.consistent:
+            face = FaceGeometry(face.box, face.five)
+        return face.by_mesh() if face is not None and self._by_mesh else face
 
     def _stored_face(self, frame: Frame) -> FaceGeometry | None:
         """DeepfakeBench's landmarks; its crops are 1.3 times the face, so the box follows."""

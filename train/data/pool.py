@@ -76,7 +76,8 @@ class Pool:
             key = f"{row.target}|{row.compression}" if row.target else ""
             self.by_target[key].setdefault(row.method, []).append(frames)
         everything = [frame for frames in (*self.real, *self.forged) for frame in frames]
-        self.pictures = Pictures(index, everything, ram_bytes=ram_bytes)
+        self.tight = data.tight_pictures
+        self.pictures = Pictures(index, everything, ram_bytes=ram_bytes, by_mesh=self.tight)
         self.size = data.input.size
         self.alone = next(
             name
@@ -110,14 +111,18 @@ class Pool:
 
     def donor(self, real: Frame, face: FaceGeometry, rng: np.random.Generator) -> Portrait | None:
         """Another person with a similar face shape: the best of a dozen drawn."""
-        best, least = None, np.inf
+        best, least = None, (True, np.inf)
         for place in rng.integers(0, len(self.real), 12):
             other = self.real[place][0]
             if other.row.target == real.row.target or other.row.video == real.row.video:
                 continue
             # Only the geometry is read for the dozen; the picture of the best alone is decoded.
             shape = self.pictures.face(other)
-            if shape is not None and (apart := _unlike(shape, face)) < least:
+            if shape is None:
+                continue
+            # A face that its picture cuts has no texture to give where it is cut.
+            cut = self.tight and not _whole(shape, self.pictures.size(other))
+            if (apart := (cut, _unlike(shape, face))) < least:
                 best, least = (other, shape), apart
         if best is None:
             return None
@@ -137,7 +142,32 @@ class Pool:
         needed = of(family).needs_donor
         donor = self.donor(frame, face, rng) if needed else None
         made = self.alone if needed and donor is None else family
-        return forge(image, face, made, rng, donor=donor)[0]
+        if not self.tight:
+            return forge(image, face, made, rng, donor=donor)[0]
+        wide, moved, own = _mirrored(image, face)
+        return forge(wide, moved, made, rng, donor=donor)[0][own]
+
+
+def _whole(face: FaceGeometry, size: tuple[int, int]) -> bool:
+    """Whether the face's outline lies within a picture of this width and height."""
+    points = np.concatenate(face.outline("face"))
+    return bool((points >= 0).all() and (points <= np.array(size) - 1).all())
+
+
+def _mirrored(image: Image, face: FaceGeometry) -> tuple[Image, FaceGeometry, tuple[slice, slice]]:
+    """The picture mirrored beyond the edges that its face is near, and where it is in that."""
+    height, width = image.shape[:2]
+    # A forged copy is moved by up to a quarter of the distance between the eyes.
+    most = min(int(np.ceil(0.25 * face.eye_distance)), height - 1, width - 1)
+    points = np.concatenate(face.outline("face"))
+    (left, top), (right, bottom) = (
+        points.min(axis=0) < most,
+        points.max(axis=0) > (np.array([width, height]) - 1 - most),
+    )
+    x, y = (left * most, right * most), (top * most, bottom * most)
+    wide = np.pad(image, (y, x, (0, 0)), mode="reflect")
+    own = slice(y[0], y[0] + height), slice(x[0], x[0] + width)
+    return wide, face.scaled(1, 1, -x[0], -y[0]), own
 
 
 def _unlike(one: FaceGeometry, other: FaceGeometry) -> float:

@@ -97,6 +97,7 @@ def model_of_run(run: Path, *, device: str = "cpu") -> JudgedModel:
             "steps": state.step,
             "faces": state.faces,
             "held_out": recipe.data.unseen,
+            "families": list(recipe.data.trained_families),
         },
     )
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ralf.train.forge import manipulations
+from ralf.train.forge import manipulations, mesh
 from ralf.train.forge.landmarks import FaceGeometry, Region, fill, grown
 from ralf.train.forge.pixels import (
     LUMA,
@@ -269,6 +269,25 @@ def boundary(task: ForgeryTask) -> Joined:
         a, b, m = low_a, low_b, blur(m, sigma)
     out += b + (a - b) * m[..., None]
     return Joined(out, blur(mask, 2.0 ** (levels - 1)))
+
+
+@family(share=2.0, region={"face": 0.5, "lower": 0.3, "inner": 0.2}, needs_donor=True)
+def face2face(task: ForgeryTask) -> Pixels:
+    """Another person's expression on this face, by its mesh; a light trace of being drawn anew."""
+    assert task.donor is not None
+    moved = mesh.transfer_expression(
+        task.image, task.face, task.donor.image, task.donor.face, task.rng
+    )
+    return manipulations.drawn_anew(moved, task.face, task.rng)
+
+
+@family(share=2.0, needs_donor=True)
+def face_swap(task: ForgeryTask) -> Joined:
+    """Another person's texture on this face's mesh, matched in colour, its border feathered."""
+    assert task.donor is not None
+    return Joined(
+        *mesh.lay_texture(task.image, task.face, task.donor.image, task.donor.face, task.rng)
+    )
 
 
 FAMILIES: tuple[Family, ...] = tuple(REGISTRY)

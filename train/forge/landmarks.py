@@ -36,6 +36,8 @@ _BROW = [(0.87, -0.19), (0.63, -0.31), (0.22, -0.28), (0.42, -0.22), (0.73, -0.2
 
 # The same parts in MediaPipe's topology of 468 points.
 _MESH_LIPS = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40]
+_EYE_CORNERS = ((33, 133), (362, 263))
+_NOSE_TIP = 4
 _MESH_NOSE = [168, 245, 174, 209, 129, 98, 97, 2, 326, 327, 358, 429, 399, 465]
 _MESH_EYES = (
     [33, 163, 145, 154, 133, 157, 159, 161, 70, 63, 105, 66, 107],
@@ -57,6 +59,32 @@ class FaceGeometry:
             raise ValueError(f"box [4] and five [5,2], got {self.box.shape} {self.five.shape}")
         if self.mesh is not None and self.mesh.shape != (468, 2):
             raise ValueError(f"a mesh has 468 points, got {self.mesh.shape}")
+
+    @property
+    def consistent(self) -> bool:
+        """Whether the mesh lies on the face that the five points are of.
+
+        A mesh finder now and then takes an ear or a hat for a face: 3 times in 9,185 pictures that
+        end at the face, never in 1,743 portraits.
+        """
+        if self.mesh is None:
+            return True
+        apart = np.linalg.norm(five_of_mesh(self.mesh) - self.five, axis=1).max()
+        return bool(apart < 0.8 * self.eye_distance)
+
+    def by_mesh(self) -> "FaceGeometry":
+        """Box and five points as the face finder gives them on a wide picture, from the mesh.
+
+        On a picture that ends at the face the finder's own are too large, too high and scattered.
+        """
+        if self.mesh is None:
+            return self
+        low, high = self.mesh.min(axis=0), self.mesh.max(axis=0)
+        # Medians over 1,743 portraits: the finder's box against the mesh's extent.
+        middle = (low + high) / 2 + np.array([-0.01, -0.07], np.float32) * (high - low)
+        reach = (high - low) * np.array([0.98, 1.14], np.float32) / 2
+        box = np.concatenate([middle - reach, middle + reach])
+        return FaceGeometry(np.asarray(box, np.float32), five_of_mesh(self.mesh), self.mesh)
 
     @property
     def eye_distance(self) -> float:
@@ -100,18 +128,24 @@ class FaceGeometry:
     def outline(self, region: Region) -> list[Points]:
         """The region's convex polygons; two for the eyes, one for the rest."""
         if self.mesh is not None:
-            return [_hull(part) for part in _of_mesh(self.mesh, region)]
-        place = _fit(FIVE, self.five)
-        return [_hull(_apply(place, part)) for part in _of_mean(region)]
+            return [hull(part) for part in _of_mesh(self.mesh, region)]
+        place = fit(FIVE, self.five)
+        return [hull(applied(place, part)) for part in _of_mean(region)]
 
     def controls(self) -> Points:
         """A few points that fix the whole face in a warp: the five, and the outline."""
         if self.mesh is not None:
-            ring = _hull(self.mesh)
+            ring = hull(self.mesh)
             step = max(1, len(ring) // 12)
             return np.concatenate([self.five, ring[::step]]).astype(np.float32)
         rim = np.array([*_OVAL, *((-x, y) for x, y in _OVAL[1:-1])], np.float32)
-        return np.concatenate([self.five, _apply(_fit(FIVE, self.five), rim)]).astype(np.float32)
+        return np.concatenate([self.five, applied(fit(FIVE, self.five), rim)]).astype(np.float32)
+
+
+def five_of_mesh(mesh: Points) -> Points:
+    """The five points of a mesh: middles of the eyes, tip of the nose, corners of the mouth."""
+    eyes = [mesh[list(corners)].mean(axis=0) for corners in _EYE_CORNERS]
+    return np.stack([*eyes, mesh[_NOSE_TIP], *mesh[list(MOUTH_CORNERS)]])
 
 
 def _both(half: list[tuple[float, float]]) -> Points:
@@ -148,17 +182,17 @@ def _of_mesh(mesh: Points, region: Region) -> list[Points]:
     return [{**whole, "mouth": lips, "nose": nose}[region]]
 
 
-def _hull(points: Points) -> Points:
+def hull(points: Points) -> Points:
     return np.asarray(points[ConvexHull(points).vertices], np.float32)
 
 
-def _fit(source: Points, target: Points) -> Points:
+def fit(source: Points, target: Points) -> Points:
     """The affine map [3, 2] that takes source to target with least squared error."""
     lifted = np.concatenate([source, np.ones((len(source), 1), np.float32)], axis=1)
     return np.asarray(np.linalg.lstsq(lifted, target, rcond=None)[0], np.float32)
 
 
-def _apply(place: Points, points: Points) -> Points:
+def applied(place: Points, points: Points) -> Points:
     return np.asarray(points @ place[:2] + place[2], np.float32)
 
 

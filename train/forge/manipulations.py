@@ -170,7 +170,7 @@ def _mouth_moves(face: FaceGeometry, rng: np.random.Generator) -> Points:
     return np.asarray((along + vertical) * unit + rng.normal(0, 0.015 * unit, 2), np.float32)
 
 
-def _drawn(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
+def drawn_anew(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """A light trace of having been drawn anew: softer, or slightly off in colour."""
     kind = rng.random()
     if kind < 0.45:
@@ -183,7 +183,7 @@ def move_mouth(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> P
     mouth, hold = _mouth(face), np.concatenate([_ring(face), face.five[:3]])
     before = np.concatenate([mouth, hold])
     after = np.concatenate([mouth + _mouth_moves(face, rng), hold])
-    return _drawn(morph(image, before, after, face.eye_distance), face, rng)
+    return drawn_anew(morph(image, before, after, face.eye_distance), face, rng)
 
 
 def move_eyes(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
@@ -197,14 +197,14 @@ def move_eyes(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pi
     hold = np.concatenate([_ring(face), face.five[2:]])
     before = np.concatenate([eyes, brows, hold])
     after = np.concatenate([eyes + moves, brows + raised, hold])
-    return _drawn(morph(image, before, after.astype(np.float32), unit), face, rng)
+    return drawn_anew(morph(image, before, after.astype(np.float32), unit), face, rng)
 
 
 def move_expression(image: Pixels, face: FaceGeometry, rng: np.random.Generator) -> Pixels:
     """The whole expression moved: mouth, nose, eyes."""
     height, width = image.shape[:2]
     moves = expression(face, height, width, rng, eyes=0.035)
-    return _drawn(remap(image, grid(height, width) + moves), face, rng)
+    return drawn_anew(remap(image, grid(height, width) + moves), face, rng)
 
 
 def expression(

@@ -21,8 +21,9 @@ from ralf.kernels.engine_torch import restore
 from ralf.kernels.manifest import Network, held_out_family
 from ralf.kernels.networks import build
 from ralf.kernels.networks.backbones import FAMILIES, Backbone, load_backbone
+from ralf.train.forge.families import REGISTRY
 from ralf.train.loop.checkpoint import CheckpointError, judged, load, weights
-from ralf.train.recipe import Recipe
+from ralf.train.recipe import Recipe, seen_families
 from ralf.train.recipe_text import RecipeError, differences
 
 OWNERS = ("backbone.", "classifier.")
@@ -86,7 +87,10 @@ def _refuse_seen(folder: Path, recipe: Recipe) -> None:
     held_out = recipe.data.held_out
     if (folder / MANIFEST).is_file():
         manifest = open_artifact(folder).manifest
-        seen = not manifest.untrained and held_out_family(manifest.trained) != held_out
+        made = held_out in REGISTRY
+        other = held_out_family(manifest.trained) != held_out
+        seen = held_out in seen_families(manifest.trained) if made else other
+        seen = seen and not manifest.untrained
     else:
         seen = held_out in load(judged(folder)).recipe.data.trained_families
     # Weights that were trained on it would carry it into a model whose card calls it unseen.

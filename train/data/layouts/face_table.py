@@ -1,6 +1,8 @@
 """Our own layout for portraits: faces.csv, one picture a row with box and five points, and faces/.
 
-The column `source` names the collection that a picture comes from.
+The column `source` names the collection that a picture comes from.  groups.csv beside it may say
+which groups (age, gender, region …) each person belongs to.  It is read by `read_groups` alone, for
+figures by group: an index has no such columns, so that nothing can be trained on them.
 """
 
 import csv
@@ -12,6 +14,7 @@ import numpy as np
 from ralf.train.data.index import MESHES, REAL, Index, IndexFault, Row, Split
 from ralf.train.data.layouts.layout import Layout, holds
 
+GROUPS = "groups.csv"
 FIVE_COLUMNS = [
     f"{point}_{axis}" for point in ("eye_l", "eye_r", "nose", "mouth_l", "mouth_r") for axis in "xy"
 ]
@@ -30,6 +33,36 @@ def faces_csv(root: Path) -> Index:
             raise IndexFault(f"faces.csv has no column {sorted(missing)}")
         rows = tuple(_row(root, line, line["file"] in meshes) for line in reader)
     return Index(root, rows)
+
+
+def read_groups(root: Path) -> dict[str, dict[str, str]]:
+    """A person → column of groups.csv → group: {"anna": {"age": "20-29", "region": "…"}}.
+
+    groups.csv lies beside faces.csv and has the column `file`, and one for each grouping.  The keys
+    are identities, so that rows of stills, of prepared crops and of made clips are joined alike, by
+    `Row.target`.  A person with two different groups is refused.
+    """
+    with (root / "faces.csv").open(newline="") as file:
+        person = {line["file"]: line["identity"] for line in csv.DictReader(file)}
+    found: dict[str, dict[str, str]] = {}
+    with (root / GROUPS).open(newline="") as file:
+        reader = csv.DictReader(file)
+        columns = [name for name in reader.fieldnames or () if name not in ("file", "split")]
+        if "file" not in (reader.fieldnames or ()) or not columns:
+            raise IndexFault(
+                f"{GROUPS} should have the column file and one for each grouping, got "
+                f"{', '.join(reader.fieldnames or ()) or 'nothing'}"
+            )
+        for line in reader:
+            if line["file"] not in person:
+                raise IndexFault(f"{GROUPS} names {line['file']}, which faces.csv does not")
+            groups = {name: line[name] for name in columns}
+            if found.setdefault(person[line["file"]], groups) != groups:
+                raise IndexFault(
+                    f"{GROUPS} puts {person[line['file']]} into two groups: {line['file']} has "
+                    f"{groups}, another picture {found[person[line['file']]]}"
+                )
+    return found
 
 
 def _row(root: Path, line: dict[str, str], has_mesh: bool) -> Row:
@@ -60,6 +93,7 @@ LAYOUT = Layout(
     licences={
         "civilservice": "official portraits of US office holders, public domain; collection MIT",
         "voteview": "official and public-domain portraits of the US Congress",
+        "fairface": "CC BY 4.0: FairFace, Kärkkäinen and Joo; name it wherever weights are used",
         "ffhq": "CC BY-NC-SA: for judging only, never in weights that ship",
     },
 )
