@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import os
+import socket
 import stat
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from ralf.worker.errors import (
 )
 from ralf.worker.service import download
 from ralf.worker.service import fetch as fetching
+from ralf.worker.service.download import NO_PUBLIC_HOST
 from ralf.worker.service.egress import Egress
 from ralf.worker.service.fetch import Fetched, fetch, open_store
 from ralf.worker.settings import Settings
@@ -271,10 +273,42 @@ class TestRedirects:
         answers = [[PUBLIC], ["127.0.0.1"]]
         with serving(lambda request: reply(302, Location="/second")) as web:
             egress = guarded(web, resolve=lambda _: answers.pop(0))
-            with pytest.raises(FetchDenied, match="not a public address"):
+            with pytest.raises(FetchDenied) as caught:
                 get("http://rebind.example/first", folder, egress=egress)
+            assert "not a public address" in str(caught.value.__cause__)
 
         assert [request.path for request in web.requests] == ["/first"]
+
+    def test_a_tenant_cannot_tell_a_private_name_from_one_that_does_not_exist(self, web, folder):
+        """Address, private name, unknown name, each also behind a redirect; only the cause says."""
+
+        def resolve(name: str) -> list[str]:
+            if name == "unknown.example":
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return ["10.1.2.3"] if name == "db.internal" else [PUBLIC]
+
+        inside = ("10.1.2.3", "169.254.169.254", "db.internal", "unknown.example")
+        told, causes = set(), set()
+        for host in inside:
+            with serving(lambda request, to=host: reply(302, Location=f"http://{to}/x")) as door:
+                for uri in (f"http://{host}/x", "http://public.example/x"):
+                    with pytest.raises(FetchDenied) as caught:
+                        get(uri, folder, egress=guarded(door, resolve=resolve))
+                    told.add(str(caught.value))
+                    causes.add(str(caught.value.__cause__))
+
+        assert told == {NO_PUBLIC_HOST}
+        assert not any(host in NO_PUBLIC_HOST for host in inside)
+        assert any("db.internal is at 10.1.2.3" in cause for cause in causes)
+
+    def test_a_resolver_with_troubles_is_asked_again(self, web, folder):
+        """Only its word that there is no such name is final."""
+
+        def resolve(_: str) -> list[str]:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+        with pytest.raises(FetchFailed, match="could not be resolved"):
+            get("http://cdn.example/x", folder, egress=guarded(web, resolve=resolve))
 
     def test_https_does_not_lead_to_http(self, folder):
         """What was secret on the way stays so."""

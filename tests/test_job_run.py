@@ -1,13 +1,17 @@
 """When a run must end: its time, its silence, its memory, its deadline."""
 
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ralf.worker.contract import Failure
 from ralf.worker.service import job_run
+from ralf.worker.service.job_run import RunResult
+from ralf.worker.service.rq_worker import store_result
 from ralf.worker.settings import Settings
 
 
@@ -63,3 +67,25 @@ def test_before_its_turn_a_job_has_no_time_to_lose():
     fault = job_run.overrun(Settings(), times, **args, deadline=late)
     assert fault is not None
     assert fault.code == "deadline_passed"
+
+
+def test_what_is_stored_of_a_failure_holds_no_signature():
+    """A library may quote a signed URL; clients read the message, operators the detail."""
+    said = "403 from https://s3.example/k.mp4?X-Amz-Signature=5ecr3t"
+    stored: list[Any] = []
+
+    class Books:
+        def end(self, claim: Any, failure: Failure) -> bool:
+            stored.append(failure.message)
+            return True
+
+        def crashed(self, claim: Any, **facts: Any) -> str:
+            stored.extend((facts["message"], facts["detail"]))
+            return "quarantined"
+
+    claim: Any = SimpleNamespace(attempt=1)
+    store: Any = Books()
+    for kind, code in (("failure", "fetch_denied"), ("crash", "decoder_crashed")):
+        store_result(store, claim, RunResult(kind, code, said, detail=said))
+
+    assert stored == ["403 from https://s3.example/k.mp4?…"] * 3

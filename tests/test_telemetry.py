@@ -3,9 +3,13 @@
 import io
 import json
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from ralf.worker import telemetry
@@ -89,6 +93,75 @@ def test_an_exception_is_redacted_too(monkeypatch: pytest.MonkeyPatch):
 
     assert "s3cret" not in said.getvalue()
     assert "https://h/v.mp4?…" in json.loads(said.getvalue())["exception"]
+
+
+HIDDEN = st.text("abcXYZ0123456789-_.~%+", min_size=1, max_size=20).map("5ecr3t{}".format)
+PLACES = st.sampled_from(
+    [
+        "https://user:{}@h.example/v.mp4",
+        "redis://:p@ss:{}@host:6379/0",
+        "https://s3.example/b/k.mp4?X-Amz-Credential=x&X-Amz-Signature={}&x=1",
+        "https://h.example/a?n='it'&sig={}",
+        "https://h.example/a#access_token={}",
+        "gs://b/k?GoogleAccessId=a&Signature={}",
+        "cdn.example/v.mp4?token={}",
+        "Authorization: Bearer {}",
+        "X-Amz-Security-Token={}",
+        '{{"aws_secret_access_key": "{}"}}',
+        "password='{}'",
+    ]
+)
+AROUND = st.sampled_from(["{}", "GET {} failed", "got '{}', then 403", 'in "{}".', "a\n({})\nb"])
+TEXTS = st.builds(
+    lambda around, place, word: around.format(place.format(word)), AROUND, PLACES, HIDDEN
+)
+VALUES = st.recursive(
+    st.one_of(
+        TEXTS,
+        TEXTS.map(ValueError),
+        TEXTS.map(str.encode),
+        TEXTS.map(Path),
+        HIDDEN.map(lambda word: {"webhook_secret": word}),
+        st.integers() | st.none(),
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.sampled_from(["uri", "facts", "at"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(VALUES)
+def test_no_secret_survives_at_any_depth(value: Any):
+    """In dicts, lists, exceptions, bytes and paths, wherever in a longer text a URL stands."""
+    assert "5ecr3t" not in json.dumps(telemetry.redacted({"value": value}))
+
+
+def test_what_is_no_secret_stays():
+    """A log that hides everything says nothing."""
+    kept = {
+        "message": "403 from https://h.example/v.mp4; expected 200? no",
+        "secret_id": "default",
+        "counts": [1, 2.5, None, True],
+        "job": {"tenant": "a", "token": "upload-42"},
+        "path": "/work/job-1/media-x",
+    }
+
+    assert telemetry.redacted(kept) == kept
+
+
+def test_a_person_reads_a_traceback_without_its_secrets(monkeypatch: pytest.MonkeyPatch):
+    """Text for a terminal is redacted like JSON."""
+    said = lines_of(monkeypatch, log_format="text")
+    try:
+        raise ValueError("cannot read https://h/v.mp4?sig=s3cret")
+    except ValueError:
+        structlog.get_logger().exception("fetch.broke", seen=[{"uri": "redis://:s3cret@h/0"}])
+
+    assert "s3cret" not in said.getvalue()
+    assert "ValueError: cannot read https://h/v.mp4?…" in said.getvalue()
 
 
 def test_a_person_gets_text_and_a_quiet_level_is_quiet(monkeypatch: pytest.MonkeyPatch):

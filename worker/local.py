@@ -14,6 +14,7 @@ import structlog
 
 from ralf.worker import telemetry
 from ralf.worker.contract import EvidencePolicy, Media, Verdict
+from ralf.worker.errors import FetchDenied
 from ralf.worker.media.still import ImageDecoder, probe_image
 from ralf.worker.pipeline import Ask
 from ralf.worker.pipeline import analyze as walk_file
@@ -58,7 +59,14 @@ def fetched(url: str, settings: Settings) -> Iterator["Fetched"]:
     from ralf.worker.service.fetch import fetch
 
     with tempfile.TemporaryDirectory(prefix="ralf-", dir=settings.work_dir or None) as folder:
-        yield fetch(Media(uri=url), Path(folder), tenant="default", settings=settings)
+        try:
+            file = fetch(Media(uri=url), Path(folder), tenant="default", settings=settings)
+        except FetchDenied as error:
+            # Who scans here is the operator, who may read the reason at once.
+            raise FetchDenied(
+                f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+            ) from error
+        yield file
 
 
 def for_file(path: str | Path, parts: Parts, ask: Ask) -> tuple[Parts, Ask]:

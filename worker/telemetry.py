@@ -3,6 +3,7 @@
 Logs are structlog's, to stderr: JSON, or coloured text when a person watches the terminal.  Every
 event is `noun.verb_past` with facts as keys.  URIs lose their user, query and fragment before
 they are written, since a signed URL is a credential; values under a secret's name are dropped.
+Both hold at any depth of a value, in exceptions, and in the messages that Redis stores.
 
 Metrics are Prometheus', in seconds and totals, under `ralf_`.  Jobs, frames and faces are counted
 here as jobs end; the state of the queue is read from Redis at each scrape, so it is right even
@@ -14,14 +15,16 @@ import contextlib
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from structlog.typing import ExcInfo
 
 from ralf.worker.contract import Job, Verdict
 from ralf.worker.drift import Drift
@@ -30,30 +33,79 @@ from ralf.worker.settings import Settings
 if TYPE_CHECKING:
     from ralf.worker.service.shadow import Comparison
 
-# A quote ends a URL too, because tracebacks quote their arguments.
-_URL = re.compile(
-    r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#@\"']*@)?([^\s?#\"']*)(\?[^\s#\"']*)?(#\S*)?"
+_NAMES = (
+    r"secret|password|passwd|authorization|signature|api[_-]?key|credential|security[_-]token"
+    r"|access[_-]?token|private[_-]?key|access[_-]?key"
 )
-_SECRET = re.compile(r"secret|password|authorization|signature|api_?key|credential", re.IGNORECASE)
+_SECRET = re.compile(_NAMES, re.IGNORECASE)
+# The last @ before the path ends the user.  A quote ends a URL, because tracebacks quote their
+# arguments; ' is legal in a query, so there it ends one only before what follows an argument.
+_QUERY = r"(?:[^\s\"'<>#]|'(?=[^\s,;:)\]}'\"<>]))*"
+_URL = re.compile(
+    rf"([A-Za-z][A-Za-z0-9+.-]*:/{{1,3}})([^\s/?#\"<>]*@)?([^\s?#\"'<>]*)(\?{_QUERY})?(#{_QUERY})?"
+)
+# Without a scheme: a query, a name with its value, a header, a webhook's secret.
+_LOOSE = (
+    (re.compile(rf"(?<=[\w/])\?(?=[\w.~%-]+=){_QUERY}"), "?…"),
+    (
+        re.compile(
+            rf"(?i)([\w-]*(?:{_NAMES})[\"']?\s*[=:]\s*)(?!…)"
+            r"(\"[^\"]*\"|'[^']*'|(?:bearer|basic)\s+\S+|[^\s&\"',;]+)"
+        ),
+        r"\1…",
+    ),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 …"),
+    (re.compile(r"whsec_[A-Za-z0-9+/=]+"), "whsec_…"),
+)
 
 
 def redact(text: str) -> str:
-    """The text with every URL's user, query and fragment taken out."""
+    """The text without users, queries and fragments of URLs, and without secrets by their name."""
 
     def bare(found: re.Match[str]) -> str:
         return found[1] + found[3] + ("?…" if found[4] else "")
 
-    return _URL.sub(bare, text) if "://" in text else text
+    text = _URL.sub(bare, text) if ":/" in text else text  # pathlib makes one slash of two
+    for pattern, instead in _LOOSE:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def redacted(value: Any, depth: int = 8) -> Any:
+    """The same with every text in it redacted, however deep; what lies under a secret's name goes.
+
+    What is no plain value is written as its repr, as the JSON renderer would.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return redact(value)
+    if depth == 0:
+        return "…"
+    if isinstance(value, Mapping):
+        return {
+            redact(str(key)): "…" if _is_secret(key) else redacted(part, depth - 1)
+            for key, part in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redacted(part, depth - 1) for part in value]
+    return redact(repr(value))
+
+
+def _is_secret(key: object) -> bool:
+    # `secret_id` is the name of a secret: it says which one signed.
+    return bool(_SECRET.search(str(key))) and not str(key).endswith("_id")
 
 
 def _redacted(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for key, value in event.items():
-        # `secret_id` is the name of a secret: it says which one signed.
-        if _SECRET.search(key) and not key.endswith("_id"):
-            event[key] = "…"
-        elif isinstance(value, str):
-            event[key] = redact(value)
+        if key != "exc_info":  # it becomes text later, and is redacted then
+            event[key] = "…" if _is_secret(key) else redacted(value)
     return event
+
+
+def _redacted_traceback(stream: TextIO, info: ExcInfo) -> None:
+    stream.write("\n" + redact("".join(traceback.format_exception(*info))).rstrip())
 
 
 class _Stderr:
@@ -81,7 +133,7 @@ def configure(settings: Settings) -> None:
         settings.log_format == "auto" and sys.stderr.isatty()
     )
     last: list[Any] = (
-        [structlog.dev.ConsoleRenderer()]
+        [structlog.dev.ConsoleRenderer(exception_formatter=_redacted_traceback)]
         if person
         # Redacted a second time, after the traceback has become text: it quotes URLs too.
         else [structlog.processors.format_exc_info, _redacted, structlog.processors.JSONRenderer()]

@@ -4,7 +4,8 @@ UploadFile takes the bytes, wherever they come from.  Download brings them from 
 each redirect is judged like the first URL, and https never leads to http.  A download that breaks
 off goes on where it stopped (Range and If-Range, RFC 9110) when the server named this version of
 the file by a strong ETag or a date; each time the whole chain of redirects is followed anew.
-4xx is final, except 408, 425 and 429; those and 5xx let the job try again.
+4xx is final, except 408, 425 and 429; those and 5xx let the job try again.  So is a name that does
+not exist: else the number of attempts would tell it from a forbidden one.
 """
 
 import email.utils
@@ -22,7 +23,15 @@ from urllib.parse import urljoin
 
 from ralf.worker.contract import Media
 from ralf.worker.errors import FetchDenied, FetchFailed, HashMismatch, TooLarge
-from ralf.worker.service.egress import Answer, Egress, EgressDenied, EgressFailed, Target
+from ralf.worker.service.egress import (
+    AddressDenied,
+    Answer,
+    Egress,
+    EgressDenied,
+    EgressFailed,
+    Target,
+    UnknownHost,
+)
 from ralf.worker.settings import Settings
 
 CHUNK = 1 << 20
@@ -30,6 +39,12 @@ RESUMES = 5
 """How often a broken download goes on before the job itself is retried."""
 PAUSE_S = 0.5
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+# One text for a forbidden address, a private name and an unknown one: a tenant who could tell them
+# apart would learn which names exist inside, and where.  The error's cause has the facts.
+NO_PUBLIC_HOST = (
+    "the URI's host, or one that it redirects to, cannot be used: its name must exist, and all of "
+    "its addresses must be public; the worker's log has the reason"
+)
 TRANSIENT = frozenset({408, 425, 429})
 
 _RANGE = re.compile(r"bytes ([0-9]+)-([0-9]+)/([0-9]+|\*)")
@@ -142,6 +157,8 @@ class Download:
                 with self._answer() as answer:
                     self._take(answer)
                 return
+            except (AddressDenied, UnknownHost) as error:
+                raise FetchDenied(NO_PUBLIC_HOST) from error
             except EgressDenied as error:
                 raise FetchDenied(str(error)) from error
             except (EgressFailed, FetchFailed) as error:

@@ -28,7 +28,15 @@ from ralf.worker.errors import RalfError
 from ralf.worker.service.url_policy import EgressDenied, Target, read_url, refusal
 from ralf.worker.settings import Settings
 
-__all__ = ["Answer", "Egress", "EgressDenied", "EgressFailed", "Target"]
+__all__ = [
+    "AddressDenied",
+    "Answer",
+    "Egress",
+    "EgressDenied",
+    "EgressFailed",
+    "Target",
+    "UnknownHost",
+]
 
 CONNECT_S = 10.0
 IDLE_S = 20.0
@@ -39,14 +47,25 @@ AGENT = "ralf"
 # All of a name's addresses are judged; only so many are tried.
 MOST_ADDRESSES = 16
 
+NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
+"""The resolver's final answers; the others are its own troubles."""
+
 Resolve = Callable[[str], Sequence[str]]
 """A name's addresses; raises OSError."""
 Connect = Callable[[str, int, float], socket.socket]
 """An address, a port and at most so many seconds."""
 
 
+class AddressDenied(EgressDenied):
+    """The host's address is forbidden; the message has it, and is for the operator only."""
+
+
 class EgressFailed(RalfError):
     """The network or the other side failed; asking again may help."""
+
+
+class UnknownHost(EgressFailed):
+    """The resolver says that there is no such name; until it says so, asking again may help."""
 
 
 def system_resolve(host: str) -> list[str]:
@@ -221,7 +240,7 @@ class Egress:
         for address in found:
             why = refusal(address, private=self._private)
             if why:
-                raise EgressDenied(f"{target.host} is at {address}, {why}")
+                raise AddressDenied(f"{target.host} is at {address}, {why}")
         return found[:MOST_ADDRESSES]
 
     def _resolved(self, host: str, deadline: float) -> list[str]:
@@ -231,8 +250,10 @@ class Egress:
         def ask() -> None:
             try:
                 found.append(self._resolve(host))
-            except (OSError, UnicodeError) as error:
-                found.append(OSError(str(error)))
+            except OSError as error:
+                found.append(error)
+            except UnicodeError as error:  # a label that no resolver takes
+                found.append(socket.gaierror(socket.EAI_NONAME, str(error)))
 
         # A daemon: one that hangs is left behind, and the process can still end.
         asking = threading.Thread(target=ask, name="resolve", daemon=True)
@@ -241,7 +262,9 @@ class Egress:
         if not found:
             raise EgressFailed(f"{host} could not be resolved in time")
         if isinstance(found[0], OSError) or not found[0]:
-            raise EgressFailed(f"{host} could not be resolved: {found[0] or 'no address'}")
+            unknown = not found[0] or getattr(found[0], "errno", None) in NO_SUCH_NAME
+            kind = UnknownHost if unknown else EgressFailed
+            raise kind(f"{host} could not be resolved: {found[0] or 'no address'}")
         return list(found[0])
 
     def request(

@@ -246,6 +246,14 @@ class JobRun:
             error = fetching.error
             if isinstance(error, Cancelled):
                 return RunResult("failure", "cancelled", "cancelled by the client")
+            # What the tenant may not read, such as an internal address, is in the cause alone.
+            log.warning(
+                "fetch.failed",
+                job_id=job.job_id,
+                code=error.code,
+                error=str(error),
+                cause=str(error.__cause__ or ""),
+            )
             full = isinstance(error.__cause__, OSError) and why_unusable(self.child.uploads)
             # A file that fills the disk by itself leaves room once it is removed: that is charged.
             return RunResult("hand_back", WORKER_IO, full) if full else RunResult.of(error)

@@ -136,7 +136,9 @@ def store_result(store: Store, claim: Claim, result: RunResult) -> str:
 
     Each is one script of the store; sent twice, it changes nothing the second time.
     """
-    failure = Failure(code=result.code or "none", message=result.message, attempts=claim.attempt)
+    # Clients read the message and operators the detail; a library may quote a signed URL in both.
+    message, detail = telemetry.redact(result.message), telemetry.redact(result.detail)
+    failure = Failure(code=result.code or "none", message=message, attempts=claim.attempt)
     match result.kind:
         case "verdict":
             assert result.verdict is not None
@@ -152,8 +154,8 @@ def store_result(store: Store, claim: Claim, result: RunResult) -> str:
             outcome = store.crashed(
                 claim,
                 code=result.code,
-                message=result.message,
-                detail=result.detail,
+                message=message,
+                detail=detail,
                 alone=result.alone,
                 file_sha=result.file_sha,
                 blame_file=result.blame_file,
