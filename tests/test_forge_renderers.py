@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from scipy.fft import dctn, idctn
 
 from ralf.__main__ import main
+from ralf.kernels.artifact import models_folder, resolve
 from ralf.kernels.manifest import InputContract
 from ralf.train.data.batches import Batches
 from ralf.train.data.index import Index, IndexFault, load
@@ -22,6 +25,7 @@ from ralf.train.forge.renderers import stored
 from ralf.train.forge.renderers.aligned import Alignment, aligned_faces
 from ralf.train.forge.renderers.fit import FitError, FitRequest, Fitted, fit
 from ralf.train.forge.renderers.paste import hull_mask, inner, matched, paste
+from ralf.train.forge.renderers.reconstructor import weakened, weakening
 from ralf.train.forge.renderers.render import RenderRequest, render
 from ralf.train.loop.loop import Interrupt
 from ralf.train.losses.perceptual import perceptual
@@ -31,7 +35,11 @@ from tests.faces_on_disk import faces
 from tests.training import one_thread
 
 TINY = {"size": "32", "steps": "3", "batch": "6"}
-SMALLER = {"autoencoder": {"width": "4", "code": "4"}}
+SMALLER = {
+    "autoencoder": {"width": "4", "code": "4"},
+    "restorer": {"width": "8", "blocks": "1"},
+    "reconstructor": {"base": "4", "blocks": "1"},
+}
 FACE = FaceGeometry(
     np.array([60, 40, 160, 180], np.float32),
     FIVE @ np.array([[0.96, 0.28], [-0.28, 0.96]], np.float32) * 40 + np.float32(100),
@@ -234,7 +242,7 @@ def test_a_time_box_ends_a_training(reals, tmp_path):
 @pytest.mark.usefixtures("one_thread")
 def test_training_lowers_the_difference(reals, tmp_path):
     """Five faces are learnt by heart within seconds."""
-    asked = wanted("autoencoder", tmp_path / "a.safetensors", steps="160", lr="3e-3", width="8",
+    asked = wanted("autoencoder", tmp_path / "a.safetensors", steps="100", lr="3e-3", width="8",
                     code="16", critic="0", ssim="0")  # fmt: skip
     first = fit(reals, replace(asked, options=asked.options.replaced(steps=1),
                                out=tmp_path / "first.safetensors"))  # fmt: skip
@@ -270,8 +278,54 @@ def test_files_that_are_no_renderer_are_refused(reals, tmp_path):
     wrong.write_bytes(b"nothing")
     with pytest.raises(RecipeError, match="cannot be read"):
         stored.load(wrong)
-    with pytest.raises(RecipeError, match="known: autoencoder"):
+    with pytest.raises(RecipeError, match="known: autoencoder, restorer"):
         stored.kind("hologram")
+
+
+def test_the_native_crop_has_the_pictures_own_resolution():
+    """What is not reduced keeps its texture; very large faces are bounded."""
+    for factor, side in ((0.5, 64), (1.0, 112), (4.0, 256)):
+        alignment = Alignment.native(FACE.scaled(factor, factor), multiple=16)
+        assert alignment.size == side
+    assert Alignment.native(FACE, multiple=16).scale == pytest.approx(1, rel=0.1)
+
+
+def test_what_is_weakened_is_the_frequencies_of_the_mask():
+    """An outside transform agrees; the mean stays."""
+    faces_ = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    masks = np.stack([weakening(32, np.random.default_rng(seed)) for seed in range(2)])
+    out = weakened(faces_, torch.from_numpy(masks)).numpy()
+    for face, mask, made in zip(faces_.numpy(), masks, out, strict=True):
+        wanted = idctn(
+            dctn(face - 0.5, axes=(1, 2), norm="ortho") * mask, axes=(1, 2), norm="ortho"
+        )
+        assert made == pytest.approx(wanted + 0.5, abs=1e-5)
+        assert made.mean() == pytest.approx(face.mean(), abs=1e-5) and mask.min() < 0.6
+
+
+def test_the_reconstructor_begins_from_a_detectors(tmp_path):
+    """The shipped RALF's reconstructor, with its own dimensions; others are refused by name."""
+    version = resolve(models_folder(), "ralf-small").path
+    options = stored.kind("reconstructor").Options()
+    network = resolve(models_folder(), "ralf-small").manifest.network
+    base, blocks = (network.dimensions[name] for name in ("base", "blocks"))
+    renderer = stored.kind("reconstructor")(options.replaced(base=base, blocks=blocks))
+    assert renderer.begin_from(version)
+    with safe_open(version / "weights.safetensors", "pt") as file:
+        weight = file.get_tensor("reconstructor.enter.0.weight").float()
+    assert torch.equal(renderer.network.enter[0].weight, weight)
+    with pytest.raises(RecipeError, match="another reconstructor"):
+        stored.kind("reconstructor")(options.replaced(base=base + 2)).begin_from(version)
+
+
+def test_the_restorer_begins_as_a_plain_enlargement():
+    """Training starts from bicubic interpolation, not from noise."""
+    renderer = stored.kind("restorer")(stored.kind("restorer").Options())
+    small = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        drawn = renderer(small)
+    plain = torch.nn.functional.interpolate(small, scale_factor=2, mode="bicubic")
+    assert drawn.shape == plain.shape and (drawn - plain).abs().mean() < 0.15
 
 
 # Pictures on disk

@@ -53,7 +53,7 @@ def make_network(recipe: Recipe) -> nn.Module:
 
 def backbone_of(folder: Path) -> dict[str, Tensor]:
     """The backbone of a run's or a version's weights, in timm's names."""
-    of, trained = _trained(folder)
+    of, trained = trained_weights(folder)
     kind = of.dimensions.get("backbone")
     found = {
         name.removeprefix(owner): tensor
@@ -73,7 +73,7 @@ def backbone_of(folder: Path) -> dict[str, Tensor]:
 
 def _network_of(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
     """All weights of a run or a version of the recipe's network."""
-    of, trained = _trained(folder)
+    of, trained = trained_weights(folder)
     if of != recipe.network:
         raise CheckpointError(
             f"init.network {folder} holds another network than this recipe's: "
@@ -101,7 +101,7 @@ def _refuse_seen(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _trained(folder: Path) -> tuple[Network, dict[str, Tensor]]:
+def trained_weights(folder: Path) -> tuple[Network, dict[str, Tensor]]:
     """The network of a run or of a published version, and its judged weights."""
     if (folder / MANIFEST).is_file():
         artifact = open_artifact(folder)

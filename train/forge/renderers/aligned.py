@@ -50,6 +50,13 @@ class Alignment:
         turn *= min(1.0, 4 / face.eye_distance / max(abs(turn), 1e-9))
         return cls(turn, complex(mean.mean() - turn * seen.mean()), size)
 
+    @classmethod
+    def native(cls, face: FaceGeometry, *, multiple: int, most: int = 256) -> "Alignment":
+        """The alignment whose crop has the picture's own resolution, where `most` allows it; the
+        crop's side is such a multiple, at least 64."""
+        one = cls.of(face, multiple)
+        return cls.of(face, int(np.clip(round(1 / one.scale) * multiple, 64, most)))
+
     @property
     def scale(self) -> float:
         """Pixels of the crop for each pixel of the picture."""

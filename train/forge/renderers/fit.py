@@ -85,6 +85,8 @@ def fit(index: Index, request: FitRequest) -> Fitted:
             )
         request.say(f"{request.out} is there already")
         return Fitted("finished", stored.record["steps"], stored.sha256, stored.record)
+    # Before the first weights are drawn, the critic's among them.
+    torch.manual_seed(request.options.seed)
     renderer = kind(request.name)(request.options)
     reals = aligned_faces(index, SPLIT, renderer.side)
     request.say(f"{len(reals)} authentic faces of split {SPLIT}, {renderer.side} px")
@@ -122,7 +124,6 @@ class _Training:
         self.request, self.options, self.renderer = request, request.options, renderer
         self.data_sha256, self.people = index.sha256, len(set(faces.people))
         self.step, self.seconds, self.losses = 0, 0.0, list[dict[str, float]]()
-        torch.manual_seed(self.options.seed)
         device = request.device
         self.critic = Critic().to(device) if self.options.critic else None
         self._begin()

@@ -137,6 +137,20 @@ class Block(nn.Module):
         return added
 
 
+def patches(faces: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A patch of each face, anywhere, mirrored by chance: [m, 3, side, side]."""
+    room = faces.shape[-1] - side + 1
+    places = torch.randint(room, (len(faces), 2), generator=generator).tolist()
+    mirrored = (torch.rand(len(faces), generator=generator) < 0.5).tolist()
+    cut = [
+        face[:, top : top + side, left : left + side]
+        for face, (top, left) in zip(faces, places, strict=True)
+    ]
+    return torch.stack(
+        [patch.flip(-1) if mirror else patch for patch, mirror in zip(cut, mirrored, strict=True)]
+    )
+
+
 def uniform(generator: torch.Generator, shape: tuple[int, ...], low: float, high: float) -> Tensor:
     """Uniform numbers from a generator on the CPU."""
     return torch.rand(shape, generator=generator) * (high - low) + low
