@@ -163,7 +163,7 @@ def rollback(models_dir: Path | str, name: str) -> Artifact:
 class PromotionCheck:
     """One question at a promotion, and the answer."""
 
-    name: Literal["engines", "metrics", "limits", "golden"]
+    name: Literal["engines", "metrics", "limits", "residual", "golden"]
     asked: str
     came: str
     passed: bool
@@ -225,6 +225,7 @@ def check(
         _engines(artifact),
         _metrics(artifact, _promoted(Path(models_dir), artifact.name)),
         _limits(artifact),
+        *_residual(artifact),
         (golden or check_golden_logits)(artifact),
     )
 
@@ -299,6 +300,23 @@ def _limits(artifact: Artifact) -> PromotionCheck:
     came = ", ".join(f"{name} {found[name]:.4f}" for name in high or measured)
     advice = "train on more kinds of people, or calibrate with them among the reals"
     return PromotionCheck("limits", asked, came, not high, advice)
+
+
+def _residual(artifact: Artifact) -> tuple[PromotionCheck, ...]:
+    """A RALF of two streams is promoted under that name only where its residual is at work."""
+    if artifact.manifest.network.dimensions.get("sees") != "bands":
+        return ()
+    asked = "closing the residual costs AUC on the family held out, its 95 % interval above 0"
+    measured = artifact.manifest.metrics.get("residual", {}).get("closed", {})
+    cost = measured.get("costs held out")
+    came, passed = "not measured", False
+    if isinstance(cost, list | tuple) and len(cost) == 3 and None not in cost:
+        came, passed = f"{cost[0]:+.4f} [{cost[1]:+.4f}, {cost[2]:+.4f}]", cost[1] > 0
+    advice = (
+        "ralf retrain measures it; or publish the classifier inside: ralf publish RUN "
+        "--without-residual"
+    )
+    return (PromotionCheck("residual", asked, came, passed, "" if passed else advice),)
 
 
 def figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -98,7 +98,7 @@ def retrain_tiny(stills: Path, root: Path, *more: str) -> int:
         [
             "retrain", "tiny", "--data", str(stills), "--name", "made", "--targets", "cpu",
             "--out", str(root / "run"), "--models", str(root / "models"), "--device", "cpu",
-            "--processes", "1", "--golden-from", "portraits",
+            "--processes", "1", "--least-people", "1", "--golden-from", "portraits",
             *(part for change in changes for part in ("--set", change)), *more,
         ]
     )  # fmt: skip

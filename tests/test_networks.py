@@ -319,7 +319,8 @@ def test_ralf_exports_to_onnx():
         ("ralf", {**TINY, "size": 30}, "multiple of 4"),
         ("ralf", {**TINY, "base": 3}, "base should be even"),
         ("ralf", {**TINY, "pool": "median"}, "max or mean"),
-        ("ralf", {**TINY, "sees": "nothing"}, "residual or both"),
+        ("ralf", {**TINY, "sees": "nothing"}, "one of residual, both, bands"),
+        ("ralf", {**TINY, "leaves": 1.0}, "leaves between 0 and 1"),
     ],
 )
 def test_what_cannot_be_built_is_said(name: str, dimensions: dict, message: str):
@@ -380,4 +381,4 @@ def test_a_networks_options_have_types(name: str):
 
 def test_an_option_of_a_few_words_lists_them():
     """What --set needs to refuse a wrong word."""
-    assert get_args(options("ralf")["sees"].annotation) == ("residual", "both")
+    assert get_args(options("ralf")["sees"].annotation) == ("residual", "both", "bands")

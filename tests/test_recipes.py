@@ -85,7 +85,8 @@ def test_the_other_small_detectors_have_the_same_data_and_budget(name: str):
     """All that differs is the network, the loss and, for rcl, who stands beside whom."""
     alone = named("small_classifier").replaced(notes=())
     changed = {line.split(":")[0] for line in differences(alone, named(name))}
-    own = {"name", "notes", "network.build", "network.fusion", "data.pairing"}
+    own = {"name", "notes", "network.build", "network.fusion", "network.gate", "data.pairing"}
+    own.add("optimiser.rates")
 
     assert set() == {each for each in changed - own if not each.startswith("loss.")}
 

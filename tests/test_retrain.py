@@ -69,6 +69,7 @@ class Typed:
         """`ralf retrain … more`, and what it said."""
         changes = [part for change in CHANGES for part in ("--set", change)]
         command = ["retrain", "small_classifier", "--data", str(self.pictures), "--name", "made"]
+        command += ["--least-people", "1"]
         where = ["--out", str(self.run), "--models", str(self.models), "--device", "cpu"]
         try:
             return main([*command, "--targets", "cpu", *where, *changes, *more])
@@ -105,6 +106,7 @@ def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     root = tmp_path_factory.mktemp("whole")
     changes = [part for change in CHANGES for part in ("--set", change)]
     command = ["retrain", "small_classifier", "--data", str(pictures), "--name", "made"]
+    command += ["--least-people", "1"]
     where = ["--out", str(root / "run"), "--models", str(root / "models"), "--device", "cpu"]
     assert 0 == main([*command, "--targets", "cpu", *where, *changes])
     return root / "run", models.resolve(root / "models", "made")

@@ -2,6 +2,9 @@
 begins with.
 
     CHAINS["shipped"]    classifier ─▶ two branches of it ─▶ their mean is the detector's backbone
+    CHAINS["ralf_two_streams"]
+        reconstructor, on reals alone ─▶ residual ─▶ joint ─▶ detector, its mask free
+        classifier ─────────────────────────┴──────▶ control, a classifier of the same minutes
 
 Any recipe's name is a chain of one training.  Trainings of one stage do not depend on each other,
 so they run at the same time.  ralf.train.trainings runs them; what follows the last one
@@ -53,6 +56,11 @@ class Chain:
     """Train each on all GPUs, or on two CPU cores; else in one process."""
     clips: MadeClips | None = None
     """None: calibrate and measure on the data itself."""
+    control: str | None = None
+    """A training without a residual, of about the same minutes: what RALF is compared with."""
+    classifier: str = "small-classifier"
+    """The name to publish by where closing the residual costs nothing: then the plain classifier
+    inside is published, which is no RALF."""
 
     def __post_init__(self) -> None:
         earlier: set[str] = set()
@@ -64,6 +72,8 @@ class Chain:
                         "which no earlier stage trains"
                     )
             earlier |= {training.name for training in stage}
+        if self.control is not None and self.control not in earlier:
+            raise RecipeError(f"chain {self.name} trains no {self.control!r} to compare with")
         if len(self.stages[-1]) != 1 or len(earlier) != len(self.trainings):
             raise RecipeError(f"chain {self.name} should end in one training, each name once")
 
@@ -161,6 +171,47 @@ def _from_classifiers(
     )
 
 
+def _two_streams() -> Chain:
+    """RALF on crop and residual, and a classifier of about the same minutes to compare it with.
+
+    Minutes on two cores, from the processor time of a step (docs/training.md has the table).
+    """
+    crop = {"data.batch": "16", "schedule.select": "auc", "schedule.evaluate_every": "8"}
+    # An arm that has stopped getting better gives its time to the others.
+    arm = {**crop, "schedule.patience": "5"}
+    gentle = {"optimiser.lr": "2e-4", "optimiser.ema": "0.995"}
+    classifier = Training(
+        "classifier", "small_classifier",
+        {**arm, "schedule.steps": "3000", "optimiser.ema": "0.99"},
+    )  # fmt: skip
+    residual = Training(
+        "residual", "residual_stream", {"schedule.select": "auc", "schedule.patience": "5"},
+        network_from=("reconstructor",), backbone_from=("classifier",),
+    )  # fmt: skip
+    joint = Training("joint", "two_stream", gentle, network_from=("residual",))
+    control = Training(
+        "control", "small_classifier", {**arm, **gentle, "schedule.steps": "6000"},
+        network_from=("classifier",),
+    )  # fmt: skip
+    # Last, and not for long: nothing but the budget rewards taking frequencies away.
+    freed = Training(
+        "detector", "two_stream",
+        {
+            **gentle,
+            "optimiser.rates": "reconstructor*0,mask*30,gate*20",
+            "loss.weight_budget": "1",
+            "schedule.steps": "400",
+            "optimiser.lr": "5e-5",
+        },
+        network_from=("joint",),
+    )  # fmt: skip
+    first = (Training("reconstructor", "reconstructor"), classifier)
+    return Chain(
+        "ralf_two_streams", (first, (residual,), (joint, control), (freed,)),
+        every_device=True, clips=MadeClips(), control="control",
+    )  # fmt: skip
+
+
 CHAINS = {
     chain.name: chain
     for chain in (
@@ -174,6 +225,8 @@ CHAINS = {
             classifier_steps="4000",
             changes={"schedule.steps": "6000"},
         ),
+        # RALF with its residual at work, or the classifier inside: the chain decides which.
+        _two_streams(),
     )
 }
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from ralf.kernels.artifact import Artifact
+    from ralf.kernels.manifest import Reference
     from ralf.train.calibrate import Calibrated
     from ralf.train.evaluate.judge import JudgedModel
     from ralf.train.retrain import Retraining
@@ -184,6 +185,10 @@ def _add_publish(subparsers: Commands) -> None:
     parser = _add(subparsers, "publish", "make a model of a run", run_publish)
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder that `ralf train` wrote")
     parser.add_argument("--name", required=True, help="the model's name, as ralf-small")
+    parser.add_argument(
+        "--without-residual", action="store_true",
+        help="the plain classifier inside a RALF of two streams",
+    )  # fmt: skip
     _add_models_option(parser)
     parser.add_argument("--data", nargs="+", metavar="PATH", help="the index, for the card")
     parser.add_argument(
@@ -225,15 +230,18 @@ def run_publish(args: argparse.Namespace) -> int:
         figures_in,
         golden_faces,
         publish_run,
+        without_residual,
     )
 
-    models = models_folder(args.models)
+    models, run = models_folder(args.models), args.folder
+    if args.without_residual:
+        run = without_residual(run, run / "without_residual", "The classifier inside a RALF.")
     index = read_all(args.data) if args.data else None
     golden, source = None, PATTERNS
     if args.golden_from:
         if index is None:
             raise ValueError("--golden-from needs --data")
-        golden, source = golden_faces(args.folder, index, args.golden_from.split(","))
+        golden, source = golden_faces(run, index, args.golden_from.split(","))
     if args.scores and args.calibration_of:
         raise ValueError("publish takes --scores or --calibration-of, not both")
     calibrated = calibrate_on_table(args.scores, args.fitted_on) if args.scores else None
@@ -246,7 +254,7 @@ def run_publish(args: argparse.Namespace) -> int:
         golden=golden,
         golden_source=source,
     )
-    artifact = publish_run(args.folder, args.name, models, details)
+    artifact = publish_run(run, args.name, models, details)
     if args.promote:
         promote(models, artifact.name, artifact.version)
     print(artifact.path)
@@ -282,11 +290,13 @@ def run_calibrate(args: argparse.Namespace) -> int:
     artifact = resolve(models, args.model)
     if args.scores:
         found = calibrate_on_table(args.scores, args.fitted_on, shift=not args.no_shift)
+        reference = None
     else:
         _warn_if_split_chose_the_weights(artifact, args.split)
         # In the precision that serves, unlike tables, since these very scores are thresholded.
         engine = load(artifact, args.device)
-        found = _calibrated(model_of_manifest(artifact.label, engine, artifact.manifest), args)
+        judge = model_of_manifest(artifact.label, engine, artifact.manifest)
+        found, reference = _calibrated(judge, args)
     for name, each in found.thresholds.items():
         low, high = each.interval
         support = "" if each.supported else "  (too few faces to support it)"
@@ -294,15 +304,18 @@ def run_calibrate(args: argparse.Namespace) -> int:
             f"{name}: {each.score:.4f}  rate {each.rate:.3f} [{low:.3f}, {high:.3f}]{support}",
             file=sys.stderr,
         )
-    print(recalibrate(artifact, models, found).path)
+    print(recalibrate(artifact, models, found, reference).path)
     return OK
 
 
-def _calibrated(judge: "JudgedModel", args: argparse.Namespace) -> "Calibrated":
+def _calibrated(judge: "JudgedModel", args: argparse.Namespace) -> "tuple[Calibrated, Reference]":
+    """What was fitted, and how real videos score under it."""
+    from ralf.kernels.manifest import Reference
     from ralf.train.calibrate import calibrate_on_split
     from ralf.train.data.layouts import read_all
+    from ralf.worker.drift import EDGES, histogram
 
-    found, _ = calibrate_on_split(
+    found, reals = calibrate_on_split(
         judge,
         read_all(args.data),
         args.split,
@@ -311,7 +324,8 @@ def _calibrated(judge: "JudgedModel", args: argparse.Namespace) -> "Calibrated":
         fitted_on=args.fitted_on,
         shift=not args.no_shift,
     )
-    return found
+    counts = tuple(histogram([float(score) for score in reals]))
+    return found, Reference(edges=EDGES, counts=counts, of=f"real videos of split {args.split}")
 
 
 def _warn_if_split_chose_the_weights(artifact: "Artifact", split: str) -> None:
@@ -334,13 +348,15 @@ def _add_ensemble(subparsers: Commands) -> None:
     _add_models_option(parser)
     parser.add_argument("--data", nargs="+", metavar="PATH", help="calibrate the mean on this")
     _add_calibration_options(parser)
-    parser.add_argument("--promote", action="store_true", help="make it the current version")
+    parser.add_argument(
+        "--promote", action="store_true", help="make it current if it passes the checks"
+    )
 
 
 def run_ensemble(args: argparse.Namespace) -> int:
     """Publish the ensemble; its folder on stdout."""
     from ralf.kernels.artifact import models_folder, resolve
-    from ralf.kernels.registry import point_to
+    from ralf.kernels.registry import promote
     from ralf.train.ensemble import judge_of_members, publish_ensemble
 
     models = models_folder(args.models)
@@ -351,10 +367,10 @@ def run_ensemble(args: argparse.Namespace) -> int:
                 f"ralf: {member.label} is not calibrated: its bare logits enter the mean",
                 file=sys.stderr,
             )
-    calibrated = _calibrated(judge_of_members(members, args.name), args) if args.data else None
+    calibrated = _calibrated(judge_of_members(members, args.name), args)[0] if args.data else None
     artifact = publish_ensemble(members, args.name, models, calibrated)
     if args.promote:
-        point_to(models, artifact.name, artifact.version)
+        promote(models, artifact.name, artifact.version)
     print(artifact.path)
     return OK
 
@@ -382,6 +398,9 @@ def _add_retrain(subparsers: Commands) -> None:
     parser.add_argument("--calibrate-on", default="val", metavar="SPLIT")
     parser.add_argument("--conditions", default="clean", metavar="A,B", help="while calibrating")
     parser.add_argument("--evaluate-on", default="test", metavar="SPLIT")
+    parser.add_argument(
+        "--least-people", type=int, default=30, metavar="N", help="real people to judge by (30)"
+    )
     parser.add_argument("--golden-from", default="", metavar="DATASET,…", help="faces may ship")
     parser.add_argument("--force", action="store_true", help="promote past checks that fail")
     parser.add_argument("--dry-run", action="store_true", help="show the steps and stop")
@@ -449,6 +468,7 @@ def _retraining(args: argparse.Namespace) -> "Retraining":
         evaluate_on=args.evaluate_on,
         conditions=listed(args.conditions) or ("clean",),
         golden_from=listed(args.golden_from),
+        least_people=args.least_people,
         force=args.force,
         say=lambda text: print(f"ralf: {text}", file=sys.stderr, flush=True),
     )
@@ -458,8 +478,9 @@ def _same_command(args: argparse.Namespace) -> str:
     """The command that goes on."""
     words = ["ralf", "retrain", args.recipe, "--data", *map(str, args.data), "--name", args.name]
     words += ["--targets", args.targets]
-    for option in ("out", "models", "minutes", "processes", "calibrate_on", "evaluate_on",
-                   "conditions", "golden_from", "device"):  # fmt: skip
+    for option in ("out", "models", "minutes", "workers", "processes", "calibrate_on",
+                   "evaluate_on", "least_people", "conditions", "golden_from",
+                   "device"):  # fmt: skip
         value = getattr(args, option)
         if value not in (None, ""):
             words += [f"--{option.replace('_', '-')}", str(value)]

@@ -11,7 +11,7 @@ of another size.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +24,16 @@ from ralf.kernels.artifact import Artifact, open_artifact
 from ralf.kernels.artifact import publish as write_version
 from ralf.kernels.engine import pick_device
 from ralf.kernels.engine_torch import pack
-from ralf.kernels.manifest import Aggregation, Manifest, Reference
+from ralf.kernels.manifest import Aggregation, Manifest, Network, Reference
 from ralf.kernels.networks import build
 from ralf.kernels.untrained import patterns
+from ralf.train import losses
 from ralf.train.calibrate import Calibrated, CalibrationError, restored
 from ralf.train.card import Portion, by_compression, card
 from ralf.train.data.evaluation_set import Examples
 from ralf.train.data.index import Index, IndexFault
-from ralf.train.loop.checkpoint import judged, load, weights
+from ralf.train.loop.checkpoint import BEST, judged, load, save, weights
+from ralf.train.losses.objective import BceLoss
 
 GOLDEN_CROPS = 32
 PATTERNS = "made patterns, no person"
@@ -67,6 +69,11 @@ def publish_run(
     details = details or PublishDetails()
     checkpoint = load(judged(run))
     recipe = checkpoint.recipe
+    if not losses.find(recipe.loss.kind).makes_detector:
+        raise ValueError(
+            f"{run} was trained with loss.kind={recipe.loss.kind}, which makes no detector: train "
+            "a recipe that begins from it (init.network), and publish that run"
+        )
     size = recipe.data.input.size
     crops = patterns(GOLDEN_CROPS, size) if details.golden is None else details.golden
     if crops.shape[1:] != (3, size, size):
@@ -106,9 +113,54 @@ def publish_run(
     return write_version(models, draft, {**files, "card.md": text.encode()})
 
 
-def recalibrate(artifact: Artifact, models: Path, calibrated: Calibrated) -> Artifact:
-    """The same weights with another calibration: a new version, its card amended."""
+def without_residual(run: Path, folder: Path, why: str) -> Path:
+    """The plain classifier inside a RALF of two streams, as a run of its own that can be published.
+
+    `why` goes into the notes of its recipe and so onto its card.
+    """
+    found = load(judged(run))
+    recipe, state = found.recipe, weights(found)
+    dimensions = recipe.network.dimensions
+    sees = dimensions.get("sees", "residual")
+    if recipe.network.build != "ralf" or sees == "residual":
+        raise ValueError(
+            f"{run} trained {recipe.network.build} with sees={sees}: only a RALF that sees the "
+            "crop, by sees=bands or both, holds a plain classifier"
+        )
+    plain = {name: x for name, x in state.items() if name.startswith("classifier.")}
+    if sees == "both":
+        # There the classifier's own stem reads the residual.
+        plain |= {
+            f"classifier.stem.{name.removeprefix('plain.')}": x
+            for name, x in state.items()
+            if name.startswith("plain.")
+        }
+    own = {key: dimensions[key] for key in ("backbone", "size", "pool") if key in dimensions}
+    closed = recipe.replaced(
+        name=f"{recipe.name}_closed",
+        network=Network.model_validate({"build": "classifier", **own}),
+        loss=BceLoss(),
+        optimiser=recipe.optimiser.replaced(rates=(), no_decay=("mask",)),
+        notes=(why,),
+    )
+    tensors = {f"network.backbone.{n.removeprefix('classifier.')}": x for n, x in plain.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    # The network's figures are not the classifier's.
+    save(folder / BEST, replace(found, recipe=closed, tensors=tensors, metrics={}))
+    return folder
+
+
+def recalibrate(
+    artifact: Artifact, models: Path, calibrated: Calibrated, reference: Reference | None = None
+) -> Artifact:
+    """The same weights with another calibration: a new version, its card amended.
+
+    `reference` is how scores are spread under the new calibration.  Without it the version has
+    none, and a worker takes the first scores that it computes: the old one's scores were on another
+    scale, and every upload would look like drift.
+    """
     draft = with_calibration(artifact.manifest, calibrated)
+    draft = draft.model_copy(update={"reference": reference})
     fitted = draft.calibration
     text = artifact.read("card.md").decode().rstrip("\n")
     forced = forced_promotion(models, artifact.name)

@@ -61,6 +61,20 @@ Count = Annotated[int, Field(ge=1)]
 Known = Annotated[Family, AfterValidator(_known)]
 
 
+def _part_rate(text: str) -> str:
+    part, star, factor = text.partition("*")
+    try:
+        fine = bool(part and star) and 0 <= float(factor) < float("inf")
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ValueError("should be PART*FACTOR with a factor of 0 or more, as gate*20")
+    return text
+
+
+PartRate = Annotated[str, AfterValidator(_part_rate)]
+
+
 class Part(BaseModel):
     """A part of a recipe: frozen; nothing unknown, no text for a number, no NaN, no infinity."""
 
@@ -99,9 +113,9 @@ class Data(Part):
     input: InputContract = InputContract()
     batch: Annotated[int, Field(ge=2)] = 32
     """Crops per step and process, half of them forged."""
-    pairing: Literal["balanced", "paired", "kindred"] = "paired"
+    pairing: Literal["balanced", "paired", "kindred", "reals"] = "paired"
     """balanced: as many forged as real, drawn apart; paired: each real beside its own forgery;
-    kindred: paired, and each two neighbours forged in the same way."""
+    kindred: paired, and each two neighbours forged in the same way; reals: no forgeries at all."""
     frames: Count = 8
     """Frames a video gives to one epoch, drawn anew in each."""
     evaluation_frames: Count = 32
@@ -169,7 +183,13 @@ class Optimiser(Part):
     betas: tuple[float, float] = (0.9, 0.999)
     """sgd takes the first as its momentum."""
     weight_decay: Share = 0.0
-    """adamw leaves vectors (biases, norms) and the frequency mask out of it."""
+    """adamw leaves vectors (biases, norms) and what no_decay names out of it."""
+    no_decay: tuple[str, ...] = ("mask",)
+    """Parts of the network that keep their size whatever the decay: it would pull the frequency
+    mask's logits to 0, a mask of one half, and shut a gate."""
+    rates: tuple[PartRate, ...] = ()
+    """PART*FACTOR: the learning rate of a part of the network over `lr`, as gate*20; 0 freezes it.
+    A part is a parameter or a module by its dotted name or the end of it."""
     clip: Positive | None = 1.0
     """Largest norm of the whole gradient; None does not clip."""
     accumulate: Count = 1
@@ -198,10 +218,10 @@ class Schedule(Part):
     """Epochs between two validations."""
     patience: int | None = None
     """Validations without a better one before the run stops early; None never stops."""
-    select: Literal["auc", "bce", "last"] = "auc"
+    select: Literal["auc", "bce", "restored", "last"] = "auc"
     """Which figure on the validation split says which weights are best; the test split is never
-    used.  last takes the newest: for a rate that falls to its floor, judged by a split too small to
-    choose."""
+    used.  restored is the reconstructor's: the removed energy that it gives back.  last takes the
+    newest: for a rate that falls to its floor, judged by a split too small to choose."""
 
 
 class Init(Part):
@@ -213,8 +233,8 @@ class Init(Part):
     weights), or None: random."""
     network: str | None = None
     """The folder of a run or version with the same network, or of several, whose judged weights to
-    go on from; a backbone other than ImageNet's is filled in after it, so that either half of a
-    detector can be the better trained one."""
+    go on from; a backbone other than ImageNet's is filled in after it, into what judges the crop
+    itself: the stems of RALF's residual and guide keep what they learnt."""
     perceptual: str | None = "imagenet"
     """imagenet (from torchvision's hub), a safetensors file with torchvision's names, or None."""
 
@@ -263,5 +283,16 @@ class Recipe(Part):
             raise ValueError(
                 f"network.size {size} and data.input.size {self.data.input.size} should be the "
                 "same: set both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> Self:
+        chosen, restores = self.schedule.select, self.loss.kind == "reconstruct"
+        if chosen != "last" and restores != (chosen == "restored"):
+            fitting = "restored" if restores else "auc or bce"
+            raise ValueError(
+                f"schedule.select {chosen!r} should be {fitting} or last with loss.kind "
+                f"{self.loss.kind!r}"
             )
         return self

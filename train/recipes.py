@@ -16,7 +16,9 @@ from ralf.train.losses.fdfl import FdflLoss
 from ralf.train.losses.objective import BceLoss
 from ralf.train.losses.ralf import RalfLoss
 from ralf.train.losses.rcl import RclLoss
-from ralf.train.recipe import BLENDS, HELD_OUT, Augment, Data, Optimiser, Recipe, Schedule
+from ralf.train.losses.reconstruct import ReconstructLoss
+from ralf.train.losses.two_stream import TwoStreamLoss
+from ralf.train.recipe import BLENDS, HELD_OUT, Augment, Data, Init, Optimiser, Recipe, Schedule
 from ralf.train.recipe_text import RecipeError
 
 SHARES = tuple(REGISTRY[family].share for family in BLENDS)
@@ -142,6 +144,75 @@ def small_classifier() -> Recipe:
     )
 
 
+TWO_STREAM = Network(
+    build="ralf", base=8, blocks=2, backbone="tf_efficientnet_lite0", size=256,
+    sees="bands", keeps=6.0, leaves=0.5,
+)  # fmt: skip
+TWO_STREAM_NOTES = (
+    (
+        "network.keeps=6: the mask keeps what lies below level 6, light and colour, and half of "
+        "the rest. A level is the sum of a coefficient's two indices in a DCT of 256 px, 0 to 510."
+    ),
+    "The reconstructor learnt on real faces alone, and is frozen: no forgery may teach it.",
+    (
+        "The signed residual by bands, over its deviation on real faces, has a stem and a loss of "
+        "its own; the gates that let it in begin at 0.1, at 20 times the rate, without decay."
+    ),
+    "drop_plain=0.3: on three batches of ten the residual has to do without the crop.",
+)
+FROZEN = ("reconstructor*0", "mask*0")
+
+
+def reconstructor() -> Recipe:
+    """RALF's reconstructor alone, on real faces damaged as uploads are; no detector yet."""
+    small = ralf_small()
+    parts = ("classifier", "residual", "residual_head", "guide", "attention", "gate", "mask")
+    return small.replaced(
+        name="reconstructor",
+        network=TWO_STREAM,
+        loss=ReconstructLoss(),
+        data=Data(pairing="reals", batch=8, augment=OUR_AUGMENT),
+        optimiser=Optimiser(
+            lr=1e-3,
+            weight_decay=1e-4,
+            # No average: the measured deviations must be those of the published weights.
+            ema=None,
+            rates=tuple(f"{part}*0" for part in parts),
+        ),
+        schedule=Schedule(steps=3750, evaluate_every=4, select="last"),
+        init=Init(backbone=None),
+        notes=TWO_STREAM_NOTES[:2],
+    )
+
+
+def two_stream() -> Recipe:
+    """RALF on the crop and on its signed residual by bands: begins from `residual_stream`."""
+    small = ralf_small()
+    return small.replaced(
+        name="two_stream",
+        network=TWO_STREAM,
+        loss=TwoStreamLoss(),
+        data=small.data.replaced(batch=16),
+        optimiser=small.optimiser.replaced(
+            ema=0.99, rates=(*FROZEN, "gate*20"), no_decay=("mask", "gate")
+        ),
+        schedule=Schedule(steps=2500, evaluate_every=8, select="last"),
+        notes=TWO_STREAM_NOTES,
+    )
+
+
+def residual_stream() -> Recipe:
+    """The residual alone, before the crop comes in: begins from `reconstructor`."""
+    both = two_stream()
+    crop = ("classifier.stem*0", "classifier.head*0", "gate*0")
+    return both.replaced(
+        name="residual_stream",
+        loss=TwoStreamLoss(streams="residual"),
+        optimiser=both.optimiser.replaced(rates=(*FROZEN, *crop)),
+        schedule=both.schedule.replaced(steps=1875),
+    )
+
+
 def xception() -> Recipe:
     """The field's baseline, as DeepfakeBench trains it, on whatever forgeries are on disk."""
     return Recipe(
@@ -165,7 +236,8 @@ def xception() -> Recipe:
 FDFL_NOTES = (
     "[R] loss.weight 0.5 is from memory; loss.margin 0.3 is the open implementations' default.",
     "[X] Norms and activations of the mining block, its width, the fusion: see the network.",
-    "network.fusion=gate begins as its backbone; a fresh convolution there forgets what that knew.",
+    "network.fusion=gate begins near its backbone; fresh convolutions there forget what it knew.",
+    "network.gate=0.1: a gate of 0 gives the mining block no gradient, and hardly ever opens.",
     "[X] Input size, optimiser and schedule are not published where we can read: ralf's here.",
     "loss.centre=faces: a centre drawn at random lies far from every face; random is as published.",
     "The paper names its own limit: no gain on forgeries of other methods than it trained on.",
@@ -174,20 +246,24 @@ FDFL_NOTES = (
 
 def fdfl() -> Recipe:
     """FDFL on the product's data: pixels and block frequencies, single-center loss."""
-    return ralf().replaced(
+    full = ralf()
+    return full.replaced(
         name="fdfl",
-        network=Network(build="fdfl", backbone="xception", size=256, fusion="gate"),
+        network=Network(build="fdfl", backbone="xception", size=256, fusion="gate", gate=0.1),
         loss=FdflLoss(),
+        optimiser=full.optimiser.replaced(rates=("fuse.factor*20",)),
         notes=FDFL_NOTES,
     )
 
 
 def fdfl_small() -> Recipe:
     """FDFL around ralf_small's backbone: 3.8 M parameters, 2 GFLOP a face."""
-    return ralf_small().replaced(
+    full, small = fdfl(), ralf_small()
+    return small.replaced(
         name="fdfl_small",
-        network=Network(build="fdfl", backbone="tf_efficientnet_lite0", size=256, fusion="gate"),
-        loss=FdflLoss(),
+        network=full.network.model_copy(update={"backbone": "tf_efficientnet_lite0"}),
+        loss=full.loss,
+        optimiser=small.optimiser.replaced(rates=full.optimiser.rates),
         notes=FDFL_NOTES,
     )
 
@@ -233,6 +309,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         ralf_small,
         ralf_small_cpu,
         small_classifier,
+        reconstructor,
+        residual_stream,
+        two_stream,
         xception,
         fdfl,
         fdfl_small,

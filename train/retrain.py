@@ -4,6 +4,8 @@ another.
 train       the recipe to its end, or until --minutes with weights that validation has judged; a
             chain of trainings one stage after another, each to its end
 clips       (a chain that asks for them) videos made of the data's stills, and faces cut from them
+residual    (RALF of two streams) closing it costs AUC, or the plain classifier inside goes on,
+            under its own name (ralf.train.residual_gate)
 calibrate   forgeries score above reals on the calibration split
 evaluate    video AUC above chance on the test split
 publish     weights, golden crops, calibration, figures and targets as one version
@@ -52,9 +54,13 @@ from ralf.train.publish import (
 )
 from ralf.train.recipe import seen_families
 from ralf.train.recipe_text import to_json
+from ralf.train.residual_gate import published_folder, residual_step
 from ralf.train.resumable import Facts, Say, Step, Stopped
 from ralf.train.trainings import ChainRun, TrainingFailed
 from ralf.worker.drift import EDGES, histogram
+
+LEAST_PEOPLE = 30
+"""With 30 people a false-positive rate of 0 still means anything up to 12 %."""
 
 if TYPE_CHECKING:
     from ralf.kernels.build import Builder
@@ -74,6 +80,8 @@ class Retraining:
     """Damage put on the calibration split, on both classes alike."""
     golden_from: tuple[str, ...] = ()
     """Collections whose faces may ship; none: patterns that show nobody."""
+    least_people: int = LEAST_PEOPLE
+    """Real people whom the splits to calibrate and to evaluate on should have at least."""
     force: bool = False
     say: Say = print
 
@@ -105,7 +113,9 @@ def default_run(chain: Chain, changes: Mapping[str, str], index: Index, name: st
 def steps(order: Retraining) -> list[Step]:
     """All steps, in order."""
     on = "made clips of " if order.clips else ""
-    calibrating = {"split": order.calibrate_on, "conditions": order.conditions}
+    gate = residual_step(order.training, order.name, order.calibrate_on, order.say)
+    least = order.least_people
+    calibrating = {"split": order.calibrate_on, "conditions": order.conditions, "least": least}
     publishing = {
         "name": order.name,
         "targets": order.targets,
@@ -115,14 +125,16 @@ def steps(order: Retraining) -> list[Step]:
     }
     return [
         *(_train_step(order, stage) for stage in order.training.chain.stages),
+        *([gate] if gate is not None else []),
         *([_clips_step(order)] if order.clips else []),
         Step(
             "calibrate", calibrating, lambda done: _calibrate(order, done),
             f"forgeries score above reals on {on}split {order.calibrate_on}",
         ),
         Step(
-            "evaluate", {"split": order.evaluate_on}, lambda done: _evaluate(order, done),
-            f"AUC above 0.5 on split {order.evaluate_on}",
+            "evaluate", {"split": order.evaluate_on, "least": least},
+            lambda done: _evaluate(order, done),
+            f"AUC above 0.5 on split {order.evaluate_on}, of {least} people or more",
         ),
         Step(
             "publish", publishing, lambda done: _publish(order, done),
@@ -244,7 +256,7 @@ def _clips(order: Retraining, families: Mapping[str, tuple[Any, ...]]) -> Facts:
 
 
 def _calibrate(order: Retraining, done: Mapping[str, Facts]) -> Facts:
-    judge = model_of_run(order.training.last_folder, device=_torch(order))
+    judge = model_of_run(published_folder(order.training, done), device=_torch(order))
     split, clips = order.calibrate_on, order.clips
     index, fitted_on = order.index, ""
     if clips:
@@ -254,6 +266,7 @@ def _calibrate(order: Retraining, done: Mapping[str, Facts]) -> Facts:
         rates = " and ".join(map(str, clips.crfs))
         fitted_on = f"made clips of the {split} people, H.264 at crf {rates}"
     _refuse_empty(index, split, "--calibrate-on")
+    _refuse_few(order, split, "--calibrate-on")
     if _chose_the_weights(order, split):
         order.say(
             "calibrate: split val chose the weights too, so scores come out a little too sure; "
@@ -292,6 +305,19 @@ def _refuse_empty(index: Index, split: str, option: str) -> None:
         )
 
 
+def _refuse_few(order: Retraining, split: str, option: str) -> None:
+    """Figures of a handful of people say nothing about others."""
+    real = order.index.where(split=split, label=0)
+    people = len({row.target or (row.dataset, row.video) for row in real})
+    if people < order.least_people:
+        raise Stopped(
+            f"at least {order.least_people} real people in split {split}",
+            f"{people}: too few to calibrate on or to measure with",
+            f"add people, or name another split: {option} SPLIT; to see the steps work on a few, "
+            f"--least-people {max(1, people)}",
+        )
+
+
 def _calibrated_of(facts: Facts) -> Calibrated:
     """What calibrating found, back from the record."""
     before, after = facts["nll"]
@@ -302,9 +328,10 @@ def _calibrated_of(facts: Facts) -> Calibrated:
 def _evaluate(order: Retraining, done: Mapping[str, Facts]) -> Facts:
     made, split = _calibrated_of(done["calibrate"]), order.evaluate_on
     _refuse_empty(order.index, split, "--evaluate-on")
+    _refuse_few(order, split, "--evaluate-on")
     # Judged with the calibration and the threshold that this version will be served with.
     judge = dataclasses.replace(
-        model_of_run(order.training.last_folder, device=_torch(order)),
+        model_of_run(published_folder(order.training, done), device=_torch(order)),
         calibration=made.calibration,
         threshold=made.scores()["fpr_0.05"],
     )
@@ -356,10 +383,15 @@ def _without_nan(value: Any) -> Any:
 
 
 def _publish(order: Retraining, done: Mapping[str, Facts]) -> Facts:
-    source = " of made clips" if order.clips else ""
+    source, folder = (
+        (" of made clips" if order.clips else ""),
+        published_folder(order.training, done),
+    )
+    earned = done.get("residual", {})
+    measured = {"residual": earned["views"]} if earned.get("earned") else {}
     details = PublishDetails(
         calibrated=_calibrated_of(done["calibrate"]),
-        metrics=done["evaluate"],
+        metrics={**done["evaluate"], **measured},
         data=portions(order.index),
         targets=declared_targets(order.targets, order.training.device),
         reference=Reference(
@@ -369,9 +401,10 @@ def _publish(order: Retraining, done: Mapping[str, Facts]) -> Facts:
         ),
     )
     if order.golden_from:
-        crops, source = golden_faces(order.training.last_folder, order.index, order.golden_from)
+        crops, source = golden_faces(folder, order.index, order.golden_from)
         details = dataclasses.replace(details, golden=crops, golden_source=source)
-    artifact = publish_run(order.training.last_folder, order.name, order.models, details)
+    name = earned.get("name", order.name)
+    artifact = publish_run(folder, name, order.models, details)
     order.say(f"publish: {artifact.label}")
     return {"path": str(artifact.path), "version": artifact.version}
 

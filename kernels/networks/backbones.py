@@ -103,6 +103,11 @@ class Backbone(nn.Module):
         """The number of inputs of the head."""
         return self.head.in_features
 
+    @property
+    def cam_layer(self) -> nn.Module:
+        """The last convolution before the pooling, whose maps Grad-CAM shows."""
+        return [layer for layer in self.rest.modules() if isinstance(layer, nn.Conv2d)][-1]
+
     def classify(self, features: Tensor) -> Tensor:
         """The stem's (merged) features [B, c, h, w] → logits [B], the head in FP32."""
         return self.conclude(self.rest(features)).logit
@@ -143,6 +148,14 @@ class Backbone(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Images [B, 3, h, w] as the stem wants them → logits [B]."""
         return self.classify(self.stem(image.to(dtype_of(self.stem))))
+
+
+def stem_of(backbone: str, channels: int) -> nn.Sequential:
+    """A backbone's stem with random weights, for pictures of so many channels."""
+    cut = family(backbone)
+    network = timm.create_model(cut.timm_name, pretrained=False, in_chans=channels)
+    parts = OrderedDict(network.named_children())
+    return nn.Sequential(OrderedDict((name, parts[name]) for name in cut.stem))
 
 
 def lower_backbone(backbone: Backbone, dtype: torch.dtype) -> None:

@@ -29,3 +29,8 @@ class Classifier(nn.Module):
         """The convolutions in a smaller dtype; what must stay exact stays in FP32."""
         lower_backbone(self.backbone, dtype)
         return self
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        """Where Grad-CAM looks."""
+        return self.backbone.cam_layer

@@ -57,6 +57,12 @@ class Ensemble(nn.Module):
         if shown:
             self.explain = shown[0].explain
 
+    @property
+    def cam_layer(self) -> nn.Module:
+        """Where Grad-CAM looks: the first member's last maps."""
+        layer: nn.Module = self.detectors[0].cam_layer  # type: ignore[assignment]
+        return layer
+
     def members(self, crops: Tensor) -> Tensor:
         """Each member's calibrated logit of being forged, [m, k]."""
         said = torch.stack([detector(crops) for detector in self.detectors], 1)

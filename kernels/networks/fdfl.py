@@ -11,7 +11,8 @@ one weight for each channel.  The published description ends there; the rest is 
 the norms and activations between, the mining block's width (that of the spectrum), and the
 fusion, which is a dimension, since the paper compares several and names none that we know of:
 
-    gate        x + a·f, the factor a zero at first: begins as the backbone; the default
+    gate        x + a·f, the factor a begins at `gate`: near zero it begins as the backbone, but
+                at zero the mining block has no gradient either; the default
     sum         x + f
     concat      both side by side, one 1 × 1 convolution, norm, ReLU
     attention   a weight from 0 to 1 at each place and channel weighs pixels against frequencies
@@ -136,7 +137,7 @@ class MiningBlock(nn.Module):
 class StreamFusion(nn.Module):
     """Two maps of one shape to one; the module's docstring says how."""
 
-    def __init__(self, kind: Fusion, width: int) -> None:
+    def __init__(self, kind: Fusion, width: int, gate: float = 0.0) -> None:
         super().__init__()
         self.kind = kind
         if kind == "concat":
@@ -144,7 +145,7 @@ class StreamFusion(nn.Module):
         elif kind == "attention":
             self.merge = nn.Sequential(nn.Conv2d(2 * width, width, 1), nn.Sigmoid())
         elif kind == "gate":
-            self.factor = nn.Parameter(torch.zeros(width))
+            self.factor = nn.Parameter(torch.full((width,), gate))
 
     def forward(self, pixels: Tensor, frequencies: Tensor) -> Tensor:
         """The input of the middle flow."""
@@ -168,7 +169,9 @@ class Fdfl(nn.Module):
         size: int = 256,
         fusion: Fusion = "gate",
         pool: Pool = "mean",
+        gate: float = 0.0,
     ) -> None:
+        """`gate` is where the factor of fusion=gate begins; 0 is what older runs began with."""
         super().__init__()
         # Whole blocks of 8, and an even number of them: the mining block pools by 2.
         if size < 32 or size % (2 * BLOCK):
@@ -185,7 +188,7 @@ class Fdfl(nn.Module):
             # FP32.
             self.norm = nn.BatchNorm2d(CHANNELS)
             self.mining = MiningBlock(width)
-            self.fuse = StreamFusion(fusion, width)
+            self.fuse = StreamFusion(fusion, width, gate)
 
     def trace(self, crops: Tensor) -> Features:
         """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and what losses read."""
@@ -207,6 +210,11 @@ class Fdfl(nn.Module):
             self.mining.to(dtype)
             self.fuse.to(dtype)
         return self
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        """Where Grad-CAM looks."""
+        return self.backbone.cam_layer
 
 
 def _convolution(width: int, wide: int, side: int, groups: int = 1) -> nn.Sequential:

@@ -88,12 +88,13 @@ class Batches:
         share = dict(zip(data.families, data.shares, strict=True)) if data.shares else {}
         # The draw needs sums of shares only, so shares need not add up to 1.
         self._edges = np.cumsum([share.get(family, 1.0) for family in self._families])
-        if not self._families and not self._forged:
+        if not self._families and not self._forged and data.pairing != "reals":
             raise IndexFault(
                 f"split {split!r} has no forgeries, and the recipe makes none: set data.families, "
                 f"for instance to {','.join(FAMILIES[:3])}"
             )
         self._half = data.batch // 2
+        self._reals = data.batch if data.pairing == "reals" else self._half
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,14 +104,17 @@ class Batches:
     @property
     def unused_forgeries(self) -> int:
         """How many forged videos on disk no batch shows, because the recipe blends them all."""
-        return len(self._forged) if self._families and self.data.blended_share == 1 else 0
+        blended = bool(self._families) and self.data.blended_share == 1
+        return len(self._forged) if blended and self.data.pairing != "reals" else 0
 
     def __len__(self) -> int:
         """Batches in which every real video gives its frames once."""
-        return max(1, sum(min(size, self.data.frames) for size in self._real) // self._half)
+        return max(1, sum(min(size, self.data.frames) for size in self._real) // self._reals)
 
     def __getitem__(self, number: int) -> Batch:
         pairing = self.data.pairing
+        if pairing == "reals":
+            return self._real_batch(number)
         crops: list[Tensor] = [torch.empty(0)] * (2 * self._half)
         pair = torch.full((2 * self._half,), -1, dtype=torch.int64)
         family = torch.full((2 * self._half,), REAL, dtype=torch.int64)
@@ -130,6 +134,20 @@ class Batches:
             pair[other] = place if both.same_face else -1
         forged = torch.arange(2 * self._half) >= self._half
         return Batch(torch.stack(crops), forged, pair, family, ids)
+
+    def _real_batch(self, number: int) -> Batch:
+        """Real faces alone, each with damage of its own."""
+        frames = [self._frame_at(0, number * self._reals + place) for place in range(self._reals)]
+        crops = []
+        for place, frame in enumerate(frames):
+            rng = np.random.default_rng((self.seed, number, place))
+            face = self.pool.pictures.face(frame)
+            longer = _longer(face) if face else self.data.input.size
+            damage = draw_damage(self.data.augment, rng, face_px=longer)
+            crops.append(self._frame_crop(frame, damage, self._cut(rng, flip=damage.flip), rng))
+        none = torch.full((len(frames),), -1, dtype=torch.int64)
+        forged = torch.zeros(len(frames), dtype=torch.bool)
+        return Batch(torch.stack(crops), forged, none, none.clone(), [x.name for x in frames])
 
     def _frame_at(self, stream: int, place: int) -> Frame:
         """The place-th frame of the endless series of real (0) or forged (1) frames."""

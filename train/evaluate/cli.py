@@ -18,7 +18,7 @@ def evaluate_commands(subparsers: Commands, refusing: Refusing) -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="PATH")
     parser.add_argument("--table", default="intra", metavar="NAME",
                         help="intra, cross, robustness, ablation, backbone, pooling, "
-                        "false_positives, aggregation, card, detectors")  # fmt: skip
+                        "false_positives, aggregation, card, detectors, residual")  # fmt: skip
     parser.add_argument("--split", default="test")
     parser.add_argument("--families", default="", metavar="A,B",
                         help="forgeries to blend from the reals, or all")  # fmt: skip

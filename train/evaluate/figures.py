@@ -165,9 +165,15 @@ def features_of(network: nn.Module, batches: Sequence[Tensor]) -> NDArray[np.flo
 
 
 def grad_cam(network: nn.Module, crops: Tensor) -> Tensor:
-    """Where evidence of forgery lies, [m, s, s] from 0 to 1, by the last convolution's maps."""
-    # Not a convolution on the picture itself: the last one with more than three inputs.
-    layer = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3][-1]
+    """Where evidence of forgery lies, [m, s, s] from 0 to 1, by the last maps before the pooling.
+
+    A network names that layer itself (`cam_layer`): the last convolution that it lists may belong
+    to another branch.
+    """
+    layer: nn.Module | None = getattr(network, "cam_layer", None)
+    if layer is None:
+        # A network of another package: not a convolution on the picture, the last of the others.
+        layer = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3][-1]
     maps: list[Tensor] = []
 
     def note(_module: nn.Module, _given: Any, out: Tensor) -> None:

@@ -44,8 +44,14 @@ def make_network(recipe: Recipe) -> nn.Module:
     if recipe.init.network is not None:
         network.load_state_dict(_mean(recipe.init.network, lambda run: _network_of(run, recipe)))
     source = recipe.init.backbone
+    # Into a network that is trained already only what judges the crop itself is filled.
     if source is not None and (recipe.init.network is None or source != IMAGENET):
-        fill = getattr(network, "initialise", None) or _fill_backbone(network, recipe)
+        trained = "initialise_plain" if recipe.init.network is not None else "initialise"
+        fill = (
+            getattr(network, trained, None)
+            or getattr(network, "initialise", None)
+            or _fill_backbone(network, recipe)
+        )
         with _file(source) as weights:
             fill(weights, source == IMAGENET)
     return network

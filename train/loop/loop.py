@@ -45,8 +45,8 @@ from ralf.train.loop.distributed import ALONE, Ranks
 from ralf.train.loop.initial_weights import make_network
 from ralf.train.loop.run_log import RunLog
 from ralf.train.loop.step import Stepper
-from ralf.train.loop.validate import Validation, judge_validation
-from ralf.train.losses.objective import Batch, Moment
+from ralf.train.loop.validate import judge_validation
+from ralf.train.losses.objective import Batch, Judgement, Moment
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import to_json
 
@@ -101,7 +101,7 @@ class TrainingOutcome:
 
     ending: Ending
     state: State
-    validation: Validation | None
+    validation: Judgement | None
     """The last validation by this command."""
 
 
@@ -185,7 +185,7 @@ class _Training:
         # Rounded up: a last epoch that is cut short is an epoch.
         self.epochs = -(-self.steps // self.epoch_steps)
         self.state = found.state if found else State()
-        self.validation: Validation | None = None
+        self.validation: Judgement | None = None
         self.validation_s = 0.0
         self._started_s = time.monotonic()
         self._saved_s = self._started_s
@@ -335,10 +335,14 @@ class _Training:
         """Judge the validation split; keep the weights if they are the best so far."""
         assert self.validation_batches is not None
         began_s = time.monotonic()
-        found = self.validation = judge_validation(
-            self.stepper.network, self.stepper.judged_weights, self.validation_batches,
-            device=self.stepper.device, dtype=self.stepper.dtype, ranks=self.ranks,
-        )  # fmt: skip
+        stepper, batches = self.stepper, self.validation_batches
+        how: dict[str, Any] = {
+            "device": stepper.device, "dtype": stepper.dtype, "ranks": self.ranks,
+        }  # fmt: skip
+        weights = stepper.judged_weights
+        found = self.validation = stepper.objective.judge(
+            weights, batches, **how
+        ) or judge_validation(stepper.network, weights, batches, **how)
         self.validation_s = time.monotonic() - began_s
         select = self.recipe.schedule.select
         figure, step, best = found.figure(select), self.state.step, self.state.best
@@ -352,13 +356,12 @@ class _Training:
         )
         self.log.record("validation", step, {**found.facts(), "seconds": self.validation_s})
         self.log.say(
-            f"epoch {step / self.epoch_steps:.4g}  validation AUC {found.auc:.4f}  "
-            f"BCE {found.bce:.4f}  {found.faces} faces{'  best' if better else ''}"
+            f"epoch {step / self.epoch_steps:.4g}  {found.said}{'  best' if better else ''}"
         )
         if better and self.ranks.first:
-            weights = self.stepper.judged_weights or self.stepper.network.state_dict()
             # The judged weights alone: what else it takes to train on lies in LAST.
-            judged = {f"network.{name}": tensor for name, tensor in weights.items()}
+            kept = weights or stepper.network.state_dict()
+            judged = {f"network.{name}": tensor for name, tensor in kept.items()}
             save(self.run / BEST, self._checkpoint(judged, {}, ()))
         self._save()
 

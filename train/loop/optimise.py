@@ -7,6 +7,7 @@ their average and the optimiser's moments.
 import math
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +15,64 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ralf.kernels.machine import cpu_has_bf16
 from ralf.train.recipe import Optimiser, Recipe, Schedule
+from ralf.train.recipe_text import RecipeError
 
-NO_DECAY = ("mask",)
-"""Parameters named so keep their size whatever the weight decay: decay would pull the frequency
-mask's logits to 0, a mask of one half."""
+
+def belongs(name: str, part: str) -> bool:
+    """Whether a parameter is that part of the network, or of it."""
+    return f".{part}." in f".{name}."
+
+
+def rate_factors(choice: Optimiser, network: nn.Module) -> dict[str, float]:
+    """Each parameter's factor on the rate, by name; of several that fit the last one counts."""
+    names = [name for name, _ in network.named_parameters()]
+    found = dict.fromkeys(names, 1.0)
+    for text in choice.rates:
+        part, _, factor = text.partition("*")
+        fitting = [name for name in names if belongs(name, part)]
+        if not fitting:
+            tops = sorted({name.split(".")[0] for name in names})
+            raise RecipeError(
+                f"optimiser.rates names {part!r}, and the network has no such part; it has "
+                f"{', '.join(tops)}"
+            )
+        found |= dict.fromkeys(fitting, float(factor))
+    return found
+
+
+def freeze(choice: Optimiser, network: nn.Module) -> None:
+    """Parameters whose rate is 0 need no gradient, so none is computed for them."""
+    factors = rate_factors(choice, network)
+    for name, parameter in network.named_parameters():
+        if factors[name] == 0:
+            parameter.requires_grad_(False)
 
 
 def optimiser(
     choice: Optimiser, network: nn.Module, own: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The main optimiser over the network and what the loss itself learns."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = list(own)
+    factors = rate_factors(choice, network)
+    # Decayed before kept: the order in which stored optimisers number their parameters.
+    chosen: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    chosen[1.0, False] += own
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         # Adam's decay is part of the gradient and, in the papers that use it, spares nothing.
-        spared = choice.kind == "adamw" and (parameter.ndim < 2 or name.endswith(NO_DECAY))
-        (kept if spared else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": choice.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        named = any(belongs(name, part) for part in choice.no_decay)
+        decayed = choice.kind != "adamw" or not (parameter.ndim < 2 or named)
+        chosen.setdefault((factors[name], decayed), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": choice.weight_decay if decayed else 0.0,
+            "lr": choice.lr * factor,
+            "factor": factor,
+        }
+        for (factor, decayed), parameters in chosen.items()
+        if parameters
     ]
-    groups = [group for group in groups if group["params"]]
     if choice.kind == "sgd":
         momentum = choice.betas[0]
         return torch.optim.SGD(groups, lr=choice.lr, momentum=momentum, nesterov=momentum > 0)

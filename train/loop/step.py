@@ -26,6 +26,7 @@ from ralf.train.loop.optimise import (
     MovingAverage,
     RunningBatchNorms,
     computed_in,
+    freeze,
     optimiser,
     rate,
 )
@@ -73,6 +74,7 @@ class Stepper:
             for layer in network.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                     layer.momentum = recipe.optimiser.norm_momentum
+        freeze(recipe.optimiser, network)
         self.running_norms = (
             RunningBatchNorms(network) if recipe.optimiser.norms == "running" else None
         )
@@ -124,7 +126,7 @@ class Stepper:
                 norm=float(norm), rate=now, network=self.network, objective=self.objective,
             )  # fmt: skip
         self._move(now, moment.step)
-        return terms | {"gradient_norm": float(norm), "lr": self.main.param_groups[0]["lr"]}
+        return terms | {"gradient_norm": float(norm), "lr": now}
 
     def _backward(
         self, batch: OnDevice, moment: Moment, share: float, *, alone: bool
@@ -183,7 +185,8 @@ class Stepper:
 
     def _move(self, now: float, step: int) -> None:
         for group in self.main.param_groups:
-            group["lr"] = now
+            # Stored runs from before parts had rates of their own have no factor.
+            group["lr"] = now * group.get("factor", 1.0)
         self.scaler.step(self.main)
         self.scaler.update()
         if self.running_norms is not None:

@@ -38,6 +38,11 @@ class Validation:
         """The figure that chooses the best weights; higher is better."""
         return -self.bce if select == "bce" else self.auc
 
+    @property
+    def said(self) -> str:
+        """For the terminal."""
+        return f"validation AUC {self.auc:.4f}  BCE {self.bce:.4f}  {self.faces} faces"
+
 
 @torch.no_grad()
 def judge_validation(

@@ -22,6 +22,8 @@ OURS = {
     "bce": ("ralf.train.losses.objective", "BceObjective"),
     "ralf": ("ralf.train.losses.ralf", "RalfObjective"),
     "fdfl": ("ralf.train.losses.fdfl", "FdflObjective"),
+    "reconstruct": ("ralf.train.losses.reconstruct", "ReconstructObjective"),
+    "two_stream": ("ralf.train.losses.two_stream", "TwoStreamObjective"),
     "rcl": ("ralf.train.losses.rcl", "RclObjective"),
 }
 

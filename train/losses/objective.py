@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ralf.train import losses
+from ralf.train.loop.distributed import Ranks
 from ralf.train.recipe import Loss, Recipe
 from ralf.train.recipe_text import RecipeError
 
@@ -72,11 +73,27 @@ class Terms:
     logit: Tensor  # [m]
 
 
+class Judgement(Protocol):
+    """What a validation found."""
+
+    def facts(self) -> dict[str, float | int | str | None]:
+        """For the log."""
+
+    def figure(self, select: str) -> float:
+        """The figure that chooses the best weights; higher is better."""
+
+    @property
+    def said(self) -> str:
+        """For the terminal."""
+
+
 class Objective(nn.Module):
     """A detector's loss."""
 
     options: ClassVar[type[Loss]] = Loss
     """What a recipe may say of this loss."""
+    makes_detector: ClassVar[bool] = True
+    """Whether a network that was trained by it can judge; one that cannot is not published."""
 
     def __init__(self, recipe: Recipe, network: nn.Module) -> None:
         super().__init__()
@@ -112,6 +129,18 @@ class Objective(nn.Module):
 
     def epoch_ended(self) -> None:
         """Called after the last step of each epoch."""
+
+    def judge(
+        self,
+        weights: dict[str, Tensor] | None,
+        batches: Iterable[Batch],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        ranks: Ranks,
+    ) -> Judgement | None:
+        """Judge the validation split in the loss's own way; None: as a detector, by its logits."""
+        return None
 
 
 class BceLoss(Loss):

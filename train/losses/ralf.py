@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ralf.kernels.dct import dct2
+from ralf.kernels.networks.bands import levels
 from ralf.train.loop.distributed import here
 from ralf.train.losses.objective import Batch, Moment, Objective, Terms, cross_entropy
 from ralf.train.losses.perceptual import perceptual
@@ -109,8 +110,7 @@ def pixel_loss(rebuilt: Tensor, image: Tensor, forged: Tensor) -> Tensor:
 
 def band_weights(size: int) -> Tensor:
     """W of equation 5 [s, s]: higher frequencies weigh more.  Bands scale with the size."""
-    index = torch.arange(size, dtype=torch.float64) * (256 / size)
-    level = index[:, None] + index[None, :]
+    level = levels(size)
     weights = torch.full((size, size), LAST, dtype=torch.float64)
     # From the widest band to the narrowest: each overwrites a part of the one before.
     for below, weight in reversed(BANDS):

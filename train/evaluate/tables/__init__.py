@@ -10,6 +10,7 @@
     aggregation      numbers of frames and means to score a video by
     card             the figures on the model's card
     detectors        models side by side: seen and unseen forgeries, robustness, cost, speed
+    residual         RALF whole and with its residual closed, alone, shuffled: is it at work?
 
 Table 1 to 6 are those of RALF's paper (paper.py); its published rows stand beside ours where the
 data is the same.  A new table is a function in a file here and a line in `MAKERS`.
@@ -31,6 +32,7 @@ from ralf.train.evaluate.tables.paper import (
     pooling,
     robustness,
 )
+from ralf.train.evaluate.tables.residual import residual
 from ralf.train.evaluate.tables.table import Table, TableOptions
 
 MAKERS: Mapping[str, Callable[[Sequence[JudgedModel], Index, TableOptions], Table]] = {
@@ -44,6 +46,7 @@ MAKERS: Mapping[str, Callable[[Sequence[JudgedModel], Index, TableOptions], Tabl
     "aggregation": aggregation,
     "card": card,
     "detectors": detectors,
+    "residual": residual,
 }
 
 
