@@ -125,6 +125,7 @@ def test_only_the_train_splits_authentic_faces_are_shown(tmp_path):
     found = aligned_faces(index, "train", 32)
     assert len(found) == sum(row.split == "train" and not row.label for row in index)
     assert set(found.people) == train
+    assert len(aligned_faces(index, "train", 32, most=2)) == 2
 
 
 def test_colours_are_moved_to_the_real_ones_by_every_way():

@@ -177,14 +177,14 @@ def aligned_faces(
     split: str,
     size: int,
     *,
-    most: int = 40_000,
+    most: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Faces:
     """The authentic faces of a split, at most so many, spread evenly over it."""
     refuse_leaks(index)
     frames = [frame for video in frames_of(index.where(split=split, label=0)).values()
               for frame in video]  # fmt: skip
-    if len(frames) > most:
+    if most is not None and len(frames) > most:
         frames = [frames[place] for place in np.linspace(0, len(frames) - 1, most).astype(int)]
     pictures = Pictures(index, frames, ram_bytes=0)
     known = [(frame, face) for frame in frames if (face := pictures.face(frame)) is not None]

@@ -110,7 +110,6 @@ class Autoencoder(Renderer):
     Options = AutoencoderOptions
     options: AutoencoderOptions
     centres: Tensor
-    group: Tensor
 
     def __init__(self, options: RendererOptions) -> None:
         super().__init__(options)
@@ -124,8 +123,8 @@ class Autoencoder(Renderer):
         begin(self)
         shape = (options.decoders, 3 * THUMBNAIL**2)
         self.register_buffer("centres", torch.zeros(shape))
-        # Each training face's group; needed for training alone.
-        self.register_buffer("group", torch.zeros(0, dtype=torch.int64), persistent=False)
+        # Each training face's group, for training alone.  On the CPU, where batches are chosen.
+        self.group = torch.zeros(0, dtype=torch.int64)
 
     def learn_from(self, faces: Faces) -> None:
         """Put each face into a group."""

@@ -35,6 +35,8 @@ class RendererOptions(Part):
     """Side in pixels of what the network draws."""
     steps: Annotated[int, Field(ge=0)] = 4000
     batch: Count = 24
+    faces: Count = 40_000
+    """Most faces that it is trained on, spread evenly over the split: all are held in memory."""
     lr: Positive = 5e-4
     l1: Weight = 1.0
     """Weight of the mean absolute difference."""
