@@ -6,11 +6,14 @@ Writes these files into FOLDER, by default deploy/secrets/, and never overwrites
 
     users.acl       deploy/redis/users.acl with the hashes of the passwords, for Redis
     ROLE.env        RALF_REDIS_URL of producer, worker, janitor, deliverer and reader; the
-                    deliverer's file also has the secret that signs webhooks
+                    deliverer's file also has the secret that signs webhooks. Kubernetes' Secrets
+                    are made from these
+    ROLE.redis_url, deliverer.webhook_secrets       each value alone, which Compose mounts
     grafana.env     the password of Grafana's user admin
 
-Redis gets only hashes.  Each ROLE.env goes to the container of that role alone.  The script uses
-only the standard library.
+Redis gets only hashes.  Each role's files go to the container of that role alone, as files: what
+is in the environment of a container's first process can be read by every process of its user.  The
+script uses only the standard library.
 """
 
 import argparse
@@ -34,11 +37,15 @@ def write_secrets(folder: Path, host: str = "redis") -> Path:
         password = secrets.token_urlsafe(32)
         users = users.replace(f"#{name} ", f"#{hashlib.sha256(password.encode()).hexdigest()} ")
         role = name.lower()
-        lines = [f"RALF_REDIS_URL=redis://{role}:{password}@{host}:6379/0"]
+        values = {"redis_url": f"redis://{role}:{password}@{host}:6379/0"}
         if role == "deliverer":
             key = base64.b64encode(secrets.token_bytes(32)).decode()
-            lines.append(f"RALF_WEBHOOK_SECRETS=*/default=whsec_{key}")
+            values["webhook_secrets"] = f"*/default=whsec_{key}"
+        lines = [f"RALF_{name.upper()}={value}" for name, value in values.items()]
         _write(folder / f"{role}.env", "\n".join(lines), 0o600)
+        for setting, value in values.items():
+            # The container's user must read the mounted file; the folder is closed to others here.
+            _write(folder / f"{role}.{setting}", value, 0o644)
     # Redis runs as another user and must read this file; it contains only hashes.
     _write(folder / "users.acl", users.rstrip("\n"), 0o644)
     password = secrets.token_urlsafe(24)

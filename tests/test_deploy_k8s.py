@@ -126,6 +126,27 @@ def test_a_worker_has_time_to_drain_and_its_models_read_only(overlay: str):
 
 
 @pytest.mark.parametrize("overlay", SERVICE)
+@pytest.mark.parametrize("role", ["worker", "deliverer", "janitor"])
+def test_credentials_are_files_and_in_no_environment(overlay: str, role: str):
+    """Each process of a pod can read the environment of the first one."""
+    pod = one(overlay, "Deployment", role)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    files = {
+        each["name"]: each["value"] for each in container["env"] if each["name"].endswith("_FILE")
+    }
+    (place,) = [each for each in container["volumeMounts"] if each["name"] == "secrets"]
+    (volume,) = [each for each in pod["volumes"] if each["name"] == "secrets"]
+
+    assert volume["secret"]["secretName"] == f"ralf-{role}"
+    assert place["readOnly"] is True
+    assert "RALF_REDIS_URL_FILE" in files
+    assert ("RALF_WEBHOOK_SECRETS_FILE" in files) is (role == "deliverer")
+    for name, path in files.items():
+        assert path == f"{place['mountPath']}/{name.removesuffix('_FILE')}"
+    assert not [each for each in container.get("envFrom", ()) if "secretRef" in each]
+
+
+@pytest.mark.parametrize("overlay", SERVICE)
 def test_scaling_counts_what_runs_and_an_unanswered_question_is_no_zero(overlay: str):
     """Busy workers must not be stopped because the queue is empty."""
     scaled = one(overlay, "ScaledObject", "worker")["spec"]

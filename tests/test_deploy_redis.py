@@ -72,7 +72,11 @@ def test_secrets_are_private_hashed_for_redis_and_never_overwritten(secrets: Pat
     for role, password in passwords.items():
         assert f"user {role} on #{hashlib.sha256(str(password).encode()).hexdigest()} " in acl
         assert str(password) not in acl
-    assert {path.name for path in secrets.iterdir() if path.stat().st_mode & 0o077} == {"users.acl"}
+    # A container's user reads these by a mount; here the folder keeps them from others.
+    mounted = {"users.acl", "deliverer.webhook_secrets", *(f"{role}.redis_url" for role in ROLES)}
+    assert {path.name for path in secrets.iterdir() if path.stat().st_mode & 0o077} == mounted
+    for role, password in passwords.items():
+        assert f":{password}@" in (secrets / f"{role}.redis_url").read_text()
     assert secrets.stat().st_mode & 0o077 == 0
     before = (secrets / "worker.env").read_text()
     again = subprocess.run([sys.executable, DEPLOY / "make_secrets.py", secrets])

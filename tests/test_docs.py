@@ -134,10 +134,26 @@ def test_every_setting_and_make_target_on_a_page_exists():
     """Settings refuses an unknown RALF_ name, so a page must not show one."""
     text = "".join(page.read_text() for page in PAGES)
     settings = {f"RALF_{field.name.upper()}" for field in dataclasses.fields(Settings)}
+    settings |= {f"{name}_FILE" for name in settings}
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
     assert set(re.findall(r"\bRALF_[A-Z][A-Z_]*[A-Z]\b", text)) - settings == set()
     assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
+
+
+def test_every_test_that_the_table_of_threats_names_exists():
+    """And each row names one."""
+    page = (ROOT / "docs/operations.md").read_text()
+    table = page.split("### Threats, and the tests that cover them")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 25
+
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert named, f"no test covers: {row}"
+        for file, test in named:
+            code = (ROOT / "tests" / file).read_text()
+            assert re.search(rf"^ *def {test}\(", code, re.MULTILINE), f"{file} has no {test}"
 
 
 def section(title: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ralf.worker.service import sandbox
+from ralf.worker.service.processes import as_environment
 from ralf.worker.settings import Settings, SettingsError
 
 WORKER = Path(__file__).resolve().parent.parent / "worker"
@@ -60,6 +61,37 @@ def test_an_unknown_name_is_refused():
     """A typo must not become a default."""
     with pytest.raises(SettingsError, match="RALF_MAX_BITES"):
         Settings.from_environment({"RALF_MAX_BITES": "1"})
+
+
+def test_a_setting_may_be_in_a_file(tmp_path: Path):
+    """As Compose and Kubernetes give secrets; a supervisor passes the file's name on."""
+    secret = tmp_path / "redis_url"
+    secret.write_text("redis://worker:s3cret@queue:6379/0\n")
+    given = {"RALF_REDIS_URL_FILE": str(secret), "RALF_MODEL": "fdfl", "HOME": "/"}
+    settings = Settings.from_environment(given)
+    passed = as_environment(replace(settings, http_port=9), given)
+
+    assert settings.redis_url == "redis://worker:s3cret@queue:6379/0"
+    assert settings.model == "fdfl"
+    assert "s3cret" not in str(passed)
+    assert Settings.from_environment(passed) == replace(settings, http_port=9)
+    # Another address, as an embedded Redis has, is passed itself.
+    other = replace(settings, redis_url="unix:///tmp/socket")
+    assert Settings.from_environment(as_environment(other, given)) == other
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"RALF_REDIS_URL_FILE": "/nowhere"}, "RALF_REDIS_URL_FILE.*No such file"),
+        ({"RALF_REDIS_URL_FILE": "/dev/null", "RALF_REDIS_URL": "redis://a"}, "both set"),
+        ({"RALF_REDIS_URI_FILE": "/dev/null"}, "RALF_REDIS_URI_FILE is not a setting"),
+    ],
+)
+def test_a_file_that_cannot_be_a_setting_is_named(given: dict[str, str], said: str):
+    """Without the content of any file."""
+    with pytest.raises(SettingsError, match=said):
+        Settings.from_environment(given)
 
 
 def test_every_setting_has_a_plain_default():

@@ -2,14 +2,19 @@
 
 Each field is the environment variable RALF_<FIELD IN CAPITALS>; `ralf doctor` prints them all
 with their values. A value that does not parse is an error that names the variable.
+
+RALF_<FIELD IN CAPITALS>_FILE names a file that holds the value instead, for secrets: a process's
+environment can be read by others of its user, and by whoever may inspect its container.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 GIB = 1024**3
+FROM_FILE = "_FILE"
 CHILD: Mapping[str, bool] = {"child": True}
 """Marks a field that the child process reads too: no address, no secret, no bucket."""
 
@@ -170,7 +175,7 @@ class Settings:
         hints = get_type_hints(cls)
         known = {f"RALF_{f.name.upper()}": f.name for f in fields(cls)}
         values: dict[str, Any] = {}
-        for name, text in env.items():
+        for name, text in values_of(env).items():
             if name in known:
                 values[known[name]] = _parse(name, text, hints[known[name]])
             elif name.startswith("RALF_") and not name.startswith("RALF_X_"):
@@ -185,6 +190,24 @@ class Settings:
             for part in fields(self)
             if part.metadata.get("child") or not child
         }
+
+
+def values_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables, with the content of its file in place of each RALF_…_FILE."""
+    values, known = dict(environment), {f"RALF_{f.name.upper()}" for f in fields(Settings)}
+    for name, path in environment.items():
+        setting = name.removesuffix(FROM_FILE)
+        # RALF_REDIS_CA_FILE is a setting itself.
+        if name in known or setting == name or setting not in known:
+            continue
+        if setting in environment:
+            raise SettingsError(f"{setting} and {name} are both set; keep one of them")
+        try:
+            values[setting] = Path(values.pop(name)).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise SettingsError(f"{name} should name a file to read, got {path}: {why}") from None
+    return values
 
 
 def _text(value: object) -> str:

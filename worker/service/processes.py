@@ -35,7 +35,7 @@ from ralf.worker.errors import Infrastructure
 from ralf.worker.service.connection import connect
 from ralf.worker.service.jobs import Bodies
 from ralf.worker.service.store import PRIORITIES, Store
-from ralf.worker.settings import Settings
+from ralf.worker.settings import FROM_FILE, Settings, values_of
 
 Role = Literal["redis", "worker", "janitor", "deliverer"]
 COMMANDS: Mapping[Role, str] = {"worker": "worker", "janitor": "janitor", "deliverer": "deliver"}
@@ -291,7 +291,14 @@ def as_environment(settings: Settings, outside: Mapping[str, str]) -> dict[str, 
     """The environment from which Settings.from_environment() reads exactly these settings."""
     # Settings refuses a RALF_ variable that is no setting, and to_environment() gives every other.
     environment = {name: value for name, value in outside.items() if not name.startswith("RALF_")}
-    return environment | settings.to_environment()
+    environment |= settings.to_environment()
+    # What came from a file stays in it: a process's first environment is open to its own user.
+    for name, path in outside.items():
+        setting, read = name.removesuffix(FROM_FILE), values_of({name: path})
+        if name not in read and read[setting] == environment[setting]:
+            del environment[setting]
+            environment[name] = str(Path(path).absolute())
+    return environment
 
 
 def _said(process: Process) -> str:
