@@ -2,15 +2,17 @@
 # Compare five detectors and the mean of three, trained on the same number of the same faces: the
 # plain classifier, RALF as published, RALF with the crop beside the residual (what ships), FDFL,
 # RCL-inspired.
-#   bench/compare_detectors.sh DATA OUT [FACES] [SIZE]
+#   bench/compare_detectors.sh DATA[,DATA…] OUT [FACES] [SIZE]
 # All have the same backbone (EfficientNet-Lite0) and see FACES crops (24000) of SIZE pixels (128).
 # The plain classifier takes the place that Xception has on a GPU.  A stopped run continues with the
 # same command.  The record is OUT/detectors.json.  With fewer than a thousand faces nothing is learnt,
 # and calibration refuses.
+#   HELD_OUT   the generator that none may see: a family, or a method of forgeries on disk
 #   BACKBONE   first weights: a safetensors file with timm's names, or `imagenet` from timm's hub
 #   LIMIT      judge only this many people;  SEED   seed of the trainings (0)
 set -euo pipefail
-data=$(realpath "$1") out=$(realpath -m "$2") faces=${3:-24000} size=${4:-128}
+mapfile -t data < <(tr , '\n' <<<"$1" | xargs -d '\n' realpath)
+out=$(realpath -m "$2") faces=${3:-24000} size=${4:-128}
 cd "$(dirname "$0")/.."
 ralf() { "${PYTHON:-.venv/bin/python}" -m ralf "$@"; }
 export RALF_MODELS_DIR=$out/models
@@ -18,14 +20,14 @@ batch=16
 steps=$((faces / batch))
 mkdir -p "$out"
 learn() { # MODEL RECIPE [--set …]
-  ralf train "$2" --data "$data" --out "$out/runs/$1" --device cpu --workers 1 \
+  ralf train "$2" --data "${data[@]}" --out "$out/runs/$1" --device cpu --workers 1 \
     --set "schedule.steps=$steps" --set schedule.evaluate_every=3 --set "data.batch=$batch" \
     --set "network.size=$size" --set "data.input.size=$size" --set optimiser.ema=0.99 \
-    --set schedule.select=last \
+    --set schedule.select=last ${HELD_OUT:+--set "data.held_out=$HELD_OUT"} \
     --set "seed=${SEED:-0}" --set "init.backbone=${BACKBONE:-imagenet}" "${@:3}"
-  ralf publish "$out/runs/$1" --name "$1" --data "$data" --promote
+  ralf publish "$out/runs/$1" --name "$1" --data "${data[@]}" --promote
   local made
-  made=$(ralf calibrate "$1" --data "$data" --split val --device cpu)
+  made=$(ralf calibrate "$1" --data "${data[@]}" --split val --device cpu)
   ralf models promote "$1@$(basename "$made")"
 }
 learn classifier small_classifier
@@ -33,6 +35,6 @@ learn ralf ralf_small_cpu --set network.sees=residual
 learn ralf_both ralf_small_cpu
 learn fdfl fdfl_small
 learn rcl rcl_small
-ralf ensemble ralf fdfl rcl --name trio --data "$data" --split val --promote
-ralf evaluate classifier ralf ralf_both fdfl rcl trio --data "$data" --table detectors --split test \
+ralf ensemble ralf fdfl rcl --name trio --data "${data[@]}" --split val --promote
+ralf evaluate classifier ralf ralf_both fdfl rcl trio --data "${data[@]}" --table detectors --split test \
   --out "$out" ${LIMIT:+--limit "$LIMIT"} | tee "$out/detectors.txt"

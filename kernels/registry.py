@@ -291,7 +291,12 @@ def _metrics(artifact: Artifact, against: Artifact | None) -> PromotionCheck:
 def _limits(artifact: Artifact) -> PromotionCheck:
     """Figures that no version may exceed, whatever was promoted before."""
     limits, found = artifact.manifest.limits, figures(artifact.manifest.metrics)
-    measured = {name: most for name, most in limits.items() if name in found}
+    measured = {
+        name: most
+        for pattern, most in limits.items()
+        for name in found
+        if fnmatchcase(name, pattern)
+    }
     if not measured:
         asked = ", ".join(limits) or "nothing"
         return PromotionCheck("limits", asked, "none of them was measured", True)

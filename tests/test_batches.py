@@ -96,14 +96,17 @@ def test_half_is_forged_and_pairs_point_at_their_reals(reals):
 
 
 def test_forgeries_on_disk_that_no_batch_shows_are_counted(copies):
-    """A recipe that blends every forgery leaves them unused; half, or no family, uses them."""
+    """A recipe that blends every forgery leaves them unused; unless it says so, half is theirs."""
     on_disk = sum(row.split == "train" and row.label == 1 for row in copies)
 
     def unused(**changes):
         return Batches(copies, data(**changes)).unused_forgeries
 
-    assert unused(families=("inner",)) == on_disk > 0
-    assert unused(families=("inner",), blended_share=0.5) == unused(families=()) == 0
+    assert unused(families=("inner",), blended_share=1.0) == on_disk > 0
+    assert unused(families=("inner",)) == unused(families=()) == 0
+    batches = Batches(copies, data(families=("inner",)))
+    shown = {batches.names[n] for number in range(8) for n in batches[number].family if n >= 0}
+    assert {"inner", "copies"} == shown
 
 
 def test_every_video_comes_round_before_any_comes_again(reals):
@@ -627,3 +630,14 @@ def test_a_recipe_without_new_fields_gets_the_batches_it_always_got(reals):
     seen = Batches(reals, data(families=("inner", "swap"), augment=augment), seed=5)[0].crops
 
     assert pytest.approx(known, abs=0.05) == seen.float().mean(dim=(1, 2, 3)).tolist()
+
+
+def test_a_whole_generator_of_forgeries_on_disk_can_be_held_out(copies):
+    """By its method's name, in training and in validation; a name that nothing has is refused."""
+    recipe = data(families=("inner",), held_out="copies")
+
+    assert not Batches(copies, recipe).pool.forged
+    assert "copies" not in {item.method for item in Examples(copies, recipe, "val").items}
+    assert recipe.unseen == "copies" and recipe.trained_families == ("inner",)
+    with pytest.raises(IndexFault, match=r"'copys' is no family .* on disk \(copies\)"):
+        Batches(copies, data(families=("inner",), held_out="copys"))

@@ -466,3 +466,18 @@ def test_reals_of_a_collection_without_forgeries_move_the_threshold_and_not_the_
     assert found.calibration == alone.calibration
     assert found.thresholds["fpr_0.05"].score > alone.thresholds["fpr_0.05"].score
     assert found.thresholds["fpr_0.05"].set_by == "stills"
+
+
+def test_the_generator_held_out_calibrates_nothing(tmp_path: Path):
+    """Forgeries of it lie on disk beside others; without them the split is calibrated alike."""
+    reals = [("real", who, f"v{who}", "") for who in "abcd"]
+    seen = [("swap", who, f"f{who}", "") for who in "abcd"]
+    unseen = [("secret", who, f"x{who}", "") for who in "abcd"]
+    judge = replace(by_brightness(), trained={"held_out": "secret"})
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+
+    found, _ = calibrate_on_split(judge, split_of(tmp_path / "one", *reals, *seen, *unseen), "val")
+    without, _ = calibrate_on_split(judge, split_of(tmp_path / "two", *reals, *seen), "val")
+
+    assert found == without

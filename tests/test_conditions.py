@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance
 from scipy import ndimage
 from skimage.data import astronaut
 
@@ -15,6 +15,7 @@ from ralf.train.evaluate.conditions import (
     LEVELS,
     TABLE_3,
     all_conditions,
+    on_crop,
     parse,
     perturb,
 )
@@ -63,11 +64,24 @@ def test_seven_kinds_with_five_published_levels():
     } == DEEPERFORENSICS
     assert LEVELS["jpeg"] == (90, 70, 50, 30, 10)
     assert [parse(condition) for condition in TABLE_3] == [
-        ("contrast", 0.725),
+        ("fade", 0.725),
         ("blur", 9),
         ("rescale", 3),
         ("pixelation", 3),
     ]
+    assert all(map(on_crop, TABLE_3)) and not on_crop("blur:2")
+
+
+def test_fading_is_pillows_contrast():
+    """Towards the mean grey, so the picture stays as bright, where `contrast` darkens it."""
+    oracle = ImageEnhance.Contrast(Image.fromarray(PICTURE)).enhance(0.725)
+
+    assert np.abs(under("fade:2").astype(int) - np.asarray(oracle)).max() <= 1
+    assert (
+        abs(under("fade:2").mean() - PICTURE.mean())
+        < 1
+        < PICTURE.mean() - under("contrast:2").mean()
+    )
 
 
 def test_saturation_at_its_last_level_is_grey():

@@ -59,6 +59,22 @@ def test_only_some_rows(folder, tmp_path, capsys):
     assert "--only takes FIELD=VALUE" in capsys.readouterr().err
 
 
+def test_only_takes_several_values_and_refuses_to_leave_nothing(tmp_path, capsys):
+    """Commas and repeated pairs name further values; other fields narrow; nothing left is said."""
+    folder, out = faces(tmp_path / "d", val=4, forgeries="inner").root, tmp_path / "some.csv"
+    words = ("data", "index", folder, "--out", out)
+
+    assert ralf(*words, "--only", "method=real,inner", "--only", "split=val") == 0
+    assert len(load(out)) == 8
+    assert ralf(*words, "--only", "method=real", "--only", "method=swap") == 0
+    assert {0} == {row.label for row in load(out)}
+    out.unlink()
+    assert ralf(*words, "--only", "method=swap,eyes") == 2
+    said = capsys.readouterr().err
+    assert "no row is left of 16" in said and "method: inner, real" in said
+    assert not out.exists()
+
+
 def test_no_layout_is_a_refusal_in_words(tmp_path, capsys):
     """No traceback."""
     assert ralf("data", "check", tmp_path / "nowhere") == 2
@@ -107,7 +123,7 @@ def run_folder(tmp_path):
     return run
 
 
-def test_evaluate_writes_table_videos_and_page(folder, tmp_path, capsys):
+def test_evaluate_writes_table_and_videos_and_figures_a_page(folder, tmp_path, capsys):
     """A run's folder is a model; figures come out the same twice."""
     words = ("evaluate", run_folder(tmp_path), "--data", folder, "--split", "val")
     words += ("--families", "inner,boundary", "--out", tmp_path / "out")
@@ -119,7 +135,11 @@ def test_evaluate_writes_table_videos_and_page(folder, tmp_path, capsys):
     figures = json.loads((tmp_path / "out/intra.json").read_text())["figures"]
     assert figures["run portraits"]["frames"]["real"] == 4
     assert (tmp_path / "out/run-intra.csv").read_text().count("\n") == 13
-    assert (tmp_path / "out/run.html").exists()
+    assert not (tmp_path / "out/run.html").exists()
+    pictured = ("figures", *words[1:-1], tmp_path / "pages")
+    assert ralf(*pictured) == 0
+    assert "<h2>Faces</h2>" in (tmp_path / "pages/run.html").read_text()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "pages/run.html")
 
 
 def test_an_unknown_table_or_model_is_a_refusal(folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from ralf.train.evaluate.judge import (
 from ralf.train.evaluate.metrics import Scored, concatenated, measure
 from ralf.train.evaluate.tables import MAKERS, table
 from ralf.train.evaluate.tables.aggregation import evenly_spread
-from ralf.train.evaluate.tables.table import Table, TableOptions
+from ralf.train.evaluate.tables.table import Table, TableOptions, read_groups
 from ralf.train.forge.clips import ClipOptions, make_clips
 from tests.faces_on_disk import faces
 
@@ -213,7 +214,7 @@ def test_robustness_is_nine_kinds_of_five_levels(index):
     made = table("robustness", [JUDGE], one, replace(QUICK, families=(), replicates=0))
     told = [row[0].removeprefix("sharp ") for row in made.rows]
 
-    assert told[0] == "clean" and len(told) == len(set(told)) == 1 + 9 * 5 + 1
+    assert told[0] == "clean" and len(told) == len(set(told)) == 1 + 9 * 5 + 2 + 4
     for kind in (*DEEPERFORENSICS, "jpeg", "light"):
         assert {f"{kind}:{level}" for level in range(1, 6)} <= set(told)
     assert "rescale:2" in told
@@ -287,8 +288,18 @@ def carded(tmp_path_factory) -> tuple[Index, Table]:
         for n, row in enumerate(stills.where(split="train"))
     ]
     everything = stills + crops + Index(stills.root, tuple(others))
+    groups = root / "groups.csv"
+    people = [Path(row.path).name for row in stills.where(split="val")]
+    groups.write_text(
+        "file,split,gender\n"
+        + "".join(f"{name},val,{'ab'[n > 0]}\n" for n, name in enumerate(people))
+    )
     options = TableOptions(
-        split="val", families=("smooth", "boundary"), conditions=("clean",), replicates=20
+        split="val",
+        families=("smooth", "boundary"),
+        conditions=("clean", "jpeg=8"),
+        replicates=20,
+        groups=read_groups([groups]),
     )
     return everything, table("card", [JUDGE], everything, options)
 
@@ -308,6 +319,46 @@ def test_the_card_judges_stills_clips_and_other_people(carded):
     share, low, high = figures["other people clean false positives"]
     assert low <= share <= high and share * 5 == round(share * 5)
     assert "other people clean frontal false positives" in figures
+
+
+def test_the_card_counts_by_group_size_and_collection_and_names_generators_on_disk(carded):
+    """A group beside the others; reals by collection; forgeries on disk by their method."""
+    everything, made = carded
+    figures = made.figures["sharp"]
+    each = evaluate(JUDGE, everything.where(dataset="portraits"), "val", replicates=0)
+    logit = each.scored.logit[~each.scored.forged]
+    wrong = 1 / (1 + np.exp(-logit)) >= 0.5
+
+    assert figures["group gender a false positives"][0] == wrong[0]
+    assert figures["group gender b false positives"][0] == wrong[1:].mean()
+    assert (
+        figures["group gender a others false positives"]
+        == figures["group gender b false positives"]
+    )
+    assert figures["real portraits false positives"][0] == wrong.mean()
+    assert any(name.startswith("crop clean ") and name.endswith("px auc") for name in figures)
+    assert "clip any auc smooth" in figures
+    lost = figures["crop clean auc seen"][0] - figures["crop jpeg=8 auc seen"][0]
+    assert figures["crop jpeg=8 auc lost"] == pytest.approx(lost)
+    assert "crop jpeg=8 ece" not in figures
+
+
+def test_forgeries_on_disk_are_a_generator_that_can_be_held_out(index):
+    """By its method's name: apart from what was seen, in the card and beside other detectors."""
+    judge = replace(JUDGE, trained={"held_out": "boundary"})
+    options = replace(QUICK, conditions=("clean",), families=("smooth",))
+    figures = table("card", [judge], index, options).figures["sharp"]
+
+    assert figures["crop clean auc held out"] == figures["crop clean auc boundary"]
+    assert figures["crop clean auc seen"] == figures["crop clean auc smooth"]
+
+
+def test_groups_without_a_known_column_are_refused(tmp_path):
+    """With the columns that are read."""
+    (tmp_path / "g.csv").write_text("file,shoe\na.jpg,43\n")
+
+    with pytest.raises(ValueError, match="some of age, gender, region"):
+        read_groups([tmp_path / "g.csv"])
 
 
 def test_the_cards_figures_are_those_of_the_scores(carded):

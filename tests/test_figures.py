@@ -15,6 +15,7 @@ from ralf.train.evaluate.figures import (
     embedding_figure,
     features_of,
     grad_cam,
+    last_convolution,
     last_linear,
     mask_figure,
     png,
@@ -84,6 +85,23 @@ def test_grad_cam_works_on_frozen_weights_and_leaves_no_gradient(network):
     assert grad_cam(frozen, crops).shape == (2, 32, 32)
     assert all(parameter.grad is None for parameter in frozen.parameters())
     assert grad_cam(network, crops.repeat(1, 1, 2, 2)).shape == (2, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions"),
+    [
+        ("ralf", {"base": 4, "blocks": 1, "backbone": "xception"}),
+        ("ralf", {"base": 4, "blocks": 1, "backbone": "tf_efficientnet_lite0"}),
+        ("fdfl", {"backbone": "tf_efficientnet_lite0"}),
+    ],
+)
+def test_the_last_convolution_is_the_classifiers(name: str, dimensions: dict[str, object]):
+    """Not RALF's guide nor FDFL's mining block, which stand later in the list of modules."""
+    network = build(name, size=64, **dimensions).eval()
+    layer = last_convolution(network, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+    assert layer.out_channels >= 1280
+    assert last_linear(network).in_features == layer.out_channels
 
 
 def test_features_are_what_the_last_layer_sees(network):

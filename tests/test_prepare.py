@@ -98,8 +98,8 @@ def test_a_face_remembers_how_strongly_its_video_was_compressed(films, prepared,
     expected = probe(film, Settings()).bits_per_pixel
     unknown = Index(prepared.root, tuple(replace(row, bits_per_pixel=0.0) for row in prepared))
     text = unknown.save(tmp_path / "new.csv").read_text().splitlines()
-    assert text[0].endswith(",bits_per_pixel")
-    old = [line.rsplit(",", 1)[0] for line in text]
+    assert text[0].endswith(",bits_per_pixel,marked")
+    old = [line.rsplit(",", 2)[0] for line in text]
     (tmp_path / "old.csv").write_text("\n".join(old))
 
     assert row.bits_per_pixel == pytest.approx(expected, abs=1e-6)

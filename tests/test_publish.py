@@ -15,7 +15,7 @@ from ralf.kernels.networks import build
 from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import patterns
 from ralf.train.calibrate import calibrate, restored
-from ralf.train.card import Portion, portions, without_places
+from ralf.train.card import Portion, defects, portions, without_places
 from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, judged, load, weights
 from ralf.train.loop.loop import Options, train
 from ralf.train.publish import GOLDEN_CROPS, PublishDetails, publish_run, recalibrate
@@ -270,3 +270,20 @@ def test_the_card_names_first_weights_by_their_file_alone():
     assert shown.init.backbone == "lite0.safetensors"
     assert shown.init.network == "one,two"
     assert shown.init.perceptual == recipe.init.perceptual
+
+
+def test_the_card_names_a_group_that_is_called_forged_far_more_often():
+    """More than twice as often as the others; and a residual that shows nothing."""
+    figures = {
+        "group age 70+ false positives": [0.21, 0.12, 0.33],
+        "group age 70+ others false positives": [0.10, 0.08, 0.12],
+        "group age 20-29 false positives": [0.10, 0.07, 0.13],
+        "group age 20-29 others false positives": [0.12, 0.10, 0.14],
+        "residual inside the mask auc": [0.53, 0.5, 0.56],
+    }
+
+    age, residual = defects(figures)
+
+    assert "age 70+ is called forged in 21.0% [12.0%, 33.0%], the others in 10.0%" in age
+    assert "AUC 0.53" in residual
+    assert [] == defects({"residual inside the mask auc": [0.8, 0.7, 0.9]})

@@ -1,5 +1,6 @@
 """The model that comes with the code: whole, small, described truly, and better than chance."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 from demo.samples import Truth, make_samples
 from ralf.kernels.artifact import SHIPPED, Artifact, golden, resolve
 from ralf.kernels.choose_engine import load
+from ralf.kernels.registry import events
 from ralf.worker.contract import Verdict
 from ralf.worker.pipeline import analyze
 from ralf.worker.runtime import load as load_parts
 from ralf.worker.settings import Settings
 
 NAME = Settings().model
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +96,16 @@ def test_a_folder_without_it_is_a_clear_error(tmp_path: Path):
     """What was sought, what is there, what to do."""
     with pytest.raises(Exception, match=rf"no model '{NAME}'"):
         load_parts(Settings(models_dir=str(tmp_path)))
+
+
+def test_what_its_sealed_card_cannot_say_is_said_beside_it(shipped: Artifact):
+    """A promotion by force stands in the history, on the page beside it, and in README."""
+    folder = shipped.path.parent
+    (promoted,) = [each for each in events(folder) if each.version == shipped.version]
+    beside, readme = (folder / "README.md").read_text(), (ROOT / "README.md").read_text()
+
+    if promoted.remark.startswith("forced past"):
+        assert shipped.version in beside and "promoted by force" in beside.lower()
+        assert "promoted by force" in " ".join(readme.split())
+        for figure in re.findall(r"came (.*?);", promoted.remark)[0].split(", "):
+            assert figure.rsplit(" ", 1)[1] in beside

@@ -198,7 +198,8 @@ def asked_by(
     stub.chmod(0o755)
     script = Path(__file__).resolve().parent.parent / "bench" / name
     given = os.environ | {"PYTHON": str(stub), "BACKBONE": "b.safetensors", **environment}
-    subprocess.run([script, folder, folder / "out", str(faces), "64"], env=given, check=True)
+    paths = f"{folder},{folder}"
+    subprocess.run([script, paths, folder / "out", str(faces), "64"], env=given, check=True)
     said = [line.split()[2:] for line in log.read_text().splitlines()]
     recipes = [
         override(named(words[1]), dict(s.split("=", 1) for s in words if "=" in s))
@@ -221,6 +222,10 @@ def test_the_comparison_is_one_command_with_one_budget(tmp_path: Path):
     assert {64} == {recipe.data.input.size for recipe in recipes}
     assert {"b.safetensors"} == {recipe.init.backbone for recipe in recipes}
     assert len({recipe.optimiser for recipe in recipes}) == 1
+    for words in said:
+        if "--data" in words:
+            first = words.index("--data") + 1
+            assert words[first : first + 2] == [str(tmp_path)] * 2
     models = ["classifier", "ralf", "ralf_both", "fdfl", "rcl"]
     assert said[-1][:7] == ["evaluate", *models, "trio"]
     assert {"--limit", "5", "detectors"} <= set(said[-1])
@@ -230,9 +235,19 @@ def test_the_comparison_is_one_command_with_one_budget(tmp_path: Path):
 
 def test_the_ablation_leaves_one_thing_out_at_a_time(tmp_path: Path):
     """Every arm is a recipe that differs from the first; all see as many faces."""
-    (*trained, judged), recipes = asked_by("ablate.sh", tmp_path, 1600, JOBS="1")
+    more = "colder optimiser.lr=1e-5\nwarmer optimiser.lr=1e-2 schedule.warmup=0.1"
+    data = {"JOBS": "1", "HELD_OUT": "renderer", "ARMS": more}
+    (*asked, judged), recipes = asked_by("ablate.sh", tmp_path, 1600, **data)
+    trained = [words for words in asked if words[0] == "train"]
 
     assert {1600} == {recipe.data.batch * (recipe.schedule.steps or 0) for recipe in recipes}
-    assert len(recipes) == len({to_json(recipe) for recipe in recipes}) == 11
+    # Two of them because the stub says that there are forgeries on disk, and two that were asked.
+    assert len(recipes) == len({to_json(recipe) for recipe in recipes}) == 15
+    assert {"renderer"} == {recipe.data.held_out for recipe in recipes}
+    assert recipes[-1].schedule.warmup == 0.1
+    blended, disk = recipes[-4:-2]
+    assert blended.data.blended_share == 1 and disk.data.families == ()
+    (index,) = [words for words in asked if words[:2] == ["data", "index"]]
+    assert {"label=1", "split=train"} <= set(index)
     runs = [words[words.index("--out") + 1] for words in trained]
     assert judged[: len(runs) + 1] == ["evaluate", *runs] and runs[0].endswith("/all")

@@ -61,7 +61,7 @@ def card(
         "## What it was trained and judged on": _trained_on(recipe, data, manifest.trained),
         "## How well it does": _figures(manifest),
         "## What a score means": _meaning(manifest),
-        "## Where it fails": _failures(recipe, failures),
+        "## Where it fails": _failures(recipe, [*defects(manifest.metrics), *failures]),
         "## Not for": (
             "Deciding alone about a person. A score is one piece of evidence for a reviewer; the "
             "page shows where to look. It says nothing about sound, text, or generated scenes."
@@ -165,6 +165,35 @@ def _failures(recipe: Recipe, failures: Sequence[str]) -> str:
             "Trained on blended forgeries: whole synthetic faces without a border may pass."
         )
     return "\n".join(f"- {line}" for line in (*failures, *known))
+
+
+GROUP, OTHERS = " false positives", " others false positives"
+MUCH_MORE = 2.0
+"""A group that is called forged more often than the others by more than this is a defect."""
+WORTH_SHOWING = 0.75
+"""The least AUC of the residual inside a forgery's mask with which it points at forgeries."""
+
+
+def defects(metrics: Mapping[str, Any]) -> list[str]:
+    """What the figures themselves call a fault of the model."""
+    found = []
+    for name in sorted(metrics):
+        beside = metrics.get(name.removesuffix(GROUP) + OTHERS)
+        if not name.startswith("group ") or beside is None or name.endswith(OTHERS):
+            continue
+        rate, low, high = metrics[name]
+        if rate > MUCH_MORE * beside[0]:
+            found.append(
+                f"A defect: {name.removeprefix('group ').removesuffix(GROUP)} is called forged in "
+                f"{rate:.1%} [{low:.1%}, {high:.1%}], the others in {beside[0]:.1%}."
+            )
+    located = metrics.get("residual inside the mask auc")
+    if located is not None and located[0] < WORTH_SHOWING:
+        found.append(
+            f"Its residual does not show where a forgery is: AUC {located[0]:.2f} inside the mask "
+            f"against outside, where {WORTH_SHOWING:g} would be worth showing."
+        )
+    return found
 
 
 def without_places(recipe: Recipe) -> Recipe:

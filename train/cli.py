@@ -402,6 +402,8 @@ def _add_retrain(subparsers: Commands) -> None:
         "--least-people", type=int, default=30, metavar="N", help="real people to judge by (30)"
     )
     parser.add_argument("--golden-from", default="", metavar="DATASET,…", help="faces may ship")
+    parser.add_argument("--groups", action="append", default=[], type=Path, metavar="CSV",
+                        help="file, age, gender, region: the card's errors by group")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="promote past checks that fail")
     parser.add_argument("--dry-run", action="store_true", help="show the steps and stop")
 
@@ -469,6 +471,7 @@ def _retraining(args: argparse.Namespace) -> "Retraining":
         conditions=listed(args.conditions) or ("clean",),
         golden_from=listed(args.golden_from),
         least_people=args.least_people,
+        groups=tuple(args.groups),
         force=args.force,
         say=lambda text: print(f"ralf: {text}", file=sys.stderr, flush=True),
     )
@@ -486,6 +489,8 @@ def _same_command(args: argparse.Namespace) -> str:
             words += [f"--{option.replace('_', '-')}", str(value)]
     for change in args.set:
         words += ["--set", change]
+    for table in args.groups:
+        words += ["--groups", str(table)]
     words += [
         f"--{flag.replace('_', '-')}" for flag in ("allow_leaks", "force") if getattr(args, flag)
     ]

@@ -126,14 +126,22 @@ class Data(Part):
     out is listed too, and left out of training."""
     shares: tuple[float, ...] = ()
     """How often each of the families is drawn, in their order; () draws them alike."""
-    held_out: Known | None = None
-    """A family never trained on, made or from disk: it judges what generalises."""
+    held_out: str | None = None
+    """A family, or a method of forgeries on disk, that is never trained on: it judges what
+    generalises."""
     tight_pictures: bool = False
     """For collections whose pictures end at the face: boxes and points come from the mesh where
     there is one, donors show their whole face, and while a face is forged the picture is mirrored
     beyond its edge, or the repeated edge would tell the forged half of a pair."""
-    blended_share: Share = 1.0
+    blended_share: Share = 0.5
     """The share of forgeries that are made by blending where some are on disk too."""
+    methods: tuple[str, ...] = ()
+    """Which forgeries on disk are trained on; () takes all but the one held out."""
+    compression: str | None = None
+    """Of a dataset that has several: which one is trained on; None takes all."""
+    epoch_of: Literal["reals", "videos"] = "reals"
+    """reals: an epoch shows each real video's frames once.  videos: it has as many crops as all
+    videos, real and forged, have frames."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -149,7 +157,7 @@ class Data(Part):
                 f"data.held_out {self.held_out!r} is the only one of data.families: nothing is "
                 "left to train on"
             )
-        if self.families and self.held_out not in (None, *self.families):
+        if self.families and self.held_out in REGISTRY and self.held_out not in self.families:
             self._list_the_held_out(self.held_out)
         return self
 
@@ -167,9 +175,9 @@ class Data(Part):
         return tuple(family for family in self.families if family != self.held_out)
 
     @property
-    def unseen(self) -> Family | None:
-        """The family that judges what generalises: the one held out, else the usual one if the
-        recipe does not train on it."""
+    def unseen(self) -> str | None:
+        """The family or method that judges what generalises: the one held out, else the usual
+        family if the recipe does not train on it."""
         if self.held_out is not None:
             return self.held_out
         return None if HELD_OUT in self.families else HELD_OUT

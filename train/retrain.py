@@ -42,8 +42,9 @@ from ralf.train.data.layouts import read_all
 from ralf.train.data.prepare import prepare
 from ralf.train.evaluate.judge import JudgedModel, evaluate, model_of_run
 from ralf.train.evaluate.tables import table
-from ralf.train.evaluate.tables.table import TableOptions
+from ralf.train.evaluate.tables.table import TableOptions, read_groups
 from ralf.train.forge.clips import INDEX, ClipOptions, make_clips
+from ralf.train.forge.families import FAMILIES
 from ralf.train.loop.checkpoint import BEST, has_checkpoint
 from ralf.train.publish import (
     PublishDetails,
@@ -82,6 +83,8 @@ class Retraining:
     """Collections whose faces may ship; none: patterns that show nobody."""
     least_people: int = LEAST_PEOPLE
     """Real people whom the splits to calibrate and to evaluate on should have at least."""
+    groups: tuple[Path, ...] = ()
+    """Tables of people's groups, to count errors by on the card."""
     force: bool = False
     say: Say = print
 
@@ -132,7 +135,8 @@ def steps(order: Retraining) -> list[Step]:
             f"forgeries score above reals on {on}split {order.calibrate_on}",
         ),
         Step(
-            "evaluate", {"split": order.evaluate_on, "least": least},
+            "evaluate",
+            {"split": order.evaluate_on, "least": least, "groups": _hashes(order.groups)},
             lambda done: _evaluate(order, done),
             f"AUC above 0.5 on split {order.evaluate_on}, of {least} people or more",
         ),
@@ -155,6 +159,10 @@ def steps(order: Retraining) -> list[Step]:
             "engines, metrics and golden crops as the registry asks",
         ),
     ]  # fmt: skip
+
+
+def _hashes(paths: Sequence[Path]) -> list[str]:
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
 
 # training
@@ -224,7 +232,8 @@ def _clips_step(order: Retraining) -> Step:
     assert order.clips is not None
     recipe = order.training.last_recipe
     seen = recipe.data.trained_families or seen_families({"held_out": recipe.data.unseen})
-    unseen = (recipe.data.unseen,) if recipe.data.unseen else ()
+    # A held-out method of forgeries on disk is judged there: clips are made of families only.
+    unseen = (recipe.data.unseen,) if recipe.data.unseen in FAMILIES else ()
     families = {
         # Never the family held out: a calibration that has met it could not be judged by it.
         order.calibrate_on: seen,
@@ -352,7 +361,8 @@ def _evaluate(order: Retraining, done: Mapping[str, Facts]) -> Facts:
 def _card_figures(order: Retraining, judge: JudgedModel, clips: str) -> Facts:
     """All figures of the card's table, on stills and on made clips."""
     index = read_all([*order.training.data, clips])
-    made = table("card", [judge], index, TableOptions(split=order.evaluate_on))
+    options = TableOptions(split=order.evaluate_on, groups=read_groups(order.groups))
+    made = table("card", [judge], index, options)
     made.save(order.run / "card.json")
     return dict(made.figures[judge.name])
 

@@ -80,7 +80,8 @@ class Batches:
         refuse_leaks(index, allowed=allow_leaks)
         self.data, self.seed = data, seed
         # What is held out is left out from disk too: made clips carry their family as their method.
-        left = index.without_forgeries(data.held_out)
+        _refuse_unknown(data.held_out, index)
+        left = index.without_forgeries(data.held_out).only(data.methods, data.compression)
         self.pool = Pool(left, data, split, ram_bytes=ram_bytes)
         self._real = tuple(len(frames) for frames in self.pool.real)
         self._forged = tuple(len(frames) for frames in self.pool.forged)
@@ -108,8 +109,12 @@ class Batches:
         return len(self._forged) if blended and self.data.pairing != "reals" else 0
 
     def __len__(self) -> int:
-        """Batches in which every real video gives its frames once."""
-        return max(1, sum(min(size, self.data.frames) for size in self._real) // self._reals)
+        """Batches of an epoch, as the recipe counts it."""
+        frames = sum(min(size, self.data.frames) for size in self._real)
+        if self.data.epoch_of == "videos":
+            frames += sum(min(size, self.data.frames) for size in self._forged)
+            return max(1, frames // self.data.batch)
+        return max(1, frames // self._reals)
 
     def __getitem__(self, number: int) -> Batch:
         pairing = self.data.pairing
@@ -299,6 +304,16 @@ def _edges(share: float, rng: np.random.Generator) -> tuple[float, float, float,
 
 def _longer(face: FaceGeometry) -> float:
     return float(max(face.box[2] - face.box[0], face.box[3] - face.box[1], 1))
+
+
+def _refuse_unknown(held_out: str | None, index: Index) -> None:
+    """A misspelt name would hold out nothing."""
+    methods = {row.method for row in index if row.label}
+    if held_out is not None and held_out not in {*FAMILIES, *methods}:
+        raise IndexFault(
+            f"data.held_out {held_out!r} is no family ({', '.join(FAMILIES)}) and no method of the "
+            f"forgeries on disk ({', '.join(sorted(methods)) or 'there are none'})"
+        )
 
 
 def _known(families: Sequence[str]) -> tuple[Family, ...]:

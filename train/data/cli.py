@@ -29,7 +29,7 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
     index.add_argument("--split", action="store_true", help="draw new splits by identity")
     index.add_argument("--val", type=float, default=0.1, help="share for validation")
     index.add_argument("--test", type=float, default=0.1, help="share for testing")
-    index.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE")
+    index.add_argument("--only", action="append", default=[], metavar="FIELD=A,B")
     clips = add_command(verbs, "clips", "set stills in motion, real and forged, as encoded videos",
                  refusing(_clips))  # fmt: skip
     clips.add_argument("data", nargs="+", metavar="PATH")
@@ -43,7 +43,7 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
     clips.add_argument("--each", type=int, default=1, help="forged clips of a still and CRF")
     clips.add_argument("--seconds", type=float, default=1.3)
     clips.add_argument("--limit", type=int, help="only so many stills")
-    clips.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE")
+    clips.add_argument("--only", action="append", default=[], metavar="FIELD=A,B")
     clips.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
     prepare = add_command(verbs, "prepare", "cut faces out of videos; goes on where it stopped",
                    refusing(_prepare))  # fmt: skip
@@ -80,10 +80,10 @@ def _check(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> int:
     from ralf.train.data.check import refuse_leaks
-    from ralf.train.data.index import parse_fields, split_by_identity
+    from ralf.train.data.index import split_by_identity
     from ralf.train.data.layouts import read_all
 
-    index = read_all(args.data).where(**parse_fields(args.only))
+    index = read_all(args.data).matching(args.only)
     if args.split:
         index = split_by_identity(index, val=args.val, test=args.test)
     for leak in refuse_leaks(index, allowed=True)[:10]:
@@ -98,7 +98,6 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _clips(args: argparse.Namespace) -> int:
-    from ralf.train.data.index import parse_fields
     from ralf.train.data.layouts import read_all
     from ralf.train.forge.clips import INDEX, ClipOptions, make_clips
     from ralf.train.forge.families import FAMILIES
@@ -116,7 +115,7 @@ def _clips(args: argparse.Namespace) -> int:
     )
     with progress() as move:
         made = make_clips(
-            read_all(args.data).where(**parse_fields(args.only)),
+            read_all(args.data).matching(args.only),
             args.out,
             options,
             split=args.split,

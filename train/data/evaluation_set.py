@@ -21,7 +21,7 @@ from ralf.train.data.crop import Cut, region
 from ralf.train.data.index import Index, IndexFault
 from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
-from ralf.train.evaluate.conditions import CLEAN, parse, perturb
+from ralf.train.evaluate.conditions import CLEAN, on_crop, parse, perturb
 from ralf.train.forge.families import FAMILIES, Family
 from ralf.train.recipe import Data
 
@@ -76,7 +76,8 @@ class Examples:
         self.data, self.condition, self.batch = data, condition, batch
         if families is None:
             # As the recipe trains: validation must not choose weights by what is held out.
-            families, index = data.trained_families, index.without_forgeries(data.held_out)
+            families = data.trained_families
+            index = index.without_forgeries(data.held_out).only(data.methods, data.compression)
         self.pool = Pool(index, data, split, ram_bytes=ram_bytes)
         if unknown := set(families) - set(FAMILIES):
             raise IndexFault(f"no family {sorted(unknown)}; known: {', '.join(FAMILIES)}")
@@ -148,8 +149,12 @@ class Examples:
             own = hashlib.sha256(item.name.encode()).digest()[:8]
             rng = np.random.default_rng(int.from_bytes(own, "big"))
             image = self.pool.forgery(item.frame, image, face, item.family, rng)
-        damaged = perturb(image, self.condition, np.random.default_rng(int.from_bytes(seed, "big")))
-        return cut.take(damaged, face)
+        rng = np.random.default_rng(int.from_bytes(seed, "big"))
+        if not on_crop(self.condition):
+            return cut.take(perturb(image, self.condition, rng), face)
+        crop = np.ascontiguousarray(cut.take(image, face).numpy().transpose(1, 2, 0))
+        damaged = perturb(crop, self.condition, rng)
+        return torch.from_numpy(np.ascontiguousarray(damaged.transpose(2, 0, 1)))
 
 
 KEPT_BYTES = 2 * 1024**3

@@ -193,7 +193,7 @@ class Extractor:
         Picture.fromarray(kept.image).save(self.folder / name, **lossy)
         return replace(
             row, path=name, kind="image", frame=kept.frame, masks="", box=kept.box, five=kept.five,
-            mesh="", face_px=kept.face_px,
+            mesh="", face_px=kept.face_px, marked=(),
         )  # fmt: skip
 
     def _as_they_are(self, task: FileTask) -> list[Row]:

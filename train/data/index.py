@@ -12,7 +12,7 @@ finds each identity that is in two splits; training refuses such an index unless
 import csv
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -67,6 +67,9 @@ class Row:
     """Size of the face where it came from, in pixels; 0: not known."""
     bits_per_pixel: float = 0.0
     """How strongly the video that it came from is compressed; 0: not known."""
+    marked: tuple[float, ...] = ()
+    """Where a person saw the face in this frame of a video: left, top, right and bottom as
+    fractions of the frame."""
 
     def __post_init__(self) -> None:
         if self.label not in (0, 1):
@@ -75,6 +78,8 @@ class Row:
             raise IndexFault(f"{self.path}: split should be one of {SPLITS}, got {self.split!r}")
         if len(self.box) not in (0, 4) or len(self.five) not in (0, 10):
             raise IndexFault(f"{self.path}: box has 4 numbers and five has 10, or none")
+        if len(self.marked) not in (0, 4) or not all(0 <= edge <= 1 for edge in self.marked):
+            raise IndexFault(f"{self.path}: marked has 4 fractions of the frame, or none")
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -148,6 +153,38 @@ class Index:
         kept = (row for row in self.rows if not row.label or row.method != method)
         return Index(self.root, tuple(kept), self.notes)
 
+    def only(self, methods: Collection[str], compression: str | None) -> "Index":
+        """Forgeries of these methods (() takes all), and what is compressed so or not known to be
+        compressed otherwise (None takes all)."""
+        kept = (
+            row
+            for row in self.rows
+            if (not methods or not row.label or row.method in methods)
+            and (compression is None or row.compression in ("", compression))
+        )
+        return Index(self.root, tuple(kept), self.notes)
+
+    def matching(self, pairs: Iterable[str]) -> "Index":
+        """The rows that FIELD=VALUE pairs ask for; an empty answer is refused.
+
+        A field may have several values, separated by commas or in pairs of its own; a row has to
+        match one of them for each field.
+        """
+        wanted = parse_fields(pairs)
+        kept = tuple(
+            row
+            for row in self.rows
+            if all(getattr(row, name) in values for name, values in wanted.items())
+        )
+        if kept or not wanted:
+            return Index(self.root, kept, self.notes)
+        have = "; ".join(
+            f"{name}: {', '.join(sorted({str(getattr(row, name)) for row in self.rows})[:12])}"
+            for name in wanted
+        )
+        asked = "; ".join(f"{name}={','.join(map(str, v))}" for name, v in wanted.items())
+        raise IndexFault(f"no row is left of {len(self)} by --only {asked}; there are {have}")
+
     @property
     def sha256(self) -> str:
         """The same whatever the order of rows and the place of the root."""
@@ -167,27 +204,32 @@ class Index:
         return partial.rename(path)
 
 
+NEW_COLUMNS = ("bits_per_pixel", "marked")
+
+
 def _told(row: Row) -> tuple[object, ...]:
-    """What a row's hash is of: without the newest column where it says nothing, so that tables
-    written before it keep their names."""
-    values = tuple(asdict(row).values())
-    return values if row.bits_per_pixel else values[:-1]
+    """What a row's hash is of: newer columns only where they say something, so that tables written
+    before them keep their names."""
+    values = asdict(row)
+    new = {name: values.pop(name) for name in NEW_COLUMNS}
+    return (*values.values(), *((name, value) for name, value in new.items() if value))
 
 
 def _plain(value: object) -> object:
     return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else value
 
 
-def parse_fields(pairs: Iterable[str]) -> dict[str, object]:
-    """FIELD=VALUE pairs for `Index.where`, each value typed as its field."""
+def parse_fields(pairs: Iterable[str]) -> dict[str, set[object]]:
+    """FIELD=VALUE[,VALUE…] pairs as the values of each field, typed as the field is."""
     whole = {field.name for field in fields(Row) if field.type in (int, "int")}
     known = {field.name for field in fields(Row)}
-    wanted: dict[str, object] = {}
+    wanted: dict[str, set[object]] = {}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
+        name, equals, text = pair.partition("=")
         if not equals or name not in known:
             raise ValueError(f"--only takes FIELD=VALUE with a field of {sorted(known)}: {pair!r}")
-        wanted[name] = int(value) if name in whole else value
+        values = text.split(",")
+        wanted.setdefault(name, set()).update(map(int, values) if name in whole else values)
     return wanted
 
 
@@ -212,7 +254,7 @@ def _row(text: dict[str, str]) -> Row:
         if name in text:
             typed[name] = int(text[name])
     typed["bits_per_pixel"] = float(text.get("bits_per_pixel") or 0)
-    for name in ("box", "five"):
+    for name in ("box", "five", "marked"):
         typed[name] = tuple(float(part) for part in text.get(name, "").split())
     return Row(**typed)  # type: ignore[arg-type]
 

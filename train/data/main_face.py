@@ -79,7 +79,7 @@ def under_reviewed_boxes(
     frame_of = numbers[faces.frame]
     pairs = []
     for row in rows:
-        wanted = np.array(row.box) * [width, height, width, height]
+        wanted = np.array(row.marked) * [width, height, width, height]
         near = np.flatnonzero(frame_of == row.frame)
         shared = overlap(faces.boxes[near], wanted)[:, 0]
         if len(near) and shared.max() >= SAME_FACE_IOU:

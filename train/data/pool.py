@@ -24,7 +24,7 @@ from ralf.train.forge.families import (
     of,
 )
 from ralf.train.forge.landmarks import FaceGeometry
-from ralf.train.forge.pixels import Image
+from ralf.train.forge.pixels import Image, Pixels
 from ralf.train.recipe import Data
 
 PREPARED = "prepare.json"
@@ -139,13 +139,25 @@ class Pool:
         rng: np.random.Generator,
     ) -> Image:
         """A pseudo-forgery of the region; with nobody to swap with, of the face itself."""
+        return self.forgery_and_mask(frame, image, face, family, rng)[0]
+
+    def forgery_and_mask(
+        self,
+        frame: Frame,
+        image: Image,
+        face: FaceGeometry,
+        family: Family | ForgeryFamily,
+        rng: np.random.Generator,
+    ) -> tuple[Image, Pixels]:
+        """The same, and how much of each pixel is forged: f32 [h, w], 0 to 1."""
         needed = of(family).needs_donor
         donor = self.donor(frame, face, rng) if needed else None
         made = self.alone if needed and donor is None else family
         if not self.tight:
-            return forge(image, face, made, rng, donor=donor)[0]
+            return forge(image, face, made, rng, donor=donor)
         wide, moved, own = _mirrored(image, face)
-        return forge(wide, moved, made, rng, donor=donor)[0][own]
+        forged, mask = forge(wide, moved, made, rng, donor=donor)
+        return forged[own], mask[own]
 
 
 def _whole(face: FaceGeometry, size: tuple[int, int]) -> bool:

@@ -191,7 +191,8 @@ def _read(path: Path) -> tuple[FileOutcome, list[Row]] | None:
     facts = json.loads(path.read_text())
     rows = []
     for row in facts["rows"]:
-        row["box"], row["five"] = tuple(row["box"]), tuple(row["five"])
+        # .get: an earlier release wrote no marks.
+        row |= {name: tuple(row.get(name, ())) for name in ("box", "five", "marked")}
         rows.append(Row(**row))
     return FileOutcome(**facts["outcome"]), rows
 

@@ -1,67 +1,110 @@
-"""Options of `ralf evaluate`.
+"""Options of `ralf evaluate` and `ralf figures`.
 
-Tables go to stdout and, with --out, as JSON, CSV and pages into a folder; progress goes to stderr.
+Tables go to stdout and, with --out, as JSON and CSV into a folder; progress goes to stderr.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ralf.train.data.cli import OK, Commands, Refusing, add_command, listed
 
+if TYPE_CHECKING:
+    from ralf.train.data.index import Index
+    from ralf.train.evaluate.judge import JudgedModel
+    from ralf.train.evaluate.tables.table import TableOptions
+    from ralf.train.progress import Move
+
 
 def evaluate_commands(subparsers: Commands, refusing: Refusing) -> None:
-    """Register `ralf evaluate`."""
+    """Register `ralf evaluate` and `ralf figures`."""
     parser = add_command(subparsers, "evaluate", "judge models on data: the paper's tables",
                   refusing(_evaluate))  # fmt: skip
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="name, folder, or run")
-    parser.add_argument("--data", nargs="+", required=True, metavar="PATH")
+    _add_shared(parser)
     parser.add_argument("--table", default="intra", metavar="NAME",
                         help="intra, cross, robustness, ablation, backbone, pooling, "
                         "false_positives, aggregation, card, detectors, residual")  # fmt: skip
+    parser.add_argument("--conditions", default="", metavar="A,B", help="as blur:2,h264=40")
+    parser.add_argument("--groups", action="append", default=[], type=Path, metavar="CSV",
+                        help="file, age, gender, region: the card's errors by group")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="table.json, videos.csv")
+    figures = add_command(subparsers, "figures", "what models learnt, in pictures: a page of each",
+                  refusing(_figures))  # fmt: skip
+    _add_shared(figures)
+    figures.add_argument("--out", type=Path, required=True, metavar="DIR",
+                         help="a page named after each model: ROC, reliability, mask, spectrum, "
+                         "Grad-CAM, embedding")  # fmt: skip
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    """Which models are judged, and on what."""
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="name, folder, or run")
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH")
     parser.add_argument("--split", default="test")
     parser.add_argument("--families", default="", metavar="A,B",
                         help="forgeries to blend from the reals, or all")  # fmt: skip
-    parser.add_argument("--conditions", default="", metavar="A,B", help="as blur:2,h264=40")
     parser.add_argument("--frames", type=int, help="frames of each video (the model's own)")
     parser.add_argument("--limit", type=int, help="only so many videos of each class")
-    parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--only", action="append", default=[], metavar="FIELD=A,B")
     parser.add_argument(
         "--models", dest="judged_in", type=Path, metavar="DIR", help="where models lie"
     )
     parser.add_argument("--device", default="cpu", help="FP32 either way")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="table.json, videos.csv; for intra a page each too")  # fmt: skip
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _asked(
+    args: argparse.Namespace, move: "Move"
+) -> "tuple[list[JudgedModel], Index, TableOptions]":
+    """The models, the data, and what is judged of it."""
     from ralf.kernels.artifact import models_folder
-    from ralf.train.data.index import parse_fields
     from ralf.train.data.layouts import read_all
     from ralf.train.evaluate.judge import open_model
-    from ralf.train.evaluate.page import write_pages
-    from ralf.train.evaluate.tables import table
-    from ralf.train.evaluate.tables.table import TableOptions, write_table
+    from ralf.train.evaluate.tables.table import TableOptions, read_groups
     from ralf.train.forge.families import FAMILIES
-    from ralf.train.progress import progress
 
     folder = models_folder(args.judged_in)
     models = [open_model(spec, folder, device=args.device) for spec in args.models]
-    index = read_all(args.data).where(**parse_fields(args.only))
+    options = TableOptions(
+        split=args.split,
+        families=FAMILIES if args.families == "all" else listed(args.families),
+        conditions=listed(getattr(args, "conditions", "")),
+        frames=args.frames,
+        limit=args.limit,
+        groups=read_groups(getattr(args, "groups", ())),
+        on_progress=move,
+    )
+    return models, read_all(args.data).matching(args.only), options
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ralf.train.evaluate.tables import table
+    from ralf.train.evaluate.tables.table import write_table
+    from ralf.train.progress import progress
+
     with progress() as move:
-        options = TableOptions(
-            split=args.split,
-            families=FAMILIES if args.families == "all" else listed(args.families),
-            conditions=listed(args.conditions),
-            frames=args.frames,
-            limit=args.limit,
-            on_progress=move,
-        )
+        models, index, options = _asked(args, move)
         made = table(args.table, models, index, options)
     print(made)
     if args.out is not None:
         write_table(made, args.table, models, args.out)
-        if args.table == "intra":  # pages score all once more, which a larger table cannot afford
-            for page in write_pages(models, index, options, args.out):
-                print(page, file=sys.stderr)
+    return OK
+
+
+def _figures(args: argparse.Namespace) -> int:
+    from ralf.train.evaluate.page import write_pages
+    from ralf.train.progress import progress
+
+    with progress() as move:
+        models, index, options = _asked(args, move)
+        args.out.mkdir(parents=True, exist_ok=True)
+        pages = write_pages(models, index, options, args.out)
+    for page in pages:
+        print(page)
+    if len(pages) < len(models):
+        print(
+            f"ralf: {len(models) - len(pages)} models without a page: nothing is forged in split "
+            f"{args.split}; name --families, or data with forgeries",
+            file=sys.stderr,
+        )
     return OK

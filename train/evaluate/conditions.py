@@ -2,9 +2,10 @@
 
 DEEPERFORENSICS is the field's standard: seven kinds of five levels each, with the published
 parameters.  Its "JPEG" is not JPEG but a picture made small and large again, so it is called
-`pixelation` here; true JPEG is `jpeg`.  RALF's Table 3 uses four kinds at level 2: contrast, blur,
-`rescale` (which the paper calls compression) and pixelation.  `h264` is by CRF.  `light` is ours:
-sun from one side or through leaves, which studio portraits do not show.
+`pixelation` here; true JPEG is `jpeg`.  RALF's Table 3 uses four kinds at level 2: `fade` (which
+the paper calls contrast), blur, `rescale` (which it calls compression) and pixelation.  They change
+the crop of 256 pixels and not the picture that it is cut from: `@crop` says so.  `h264` is by CRF.
+`light` is ours: sun from one side or through leaves, which studio portraits do not show.
 
 Training damages pictures too (forge/upload_damage.py), at random strengths and several kinds at
 once.  Here one thing changes at a time, by a published amount; the encoders are the same.
@@ -19,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 from ralf.train.forge.identity import uneven_light
-from ralf.train.forge.pixels import Image, Pixels, resize, saturated, to_u8
+from ralf.train.forge.pixels import LUMA, Image, Pixels, resize, saturated, to_u8
 from ralf.train.forge.upload_damage import UploadDamage, encoded
 
 Apply = Callable[[Image, float, np.random.Generator], Image]
@@ -33,6 +34,12 @@ def _saturation(image: Image, factor: float, _rng: np.random.Generator) -> Image
 def _contrast(image: Image, factor: float, _rng: np.random.Generator) -> Image:
     """Every value multiplied: darker as well as flatter."""
     return (image.astype(np.float32) * np.float32(factor)).astype(np.uint8)
+
+
+def _fade(image: Image, factor: float, _rng: np.random.Generator) -> Image:
+    """Blended with its own mean grey: flatter, and as bright as before."""
+    grey = np.float32(round(float((image.astype(np.float32) @ LUMA).mean())))
+    return to_u8(grey + (image.astype(np.float32) - grey) * np.float32(factor))
 
 
 def _blocks(image: Image, count: float, rng: np.random.Generator) -> Image:
@@ -116,12 +123,17 @@ DEEPERFORENSICS: dict[str, tuple[float, ...]] = {
 TRUE_JPEG = {"jpeg": (90.0, 70.0, 50.0, 30.0, 10.0)}
 RESCALE = {"rescale": (2.0, 3.0, 4.0, 5.0, 6.0)}
 LIGHT = {"light": (0.1, 0.2, 0.3, 0.4, 0.5)}
-LEVELS = DEEPERFORENSICS | TRUE_JPEG | RESCALE | LIGHT
-TABLE_3 = ("contrast:2", "blur:2", "rescale:2", "pixelation:2")
+FADE = {"fade": DEEPERFORENSICS["contrast"]}
+LEVELS = DEEPERFORENSICS | TRUE_JPEG | RESCALE | LIGHT | FADE
+REQUANTISED = ("jpeg=16", "jpeg=8")
+"""Saved again as a JPEG of low quality, as messengers and screenshots do."""
+ON_CROP = "@crop"
+TABLE_3 = ("fade:2@crop", "blur:2@crop", "rescale:2@crop", "pixelation:2@crop")
 """What RALF's Table 3 shows."""
 _APPLY: dict[str, Apply] = {
     "saturation": _saturation,
     "contrast": _contrast,
+    "fade": _fade,
     "blocks": _blocks,
     "noise": _noise,
     "blur": _blur,
@@ -138,7 +150,7 @@ def perturb(image: Image, condition: str, rng: np.random.Generator) -> Image:
     """The picture under a condition: "clean", "blur:2" (a level from 1 to 5), or "h264=23".
 
     After "=" comes the parameter itself: CRF, JPEG quality, factor, variance, taps, count or
-    strength.
+    strength.  "blur:2@crop" is meant for the crop: whoever calls passes that.
     """
     kind, value = parse(condition)
     return image if kind == CLEAN else _APPLY[kind](image, value, rng)
@@ -148,6 +160,7 @@ def parse(condition: str) -> tuple[str, float]:
     """The kind and its parameter; an unknown one is refused with those that are known."""
     if condition == CLEAN:
         return CLEAN, 0.0
+    condition = condition.removesuffix(ON_CROP)
     level = ":" in condition
     kind, _, text = condition.partition(":" if level else "=")
     if kind not in LEVELS:
@@ -163,6 +176,11 @@ def parse(condition: str) -> tuple[str, float]:
     if value < 0:
         raise ValueError(f"{condition!r} should be like {kind}:2 or {kind}={LEVELS[kind][1]:g}")
     return kind, LEVELS[kind][int(value) - 1] if level else value
+
+
+def on_crop(condition: str) -> bool:
+    """Whether it changes the crop, and not the picture that the crop is cut from."""
+    return condition.endswith(ON_CROP)
 
 
 def all_conditions(kinds: tuple[str, ...] = tuple(DEEPERFORENSICS)) -> list[str]:

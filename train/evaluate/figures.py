@@ -164,6 +164,36 @@ def features_of(network: nn.Module, batches: Sequence[Tensor]) -> NDArray[np.flo
     return found
 
 
+@torch.no_grad()
+def last_convolution(network: nn.Module, crops: Tensor) -> nn.Conv2d:
+    """The convolution that runs last and still has a map of places.
+
+    The last one in the list of modules may belong to a branch beside the classifier, as RALF's
+    guide and FDFL's mining block.
+    """
+    ran: list[nn.Conv2d] = []
+
+    def note(module: nn.Module, _given: Any, out: Tensor) -> None:
+        # Squeeze-and-excitation has one place alone.
+        if isinstance(module, nn.Conv2d) and min(out.shape[-2:]) > 1:
+            ran.append(module)
+
+    hooks = [
+        module.register_forward_hook(note)
+        for module in network.modules()
+        # Not a convolution on the picture itself.
+        if isinstance(module, nn.Conv2d) and module.in_channels > 3
+    ]
+    try:
+        network(crops)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran:
+        raise ValueError("the network runs no convolution whose maps could show places")
+    return ran[-1]
+
+
 def grad_cam(network: nn.Module, crops: Tensor) -> Tensor:
     """Where evidence of forgery lies, [m, s, s] from 0 to 1, by the last maps before the pooling.
 
@@ -172,8 +202,7 @@ def grad_cam(network: nn.Module, crops: Tensor) -> Tensor:
     """
     layer: nn.Module | None = getattr(network, "cam_layer", None)
     if layer is None:
-        # A network of another package: not a convolution on the picture, the last of the others.
-        layer = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3][-1]
+        layer = last_convolution(network, crops[:1])
     maps: list[Tensor] = []
 
     def note(_module: nn.Module, _given: Any, out: Tensor) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -122,11 +122,13 @@ def examples_for(
     split: str,
     *,
     families: Sequence[str] = (),
+    each: Literal["one", "all"] = "all",
     condition: str = CLEAN,
     frames: int | None = None,
     limit: int | None = None,
 ) -> Examples:
-    """The split's faces, cut as this model wants them; every family forges every real face."""
+    """The split's faces, cut as this model wants them; every family forges every real face, or
+    they take turns."""
     most = frames or model.input.sampling.max_frames
     # The model's own input contract, but no family held out: judging needs that family too.
     return Examples(
@@ -134,7 +136,7 @@ def examples_for(
         Data(input=model.input, evaluation_frames=most),
         split,
         families=families,
-        each="all",
+        each=each,
         condition=condition,
         limit=limit,
         batch=16,

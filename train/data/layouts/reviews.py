@@ -22,7 +22,7 @@ def _is_review(path: Path) -> bool:
 def reviews(root: Path) -> Index:
     """Tracks that a person called real or forged, in media found beside the labels by their hash.
 
-    A row is one face: `frame` and `box`, as fractions of the picture.  Tracks that are unsure,
+    A row is one face: `frame`, and where it was marked.  Tracks that are unsure,
     show the wrong face or are of poor quality are left out and counted.  If a file has several
     reviews, the last one counts.
     """
@@ -67,7 +67,7 @@ def _rows(media: str, track: TrackReview, path: str) -> Iterator[Row]:
             # All tracks of a file go into one split: they share its scene and its compression.
             group=f"review:{media}",
             frame=face.frame,
-            box=(face.box.left, face.box.top, face.box.right, face.box.bottom),
+            marked=(face.box.left, face.box.top, face.box.right, face.box.bottom),
         )
 
 

@@ -97,10 +97,13 @@ def detectors(models: Sequence[JudgedModel], index: Index, options: TableOptions
         ("model and condition", "M weights", "GFLOP", "faces/s", "trained on", "seen AUC [95 %]",
          "unseen AUC [95 %]", "seen, less first [95 %]", "unseen, less first [95 %]"),
     )  # fmt: skip
+    made = tuple(family for family in (*seen, unseen) if family in FAMILIES)
     scored = {
-        condition: score_all(models, index, options, (*seen, unseen), condition)
+        condition: score_all(models, index, options, made, condition)
         for condition in (CLEAN, *(options.conditions or CONDITIONS))
     }
+    # Forgeries on disk count by their own methods, beside the families that are made here.
+    seen = tuple(method for method in scored[CLEAN][0].methods if method != unseen)
     speed, rows = _faces_per_s(models), {}
     for place, model in enumerate(models):
         counted = cost(model.network) if model.network is not None else None

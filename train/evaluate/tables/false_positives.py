@@ -17,7 +17,6 @@ from ralf.train.evaluate.judge import (
 )
 from ralf.train.evaluate.metrics import share_interval
 from ralf.train.evaluate.tables.table import Table, TableOptions, percent
-from ralf.worker.scores import calibrated
 
 CONDITIONS = ("h264=23", "h264=40", "jpeg=50", "light:3")
 SIZES = ((96, "under 96 px"), (256, "96 to 255 px"), (10**9, "256 px and more"))
@@ -56,20 +55,25 @@ def called_forged(
         limit=options.limit,
     )  # fmt: skip
     scored = score_examples(model, examples, options.on_progress)
-    wrong = calibrated(scored.logit, model.calibration) >= model.threshold
-    groups = np.array([_groups_of(item, examples) for item in examples.items])
+    wrong = scored.probability(model.calibration) >= model.threshold
+    groups = np.array([groups_of(item, examples) for item in examples.items])
     members = {n: (groups == n).any(axis=1) for n in sorted(set(groups.ravel().tolist()) - {""})}
     counts = {name: (int(wrong[own].sum()), int(own.sum())) for name, own in members.items()}
     # No bootstrap: with reals alone the AUC is NaN, and so would be its interval.
     return evaluation_of(model, scored, condition, replicates=0), counts
 
 
-def _groups_of(item: Example, examples: Examples) -> tuple[str, ...]:
+def size_of(item: Example, examples: Examples) -> str:
+    """How large its face was where it came from, in words; empty: not known."""
+    face = examples.pool.pictures.face(item.frame)
+    size = item.frame.row.face_px or (int(min(face.box[2:] - face.box[:2])) if face else 0)
+    return next(name for most, name in SIZES if size < most) if size else ""
+
+
+def groups_of(item: Example, examples: Examples) -> tuple[str, ...]:
     """What a face counts under: all, its dataset, its size, its pose, colour or grey."""
     row, pictures = item.frame.row, examples.pool.pictures
-    face = pictures.face(item.frame)
-    size = row.face_px or (int(min(face.box[2:] - face.box[:2])) if face else 0)
-    sized = next(name for most, name in SIZES if size < most) if size else ""
+    face, sized = pictures.face(item.frame), size_of(item, examples)
     pose = ""
     if face is not None:
         # The nose's tip moves away from the middle of the eyes as the head turns.

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 
 from ralf.train.data.index import Index
 from ralf.train.evaluate import papers
-from ralf.train.evaluate.conditions import CLEAN, DEEPERFORENSICS, TABLE_3, all_conditions
+from ralf.train.evaluate.conditions import (
+    CLEAN,
+    DEEPERFORENSICS,
+    REQUANTISED,
+    TABLE_3,
+    all_conditions,
+)
 from ralf.train.evaluate.judge import Evaluation, JudgedModel
 from ralf.train.evaluate.metrics import RATES
 from ralf.train.evaluate.tables.table import (
@@ -89,8 +95,8 @@ def robustness(models: Sequence[JudgedModel], index: Index, options: TableOption
     """The clean AUC, and how far each condition takes it down."""
     conditions = options.conditions or (
         *all_conditions((*DEEPERFORENSICS, "jpeg", "light")),
-        # The one level that Table 3 publishes.
-        "rescale:2",
+        *REQUANTISED,
+        *TABLE_3,
     )
     found = Table(
         f"Table 3: under perturbations, split {options.split}",

@@ -4,8 +4,9 @@ A table is rows of text under columns.  It prints itself, and it is saved as JSO
 not rounded.
 """
 
+import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ralf.train.data.index import Index, IndexFault
 from ralf.train.evaluate.conditions import CLEAN
 from ralf.train.evaluate.judge import Evaluation, JudgedModel, OnProgress, evaluate, write_videos
 from ralf.train.evaluate.metrics import Metrics
+
+GROUPS = ("age", "gender", "region")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,27 @@ class TableOptions:
     frames: int | None = None
     limit: int | None = None
     replicates: int = 1000
+    groups: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """File name → column → value, as age → 20-29: whom errors are counted by on the card."""
     on_progress: OnProgress | None = None
+
+
+def read_groups(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """The groups of people by file name, from tables with a column `file`.
+
+    They serve to count errors by; nothing is trained on them.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for path in paths:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        columns = [name for name in rows[0] if name in GROUPS] if rows else []
+        if not rows or "file" not in rows[0] or not columns:
+            raise ValueError(
+                f"{path} should be a CSV with the column file and some of {', '.join(GROUPS)}"
+            )
+        found |= {row["file"]: {name: row[name] for name in columns} for row in rows}
+    return found
 
 
 @dataclass
