@@ -153,7 +153,7 @@ def test_a_row_for_every_video(index, tmp_path):
     assert pytest.approx(1 / (1 + np.exp(-first)), abs=1e-5) == float(rows[0]["score"])
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", sorted({*MAKERS} - {"residual"}))
 def test_every_table_prints_and_keeps_its_figures(index, tmp_path, kind):
     """Rows fit their columns; the JSON holds numbers, not text."""
     ask = replace(QUICK, conditions=("blur:2",))
