@@ -8,8 +8,8 @@ the time since the face was last seen, up to a limit:
     change of size, in octaves            ≤ 0.5 + 0.25 · min(gap, 2 s) → 0.5 … 1.0
 
 After any gap, a face more than one and a half sizes away, or more than twice the size, is another
-one: so a cut is seen in the boxes alone.  Two people shown in turn at the same place and size
-become one track, because no pixels are compared.
+one.  A face in another shot is another one too, wherever it is (cuts.py); a track goes on when its
+shot comes back in time.
 
 A track ends when its face was missed in more than three sampled frames and for more than 2 s.
 At most `max_tracks` faces are followed at any time: the largest, weighted by confidence.  The other
@@ -21,7 +21,7 @@ Tracks of a stream's segments are joined where they are folded, in worker/servic
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from ralf.worker.boxes import overlap
+from ralf.worker.media.cuts import Signatures, same_shot, signatures
 
-if TYPE_CHECKING:  # both need torch; only their numpy fields are read
+if TYPE_CHECKING:
     from ralf.worker.media.types import Faces, Frames
 
 Boxes = NDArray[np.float64]
@@ -49,6 +50,8 @@ class OpenTrack:
     box: tuple[float, float, float, float]
     time_s: float
     """When it was last seen."""
+    shot: Signatures = field(repr=False, compare=False)
+    """Of the frame in which it was last seen."""
     missed: int = 0
     """Sampled frames since then."""
 
@@ -58,11 +61,17 @@ def _area(boxes: Boxes) -> Boxes:
     return np.asarray(np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3), axis=1))
 
 
-def match(before: Boxes, after: Boxes, gap_s: Boxes, missed: Boxes) -> list[tuple[int, int]]:
+def match(
+    before: Boxes,
+    after: Boxes,
+    gap_s: Boxes,
+    missed: Boxes,
+    same: NDArray[np.bool_] | None = None,
+) -> list[tuple[int, int]]:
     """Pairs (row of before, row of after) that are the same face.
 
     gap_s and missed, both [len(before), len(after)], are the time between the two and the frames
-    in between that did not show the face.
+    in between that did not show the face; `same` [len(before)] says which are of the same shot.
     """
     size_a, size_b = np.sqrt(_area(before))[:, None], np.sqrt(_area(after))[None]
     between = (before[:, None, :2] + before[:, None, 2:] - after[:, :2] - after[:, 2:]) / 2
@@ -72,6 +81,8 @@ def match(before: Boxes, after: Boxes, gap_s: Boxes, missed: Boxes) -> list[tupl
     reach = REACH + REACH_PER_S * grown
     may = (distance <= reach) & (stretch <= STRETCH + STRETCH_PER_S * grown)
     may &= (missed <= MISSES) | (gap_s <= UNSEEN_S)
+    if same is not None:
+        may &= same[:, None]
     # A forbidden pair costs as much as the worst allowed pair, not more: at a higher cost the
     # assignment would break up a face that stayed in place in order to avoid forbidden pairs.
     cost = np.where(may, 1 - overlap(before, after) + distance, 1 + reach)
@@ -94,14 +105,22 @@ class Tracker:
 
     def update(self, frames: "Frames", faces: "Faces") -> NDArray[np.int64]:
         """The track of each face [m], −1 for one that is not followed; chunks in time order."""
+        return self.follow(frames.times_s, signatures(frames.pixels), faces)
+
+    def follow(
+        self, times_s: NDArray[np.float64], shots: Signatures, faces: "Faces"
+    ) -> NDArray[np.int64]:
+        """The same for frames of which only times and signatures were kept."""
         ids = np.full(len(faces), -1, np.int64)
         boxes, confidence = faces.boxes.astype(np.float64), faces.confidence.astype(np.float64)
-        for row, time_s in enumerate(frames.times_s):
+        for row, time_s in enumerate(times_s):
             mine = np.flatnonzero(faces.frame == row)
-            ids[mine] = self._step(float(time_s), boxes[mine], confidence[mine])
+            ids[mine] = self._step(float(time_s), shots[row], boxes[mine], confidence[mine])
         return ids
 
-    def _step(self, time_s: float, boxes: Boxes, confidence: Boxes) -> NDArray[np.int64]:
+    def _step(
+        self, time_s: float, shot: Signatures, boxes: Boxes, confidence: Boxes
+    ) -> NDArray[np.int64]:
         """One frame."""
         ids = np.full(len(boxes), -1, np.int64)
         strength = _area(boxes) * confidence
@@ -113,12 +132,13 @@ class Tracker:
             np.tile(np.array(column, np.float64)[:, None], (1, len(now)))
             for column in ([time_s - t.time_s for t in self._open], [t.missed for t in self._open])
         )
-        for a, b in match(_stacked(self._open), now, gap, missed):
+        shots = np.array([t.shot for t in self._open], np.float32).reshape(-1, len(shot))
+        for a, b in match(_stacked(self._open), now, gap, missed, same_shot(shots, shot)):
             ids[followed[b]] = self._open[a].track
         for row in followed[ids[followed] < 0]:
             ids[row] = self._next
             self._next += 1
-        seen = [OpenTrack(int(ids[row]), _plain(boxes[row]), time_s) for row in followed]
+        seen = [OpenTrack(int(ids[row]), _plain(boxes[row]), time_s, shot) for row in followed]
         self._open = self._kept(time_s, seen)
         return ids
 
