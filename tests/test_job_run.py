@@ -19,12 +19,12 @@ from ralf.worker.settings import Settings
 def test_the_time_allowed_grows_with_the_clip_within_its_bounds(one: float, other: float):
     """clamp(60 + 0.5 × seconds, 120, 1800); an unknown length gets the most."""
     settings = Settings()
-    allowed = job_run.time_allowed(settings, one)
+    allowed = settings.time_allowed(one)
 
-    assert job_run.time_allowed(settings, 0) == 1800
+    assert settings.time_allowed(0) == 1800
     assert 120 <= allowed <= 1800
     if 0 < other <= one:
-        assert job_run.time_allowed(settings, other) <= allowed
+        assert settings.time_allowed(other) <= allowed
     if 120 <= one <= 3480:
         assert allowed == pytest.approx(60 + 0.5 * one)
 

@@ -11,7 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ralf.kernels.manifest import Aggregation, Calibration
-from ralf.worker.contract import Callback, FailedSegment, Gap, SessionPart, SessionVerdict, Track
+from ralf.worker.contract import (
+    Callback,
+    FailedSegment,
+    Gap,
+    Segment,
+    SessionPart,
+    SessionVerdict,
+    Track,
+)
 from ralf.worker.scores import calibrated, level
 from ralf.worker.service import sessions
 from ralf.worker.service.deliver import Outbox
@@ -88,6 +96,39 @@ class TestJoin:
 
         assert len(verdict.tracks) == 1
         assert (verdict.label, verdict.score) == ("likely_forged", 0.97)
+
+    def test_a_listed_segment_forbids_likely_authentic(self):
+        """A minute within one part of the stream, whose track is authentic on the whole."""
+        quiet = [(number, [through([0.02] * 5)]) for number in range(3)]
+        worst = Segment(start_ms=400, end_ms=900, track_id="t1", score=0.91, peak_ms=600)
+        doubtful = a_verdict([through([0.02] * 5, score=0.1)], segments=(worst,))
+        stream = stored(*quiet)
+        assert sessions.fold("d", "live", stream).label == "likely_authentic"
+
+        stream["segment:1"] = sessions.digest(doubtful, part(1))
+        verdict = sessions.fold("d", "live", stream)
+
+        assert (verdict.label, verdict.score) == ("inconclusive", 0.1)
+        assert "1.t1 scored 0.910000 from 00:02.400 to 00:02.900" in verdict.reason
+
+    def test_a_stretch_across_a_border_forbids_likely_authentic(self):
+        """One high face at the end of a segment and one at the begin of the next."""
+        past = [0.02] * 20
+        one = fold((0, [through([*past, 0.95], score=0.1)]), (1, [through([*past], score=0.1)]))
+        both = fold(
+            (0, [through([*past, 0.95], score=0.1)]), (1, [through([0.95, *past], score=0.1)])
+        )
+
+        assert ("likely_authentic", "inconclusive") == (one.label, both.label)
+
+    def test_a_digest_of_an_older_worker_is_folded(self):
+        """It says nothing of segments."""
+        old = json.loads(sessions.digest(a_verdict([through([0.02] * 5)]), part(0)))
+        del old["peak"]
+
+        assert (
+            sessions.fold("d", "live", {"segment:0": json.dumps(old)}).label == "likely_authentic"
+        )
 
     @pytest.mark.parametrize(
         ("first", "second"),

@@ -200,6 +200,9 @@ class Sample(Output):
     score: Unit
     counted: bool = True
     """False: too small to count."""
+    second_pass: bool = False
+    """From a second look at a suspicious moment: counts for segments, and for the track's score
+    only where the track has too few other faces."""
 
 
 class Track(Output):
@@ -298,6 +301,9 @@ class Made(Output):
     calibration: dict[str, Any]
     aggregation: dict[str, Any]
     frames_asked: int
+    frames_by_pass: tuple[int, ...] = ()
+    """Frames sampled evenly, and, where a second pass looked again, frames around the moments that
+    scored highest; `sampling` describes the first."""
     frames_decoded: int
     frames_replaced: int
     faces: int

@@ -7,8 +7,8 @@ scale, so that a face with a weak residual looks weak beside one with a strong r
 
 import base64
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,6 +66,15 @@ class StrongestFaces:
             kept.append(candidate)
             kept.sort(key=lambda face: (-face.logit, face.time_s))
             del kept[self.per_track :]
+
+    def follow(self, track_of: Callable[[KeptFace], int]) -> None:
+        """Put each crop to the track that its face has now, after faces were tracked anew."""
+        faces = [face for kept in self._kept.values() for face in kept]
+        self._kept = {}
+        for face in sorted(faces, key=lambda face: (-face.logit, face.time_s)):
+            moved = replace(face, track=track_of(face))
+            kept = self._kept.setdefault(moved.track, [])
+            kept += [moved] if len(kept) < self.per_track else []
 
     def of_tracks(self, tracks: Iterable[int]) -> list[KeptFace]:
         """The kept crops of these tracks, strongest first within each."""

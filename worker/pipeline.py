@@ -7,6 +7,10 @@ One chunk of frames at a time goes through every stage, so memory is bounded by
 Settings.chunk_bytes however long the clip is.  After each chunk the caller gets a Partial: how far
 the walk is, and the verdict on the frames so far.  The caller may stop the walk there.
 
+Of a long clip, sampled by default, a second pass looks at more frames around the moments that score
+highest, so that a forgery shorter than the distance of two sampled frames is found where one of
+them touches it (_Walk.look_again).
+
 `analyze` runs a walk to its end.  `walk` is the same as a generator, for callers that must answer
 between two chunks.  _Walk holds one clip's state; read `walk` and `_Walk.process` first.
 """
@@ -19,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +31,7 @@ from numpy.typing import NDArray
 
 from ralf import __version__
 from ralf.kernels.engine_torch import explainer
+from ralf.kernels.manifest import Calibration, Manifest
 from ralf.worker.batcher import engine_behind
 from ralf.worker.contract import (
     EarlyStop,
@@ -42,10 +48,18 @@ from ralf.worker.ensemble import FaceScorer
 from ralf.worker.errors import BadRequest, TooManyPixels
 from ralf.worker.evidence import StrongestFaces, pictures
 from ralf.worker.media.crops import cut
+from ralf.worker.media.cuts import Signatures, signatures
 from ralf.worker.media.probe import probe
-from ralf.worker.media.sampling import for_long_clip, pixels_read, plan, thinning
+from ralf.worker.media.sampling import (
+    LOOK_FRAMES,
+    for_long_clip,
+    pixels_read,
+    plan,
+    second_look,
+    thinning,
+)
 from ralf.worker.media.tracks import Tracker
-from ralf.worker.media.types import Clip, Frames, Probe
+from ralf.worker.media.types import Clip, Faces, Frames, Probe
 from ralf.worker.runtime import Parts
 from ralf.worker.settings import Settings
 from ralf.worker.verdict import Judgement, Scores, calibrated, judge
@@ -122,14 +136,26 @@ def walk(
 ) -> Generator[Partial, None, tuple[Verdict, Evidence]]:
     """The same, one chunk at a time; closing the generator closes the file and frees the memory."""
     clip = _Walk(Path(path), parts, ask)
-    for frames in clip.chunks():
-        clip.process(frames)
-        yield Partial(clip.progress(), clip.probe.duration_s, lambda: clip.verdict(partial=True))
-        if clip.may_stop_early():
+    while True:
+        for frames in clip.chunks():
+            clip.process(frames)
+            now = clip.progress()
+            yield Partial(now, clip.probe.duration_s, lambda: clip.verdict(partial=True))
+            if clip.may_stop_early():
+                break
+        if not clip.look_again():
             break
     with clip.timed("judge"):
         clip.judgement()
     return clip.verdict(partial=clip.stopped_early), clip.evidence()
+
+
+class _Seen(NamedTuple):
+    """What tracking needs of one chunk."""
+
+    times_s: NDArray[np.float64]
+    shots: Signatures
+    faces: Faces
 
 
 class _Walk:
@@ -158,13 +184,18 @@ class _Walk:
         self.clip = Clip(self.probe, self.sampling)
         self.calibration = self.manifest.calibration.at(self.probe.bits_per_pixel)
         wanted = plan(self.clip)
-        refuse_work(pixels_read(self.probe, wanted), parts.settings)
-        self.total = len(wanted)
+        self.pixels = pixels_read(self.probe, wanted)
+        refuse_work(self.pixels, parts.settings)
+        self.by_pass = [len(wanted)]
         self.tracker = Tracker(max_tracks=min(ask.max_tracks, parts.settings.max_tracks))
         self.scorer = FaceScorer(parts.engine)
         self.scores = Scores.none()
         self.strongest_faces = StrongestFaces()
         self.sampled_s: list[NDArray[np.float64]] = []
+        self.again_s: list[NDArray[np.float64]] = []
+        self.seen: list[_Seen] = []
+        self.double = 0
+        self.percent = 0.0
         self.asked = self.decoded = self.replaced = 0
         # Dicts as ordered sets: each warning and each decoder is listed once.
         self.warnings: dict[str, None] = dict.fromkeys(self.probe.warnings)
@@ -201,8 +232,13 @@ class _Walk:
             spent = (time.perf_counter() - start) * 1000
             self.stages_ms[stage] = round(self.stages_ms.get(stage, 0.0) + spent, 3)
 
+    @property
+    def total(self) -> int:
+        """Frames to sample in all passes so far."""
+        return sum(self.by_pass)
+
     def chunks(self) -> Iterator[Frames]:
-        """The decoder's chunks, with the time that decoding took."""
+        """The decoder's chunks of this pass, with the time that decoding took."""
         frames = self.parts.decoder.decode([self.clip])
         try:
             while True:
@@ -222,6 +258,9 @@ class _Walk:
     def process(self, frames: Frames) -> None:
         """One chunk through every stage: find its faces, track them, score them."""
         self._judgement = None
+        again = len(self.by_pass) > 1
+        if again:
+            frames = self._unseen(frames)
         # Also for a chunk without faces, which returns early below: its frames count as sampled,
         # and so change the timeline and the longest gap.
         self._count(frames)
@@ -229,7 +268,9 @@ class _Walk:
             return
         with self.timed("find"):
             faces = self.parts.finder.find(frames)
-            tracks = self.tracker.update(frames, faces)
+            seen = _Seen(frames.times_s, signatures(frames.pixels), faces)
+            self.seen.append(seen)
+            tracks = self._track_anew() if again else self.tracker.follow(*seen)
         if self.tracker.overflowed:
             self.warn(f"too_many_tracks: only {self.tracker.max_tracks} faces are followed")
         # Faces that are not followed are dropped before they are cut: a frame of a large crowd must
@@ -252,6 +293,7 @@ class _Walk:
             confidence=faces.confidence,
             track=tracks,
             logit=logits,
+            again=np.full(len(faces), again),
         )
         self.scores = Scores.concat([self.scores, new])
         # A job may ask that no picture is kept; then no crop outlives its chunk.
@@ -260,14 +302,86 @@ class _Walk:
 
     def _count(self, frames: Frames) -> None:
         """Note which frames were sampled, and what went wrong with them."""
-        self.asked = frames.asked
+        self.asked = sum(self.by_pass[:-1]) + frames.asked - self.double
         self.decoded += len(frames)
         self.replaced += frames.replaced
         self.sampled_s.append(frames.times_s)
+        if len(self.by_pass) > 1:
+            self.again_s.append(frames.times_s)
         if len(frames):
             self.decoders.setdefault(frames.decoder)
         for text in frames.warnings:
             self.warn(text)
+
+    def _unseen(self, frames: Frames) -> Frames:
+        """The chunk without frames that the first pass had; one frame must not count twice."""
+        known = np.concatenate(self.sampled_s)
+        new = np.flatnonzero(~np.isin(frames.times_s, known))
+        if len(new) == len(frames):
+            return frames
+        double = len(frames) - len(new)
+        self.by_pass[-1] -= double
+        self.double += double
+        return replace(
+            frames,
+            pixels=frames.pixels[torch.from_numpy(new).to(frames.pixels.device)],
+            times_s=frames.times_s[new],
+            indices=frames.indices[new],
+        )
+
+    def _track_anew(self) -> NDArray[np.int64]:
+        """Track all faces of both passes in order of time; the newest chunk's tracks."""
+        times = np.concatenate([seen.times_s for seen in self.seen])
+        place = np.argsort(np.argsort(times, kind="stable"), kind="stable")
+        starts = np.cumsum([0, *(len(seen.times_s) for seen in self.seen)])
+        faces = Faces.concat(
+            [
+                replace(seen.faces, frame=place[seen.faces.frame + start])
+                for seen, start in zip(self.seen, starts[:-1], strict=True)
+            ]
+        )
+        order = np.argsort(times, kind="stable")
+        shots = np.concatenate([seen.shots for seen in self.seen])[order]
+        tracks = Tracker(self.tracker.max_tracks).follow(times[order], shots, faces)
+        # Which faces of a frame are followed does not depend on other frames, so the rows stay.
+        newest = len(self.seen[-1].faces)
+        older = tracks[: len(tracks) - newest]
+        older = older[older >= 0]
+        moved = {
+            (int(old), float(at)): int(new)
+            for old, at, new in zip(self.scores.track, self.scores.time_s, older, strict=True)
+        }
+        self.strongest_faces.follow(lambda face: moved[face.track, face.time_s])
+        self.scores = replace(self.scores, track=older)
+        return tracks[len(tracks) - newest :]
+
+    def look_again(self) -> bool:
+        """Begin the second pass, if there is a reason, and time and work for it; at most once."""
+        default = self.ask.sampling in (None, self.parts.default_sampling)
+        if self.stopped_early or len(self.by_pass) > 1 or not default or self.manifest.untrained:
+            return False
+        found = self.judgement()
+        # A third of the remaining time, because what comes need not be as fast as what was.
+        spent_s = sum(self.stages_ms.values()) / 1000
+        left_s = self.parts.settings.time_allowed(self.probe.duration_s) - spent_s
+        if self.ask.job is not None and self.ask.job.deadline is not None:
+            until = (self.ask.job.deadline - datetime.now(UTC)).total_seconds()
+            left_s = min(left_s, until)
+        affordable = left_s / 3 / max(spent_s / max(self.asked, 1), 1e-6)
+        most = self.parts.settings.max_decode_pixels
+        finer = second_look(
+            self.probe,
+            suspicious(self.scores, found, self.calibration, self.manifest)[
+                : max(0, int(affordable // LOOK_FRAMES))
+            ],
+            np.sort(np.concatenate([*self.sampled_s, np.zeros(0)])),
+            min(most / 4, most - self.pixels),  # a choice of ours costs less
+        )
+        if finer is None:
+            return False
+        self.clip = Clip(self.probe, finer)
+        self.by_pass.append(len(plan(self.clip)))
+        return True
 
     def judgement(self) -> Judgement:
         """The judgement on all frames so far; computed once per chunk."""
@@ -282,6 +396,7 @@ class _Walk:
                 manifest=self.manifest,
                 calibration=self.calibration,
                 max_tracks=self.tracker.max_tracks,
+                again_s=np.concatenate([*self.again_s, np.zeros(0)]),
             )
             self._judgement = without_decision(found) if self.manifest.untrained else found
         return self._judgement
@@ -308,10 +423,11 @@ class _Walk:
         return self.stopped_early
 
     def progress(self) -> Progress:
-        """How far the walk is."""
+        """How far the walk is; the second pass, which nobody could foresee, takes nothing back."""
+        self.percent = max(self.percent, min(100.0, 100.0 * self.asked / max(self.total, 1)))
         return Progress(
             stage="analyze",
-            percent=min(100.0, 100.0 * self.asked / max(self.total, 1)),
+            percent=self.percent,
             frames_done=self.asked,
             frames_total=self.total,
             faces=len(self.scores),
@@ -377,6 +493,7 @@ class _Walk:
             calibration=self.calibration.model_dump(exclude={"by_compression"}),
             aggregation=manifest.aggregation.model_dump(),
             frames_asked=self.asked,
+            frames_by_pass=tuple(self.by_pass),
             frames_decoded=self.decoded - self.replaced,
             frames_replaced=self.replaced,
             faces=len(self.scores),
@@ -384,6 +501,25 @@ class _Walk:
             host=platform.node(),
             attempt=self.ask.attempt,
         )
+
+
+def suspicious(
+    scores: Scores, judgement: Judgement, calibration: Calibration, manifest: Manifest
+) -> NDArray[np.float64]:
+    """Times of counted faces that are not clearly authentic, the highest score first.
+
+    None where the clip is called forged already, and none within a segment, which is known.
+    """
+    if judgement.label == "likely_forged":
+        return np.zeros(0)
+    high = calibrated(scores.logit, calibration) >= judgement.threshold.authentic_below
+    high &= scores.face_px >= manifest.aggregation.min_face_px
+    for segment in judgement.segments:
+        inside = scores.time_s * 1000 >= segment.start_ms
+        high &= ~(inside & (scores.time_s * 1000 <= segment.end_ms))
+    rows = np.flatnonzero(high)
+    order = np.lexsort((scores.time_s[rows], -scores.logit[rows]))
+    return np.asarray(scores.time_s[rows[order]], np.float64)
 
 
 def without_decision(judgement: Judgement) -> Judgement:

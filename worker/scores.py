@@ -19,7 +19,7 @@ trimmed_mean trims the low end only.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ Floats = NDArray[np.float64]
 Reals = NDArray[np.floating[Any]]
 """What comes in may be of less precision than what is counted with."""
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+NO_TIMES: Floats = np.zeros(0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,10 +47,15 @@ class Scores:
     confidence: Reals  # [m] the finder's
     track: Ints  # [m]
     logit: Reals  # [m] uncalibrated, positive is forged
+    again: Flags = field(
+        default_factory=lambda: np.zeros(0, np.bool_)
+    )  # [m] from the second pass; none where not given
 
     def __post_init__(self) -> None:
         m = len(self.logit)
-        for name in ("time_s", "frame", "face_px", "confidence", "track", "logit"):
+        if not len(self.again):
+            object.__setattr__(self, "again", np.zeros(m, np.bool_))
+        for name in ("time_s", "frame", "face_px", "confidence", "track", "logit", "again"):
             shape = np.shape(getattr(self, name))
             if shape != (m,):
                 raise ValueError(f"{name} should have shape ({m},) as logit has, got {shape}")
@@ -92,7 +99,17 @@ class Scores:
         return Scores(**{name: getattr(self, name)[rows] for name in COLUMNS})
 
 
-COLUMNS = ("time_s", "frame", "box", "face_px", "confidence", "track", "logit")
+COLUMNS = ("time_s", "frame", "box", "face_px", "confidence", "track", "logit", "again")
+
+
+def for_level(rows: Ints, again: Flags, min_faces: int) -> Ints:
+    """Those of a track's counted rows that its level is computed from.
+
+    The second pass looks where scores are high, so its faces would raise the level of any long
+    track.  They count for segments, and for a track that has too few faces without them.
+    """
+    first = rows[~again[rows]]
+    return first if len(first) >= min_faces else rows
 
 
 def level(logits: Reals, aggregation: Aggregation) -> float:
@@ -121,7 +138,8 @@ def calibrated(logits: Reals, calibration: Calibration) -> Floats:
 def video_score(scores: Scores, calibration: Calibration, aggregation: Aggregation) -> float | None:
     """A video's score: of its strongest track with faces enough to decide; None without one."""
     counted = scores.face_px >= aggregation.min_face_px
-    tracks = [scores.logit[counted & (scores.track == one)] for one in np.unique(scores.track)]
+    rows = [np.flatnonzero(counted & (scores.track == one)) for one in np.unique(scores.track)]
+    tracks = [scores.logit[for_level(own, scores.again, aggregation.min_faces)] for own in rows]
     # Calibration keeps the order of levels, so it is enough to calibrate the largest.
     levels = [level(own, aggregation) for own in tracks if len(own) >= aggregation.min_faces]
     return float(calibrated(np.array([max(levels)]), calibration)[0]) if levels else None

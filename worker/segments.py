@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ralf.kernels.manifest import Calibration
 from ralf.worker.contract import Segment, Timeline
-from ralf.worker.scores import Floats, Ints, Reals, Scores, calibrated
+from ralf.worker.scores import NO_TIMES, Floats, Ints, Reals, Scores, calibrated
 
 REACH_S = 1.0
 GAP_STEPS = 3.5
@@ -46,7 +46,10 @@ class ScoredFrames:
         duration_s: float,
         calibration: Calibration,
         min_face_px: int,
+        *,
+        again_s: Reals = NO_TIMES,
     ) -> "ScoredFrames":
+        """sampled_s are the times of all sampled frames, again_s those of the second pass."""
         left = scores.box[:, 0]
         # By everything that can differ, so that the order in which the rows came means nothing; by
         # left edge before track number, because tracks are named in this order.
@@ -68,7 +71,9 @@ class ScoredFrames:
             frames_ms=frames,
             starts_ms=frames - np.concatenate([np.minimum(first, reach), half]),
             ends_ms=frames + np.concatenate([half, np.minimum(duration - last, reach)]),
-            step_ms=float(np.median(gaps)) if len(gaps) else 2 * reach,
+            # Not of the second pass, whose frames are close together: a face that is seen in each
+            # frame of the first pass would be torn apart between any two of them.
+            step_ms=_usual_step(np.setdiff1d(frames, milliseconds(again_s)), 2 * reach),
             duration_ms=int(duration),
             calibration=calibration,
         )
@@ -79,6 +84,10 @@ class ScoredFrames:
         if len(self.frames_ms) < 2:
             return self.duration_ms
         return int(np.diff(self.frames_ms).max())
+
+
+def _usual_step(frames_ms: Ints, otherwise: float) -> float:
+    return float(np.median(np.diff(frames_ms))) if len(frames_ms) > 1 else otherwise
 
 
 def milliseconds(seconds: Reals) -> Ints:

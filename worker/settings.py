@@ -84,10 +84,10 @@ class Settings:
     verdicts with more than 1 are marked uncalibrated."""
 
     # one job's time: clamp(base + per_second * seconds of video, least, most)
-    timeout_base_s: float = 60.0
-    timeout_per_video_s: float = 0.5
-    timeout_least_s: float = 120.0
-    timeout_most_s: float = 1800.0
+    timeout_base_s: float = field(default=60.0, metadata=CHILD)
+    timeout_per_video_s: float = field(default=0.5, metadata=CHILD)
+    timeout_least_s: float = field(default=120.0, metadata=CHILD)
+    timeout_most_s: float = field(default=1800.0, metadata=CHILD)
 
     # retries, crashes
     retries: int = 2
@@ -167,6 +167,13 @@ class Settings:
     """/metrics, /healthz and /readyz; 0 turns them off."""
     log_level: str = field(default="info", metadata=CHILD)
     log_format: str = field(default="auto", metadata=CHILD)
+
+    def time_allowed(self, seconds: float) -> float:
+        """How long a clip of so many seconds may take; 0 is a length that is not known yet."""
+        if seconds <= 0:
+            return self.timeout_most_s
+        wanted = self.timeout_base_s + self.timeout_per_video_s * seconds
+        return min(max(wanted, self.timeout_least_s), self.timeout_most_s)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":

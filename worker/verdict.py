@@ -24,7 +24,7 @@ import numpy as np
 
 from ralf.kernels.manifest import Aggregation, Calibration, Manifest
 from ralf.worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
-from ralf.worker.scores import Ints, Reals, Scores, calibrated, level
+from ralf.worker.scores import NO_TIMES, Ints, Reals, Scores, calibrated, for_level, level
 from ralf.worker.segments import ScoredFrames, segments_of, timeline_of
 from ralf.worker.wording import clock, score_text
 
@@ -81,8 +81,11 @@ def judge(
     manifest: Manifest,
     calibration: Calibration | None = None,
     max_tracks: int = MAX_TRACKS,
+    again_s: Reals = NO_TIMES,
 ) -> Judgement:
-    """Judge a clip by its model's manifest; sampled_s are the times of all sampled frames.
+    """Judge a clip by its model's manifest.
+
+    sampled_s are the times of all sampled frames, again_s those of the second pass among them.
 
     The boxes of the scores are in pixels of a frame of width × height.  Every track is judged;
     the max_tracks strongest are listed.  `calibration` is the manifest's at the clip's compression;
@@ -98,6 +101,7 @@ def judge(
         aggregation=manifest.aggregation,
         threshold=threshold_for(manifest.thresholds, manifest.policy),
         max_tracks=max_tracks,
+        again_s=again_s,
     )
     if manifest.thresholds:
         return judgement
@@ -116,9 +120,12 @@ def judge_by(
     aggregation: Aggregation,
     threshold: Threshold,
     max_tracks: int = MAX_TRACKS,
+    again_s: Reals = NO_TIMES,
 ) -> Judgement:
     """The same from the parts of a manifest."""
-    scored = ScoredFrames.of(scores, sampled_s, duration_s, calibration, aggregation.min_face_px)
+    scored = ScoredFrames.of(
+        scores, sampled_s, duration_s, calibration, aggregation.min_face_px, again_s=again_s
+    )
     tracks = [
         _TrackScore.of(f"t{place}", rows, scored, aggregation)
         for place, rows in enumerate(_by_first_appearance(scored.scores), 1)
@@ -178,7 +185,8 @@ class _TrackScore:
         votes = rows[scored.counted[rows]]
         score, reason = None, None
         if len(votes) >= aggregation.min_faces:
-            mean = level(scored.scores.logit[votes], aggregation)
+            chosen = for_level(votes, scored.scores.again, aggregation.min_faces)
+            mean = level(scored.scores.logit[chosen], aggregation)
             score = float(calibrated(np.array([mean]), scored.calibration)[0])
         else:
             reason = _too_little(len(rows), len(votes), aggregation)
@@ -248,6 +256,7 @@ def _sample(scored: ScoredFrames, row: int, width: int, height: int) -> Sample:
         confidence=round(float(np.clip(scores.confidence[row], 0, 1)), 4),
         score=float(scored.probability[row]),
         counted=bool(scored.counted[row]),
+        second_pass=bool(scores.again[row]),
     )
 
 

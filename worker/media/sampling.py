@@ -9,12 +9,16 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ralf.worker.contract import Sampling
+from ralf.worker.contract import Sampling, Span
 from ralf.worker.errors import BadRequest
 from ralf.worker.media.types import Clip, Probe
 
 GAP_S = 10.0
 """A long clip is sampled so often, because a forgery of this length matters to people."""
+
+LOOKS, LOOK_S, STEP_S = 8, 2.0, 0.5
+"""The second pass: moments that it looks at, how far around each, and how closely."""
+LOOK_FRAMES = round(2 * LOOK_S / STEP_S)
 
 
 def plan(clip: Clip) -> NDArray[np.int64]:
@@ -64,6 +68,39 @@ def for_long_clip(
             return finer
         wanted //= 2
     return sampling
+
+
+def second_look(
+    probe: Probe, times_s: NDArray[np.float64], sampled_s: NDArray[np.float64], most_pixels: float
+) -> Sampling | None:
+    """Frames around these moments, the most important first; None where there are none.
+
+    Around a sampled frame, frames STEP_S apart, up to LOOK_S away and not beyond the sampled
+    frames beside it, so a forgery of a second or two that the frame touches gets several scores.
+    At most LOOKS moments, and fewer where decoding would cost more than most_pixels.
+    """
+    windows: list[tuple[float, float]] = []
+    for moment in times_s:
+        at = int(np.searchsorted(sampled_s, moment))
+        before = sampled_s[at - 1] if at else 0.0
+        after = sampled_s[at + 1] if at + 1 < len(sampled_s) else probe.duration_s
+        start, end = max(before, moment - LOOK_S), min(after, moment + LOOK_S)
+        if end - start > LOOK_S and not any(s < end and start < e for s, e in windows):
+            windows.append((float(start), float(end)))
+        if len(windows) == LOOKS:
+            break
+    while windows:
+        finer = Sampling(
+            max_frames=round(sum(end - start for start, end in windows) / STEP_S),
+            spans=tuple(
+                Span(start_ms=round(1000 * start), end_ms=round(1000 * end))
+                for start, end in windows
+            ),
+        )
+        if pixels_read(probe, plan(Clip(probe, finer))) <= most_pixels:
+            return finer
+        windows.pop()
+    return None
 
 
 def frames_read(probe: Probe, wanted: NDArray[np.int64]) -> int:

@@ -51,7 +51,7 @@ class StridedFinder:
         for place in range(1, len(rows)):
             parts += _between(seen, place, rows, frames.times_s)
             parts.append(_at(seen, np.flatnonzero(seen.frame == place), rows[place : place + 1]))
-        return _joined(parts)
+        return Faces.concat(parts)
 
 
 def searched_rows(times_s: NDArray[np.float64], every: int) -> NDArray[np.int64]:
@@ -102,13 +102,4 @@ def _at(seen: Faces, found: NDArray[np.int64], row: NDArray[np.int64]) -> Faces:
         landmarks=seen.landmarks[found],
         confidence=seen.confidence[found],
         frame=np.repeat(row, len(found)),
-    )
-
-
-def _joined(parts: list[Faces]) -> Faces:
-    return Faces(
-        boxes=np.concatenate([part.boxes for part in parts]),
-        landmarks=np.concatenate([part.landmarks for part in parts]),
-        confidence=np.concatenate([part.confidence for part in parts]),
-        frame=np.concatenate([part.frame for part in parts]),
     )

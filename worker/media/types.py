@@ -152,6 +152,16 @@ class Faces:
         )
 
     @classmethod
+    def concat(cls, parts: Sequence["Faces"]) -> "Faces":
+        """The faces of all parts, whose frames are counted alike."""
+        return cls(
+            boxes=np.concatenate([part.boxes for part in parts]),
+            landmarks=np.concatenate([part.landmarks for part in parts]),
+            confidence=np.concatenate([part.confidence for part in parts]),
+            frame=np.concatenate([part.frame for part in parts]),
+        )
+
+    @classmethod
     def none(cls) -> "Faces":
         """No face in the chunk."""
         return cls(

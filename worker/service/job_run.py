@@ -112,14 +112,6 @@ class RunTimes:
     """The clip's length; 0 while it is not known."""
 
 
-def time_allowed(settings: Settings, seconds: float) -> float:
-    """How long a clip of so many seconds may take; 0 is a length that is not known yet."""
-    if seconds <= 0:
-        return settings.timeout_most_s
-    wanted = settings.timeout_base_s + settings.timeout_per_video_s * seconds
-    return min(max(wanted, settings.timeout_least_s), settings.timeout_most_s)
-
-
 def overrun(
     settings: Settings,
     times: RunTimes,
@@ -141,7 +133,7 @@ def overrun(
     # Until its turn a job waits for other parents' jobs: only its deadline counts.
     if times.started is None:
         return None
-    allowed = time_allowed(settings, times.seconds)
+    allowed = settings.time_allowed(times.seconds)
     if now - times.started > allowed:
         length = f"a clip of {times.seconds:g} s" if times.seconds else "any clip"
         return Hung(f"ran for more than {allowed:g} s, which is what {length} gets")

@@ -11,8 +11,9 @@ Tracks are joined at a border when one ends near it and another begins near it, 
 follow each other, with boxes that overlap.  A joined track's score is the highest of two things:
 the level over all its faces, and its scores in single segments.  So faces that are too few to
 decide in any one segment decide together, and an hour of an authentic face cannot hide a forged
-minute.  The price: many segments are many chances for a false alarm; choose the threshold's policy
-for that.
+minute.  As in a clip, a listed segment at or above the threshold forbids `likely_authentic`; at a
+border its faces may lie on both sides.  The price: many segments are many chances for a false
+alarm; choose the threshold's policy for that.
 
 Scores are stored as logits of the calibrated score.  Calibration is affine, so a mean of those is
 the calibrated mean.  A fold reads all segments so far, about 0.7 kB and 0.1 ms each: start a new
@@ -38,6 +39,7 @@ from ralf.worker.contract import (
     Threshold,
     Verdict,
 )
+from ralf.worker.wording import clock
 
 OVERLAP = 0.3
 """Least intersection over union of the two boxes at a border."""
@@ -67,6 +69,16 @@ class _Piece:
 
 
 @dataclass(frozen=True)
+class _Peak:
+    """The strongest listed stretch of a segment's verdict, on the stream's clock."""
+
+    start_ms: int
+    end_ms: int
+    name: str
+    score: float
+
+
+@dataclass(frozen=True)
 class _Segment:
     """What a session keeps of one segment's verdict."""
 
@@ -78,6 +90,7 @@ class _Segment:
     threshold: Threshold
     aggregation: Aggregation
     pieces: tuple[_Piece, ...]
+    peak: _Peak | None
 
 
 @dataclass(eq=False)
@@ -114,7 +127,12 @@ def digest(verdict: Verdict, part: SessionPart) -> str:
             "first": _corners(track.samples[0].box),
             "last": _corners(track.samples[-1].box),
             "faces": track.faces,
-            "logits": [_logit(sample.score) for sample in track.samples if sample.counted],
+            # Without the second pass, which looked where scores are high.
+            "logits": [
+                _logit(sample.score)
+                for sample in track.samples
+                if sample.counted and not sample.second_pass
+            ],
             "score": track.score,
             "score_max": track.score_max,
         }
@@ -122,7 +140,15 @@ def digest(verdict: Verdict, part: SessionPart) -> str:
         # Without a sample there is no box by which it could be joined.
         if track.samples
     ]
+    worst = max(verdict.segments, key=lambda segment: segment.score, default=None)
     kept = {
+        "peak": worst
+        and {
+            "start_ms": worst.start_ms + part.offset_ms,
+            "end_ms": worst.end_ms + part.offset_ms,
+            "name": f"{part.number}.{worst.track_id}",
+            "score": worst.score,
+        },
         "offset_ms": part.offset_ms,
         "step_ms": round(step, 1),
         "model": f"{verdict.made.model}@{verdict.made.version}",
@@ -142,8 +168,17 @@ def fold(tenant: str, session_id: str, stored: Mapping[str, str]) -> SessionVerd
     missing = _missing(segments, [entry.number for entry in failed], last)
     # The model may change during a stream: the last segment's threshold judges all of it.
     policy = segments[-1] if segments else None
-    tracks = [chain.listed(policy.aggregation) for chain in _join(segments)] if policy else []
+    chains = _join(segments)
+    tracks = [chain.listed(policy.aggregation) for chain in chains] if policy else []
     label, score, reason = _decide(tracks, policy.threshold if policy else None)
+    if (
+        policy
+        and label == "likely_authentic"
+        and (peak := _contradiction(segments, chains, policy))
+    ):
+        when = f"from {clock(peak.start_ms)} to {clock(peak.end_ms)}"
+        label = "inconclusive"
+        reason = f"{reason[:-1]}; but {peak.name} scored {peak.score:.6f} {when}."
     strongest = sorted(tracks, key=lambda track: (-(track.score or 0), -track.score_max))[:LISTED]
     return SessionVerdict(
         session_id=session_id,
@@ -193,6 +228,8 @@ def _read(number: int, text: str) -> _Segment:
         partial=kept["partial"],
         threshold=Threshold(**kept["threshold"]),
         aggregation=Aggregation(**kept["aggregation"]),
+        # Digests of older workers have none.
+        peak=_Peak(**kept["peak"]) if kept.get("peak") else None,
         pieces=tuple(
             _Piece(
                 **{
@@ -299,6 +336,26 @@ def _decide(
     said = f"{track.track_id}, the strongest of {len(decisive)}, scored {score:.6f}"
     label, why = threshold.decide(score)
     return label, score, f"{said}: {why}."
+
+
+def _contradiction(
+    segments: Sequence[_Segment], chains: Sequence[_Chain], policy: _Segment
+) -> _Peak | None:
+    """The strongest stretch at or above the threshold, within a segment or across a border."""
+    peaks = [segment.peak for segment in segments if segment.peak is not None]
+    for chain in chains:
+        for old, new in pairwise(chain.pieces):
+            # The rule of worker/segments.py at the border: the median of three neighbours.
+            near = (*old.logits[-2:], *new.logits[:2])
+            middle = max(
+                (sorted(three)[1] for three in zip(near, near[1:], near[2:], strict=False)),
+                default=EDGE,
+            )
+            score = _level([middle], policy.aggregation) if len(near) > 2 else 0.0
+            if score >= policy.threshold.forged_at:
+                name = f"{chain.pieces[0].number}.{chain.pieces[0].name}"
+                peaks.append(_Peak(old.end_ms, max(new.start_ms, old.end_ms + 1), name, score))
+    return max(peaks, key=lambda peak: peak.score, default=None)
 
 
 def _warnings(segments: Sequence[_Segment], tracks: int) -> Iterable[str]:
