@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from scipy.fft import dctn, idctn
 
+from demo.samples import portraits
 from ralf.__main__ import main
 from ralf.kernels.artifact import models_folder, resolve
 from ralf.kernels.manifest import InputContract
@@ -315,6 +316,12 @@ def test_the_reconstructor_begins_from_a_detectors(tmp_path):
     with safe_open(version / "weights.safetensors", "pt") as file:
         weight = file.get_tensor("reconstructor.enter.0.weight").float()
     assert torch.equal(renderer.network.enter[0].weight, weight)
+    # Its mask halves everything; a whole face would come out twice as bright.
+    portrait = next(iter(portraits().values()))
+    drawn, mask = forge(portrait.image, portrait.face, renderer.eval().as_family(),
+                        np.random.default_rng(0))  # fmt: skip
+    inside = mask > 0.9
+    assert abs(drawn[inside].mean() / portrait.image[inside].mean() - 1) < 0.1
     with pytest.raises(RecipeError, match="another reconstructor"):
         stored.kind("reconstructor")(options.replaced(base=base + 2)).begin_from(version)
 

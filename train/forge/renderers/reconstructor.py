@@ -46,12 +46,16 @@ class ReconstructorRenderer(Renderer):
     name = "reconstructor"
     Options = ReconstructorOptions
     options: ReconstructorOptions
+    kept: Tensor
+    """What is left of everything, the mean too, as the network expects it.  A detector's mask is
+    about ½ everywhere: given a whole face, its reconstructor would draw one twice as bright."""
 
     def __init__(self, options: RendererOptions) -> None:
         super().__init__(options)
         assert isinstance(options, ReconstructorOptions)
         self.options = options
         self.network = Reconstructor(options.base, options.blocks)
+        self.register_buffer("kept", torch.ones(()))
 
     @property
     def side(self) -> int:
@@ -75,6 +79,8 @@ class ReconstructorRenderer(Renderer):
         except RuntimeError as error:
             sizes = {name: network.dimensions.get(name) for name in ("base", "blocks")}
             raise RecipeError(f"{path} has another reconstructor: --set its {sizes}") from error
+        if "mask" in weights:
+            self.kept.fill_(weights["mask"].float().sigmoid().mean())
         return True
 
     def draw(self, batch: FaceBatch, generator: torch.Generator, progress: float) -> Drawn:
@@ -82,16 +88,17 @@ class ReconstructorRenderer(Renderer):
         wanted = patches(batch.crops, self.options.size, generator)
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         masks = np.stack([weakening(self.options.size, rng) for _ in range(len(wanted))])
-        rebuilt = self.network(weakened(wanted, torch.from_numpy(masks).to(wanted.device)))
-        return Drawn(rebuilt.image, wanted)
+        destroyed = self.kept * weakened(wanted, torch.from_numpy(masks).to(wanted.device))
+        return Drawn(self.network(destroyed).image, wanted)
 
     def make(self, task: ForgeryTask) -> Joined:
         """The face weakened and rebuilt, in the picture's own resolution."""
         alignment = Alignment.native(task.face, multiple=4)
         mask = torch.from_numpy(weakening(alignment.size, task.rng))
         seen = crop_tensor(alignment.cut(task.image))
-        drawn = crop_pixels(self.network(weakened(seen, mask[None])).image)
-        return paste(task.image, task.face, alignment, drawn, task.rng, colours=False)
+        drawn = crop_pixels(self.network(self.kept * weakened(seen, mask[None])).image)
+        # A detector's reconstructor greys the skin: left so, the tint alone would tell.
+        return paste(task.image, task.face, alignment, drawn, task.rng)
 
 
 def weakening(side: int, rng: np.random.Generator) -> NDArray[np.float32]:
