@@ -709,6 +709,32 @@ def test_an_idle_worker_is_live_while_redis_is_silent(own_redis: RedisServer):
         service.close()
 
 
+def test_a_busy_worker_is_live_and_ready_while_redis_is_silent(
+    own_redis: RedisServer, tmp_path: Path
+):
+    """Its child works on, so Kubernetes must neither restart it nor take it off the list."""
+    port, release = free_port(), tmp_path / "release"
+    service = Service(own_redis.url, replace(QUICK, http_port=port, hang_s=LONG_S))
+    try:
+        worker = service.worker()
+        job_id = service.submit("hold", f"hold:{release}")
+        service.runs(job_id)
+        with silent(own_redis):
+            until(lambda: "redis.unreachable" in service.said())
+            until(lambda: turned_s_ago(port) < 0.4)
+            assert [get(port, path)[0] for path in ("/healthz", "/readyz")] == [200, 200]
+            # The verdict is made, and waits for Redis: the loop turns all the same.
+            release.touch()
+            before = service.said().count("redis.unreachable")
+            until(lambda: service.said().count("redis.unreachable") > before + 1)
+            until(lambda: turned_s_ago(port) < 0.4)
+            assert [get(port, path)[0] for path in ("/healthz", "/readyz")] == [200, 200]
+        assert service.reaches(job_id, "succeeded", "quarantined").attempts == 1
+        assert worker.poll() is None
+    finally:
+        service.close()
+
+
 def test_progress_and_lease_survive_a_silence_of_redis(own_redis: RedisServer, tmp_path: Path):
     """Shorter than the lease: the job goes on, and its verdict is stored once."""
     service, release = Service(own_redis.url, QUICK), tmp_path / "release"
@@ -724,6 +750,33 @@ def test_progress_and_lease_survive_a_silence_of_redis(own_redis: RedisServer, t
         assert service.redis.xlen(service.store.key("verdicts")) == 1
     finally:
         service.close()
+
+
+def test_a_job_that_ends_before_it_runs_is_counted(make: Callable[..., Service]):
+    """Its deadline passed, its file is blocked, it cannot be read: alerts read these counts."""
+    port = free_port()
+    service = make(http_port=port)
+    store, past = service.store, datetime.now(UTC) + timedelta(seconds=0.1)
+    late = service.submit("trivial", deadline=past)
+    blocked = service.submit("trivial", media=Media(uri="file:///a.mp4", sha256="f" * 64))
+    service.redis.sadd(store.key("crashes", "workers", "f" * 64), "w1", "w2")
+    odd = service.submit("trivial")
+    service.redis.hset(store.key("job", odd), "document", "{}")
+    until(lambda: datetime.now(UTC) > past)
+    # No janitor sweeps: it would end the first one itself.
+    service.settings = replace(service.settings, janitor_every_s=LONG_S)
+    service.worker()
+    ends = {late: "expired", blocked: "quarantined", odd: "failed"}
+    for job_id, state in ends.items():
+        service.reaches(job_id, state)
+
+    for labels in (
+        'code="deadline_passed",outcome="expired"',
+        'code="decoder_crashed",outcome="quarantined"',
+        'code="bad_request",outcome="failed"',
+    ):
+        sample = f"ralf_jobs_total{{{labels}}} 1.0"
+        until(lambda sample=sample: sample in get(port, "/metrics")[1])
 
 
 # cancel, deadline, stop

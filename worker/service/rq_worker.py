@@ -51,7 +51,7 @@ from rq.utils import utcformat
 from rq.worker import WorkerStatus
 
 from ralf.worker import telemetry
-from ralf.worker.contract import Failure, Priority
+from ralf.worker.contract import Failure, Priority, State
 from ralf.worker.errors import ModelUnavailable
 from ralf.worker.service.child_process import ChildProcess, ChildSupervisor
 from ralf.worker.service.heartbeat import Heartbeat
@@ -376,6 +376,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         if fault:
             if claim is not None:
                 self.store.end(claim, Failure(code="bad_request", message=fault))
+                self._count_end("failed", "bad_request")
             self._refuse(job, fault)
         if fault or claim is None:
             return
@@ -418,11 +419,18 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             try:
                 # The payload first: begin() replaces an entry that is missing or of another type.
                 raw, alone = self._raw(job), not self.child.shared
-                return raw, self.store.begin(job.id, self.name, alone=alone, nonce=nonce)
+                return raw, self.store.begin(
+                    job.id, self.name, alone=alone, nonce=nonce, ended=self._count_end
+                )
             except RedisError as error:
                 if self._stop_requested:
                     raise
                 self._wait_for_redis(error)
+
+    def _count_end(self, state: State, code: str) -> None:
+        """A job that ended without a run: log_finished() counts only runs."""
+        log.info("job.ended_unrun", state=state, code=code)
+        self.metrics.jobs.labels(state, code).inc()
 
     def _raw(self, job: RqJob) -> bytes | None:
         """RQ's payload; None when the entry is gone."""

@@ -38,7 +38,7 @@ import hashlib
 import json
 import random
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC
 from importlib.resources import files
@@ -186,17 +186,23 @@ class Store:
         *,
         alone: bool = True,
         nonce: str | None = None,
+        ended: Callable[[State, str], None] = lambda state, code: None,
         now: float | None = None,
     ) -> Claim | None:
         """Claim a job that RQ's dequeue popped; None when it is no longer this worker's to run.
 
-        alone says whether the child has no other job now; `beat` corrects it.
+        alone says whether the child has no other job now; `beat` corrects it.  ended is called with
+        state and code of a job that ends here instead of being claimed.
         """
         # Made here and not in the script: when redis-py sends the call twice, the second one must
         # find its own claim and not another worker's.
         nonce = nonce or uuid.uuid4().hex
         reply = self.call("begin", now, job_id, nonce, worker, _flag(alone))
         if reply is None:
+            return None
+        if len(reply) == 2:
+            state, code = map(decoded, reply)
+            ended(cast(State, state), code)
             return None
         document, attempts, retries, run_alone = reply
         try:
@@ -212,6 +218,7 @@ class Store:
             )
             text = failure.model_dump_json()
             self.call("finish", now, job_id, nonce, "failed", text, text, "", "", "", "")
+            ended("failed", failure.code)
             return None
         return Claim(job, int(attempts), int(retries), run_alone == b"1", worker, nonce)
 

@@ -41,12 +41,12 @@ function op.begin(now, id, claim, worker, alone)
     redis.call('HDEL', P .. 'popped', id)
     if job.state ~= 'queued' or tickets == 0 then return false end
     refill(job.priority)
-    if too_late(job, now) then return false end
+    if too_late(job, now) then return {'expired', 'deadline_passed'} end
     local crashed = workers_crashed(job.file_sha ~= '' and job.file_sha or job.claimed_sha)
     if crashed >= C.quarantine_after then
       quarantine(job, now, 'decoder_crashed', 'this file crashed ' .. crashed ..
         ' workers in other jobs; `ralf quarantine retry` clears its count')
-      return false
+      return {'quarantined', 'decoder_crashed'}
     end
     job.attempts, job.worker = redis.call('HINCRBY', job_key(id), 'attempts', 1), worker
     redis.call('HSET', job_key(id), 'state', 'running', 'claim', claim, 'worker', worker,
