@@ -195,6 +195,32 @@ class TestCaps:
 
         assert list(folder.iterdir()) == []
 
+    def test_a_download_below_the_least_rate_is_broken_off(self, folder, monkeypatch):
+        """Long before the time for the whole upload is over; the job is tried again later."""
+        monkeypatch.setattr("ralf.worker.service.download.RATE_WINDOW_S", 0.3)
+        head = b'HTTP/1.1 200 X\r\nContent-Length: 1000000\r\nETag: "1"\r\n\r\n'
+        with serving(lambda request: itertools.chain([head], for_ever(b"x", 0.05))) as web:
+            with pytest.raises(FetchFailed, match=r"at least 1000 a second are expected"):
+                get(f"{web.url}/", folder, **near(web, fetch_least_rate=1000))
+
+        assert len(web.requests) == 1  # it is not resumed: the server would be as slow again
+        assert list(folder.iterdir()) == []
+
+    def test_a_slow_download_above_the_least_rate_arrives(self, folder, monkeypatch):
+        """Over several windows, with pauses between its parts."""
+        monkeypatch.setattr("ralf.worker.service.download.RATE_WINDOW_S", 0.2)
+        parts = [part for n in range(0, len(DATA), 4096) for part in (DATA[n : n + 4096], 0.05)]
+        with serving(
+            lambda request: [
+                reply(200, DATA)[0],
+                *parts[:40],
+                b"".join(part for part in parts[40:] if isinstance(part, bytes)),
+            ]
+        ) as web:
+            assert get(f"{web.url}/", folder, **near(web, fetch_least_rate=1)).size_bytes == len(
+                DATA
+            )
+
     def test_a_cancel_ends_it_even_while_nothing_comes(self, folder):
         """And removes what came."""
         began = time.monotonic()

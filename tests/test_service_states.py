@@ -28,7 +28,7 @@ from ralf.worker.service.store import PRIORITIES, Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
 
-SETTINGS = Settings(retries=1)
+SETTINGS = Settings(retries=1, heartbeat_ttl_s=30.0)
 TENANTS = ("a", "b")
 CALLBACK = Callback(url="https://hooks.example/ralf")
 

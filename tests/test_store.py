@@ -23,7 +23,7 @@ from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
 from tests.redis_server import RedisServer
 
-SETTINGS = Settings()
+SETTINGS = Settings(heartbeat_ttl_s=30.0, janitor_every_s=5.0)
 QUEUE = "rq:queue:ralf-default"
 
 
@@ -406,15 +406,15 @@ class TestRetry:
         ) == ("fetch_failed", 3)
 
     def test_handing_back_costs_nothing_and_keeps_the_place(self, store):
-        """A drained worker's job is first in its tenant's turn; only what is next goes before."""
+        """A drained worker's job is the next of all."""
         store.submit([a_job(str(n)) for n in range(9)])
         given_back = claim(store)
         outcome = store.hand_back(given_back)
         order = [claim(store) for _ in range(4)]
 
         assert outcome == "retried"
-        assert [running.job_id for running in order] == ["j1", "j2", "j0", "j3"]
-        assert (order[2].retries, order[2].attempt) == (0, 2)
+        assert [running.job_id for running in order] == ["j0", "j1", "j2", "j3"]
+        assert (order[0].retries, order[0].attempt) == (0, 2)
 
     def test_a_cancelled_job_does_not_come_back(self, store):
         """Handed back, retried or crashed: it ends."""
@@ -747,3 +747,60 @@ class TestAllOrNone:
         assert store.status("j1").state == "succeeded"
         kinds = [entry[b"type"] for _, entry in redis.xrange("ralf:verdicts")]
         assert kinds.count(b"verdict.ready") == 1
+
+
+class TestFairness:
+    """Who used much of the workers waits behind who used little."""
+
+    @pytest.fixture
+    def workers(self, redis):
+        """Two workers, so that RQ's list has room for four jobs."""
+        redis.sadd("rq:workers:ralf-default", "w1", "w2")
+
+    def test_a_small_tenant_passes_a_list_full_of_anothers_jobs(self, store, redis, workers):
+        """And the jobs that gave way keep their order."""
+        store.submit([a_job(str(n), tenant="large") for n in range(8)])
+        started = [claim(store).job_id, claim(store).job_id]
+        store.submit([a_job(f"s{n}", tenant="small") for n in range(2)])
+        order = [claim(store).job_id for _ in range(8)]
+
+        assert started == ["j0", "j1"]
+        assert order[:2] == ["js0", "js1"]
+        assert order[2:] == [f"j{n}" for n in range(2, 8)]
+        assert redis.exists("ralf:rank:default") == 0
+
+    def test_tenants_that_hold_nothing_are_served_as_they_come(self, store):
+        """The last does not pass the first."""
+        store.submit([a_job(str(n), tenant=f"t{n}") for n in range(6)])
+        assert [claim(store).job_id for _ in range(6)] == [f"j{n}" for n in range(6)]
+
+    def test_who_used_much_of_late_waits_and_it_is_forgotten(self, store, redis, workers):
+        """Four minutes of two workers; an hour later both are equal again."""
+        store.submit([a_job(str(n), tenant="heavy") for n in range(2)], now=0.0)
+        for running in [claim(store, now=0.0), claim(store, now=0.0)]:
+            store.end(running, a_verdict().model_copy(update={"job_id": running.job_id}), now=120.0)
+        store.submit([a_job("h", tenant="heavy"), a_job("l", tenant="light")], now=121.0)
+        both = [claim(store, now=122.0) for _ in range(2)]
+        soon = [running.job_id for running in both]
+        for running in both:
+            store.end(running, a_failure("fetch_denied"), now=123.0)
+        store.submit([a_job("h2", tenant="heavy"), a_job("l2", tenant="new")], now=3600.0)
+        later = [claim(store, now=3600.0).job_id for _ in range(2)]
+
+        assert (soon, later) == (["jl", "jh"], ["jh2", "jl2"])
+
+    def test_a_capped_tenant_gives_way_and_gets_no_more_than_its_cap(self, redis, workers):
+        """The cap counts what is listed too."""
+        capped = Store(redis, Settings(tenant_running_max=1))
+        capped.submit([a_job(str(n), tenant="a") for n in range(3)])
+        capped.submit([a_job("b", tenant="b")])
+
+        assert redis.lrange(QUEUE, 0, -1) == [b"j0", b"jb"]
+
+    def test_a_job_of_a_dead_worker_runs_before_all_that_wait(self, store):
+        """Its client has waited for a lease already."""
+        store.submit([a_job(str(n)) for n in range(5)], now=0.0)
+        claim(store, now=0.0)
+        store.call("lost", 60.0)
+
+        assert claim(store, now=61.0).job_id == "j0"

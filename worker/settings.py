@@ -94,7 +94,10 @@ class Settings:
     retry_delays_s: tuple[float, ...] = (15.0, 120.0)
     quarantine_after: int = 2
     tenant_running_max: int = 0
-    """Jobs that one tenant may have with workers at once, so that it cannot hold all; 0: no cap."""
+    """Jobs that one tenant may have with workers at once. 0: no cap, for a cap leaves workers idle
+    when only one tenant has jobs; the order of the queue and fetch_least_rate bound a tenant."""
+    fair_over_s: float = 60.0
+    """What a tenant's jobs used of the workers over about so long decides who waits for whom."""
     child_max_jobs: int = 500
     # Of the child's first resident size: a larger child is replaced between two jobs, which bounds
     # a slow leak.
@@ -105,14 +108,14 @@ class Settings:
     hang_s: float = 60.0
     """A child that reports no progress for so long, inside one job, is taken for hung."""
     heartbeat_s: float = 10.0
-    # Three heartbeats, so that one or two may be late before the job is given to another worker.
-    heartbeat_ttl_s: float = 30.0
+    # A job's lease: it is renewed each second, and RQ's record of the worker each heartbeat.
+    heartbeat_ttl_s: float = 20.0
     grace_s: float = 25.0
     """After SIGTERM a job may run on for so long before it is handed back."""
     cancel_grace_s: float = 2.0
     """What a cancelled job gets to stop by itself before its child is killed."""
     reclaim_after_s: float = 15.0
-    janitor_every_s: float = 5.0
+    janitor_every_s: float = 3.0
 
     # how long things are kept
     token_ttl_s: int = 7 * 86400
@@ -137,6 +140,8 @@ class Settings:
     """If not empty, only these hosts (or .suffixes) may be fetched from."""
     fetch_ports: tuple[int, ...] = (80, 443)
     fetch_timeout_s: float = 300.0
+    fetch_least_rate: int = 32_768
+    """Bytes a second, over any 30 s: a slower download is broken off and tried again; 0: none."""
     fetch_redirects: int = 3
     buckets: tuple[str, ...] = ()
     """Allowed buckets as tenant=scheme://bucket; the tenant * is everyone."""

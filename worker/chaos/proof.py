@@ -235,6 +235,7 @@ def leftovers(store: Store) -> list[str]:
         "pending:*",
         "stale:*",
         "turn:*",
+        "rank:*",
         "waiting:*",
         "running:*",
         "due",

@@ -38,6 +38,8 @@ CHUNK = 1 << 20
 RESUMES = 5
 """How often a broken download goes on before the job itself is retried."""
 PAUSE_S = 0.5
+RATE_WINDOW_S = 30.0
+"""A download's rate is taken over at least so long."""
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # One text for a forbidden address, a private name and an unknown one: a tenant who could tell them
 # apart would learn which names exist inside, and where.  The error's cause has the facts.
@@ -71,9 +73,14 @@ class UploadFile:
         most: int,
         watch: Callable[[], None],
         file: BinaryIO,
+        *,
+        least_rate: int = 0,
     ) -> None:
-        self.media, self.path, self.most, self.watch, self.file = media, path, most, watch, file
+        self.media, self.path, self.most, self.file = media, path, most, file
+        self._watch, self._least_rate = watch, least_rate
         self.size, self._hash = 0, hashlib.sha256()
+        self._window = (time.monotonic(), 0)
+        """When the rate was taken last, and how much there was then."""
         self.fetched: Fetched
 
     def expect(self, total: int) -> None:
@@ -84,6 +91,19 @@ class UploadFile:
             raise HashMismatch(
                 f"the upload has {total} bytes; the job says {self.media.size_bytes}"
             )
+
+    def watch(self) -> None:
+        """Raises when the fetch must end: cancelled, out of time, too slow."""
+        self._watch()
+        now, (then, size) = time.monotonic(), self._window
+        if now - then < RATE_WINDOW_S:
+            return
+        if self.size - size < self._least_rate * (now - then):
+            raise FetchFailed(
+                f"{self.size - size} bytes came in {now - then:.0f} s; at least "
+                f"{self._least_rate} a second are expected (RALF_FETCH_LEAST_RATE)"
+            )
+        self._window = now, self.size
 
     def write(self, part: bytes) -> None:
         """Take the next bytes."""
@@ -98,6 +118,7 @@ class UploadFile:
     def restart(self) -> None:
         """The source begins again from the first byte."""
         self.size, self._hash = 0, hashlib.sha256()
+        self._window = (time.monotonic(), 0)
         self.file.seek(0)
         self.file.truncate()
 
@@ -127,7 +148,14 @@ def receiving(
         raise FetchFailed(f"no file could be made in the work folder: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as file:
-            upload = UploadFile(media, Path(name), settings.max_bytes, watch, file)
+            upload = UploadFile(
+                media,
+                Path(name),
+                settings.max_bytes,
+                watch,
+                file,
+                least_rate=settings.fetch_least_rate,
+            )
             yield upload
             # Inside the block, so that a file with a wrong hash is removed too.
             upload.finish()

@@ -12,8 +12,9 @@ A process can die between any two steps.  Every sweep repairs what that can leav
 
 Each repair is a script that checks again before it moves anything, so any number of janitors may
 run: one in every worker process, and `ralf janitor` alone.  Within settings.janitor_every_s only
-one of them sweeps, to save work; safety does not depend on that.  With a lease of 30 s and a sweep
-every 5 s a job of a killed worker runs again within 36 s, a popped one within 26 s.
+one of them sweeps, to save work; safety does not depend on that.  With a lease of 20 s and a sweep
+every 3 s a job of a killed worker is found within 23 s, a popped one within 21 s, and runs before
+all that wait.
 
 After an outage of Redis every lease has run out although every worker is well.  So when nobody
 swept for half a lease, the running jobs get half a lease more before they count as lost.

@@ -22,7 +22,8 @@ The keys, under settings.redis_prefix: token:TENANT:TOKEN, job:ID, verdict:ID, e
 pending:PRIORITY:TENANT, turn:PRIORITY (tenants in turn), waiting:PRIORITY and running:PRIORITY
 (zsets of queued and running jobs), stale:PRIORITY, due, deadlines, popped, verdicts (stream),
 outbox, dead, delivery:ID, endpoints:disabled, crashes:job:ID, crashes:workers:SHA, quarantine,
-quarantine:at, active:TENANT, session:TENANT:ID, sessions:changed, swept; channel watch:ID.  Beside
+quarantine:at, active:TENANT, used:TENANT,
+rank:PRIORITY, session:TENANT:ID, sessions:changed, swept; channel watch:ID.  Beside
 them RQ's own: rq:job:ID and rq:queue:ralf-PRIORITY hold an id and a function's name, as JSON; the
 job itself is in our keys.
 
@@ -297,7 +298,7 @@ class Store:
         return self._outcome("retry", now, claim.job_id, claim.nonce, delay_s, text)
 
     def hand_back(self, claim: Claim, *, delay_s: float = 0.0, now: float | None = None) -> Outcome:
-        """Queue the job again at the front of its tenant's turn, at no charge to it."""
+        """Queue the job again before all others, at no charge to it."""
         return self._outcome("hand_back", now, claim.job_id, claim.nonce, delay_s)
 
     def crashed(
@@ -525,6 +526,7 @@ def lua_source(settings: Settings) -> str:
         "crash_ttl": settings.crash_ttl_s,
         "stream": settings.stream_max_len,
         "tenant_running": settings.tenant_running_max,
+        "fair_over": settings.fair_over_s,
         "dead_most": settings.dead_letters_max,
         "quarantine_most": settings.quarantine_max,
         # RQ's own time limit is only a last resort: the worker process ends a late job before.

@@ -25,6 +25,7 @@ function op.submit(now, id, body, document, tenant, priority, token, tag, callba
   enqueue({id = id, tenant = tenant, priority = priority, created = created, worker = '',
     ['function'] = name}, false)
   refill(priority)
+  overtake({id = id, tenant = tenant, priority = priority})
   return {'new', id, 'queued', false}
 end
 
@@ -39,6 +40,7 @@ function op.begin(now, id, claim, worker, alone)
     -- or will have it.
     local tickets = redis.call('LREM', popped_key(job.priority), 0, id)
     redis.call('HDEL', P .. 'popped', id)
+    redis.call('ZREM', ranks_key(job.priority), id)
     if job.state ~= 'queued' or tickets == 0 then return false end
     refill(job.priority)
     if too_late(job, now) then return {'expired', 'deadline_passed'} end
@@ -84,7 +86,7 @@ end
 
 function op.hand_back(now, id, claim, delay)
   local job = held(id, claim)
-  return job and requeue(job, now, tonumber(delay)) or 'lost'
+  return job and requeue(job, now, tonumber(delay), true) or 'lost'
 end
 
 function op.retry(now, id, claim, delay, failure)

@@ -10,9 +10,11 @@
 -- waiting:PRIORITY (zset by submission) holds all queued jobs, so that a lost one can be found.
 
 local P = C.prefix
+-- The script's time, set where it begins (repairs.lua).
+local NOW = 0
 local FIELDS = {'state', 'tenant', 'priority', 'token', 'tag', 'callback', 'session', 'claim',
   'attempts', 'retries', 'worker', 'cancel', 'deadline', 'file_sha', 'alone', 'run_alone',
-  'crashes', 'submitted_at', 'created', 'function', 'claimed_sha'}
+  'crashes', 'submitted_at', 'created', 'function', 'claimed_sha', 'started_at'}
 
 local function job_key(id) return P .. 'job:' .. id end
 local function queue_key(priority) return 'rq:queue:' .. C.queue .. priority end
@@ -54,18 +56,77 @@ local function show_to_rq(job, status)
   redis.call('HSET', key, 'status', status, 'worker_name', job.worker)
 end
 
--- Jobs of a tenant that are in RQ's list, popped or running; counted only where they are capped.
+-- Jobs of a tenant that are in RQ's list, popped or running.
 local function active_key(tenant) return P .. 'active:' .. tenant end
+local function used_key(tenant) return P .. 'used:' .. tenant end
+local function ranks_key(priority) return P .. 'rank:' .. priority end
 
 local function is_at_cap(tenant)
   return C.tenant_running > 0 and redis.call('SCARD', active_key(tenant)) >= C.tenant_running
 end
 
+-- Fairness. RQ's list is ordered by rank: how many workers a tenant holds or will hold, and how many it
+-- held on average of late. So who used much waits behind who used little, and among equals the first
+-- comes first. rank:PRIORITY (zset) has the ranks of the list's entries.
+local function held_of_late(tenant, used)
+  local age = math.max(0, NOW - (tonumber(used[2]) or NOW))
+  return (tonumber(used[1]) or 0) * math.exp(-age / C.fair_over)
+end
+
+local function rank_of(tenant, priority)
+  local used = redis.call('HMGET', used_key(tenant), 'seconds', 'at', 'last:' .. priority)
+  -- In tenths of a worker: milliseconds must not decide.
+  local of_late = math.floor(10 * held_of_late(tenant, used) / C.fair_over) / 10
+  local rank = redis.call('SCARD', active_key(tenant)) + of_late
+  -- No job overtakes an earlier one of its own tenant.
+  local before = used[3] and redis.call('ZSCORE', ranks_key(priority), used[3])
+  return math.max(rank, before and tonumber(before) or 0)
+end
+
+-- A run has ended: the tenant held a worker since it began.
+local function charge(job)
+  local began = tonumber(job.started_at)
+  job.started_at = ''
+  if job.state ~= 'running' or not began then return end
+  local key = used_key(job.tenant)
+  local used = redis.call('HMGET', key, 'seconds', 'at')
+  redis.call('HSET', key, 'at', NOW, 'seconds',
+    held_of_late(job.tenant, used) + math.max(0, NOW - began))
+  redis.call('EXPIRE', key, 10 * C.fair_over)
+end
+
+-- Into RQ's list, before the first entry of a higher rank.
+local function list(tenant, priority, id, rank)
+  local queue, ranks = queue_key(priority), ranks_key(priority)
+  local placed = false
+  while not placed do
+    local text = string.format('(%.17g', rank)
+    local after = redis.call('ZRANGEBYSCORE', ranks, text, '+inf', 'LIMIT', 0, 1)[1]
+    if not after then
+      redis.call('RPUSH', queue, id)
+      placed = true
+    elseif redis.call('LINSERT', queue, 'BEFORE', after, id) > 0 then
+      placed = true
+    else
+      redis.call('ZREM', ranks, after) -- a worker has popped it, or somebody removed it
+    end
+  end
+  redis.call('ZADD', ranks, string.format('%.17g', rank), id)
+  redis.call('SADD', active_key(tenant), id)
+  redis.call('EXPIRE', active_key(tenant), 2 * C.rq_timeout)
+  redis.call('HSET', used_key(tenant), 'last:' .. priority, id)
+  redis.call('EXPIRE', used_key(tenant), 10 * C.fair_over)
+end
+
+local function room_in(priority)
+  local workers = redis.call('SCARD', 'rq:workers:' .. C.queue .. priority)
+  return 2 * math.max(1, workers) - redis.call('LLEN', queue_key(priority))
+end
+
 -- Fill RQ's list, one tenant after the other, until it holds two jobs for each worker.
 local function refill(priority)
-  local queue, turn, stale = queue_key(priority), P .. 'turn:' .. priority, P .. 'stale:' .. priority
-  local workers = redis.call('SCARD', 'rq:workers:' .. C.queue .. priority)
-  local room = 2 * math.max(1, workers) - redis.call('LLEN', queue)
+  local turn, stale = P .. 'turn:' .. priority, P .. 'stale:' .. priority
+  local room = room_in(priority)
   local moved, skipped, capped = 0, 0, 0
   local tenants = redis.call('LLEN', turn)
   while moved < room and skipped < 5000 and capped <= tenants do
@@ -85,12 +146,8 @@ local function refill(priority)
       if ended then
         skipped = skipped + 1
       else
-        redis.call('RPUSH', queue, id)
+        list(tenant, priority, id, rank_of(tenant, priority))
         moved = moved + 1
-        if C.tenant_running > 0 then
-          redis.call('SADD', active_key(tenant), id)
-          redis.call('EXPIRE', active_key(tenant), 2 * C.rq_timeout)
-        end
       end
       if redis.call('EXISTS', pending) == 1 then
         redis.call(ended and 'LPUSH' or 'RPUSH', turn, tenant)
@@ -112,6 +169,38 @@ local function enqueue(job, first)
   if redis.call(first and 'LPUSH' or 'RPUSH', pending_key(job), job.id) == 1 then take_turn(job) end
 end
 
+-- A full list may be full of one tenant's jobs. A job that has just come from a tenant with a lower
+-- rank takes the place of its last entry, which goes back to the front of its tenant's pending jobs.
+local function overtake(job)
+  if is_at_cap(job.tenant) or room_in(job.priority) > 0 then return end
+  local queue, pending = queue_key(job.priority), pending_key(job)
+  -- Only the tenant's next job may; mostly it is this one.
+  if redis.call('LINDEX', pending, 0) ~= job.id then return end
+  local rank = rank_of(job.tenant, job.priority)
+  local last = redis.call('LINDEX', queue, -1)
+  local its_rank = last and redis.call('ZSCORE', ranks_key(job.priority), last)
+  if not its_rank or tonumber(its_rank) <= rank then return end
+  local other = load_job(last)
+  if not other or other.tenant == job.tenant then return end
+  redis.call('RPOP', queue)
+  redis.call('ZREM', ranks_key(job.priority), last)
+  enqueue(other, true)
+  redis.call('LPOP', pending)
+  if redis.call('EXISTS', pending) == 0 then
+    redis.call('LREM', P .. 'turn:' .. job.priority, 0, job.tenant)
+  end
+  list(job.tenant, job.priority, job.id, rank)
+end
+
+-- A job whose worker died or stopped goes first: its client has waited for it already.
+local function enqueue_first(job)
+  redis.call('SADD', 'rq:queues', queue_key(job.priority))
+  show_to_rq(job, 'queued')
+  redis.call('LPUSH', queue_key(job.priority), job.id)
+  redis.call('ZADD', ranks_key(job.priority), -1, job.id)
+  redis.call('SADD', active_key(job.tenant), job.id)
+end
+
 -- Remove a queued job from wherever it waits. With `lazily` its entry in a tenant's pending list is
 -- only marked as stale, and refill() drops it: when a thousand deadlines pass at once, a thousand
 -- searches of a long list would block Redis. The other lists are short.
@@ -125,6 +214,7 @@ local function unlist(job, lazily)
     redis.call('LREM', pending_key(job), 0, job.id)
   end
   redis.call('HDEL', P .. 'popped', job.id)
+  redis.call('ZREM', ranks_key(job.priority), job.id)
 end
 
 -- JSON that a client sent, decoded; nil when it is missing or not a table. Such a part of a job is
@@ -205,6 +295,7 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
   local text = cjson.encode(data)
   redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', event, 'job_id', id,
     'tenant', job.tenant, 'data', text)
+  charge(job)
   redis.call('HSET', key, 'state', state, 'ended_at', now, 'facts', facts)
   redis.call('HDEL', key, 'claim', 'partial')
   if failure then redis.call('HSET', key, 'failure', failure) end
@@ -241,8 +332,10 @@ local function too_late(job, now)
 end
 
 -- running → queued, now or after a delay; a job that should stop ends instead.
-local function requeue(job, now, delay)
+-- first: it goes before all others.
+local function requeue(job, now, delay, first)
   job.worker = ''
+  charge(job)
   local ended
   if job.cancel ~= '' then
     ended = fail(job, now, 'cancelled', 'cancelled', 'cancelled by the client')
@@ -258,6 +351,8 @@ local function requeue(job, now, delay)
     redis.call('SREM', active_key(job.tenant), job.id)
     redis.call('ZADD', P .. 'due', now + delay, job.id)
     show_to_rq(job, 'scheduled')
+  elseif first then
+    enqueue_first(job)
   else
     enqueue(job, true)
   end
@@ -319,7 +414,8 @@ local function crash(job, now, code, message, detail, blame_file)
     local count = count_crash(job, blame_file)
     if count >= C.quarantine_after then return quarantine(job, now, code, message) end
   end
-  return requeue(job, now, 0)
+  -- A worker that died took the job's time; a job whose child died waits its tenant's turn.
+  return requeue(job, now, 0, code == 'worker_lost')
 end
 
 -- The job, if it runs under this claim.

@@ -114,6 +114,9 @@ function op.workers(now, priority)
       gone = gone + 1
     end
   end
+  if redis.call('EXISTS', queue_key(priority)) == 0 then
+    redis.call('DEL', ranks_key(priority)) -- of entries that somebody removed
+  end
   redis.call('ZREMRANGEBYSCORE', 'rq:wip:' .. C.queue .. priority, 0, now)
   return gone
 end
@@ -240,6 +243,7 @@ if not now then
 end
 -- With Redis' memory full only submissions are refused, and running jobs may end: Redis stops a script
 -- at a write that needs memory only while the script has written nothing. DEL needs no memory.
+NOW = now
 if ARGV[1] ~= 'submit' then
   local refused = refused_write('DEL', P .. 'nothing')
   if refused then return refused end
