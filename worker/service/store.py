@@ -332,7 +332,7 @@ class Store:
         )
 
     def refill(self, priority: Priority) -> int:
-        """Fill RQ's list up to two jobs a worker, one tenant after the other.
+        """Fill RQ's list up to one job a worker and one more, one tenant after the other.
 
         Every other move does it too.
         """

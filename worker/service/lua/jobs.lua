@@ -120,10 +120,11 @@ end
 
 local function room_in(priority)
   local workers = redis.call('SCARD', 'rq:workers:' .. C.queue .. priority)
-  return 2 * math.max(1, workers) - redis.call('LLEN', queue_key(priority))
+  return 1 + math.max(1, workers) - redis.call('LLEN', queue_key(priority))
 end
 
--- Fill RQ's list, one tenant after the other, until it holds two jobs for each worker.
+-- Fill RQ's list, one tenant after the other, until it holds one job more than there are workers: none
+-- idles, and few jobs have their rank from long ago.
 local function refill(priority)
   local turn, stale = P .. 'turn:' .. priority, P .. 'stale:' .. priority
   local room = room_in(priority)
