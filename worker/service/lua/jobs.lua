@@ -65,8 +65,8 @@ local function is_at_cap(tenant)
   return C.tenant_running > 0 and redis.call('SCARD', active_key(tenant)) >= C.tenant_running
 end
 
--- Fairness. RQ's list is ordered by rank: how many workers a tenant holds or will hold, and how many it
--- held on average of late. So who used much waits behind who used little, and among equals the first
+-- Fairness. RQ's list is ordered by rank: how many workers a tenant holds or will hold, and how long it
+-- held some of late. So who used much waits behind who used little, and among equals the first
 -- comes first. rank:PRIORITY (zset) has the ranks of the list's entries.
 local function held_of_late(tenant, used)
   local age = math.max(0, NOW - (tonumber(used[2]) or NOW))
@@ -75,8 +75,9 @@ end
 
 local function rank_of(tenant, priority)
   local used = redis.call('HMGET', used_key(tenant), 'seconds', 'at', 'last:' .. priority)
-  -- In tenths of a worker: milliseconds must not decide.
-  local of_late = math.floor(10 * held_of_late(tenant, used) / C.fair_over) / 10
+  -- Ten seconds of a worker of late count as one that is held now. In steps of five seconds:
+  -- milliseconds must not decide.
+  local of_late = math.floor(held_of_late(tenant, used) / 5) / 2
   local rank = redis.call('SCARD', active_key(tenant)) + of_late
   -- No job overtakes an earlier one of its own tenant.
   local before = used[3] and redis.call('ZSCORE', ranks_key(priority), used[3])
