@@ -97,7 +97,7 @@ class Settings:
     """Jobs that one tenant may have with workers at once. 0: no cap, for a cap leaves workers idle
     when only one tenant has jobs; the order of the queue and fetch_least_rate bound a tenant."""
     fair_over_s: float = 60.0
-    """How fast it is forgotten what a tenant used of the workers; who used much waits for others."""
+    """How fast a tenant's use of the workers is forgotten; who used much waits for others."""
     child_max_jobs: int = 500
     # Of the child's first resident size: a larger child is replaced between two jobs, which bounds
     # a slow leak.
