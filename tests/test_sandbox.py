@@ -434,6 +434,20 @@ def test_a_shared_child_reads_what_its_parents_gave_it(tmp_path: Path):
         assert weighed(link, placed / "media") == 5
 
 
+def test_the_files_of_a_killed_parent_are_removed_by_the_next(tmp_path: Path):
+    """A shared child's folder outlives its parents; a living one's files stay."""
+    shared = tmp_path / "shared"
+    first = ChildProcess(SETTINGS, bodies="test", shared=shared)
+    alive = first.place(Path(tempfile.mkdtemp(prefix="job-", dir=first.uploads)))
+    left = alive.with_name("ralf-killed-job-1")
+    left.mkdir()
+    second = ChildProcess(SETTINGS, bodies="test", shared=shared)
+
+    assert (alive.exists(), left.exists()) == (True, False)
+    second.close()
+    first.close()
+
+
 def test_a_child_gets_no_more_memory_than_it_may_have():
     """An allocation fails at once; the parent would see the resident size half a second later."""
     with child(replace(SETTINGS, device="cpu", child_max_rss=1024**3)) as link:

@@ -15,7 +15,10 @@ CHILD_READS = [
     WORKER / "runtime.py",
     WORKER / "pipeline.py",
     *sorted((WORKER / "media").glob("*.py")),
-    *(WORKER / "service" / name for name in ("child.py", "models.py", "jobs.py", "shadow.py")),
+    *(
+        WORKER / "service" / name
+        for name in ("child.py", "models.py", "jobs.py", "shadow.py", "sandbox.py")
+    ),
 ]
 """The files whose code runs in the child process and sees Settings."""
 

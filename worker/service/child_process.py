@@ -45,6 +45,7 @@ from ralf.worker.telemetry import Metrics
 log = structlog.get_logger()
 
 CHILD_MODULE = "ralf.worker.service.child"
+JOB_PREFIX = "job-"
 TAIL_LINES = 40
 LINGER_S = 10.0
 READ_OUT_S = 5.0
@@ -88,6 +89,7 @@ class ChildProcess:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in (sandbox.INBOX, sandbox.SCRATCH):
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
+        self._sweep_inbox()
         self.ready: messages.Ready | None = None
         self.load_error = ""
         """Why the last child could not load its model."""
@@ -103,6 +105,13 @@ class ChildProcess:
         self._inbox = messages.Inbox()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._reader: threading.Thread | None = None
+
+    def _sweep_inbox(self) -> None:
+        """Remove the files of killed parents, whose own folders work_dir.py has removed."""
+        for left in (self.folder / sandbox.INBOX).iterdir():
+            owner = left.name.rpartition(f"-{JOB_PREFIX}")[0]
+            if not (self.uploads.parent / owner).exists():
+                shutil.rmtree(left, ignore_errors=True)
 
     @property
     def alive(self) -> bool:

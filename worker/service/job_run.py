@@ -42,7 +42,7 @@ from ralf.worker.errors import (
     by_code,
 )
 from ralf.worker.service import messages
-from ralf.worker.service.child_process import ChildProcess
+from ralf.worker.service.child_process import JOB_PREFIX, ChildProcess
 from ralf.worker.service.fetch import FetchThread
 from ralf.worker.service.heartbeat import Heartbeat
 from ralf.worker.service.jobs import Body
@@ -203,7 +203,7 @@ class JobRun:
     def _run(self) -> RunResult:
         if not self.body.fetches:
             return self._in_child(Path())
-        folder = Path(tempfile.mkdtemp(prefix="job-", dir=self.child.uploads))
+        folder = Path(tempfile.mkdtemp(prefix=JOB_PREFIX, dir=self.child.uploads))
         try:
             file = self._fetched(folder)
             if isinstance(file, RunResult):

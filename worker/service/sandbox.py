@@ -197,8 +197,10 @@ def writable(folder: Path, gpu: bool) -> list[Path]:
     """Its scratch folder, and on a GPU the caches of compiled kernels."""
     if not gpu:
         return [folder / SCRATCH]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    caches = [cache / "ralf", Path.home() / ".nv/ComputeCache"]
+    caches = []
+    with contextlib.suppress(RuntimeError):  # a user without an entry has no home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        caches += [cache / "ralf", Path.home() / ".nv/ComputeCache"]
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         caches += [Path(os.environ[name])] if os.environ.get(name) else []
     for each in caches:
