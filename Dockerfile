@@ -14,48 +14,56 @@ FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/ralf
-# Dependencies are installed from these files alone, so a change of code adds only a small layer.
+# Dependencies are installed from these files alone, so a change of code adds only a small layer. Every
+# file that pip takes must have a hash of deploy/locks (`make locks`); exceptions are named below.
+COPY deploy/locks locks
+RUN /opt/ralf/bin/pip install --require-hashes --no-deps -r locks/build.txt
 COPY constraints.txt pyproject.toml README.md LICENSE NOTICE ./
 RUN mkdir kernels worker train
 COPY ralf ralf
 
 
 FROM build AS build-client
-RUN /opt/ralf/bin/pip install -c constraints.txt '.[service]'
+RUN /opt/ralf/bin/pip install --require-hashes --no-deps -r locks/client.txt \
+ && /opt/ralf/bin/pip check
 COPY kernels kernels
 COPY worker worker
 COPY train train
-RUN /opt/ralf/bin/pip install --no-deps --force-reinstall . \
+RUN /opt/ralf/bin/pip install --no-deps --no-build-isolation . \
  && /opt/ralf/bin/pip uninstall --yes pip setuptools
 
 
 FROM build AS build-cpu
-# An index whose torch is built without CUDA makes this image several gigabytes smaller.
+# An index whose torch is built without CUDA makes this image several gigabytes smaller. It is asked for
+# torch and torchvision alone, and instead of the registry: beside it, either could hand out the other's
+# packages. Their files are not checked by hash then.
 ARG TORCH_INDEX=
-RUN /opt/ralf/bin/pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-      '.[cpu]'
-# The clients of S3 and GCS need some packages older than constraints.txt has; pip replaces those.
-ARG STORES="s3fs==2026.7.0 gcsfs==2026.7.0"
-# hadolint ignore=SC2086
-RUN if [ -n "$STORES" ]; then /opt/ralf/bin/pip install $STORES; fi && /opt/ralf/bin/pip check
+# hadolint ignore=SC2046
+RUN if [ -n "$TORCH_INDEX" ]; then \
+      /opt/ralf/bin/pip install --no-deps --index-url "$TORCH_INDEX" \
+        $(grep -oE '^(torch|torchvision)==[0-9.]+' locks/torch.txt); \
+    else /opt/ralf/bin/pip install --require-hashes --no-deps -r locks/torch.txt; fi
+RUN /opt/ralf/bin/pip install --require-hashes --no-deps -r locks/cpu.txt \
+ && /opt/ralf/bin/pip check
 COPY kernels kernels
 COPY worker worker
 COPY train train
-RUN /opt/ralf/bin/pip install --no-deps --force-reinstall . \
+RUN /opt/ralf/bin/pip install --no-deps --no-build-isolation . \
  && /opt/ralf/bin/pip uninstall --yes pip
 
 
 FROM build AS build-gpu
-# gpu installs torch-tensorrt, gpu-rtx its variant for RTX cards. Never install both.
+# gpu installs torch-tensorrt, gpu-rtx its variant for RTX cards. Never install both. Only gpu-rtx has a
+# lock: see deploy/lock.sh.
 ARG GPU_EXTRA=gpu
-RUN /opt/ralf/bin/pip install -c constraints.txt ".[${GPU_EXTRA}]"
-ARG STORES="s3fs==2026.7.0 gcsfs==2026.7.0"
-# hadolint ignore=SC2086
-RUN if [ -n "$STORES" ]; then /opt/ralf/bin/pip install $STORES; fi && /opt/ralf/bin/pip check
+RUN if [ "$GPU_EXTRA" = gpu-rtx ]; then \
+      /opt/ralf/bin/pip install --require-hashes --no-deps -r locks/gpu-rtx.txt; \
+    else /opt/ralf/bin/pip install -c constraints.txt ".[${GPU_EXTRA},stores]"; fi \
+ && /opt/ralf/bin/pip check
 COPY kernels kernels
 COPY worker worker
 COPY train train
-RUN /opt/ralf/bin/pip install --no-deps --force-reinstall . \
+RUN /opt/ralf/bin/pip install --no-deps --no-build-isolation --force-reinstall . \
  && /opt/ralf/bin/pip uninstall --yes pip
 
 

@@ -3,12 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint types model schemas rules deploy-tools deploy-check plans clean
+.PHONY: demo test lint types model schemas rules locks resolve torch-2.11 deploy-tools deploy-check plans clean
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml deploy/locks/dev.txt deploy/locks/build.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Ralf needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r deploy/locks/build.txt -r deploy/locks/dev.txt
+	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: $(VENV)/ready
@@ -37,6 +38,24 @@ model: $(VENV)/ready
 schemas: $(VENV)/ready
 	$(RUN)/python -m ralf.worker.contract docs
 
+# Versions and hashes of what images and CI install; after a change of pyproject.toml or constraints.txt.
+locks: $(VENV)/deploy-ready
+	UV=$(RUN)/uv deploy/lock.sh
+
+# Does every extra resolve? Where a server is not reached, resolve.sh says so, and here that is no failure.
+resolve: $(VENV)/deploy-ready
+	UV=$(RUN)/uv deploy/resolve.sh || [ $$? -eq 3 ]
+
+# Exporting and building on torch 2.11, which GPU hosts have, in an environment of its own (4 GB).
+TORCH_211 := .venv-torch-2.11
+$(TORCH_211)/ready: deploy/locks/dev-torch-2.11.txt deploy/locks/build.txt
+	$(PYTHON) -m venv $(TORCH_211)
+	$(TORCH_211)/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r deploy/locks/build.txt -r $<
+	touch $@
+
+torch-2.11: $(TORCH_211)/ready
+	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(TORCH_211)/bin/python -m pytest tests/test_export.py tests/test_build.py tests/test_build_detectors.py tests/test_dct.py
+
 rules: $(VENV)/ready
 	$(RUN)/python deploy/prometheus_rule.py
 
@@ -62,4 +81,4 @@ plans: $(VENV)/plans-ready
 	PYTHONPATH="$(CURDIR)/$(VENV)/plans" REQUIRE_RTX=1 $(RUN)/pytest tests/test_build_rtx.py
 
 clean:
-	rm -rf $(VENV) demo/out build *.egg-info
+	rm -rf $(VENV) $(TORCH_211) demo/out build *.egg-info

@@ -61,6 +61,17 @@ def test_a_run_without_failures_passes(tmp_path: Path):
     assert outcome(tmp_path, [], []) == (0, "")
 
 
+def test_what_could_not_be_resolved_is_said_at_the_end(tmp_path: Path):
+    """A server that was not reached is no failure of ours, and no success either."""
+    (tmp_path / ".not-resolved").write_text(
+        "resolve: NOT CHECKED, a server was not reached: [gpu]\n"
+    )
+
+    code, line = outcome(tmp_path, [], [])
+
+    assert (code, line) == (0, "ci: resolve: NOT CHECKED, a server was not reached: [gpu]")
+
+
 def test_the_last_line_names_a_test_that_failed_once(tmp_path: Path):
     """The run passes; the test has to be repaired."""
     code, line = outcome(tmp_path, ["tests/a.py::one", "tests/b.py::two"], [])

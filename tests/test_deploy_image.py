@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,70 @@ def test_what_builds_is_not_in_what_ships(target: str):
     assert not [step for step in STAGES[target].steps if step.word == "RUN"]
     assert copy.split()[1:] == ["/opt/ralf", "/opt/ralf"]
     assert "pip uninstall --yes pip" in installs[-1]
-    assert all("-c constraints.txt" in text for text in installs if "'.[" in text)
+
+
+def pip_installs() -> list[str]:
+    """Every `pip install` of the Dockerfile, with its arguments."""
+    text = re.sub(r"\\\n", " ", TEXT)
+    return [" ".join(found.split()) for found in re.findall(r"pip (install [^;&\n]*)", text)]
+
+
+def test_pip_takes_only_files_with_a_known_hash():
+    """Except standard TensorRT, our own code, and torch from an index that was asked for."""
+    unhashed = [line for line in pip_installs() if "--require-hashes" not in line]
+    own = [line for line in unhashed if line.endswith(" .")]
+
+    assert len(unhashed) == 5
+    assert {" ".join(w for w in line.split() if w != "--force-reinstall") for line in own} == {
+        "install --no-deps --no-build-isolation ."
+    }
+    assert "--extra-index-url" not in TEXT
+    assert any("--no-deps --index-url" in line and "torch" in line for line in unhashed)
+    assert any("-c constraints.txt" in line and "GPU_EXTRA" in line for line in unhashed)
+
+
+def locked(name: str) -> dict[str, str]:
+    """Versions by normalised name of one lock; each must have a hash."""
+    text = (DEPLOY / "locks" / f"{name}.txt").read_text()
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\S)", text.strip()):
+        package, version = re.match(r"([A-Za-z0-9._-]+)==(\S+)", entry).groups()  # type: ignore[union-attr]
+        assert "--hash=sha256:" in entry, entry
+        found[re.sub(r"[-_.]+", "-", package).lower()] = version
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("client", "service"), ("cpu", "stores"), ("dev", "dev")]
+)
+def test_a_lock_has_what_its_extra_asks_for_in_the_versions_of_constraints(name: str, extra: str):
+    """`make locks` was run after the last change; CI runs it again where the registry answers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(
+        line.lower().replace("_", "-").split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    have = locked(name) | (locked("torch") if name == "cpu" else {})
+    asked, names = set(), [extra] + (["cpu"] if name == "cpu" else [])
+    while names:
+        for line in project["optional-dependencies"][names.pop()]:
+            if own := re.match(r"ralf-moderation\[(.*)\]", line):
+                names += own[1].split(",")
+            else:
+                asked.add(re.match(r"[A-Za-z0-9_.-]+", line)[0].lower().replace("_", "-"))  # type: ignore[index]
+    asked |= {re.match(r"[a-z]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
+
+    assert asked - set(have) == set()
+    assert {n: v for n, v in have.items() if n in pins and pins[n] != v} == {}
+
+
+def test_one_version_of_tensorrt_rtx_is_built_with_and_run_with():
+    """Only the version that wrote a plan can read it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (pin,) = re.findall(r"tensorrt-rtx-cu13==([0-9.]+)", text)
+
+    assert locked("gpu-rtx")["tensorrt-rtx-cu13"] == locked("gpu-rtx")["tensorrt-rtx"] == pin
 
 
 def test_a_gpu_image_asks_for_decoder_and_device():

@@ -2,6 +2,7 @@
 
 import json
 from functools import lru_cache
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import jsonschema
 import pytest
 import yaml
 
-from ralf.worker.settings import Settings
+from ralf.worker.service.url_policy import _METADATA as METADATA
+from ralf.worker.settings import GIB, Settings
 from tests.deploy_tools import DEPLOY, run
 
 OVERLAYS = ("cpu", "gpu", "mig", "engines", "redis")
@@ -187,9 +189,10 @@ def test_pods_reach_dns_redis_and_public_addresses_and_nothing_inside(overlay: s
 
     assert sorted(deny["policyTypes"]) == ["Egress", "Ingress"]
     assert [[port["port"] for port in each] for each in ports] == [[53, 53], [6379]]
-    assert {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16"} <= set(
-        blocks[0]["except"]
-    )
+    closed = [ip_network(block) for block in blocks[0]["except"]]
+    metadata = [address for address in METADATA if address.version == 4]
+    assert {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"} <= set(blocks[0]["except"])
+    assert [a for a in metadata if not any(a in block for block in closed)] == []
     assert [port["port"] for port in rule["ports"]] == [443, 80]
     (expression,) = outside["podSelector"]["matchExpressions"]
     assert expression["values"] == ["worker", "deliverer"]
@@ -226,3 +229,20 @@ def test_an_engine_is_built_where_the_node_is_and_written_where_workers_read():
     assert "nvidia.com/gpu.product" in pod["nodeSelector"]
     assert claims["models"] == {"claimName": "models"}
     assert pod["containers"][0]["args"][0] == "build"
+
+
+def test_a_gpu_pod_runs_sixteen_jobs_and_has_room_for_their_uploads():
+    """Fewer at once leave the device waiting; each worker process may hold the largest upload."""
+    pod = one("gpu", "Deployment", "worker")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    parents = int(container["args"][container["args"].index("--parents") + 1])
+    (work,) = [v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == "work"]
+    policy = one("gpu", "NetworkPolicy", "ralf-default-deny")["spec"]["ingress"][0]["ports"]
+    service = one("gpu", "Service", "metrics")["spec"]["ports"]
+    monitor = one("gpu", "ServiceMonitor", "ralf")["spec"]["endpoints"]
+
+    assert parents == 16
+    assert int(work.removesuffix("Gi")) * GIB >= parents * Settings().max_bytes
+    assert policy[0]["endPort"] >= 9100 + parents - 1
+    assert [port["port"] for port in service] == [9100 + n for n in range(parents)]
+    assert [each["port"] for each in monitor] == [port["name"] for port in service]
