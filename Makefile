@@ -5,10 +5,10 @@ RUN := $(VENV)/bin
 
 .PHONY: demo test lint types model schemas rules locks resolve torch-2.11 deploy-tools deploy-check plans clean
 
-$(VENV)/ready: pyproject.toml deploy/locks/dev.txt deploy/locks/build.txt
+$(VENV)/ready: pyproject.toml deploy/locks/dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Ralf needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r deploy/locks/build.txt -r deploy/locks/dev.txt
+	$(RUN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r deploy/locks/dev.txt
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -48,9 +48,9 @@ resolve: $(VENV)/deploy-ready
 
 # Exporting and building on torch 2.11, which GPU hosts have, in an environment of its own (4 GB).
 TORCH_211 := .venv-torch-2.11
-$(TORCH_211)/ready: deploy/locks/dev-torch-2.11.txt deploy/locks/build.txt
+$(TORCH_211)/ready: deploy/locks/dev-torch-2.11.txt
 	$(PYTHON) -m venv $(TORCH_211)
-	$(TORCH_211)/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r deploy/locks/build.txt -r $<
+	$(TORCH_211)/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $<
 	touch $@
 
 torch-2.11: $(TORCH_211)/ready

@@ -203,6 +203,44 @@ def test_a_service_is_held_tight(name: str):
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
 
 
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_a_service_has_a_bound_on_memory_and_processes(name: str):
+    """One that grows or forks without end takes only itself down."""
+    assert COMPOSE["services"][name]["mem_limit"]
+    assert COMPOSE["services"][name]["pids_limit"]
+
+
+def test_redis_is_reached_from_outside_only_when_asked(deployment: Path):
+    """A second file opens the port, on loopback unless an address is given; users are the same."""
+    files = ["-f", deployment / "compose.yaml", "-f", deployment / "compose.backend.yaml"]
+    redis = yaml.safe_load(run("docker-compose", *files, "config"))["services"]["redis"]
+
+    assert "ports" not in COMPOSE["services"]["redis"]
+    assert [str(port) for port in redis["ports"]] == ["127.0.0.1:6379:6379/tcp"]
+    assert set(redis["networks"]) == {"queue", "people"}
+    assert (
+        "user default on nopass resetkeys resetchannels -@all +ping"
+        in (deployment / "secrets" / "users.acl").read_text()
+    )
+
+
+def test_the_network_of_uploads_is_closed_to_the_lan_and_to_metadata(tmp_path: Path):
+    """The script adds a rule for each block, in both chains, once; it knows the bridge's name."""
+    fake = tmp_path / "iptables"
+    fake.write_text('#!/bin/sh\n[ "$1" = -C ] && exit 1\necho "$@" >> ' + f"{tmp_path}/rules\n")
+    fake.chmod(0o755)
+    script = [DEPLOY / "closed_network.sh"]
+    subprocess.run(script, check=True, env={"IPTABLES": str(fake), "PATH": "/usr/bin:/bin"})
+    rules = (tmp_path / "rules").read_text().splitlines()
+    blocks = {rule.split(" -d ")[1].split()[0] for rule in rules}
+    (bridge,) = COMPOSE["networks"]["outside"]["driver_opts"].values()
+
+    assert all(f"-i {bridge} " in rule and rule.endswith("-j REJECT") for rule in rules)
+    assert {rule.split()[1] for rule in rules} == {"DOCKER-USER", "INPUT"}
+    assert {"10.0.0.0/8", "169.254.0.0/16", "168.63.129.16/32", "192.168.0.0/16"} <= blocks
+    assert len(rules) == 2 * len(blocks)
+
+
 def test_each_role_gets_its_own_secrets_and_the_network_it_needs():
     """Only services inside reach Redis; only those that fetch or push reach the internet."""
     services = COMPOSE["services"]
