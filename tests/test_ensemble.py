@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ralf.__main__ import main
-from ralf.kernels.artifact import Artifact, publish, resolve
+from ralf.kernels.artifact import Artifact, current, publish, resolve
 from ralf.kernels.choose_engine import load as load_engine
 from ralf.kernels.engine import EngineError, check_golden
 from ralf.kernels.engine_torch import pack, restore
@@ -160,6 +160,19 @@ def test_the_command_publishes_and_scan_lists_each_detectors_score(
     alone = {resolve(models, name).label: verdicts[name]["score"] for name in names}
     assert alone == pytest.approx(made["detectors"], abs=0.02)
     assert {} == verdicts["centre"]["made"]["detectors"]
+
+
+def test_an_ensemble_is_promoted_through_the_same_checks_as_any_model(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One without an engine for its target stays unpromoted, and the check is named."""
+    listed = [member(tmp_path, name, targets=("sm90",)) for name in ("forest", "centre")]
+    names = [each.label for each in listed]
+    command = ["ensemble", *names, "--name", "duo", "--models", str(tmp_path), "--promote"]
+
+    assert 2 == main(command)
+    assert "engines REFUSED" in capsys.readouterr().err
+    assert current(tmp_path / "duo") is None
 
 
 def test_the_mean_is_calibrated_on_data_as_any_model_is(

@@ -21,6 +21,7 @@ from ralf.kernels.networks.fdfl import (
     Spectrum,
     StreamFusion,
 )
+from ralf.train.recipes import named
 from tests.test_networks import cost, crops
 
 SMALL = {"backbone": "tf_efficientnet_lite0", "size": 64, "fusion": "concat"}
@@ -188,6 +189,20 @@ def test_a_shut_gate_begins_as_the_backbone_and_can_open():
     assert torch.equal(alone(faces), gated(faces))
     gated(faces).sum().backward()
     assert gated.fuse.factor.grad is not None and gated.fuse.factor.grad.abs().max() > 0
+
+
+def test_the_recipes_gate_lets_the_mining_block_learn_from_the_first_step():
+    """At 0, as it began before, the block's gradient is exactly 0."""
+    recipe = named("fdfl_small")
+
+    def dry(gate: float) -> set[str]:
+        network = small(fusion="gate", gate=gate).train()
+        network(crops(4)).sum().backward()
+        return {n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+
+    assert any(name.startswith("mining.apart") for name in dry(0.0))
+    assert {"mining.leave.bias"} >= dry(recipe.network.dimensions["gate"])
+    assert ("fuse.factor*20",) == recipe.optimiser.rates == named("fdfl").optimiser.rates
 
 
 def test_without_fusion_it_is_the_plain_classifier():

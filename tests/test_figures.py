@@ -104,6 +104,28 @@ def test_the_last_convolution_is_the_classifiers(name: str, dimensions: dict[str
     assert last_linear(network).in_features == layer.out_channels
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "last"),
+    [
+        ("ralf", {"base": 4, "blocks": 1}, "classifier.rest.conv4.pointwise"),
+        ("ralf", {"base": 4, "blocks": 1, "sees": "bands"}, "classifier.rest.conv4.pointwise"),
+        ("classifier", {}, "backbone.rest.conv4.pointwise"),
+        ("fdfl", {}, "backbone.rest.conv4.pointwise"),
+    ],
+)
+def test_grad_cam_shows_the_maps_that_are_pooled(name: str, options: dict, last: str):
+    """Not the guide's, the residual's or the mining block's, which are listed after them."""
+    network = build(name, backbone="xception", size=64, **options).eval()
+    layer = network.get_submodule(last)
+    seen: list[tuple[int, ...]] = []
+    layer.register_forward_hook(lambda _module, _given, out: seen.append(tuple(out.shape)))
+    crops = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8)
+
+    assert network.cam_layer is layer
+    assert grad_cam(network, crops).shape == (1, 64, 64)
+    assert [(1, 2048, 2, 2)] == seen
+
+
 def test_features_are_what_the_last_layer_sees(network):
     """The logit comes out again."""
     crops = torch.randint(0, 255, (3, 3, 64, 64), dtype=torch.uint8)

@@ -372,6 +372,17 @@ def test_the_discriminator_is_dcgans():
         assert Discriminator(size)(torch.rand(2, 3, size, size)).shape == (2,)
 
 
+def test_the_discriminator_begins_as_the_authors_one_does():
+    """Convolutions at N(0, 0.02), norms at N(1, 0.02), in every recipe."""
+    layers = list(Discriminator(256).modules())
+    taps = torch.cat([x.weight.flatten() for x in layers if isinstance(x, torch.nn.Conv2d)])
+    norms = torch.cat([x.weight for x in layers if isinstance(x, torch.nn.BatchNorm2d)])
+
+    assert abs(taps.mean().item()) < 1e-3 and taps.std().item() == pytest.approx(0.02, rel=0.02)
+    assert norms.mean().item() == pytest.approx(1, abs=0.005)
+    assert norms.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 def test_cross_entropy_calls_forged_one():
     """The label's side is the commonest slip of all."""
     sure = torch.tensor([-9.0, -9.0, 9.0, 9.0])

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ralf.kernels.networks import build
+from ralf.train.loop.initial_weights import make_network
 from ralf.train.losses.objective import Moment, OneClass, objective
 from ralf.train.losses.rcl import (
     Draws,
@@ -281,3 +282,14 @@ def test_nonsense_is_refused_when_the_loss_is_made():
         RclLoss(temperature=0)
     with pytest.raises(ValidationError, match=r"hard\s+Input should be greater than or equal to 1"):
         RclLoss(hard=0)
+
+
+def test_no_weight_of_detector_or_projection_begins_without_a_gradient():
+    """Nothing here is behind a gate that begins shut."""
+    recipe = tiny("rcl_small")
+    network = make_network(recipe).train()
+    loss, batch = objective(recipe, network), MadeBatches()[0]
+    loss.terms(loss.run(batch.crops), batch, MOMENT).total.backward()
+    named = [*network.named_parameters(), *loss.named_parameters()]
+
+    assert [] == [name for name, p in named if p.grad is None or not p.grad.any()]

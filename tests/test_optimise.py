@@ -1,9 +1,12 @@
 """Running batch norms: a face alone while training, statistics that follow all the same."""
 
+import pytest
 import torch
 from torch import nn
 
-from ralf.train.loop.optimise import RunningBatchNorms
+from ralf.train.loop.optimise import RunningBatchNorms, freeze, optimiser, rate_factors
+from ralf.train.recipe import Optimiser
+from ralf.train.recipe_text import RecipeError
 
 
 def small() -> nn.Sequential:
@@ -75,3 +78,61 @@ def test_several_batches_of_a_step_count_once_together():
     together(torch.cat((one, other)))
 
     torch.testing.assert_close(together[1].running_mean, apart[1].running_mean)
+
+
+class Parts(nn.Module):
+    """A gate, a mask and a head, beside a `gates` that is something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(4, 1, 1))
+        self.mask = nn.Parameter(torch.zeros(8, 8))
+        self.rest = nn.ModuleDict({"head": nn.Linear(4, 2), "gates": nn.Linear(2, 2)})
+
+
+def groups(network: nn.Module, **choice: object) -> dict[str, tuple[float, float]]:
+    """Each parameter's rate and decay, by name."""
+    made = Optimiser(lr=1e-3, weight_decay=0.1, **choice)  # type: ignore[arg-type]
+    freeze(made, network)
+    found = optimiser(made, network, ())
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in found.param_groups
+        for parameter in group["params"]
+    }
+
+
+def test_each_part_has_the_rate_and_the_decay_that_the_recipe_names():
+    """A whole part of a dotted name; of two that fit, the last; 0 freezes."""
+    network = Parts()
+    found = groups(
+        network, rates=("gate*20", "mask*0", "rest*0.5", "rest.head*2"), no_decay=("mask", "gate")
+    )
+
+    assert {
+        "gate": (0.02, 0.0),
+        "rest.head.weight": (0.002, 0.1),
+        "rest.head.bias": (0.002, 0.0),
+        "rest.gates.weight": (0.0005, 0.1),
+        "rest.gates.bias": (0.0005, 0.0),
+    } == found
+    assert not network.mask.requires_grad and network.gate.requires_grad
+
+
+def test_without_rates_the_groups_are_those_of_older_runs():
+    """Decayed first, then spared: stored moments are numbered in this order."""
+    network = Parts()
+    found = optimiser(Optimiser(weight_decay=0.1), network, ())
+
+    assert [0.1, 0.0] == [group["weight_decay"] for group in found.param_groups]
+    assert [3, 3] == [len(group["params"]) for group in found.param_groups]
+    assert found.param_groups[0]["params"][0] is network.gate
+
+
+def test_a_rate_of_no_part_is_refused():
+    with pytest.raises(RecipeError, match=r"names 'gats', .* it has gate, mask, rest"):
+        rate_factors(Optimiser(rates=("gats*20",)), Parts())
+    for wrong in ("gate", "gate*", "*2", "gate*-1", "gate*nan"):
+        with pytest.raises(ValueError, match=r"PART\*FACTOR"):
+            Optimiser(rates=(wrong,))

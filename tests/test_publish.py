@@ -10,7 +10,7 @@ import torch
 from ralf.__main__ import main
 from ralf.kernels.artifact import Artifact, golden, open_artifact, versions
 from ralf.kernels.choose_engine import load as load_engine
-from ralf.kernels.manifest import held_out_family
+from ralf.kernels.manifest import Reference, held_out_family
 from ralf.kernels.networks import build
 from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import patterns
@@ -122,6 +122,18 @@ def test_calibration_goes_into_the_manifest_and_onto_the_card(run: Path, tmp_pat
     assert again.weights_sha256 == artifact.weights_sha256
     assert again.manifest.calibration.fitted_on == "new"
     assert f"Recalibrated from {artifact.version}" in again.file("card.md").read_text()
+
+
+def test_a_new_calibration_does_not_keep_the_old_ones_drift_reference(run: Path, tmp_path: Path):
+    """The old scores lie elsewhere on the scale: every upload would look like drift."""
+    old = Reference(edges=(0.5,), counts=(9, 1), of="the old scores")
+    new = Reference(edges=(0.5,), counts=(3, 7), of="the new scores")
+    first = published(run, tmp_path, reference=old)
+    fitted = calibrate(np.arange(10.0), np.arange(10) > 4, fitted_on="a test")
+
+    assert old == first.manifest.reference
+    assert recalibrate(first, tmp_path, fitted).manifest.reference is None
+    assert new == recalibrate(first, tmp_path, fitted, new).manifest.reference
 
 
 def test_a_version_may_take_over_the_calibration_of_another(run: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ from ralf.kernels import artifact as models
 from ralf.kernels import registry
 from ralf.kernels.artifact import Artifact, ArtifactError, NotFound
 from ralf.kernels.atomic_files import hold, unused
-from ralf.kernels.manifest import Manifest, Reference
+from ralf.kernels.manifest import Manifest, Network, Reference
 from ralf.kernels.registry import NotPromoted, PromotionCheck
 from ralf.worker.contract import Job, Media
 from ralf.worker.service.store import Store
@@ -49,6 +49,31 @@ def promote(
 
 
 # gates
+
+
+@pytest.mark.parametrize(
+    ("cost", "came"),
+    [
+        (None, "not measured"),
+        ([0.01, None, None], "not measured"),
+        ([0.02, -0.01, 0.05], "+0.0200 [-0.0100, +0.0500]"),
+        ([0.02, 0.01, 0.03], ""),
+    ],
+)
+def test_a_ralf_of_two_streams_needs_a_residual_that_is_at_work(
+    tmp_path: Path, cost: object, came: str
+):
+    """Closing it must cost AUC on the family held out, beyond chance; else it is a classifier."""
+    metrics = {} if cost is None else {"residual": {"closed": {"costs held out": cost}}}
+    network = Network(build="ralf", sees="bands")
+    made = publish(tmp_path, f"{cost}", network=network, metrics=metrics)
+
+    if came:
+        with pytest.raises(NotPromoted, match=r"residual REFUSED.*--without-residual") as refused:
+            promote(tmp_path, made)
+        assert came in str(refused.value)
+    else:
+        assert "residual" in [gate.name for gate in promote(tmp_path, made)[1]]
 
 
 def test_the_first_version_has_nothing_to_be_worse_than(tmp_path: Path):

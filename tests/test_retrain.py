@@ -217,6 +217,16 @@ def test_a_condition_that_does_not_hold_says_what_was_asked_what_came_and_how_to
     assert "forced past metrics" in registry.events(typed.models / "made")[-1].remark
 
 
+def test_a_handful_of_people_is_too_few_to_calibrate_on_or_to_measure_with(typed: Typed):
+    """Unless the command says so; the message says how.  What it prints to go on is complete."""
+    assert 1 == typed.type("--least-people", "9", "--workers", "1")
+    assert "asked: at least 9 real people in split val" in typed.err
+    assert "came: 8: too few" in typed.err and "--least-people 8" in typed.err
+    again = typed.err.split("the same command: ")[1]
+    assert "--workers 1" in again and "--least-people 9" in again
+    assert models.names(typed.models) == []
+
+
 def publish_better(typed: Typed) -> None:
     """Promote a version whose figures nothing can reach."""
     draft = models.Manifest(name="made", network={"build": "ralf"}, files={},

@@ -1,5 +1,6 @@
 """RALF on the crop and on its residual by bands: what flows, what learns, and whether it acts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from ralf.kernels.networks import build
 from ralf.kernels.networks.backbones import NetworkError
 from ralf.kernels.networks.bands import EDGES, ResidualBands, bands, fixed_mask, levels
 from ralf.kernels.networks.ralf import GATE, Ralf
+from ralf.train import residual_gate
+from ralf.train.chain import CHAINS, Chain, Training
 from ralf.train.evaluate.judge import model_of_run
 from ralf.train.evaluate.tables import table
-from ralf.train.evaluate.tables.residual import residual_figures
+from ralf.train.evaluate.tables.residual import ResidualFigures, residual_figures
 from ralf.train.evaluate.tables.table import TableOptions
 from ralf.train.loop.checkpoint import load
 from ralf.train.loop.distributed import ALONE
@@ -26,6 +29,7 @@ from ralf.train.losses.objective import Moment, objective
 from ralf.train.publish import publish_run, without_residual
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import RecipeError
+from ralf.train.trainings import ChainRun
 from tests.faces_on_disk import faces
 from tests.training import MadeBatches, tiny
 
@@ -34,6 +38,7 @@ SMALL: dict[str, Any] = {
     "base": 4, "blocks": 1, "backbone": "tf_efficientnet_lite0", "size": 64, "sees": "bands",
     "keeps": 6.0,
 }  # fmt: skip
+NAN = float("nan")
 FREE = {"loss.weight_adv": "0", "init.perceptual": "none"}
 NARROW = {"network.base": "4", "network.blocks": "1"}
 
@@ -320,6 +325,70 @@ def test_the_table_tells_what_each_part_costs_by_person(tmp_path: Path):
     cost = figures["whole"]["held out"] - figures["closed"]["held out"]
     assert figures["closed"]["costs held out"][0] == pytest.approx(cost)
     assert [0, 0, 0] == dead.views["closed"]["costs held out"] and not dead.earned
+
+
+@pytest.mark.parametrize("cost", [(0.03, 0.01, 0.05), (0.03, -0.01, 0.07), (NAN, NAN, NAN)])
+def test_a_residual_that_is_not_at_work_publishes_the_classifier_under_its_own_name(
+    cost: tuple[float, float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The interval decides; the two are never called by one another's names."""
+    steps = {"classifier": recipe("small_classifier"), "detector": recipe("two_stream")}
+    chain = Chain(
+        "tiny",
+        tuple((Training(name, each.name),) for name, each in steps.items()),
+        control="classifier",
+    )
+    for name, each in steps.items():
+        run_of(each.name, tmp_path / name)
+    index = faces(tmp_path / "faces", val=8)
+    training = ChainRun(chain, (), index, tmp_path, device="cpu")
+    asked: list[str] = []
+
+    def measured(model: Any, index: Any, options: Any, control: Any) -> ResidualFigures:
+        asked.extend((model.name, options.split, control.name))
+        return ResidualFigures({"closed": {"costs held out": list(cost)}})
+
+    monkeypatch.setattr(residual_gate, "residual_figures", measured)
+    step = residual_gate.residual_step(training, "ralf-mine", "val", lambda text: None)
+    assert step is not None
+    facts = step.work({})
+    inside = load(Path(facts["folder"]) / "best.safetensors").recipe.network.build
+
+    assert ["detector", "val", "classifier"] == asked
+    assert step.still_there(facts) and json.loads(json.dumps(facts, allow_nan=False)) == facts
+    if cost[1] > 0:
+        assert (True, "ralf-mine", "ralf") == (facts["earned"], facts["name"], inside)
+    else:
+        assert (False, "small-classifier", "classifier") == (facts["earned"], facts["name"], inside)
+    plain = Chain("plain", ((Training("train", "small_classifier"),),))
+    other = ChainRun(plain, (), index, tmp_path)
+    assert residual_gate.residual_step(other, "x", "val", print) is None
+
+
+def test_the_chain_trains_the_residual_before_the_crop_and_a_control_beside_it():
+    """Each training begins with the one before; the classifier fills the plain branch."""
+    chain, run = CHAINS["ralf_two_streams"], Path("runs/x")
+    recipes = {each.name: chain.recipe(run, each, {}) for each in chain.trainings}
+    names = [[each.name for each in stage] for stage in chain.stages]
+
+    assert [
+        ["reconstructor", "classifier"],
+        ["residual"],
+        ["joint", "control"],
+        ["detector"],
+    ] == names
+    assert "runs/x/reconstructor" == recipes["residual"].init.network
+    assert (
+        "runs/x/classifier" == recipes["residual"].init.backbone == recipes["control"].init.network
+    )
+    assert "runs/x/residual" == recipes["joint"].init.network
+    assert "runs/x/joint" == recipes["detector"].init.network
+    assert "mask*30" in recipes["detector"].optimiser.rates
+    assert recipes["detector"].loss.weight_budget > 0
+    for name in ("residual", "joint"):
+        assert {"reconstructor*0", "mask*0"} <= {*recipes[name].optimiser.rates}
+    assert recipes["reconstructor"].network == recipes["joint"].network
+    assert not recipes["reconstructor"].data.trained_families
 
 
 def test_a_run_that_makes_no_detector_is_not_published(tmp_path: Path):
