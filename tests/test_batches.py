@@ -24,7 +24,7 @@ from ralf.train.data.layouts.face_table import BOX_COLUMNS, FIVE_COLUMNS
 from ralf.train.data.pictures import Pictures, frames_of
 from ralf.train.forge.families import FAMILIES
 from ralf.train.forge.landmarks import FaceGeometry
-from ralf.train.forge.upload_damage import UploadDamage, damaged, draw_damage
+from ralf.train.forge.upload_damage import UploadDamage, damaged, draw_damage, draw_upload
 from ralf.train.recipe import Augment, Data
 from ralf.worker.media.crops import cut_one
 from tests.faces_on_disk import faces
@@ -641,3 +641,40 @@ def test_a_whole_generator_of_forgeries_on_disk_can_be_held_out(copies):
     assert recipe.unseen == "copies" and recipe.trained_families == ("inner",)
     with pytest.raises(IndexFault, match=r"'copys' is no family .* on disk \(copies\)"):
         Batches(copies, data(families=("inner",), held_out="copys"))
+
+
+def test_uploads_are_encoded_twice_through_a_ladder_and_requantised_last():
+    """By the recipe's shares; a face keeps 56 px; the codecs are those of phones and platforms."""
+    augment = Augment(h264=1.0, uploads=0.5, requantised=0.25)
+    rng = np.random.default_rng(0)
+    drawn = [draw_damage(augment, rng, face_px=140) for _ in range(600)]
+    uploads = [each for each in drawn if [g for g in each.generations if g.codec != "jpeg"]]
+    encodings = [g for each in uploads for g in each.generations if g.codec != "jpeg"]
+    jpegs = [each.generations[-1] for each in drawn if each.generations]
+    jpegs = [last for last in jpegs if last.codec == "jpeg"]
+
+    assert 0.43 < len(uploads) / 600 < 0.57 and 0.19 < len(jpegs) / 600 < 0.31
+    assert all(each.codec == ("none" if each in uploads else each.codec) for each in drawn)
+    assert {8, 16} <= {round(last.quality) for last in jpegs} <= set(range(8, 17))
+    assert {"libx264", "libx265", "libvpx-vp9"} == {each.codec for each in encodings}
+    assert {True, False} == {each.ten_bit for each in encodings}
+    assert not any(each.ten_bit and each.codec == "libvpx-vp9" for each in encodings)
+    assert 56 / 140 - 1e-6 <= min(each.scale for each in encodings) < 1
+    assert {1, 2, 3} == {len([g for g in e.generations if g.codec != "jpeg"]) for e in uploads}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_upload_is_the_same_every_time_and_loses_with_each_generation(seed: int):
+    """Encoders in memory are deterministic; what comes back has the size of the last generation."""
+    image = portraits()["mark-takano.jpg"].image[:200, :180]
+    generations = draw_upload(np.random.default_rng(seed), face_px=100)
+    one, two = (
+        damaged(image, UploadDamage(generations=generations), np.random.default_rng(0))
+        for _ in range(2)
+    )
+
+    assert np.array_equal(one, two)
+    scale = generations[-1].scale
+    assert np.abs(np.array(one.shape[:2]) - np.array([200, 180]) * scale).max() <= 1
+    back = np.asarray(Picture.fromarray(one).resize((180, 200)), int)
+    assert 0.5 < np.abs(back - image).mean() < 30

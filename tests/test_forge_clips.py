@@ -1,12 +1,19 @@
 """Made clips: twins that differ in the forgery alone, as a dataset that can be prepared."""
 
+from dataclasses import replace
+
+import av
 import numpy as np
 import pytest
 
 from ralf.kernels.manifest import InputContract
 from ralf.train.data.index import Index, IndexFault, load
+from ralf.train.data.pool import Pool
 from ralf.train.data.prepare import prepare
 from ralf.train.forge.clips import ClipOptions, make_clips
+from ralf.train.forge.drift import Drift, joined
+from ralf.train.forge.pixels import blur
+from ralf.train.recipe import Data
 from tests.clips import decode_all
 from tests.faces_on_disk import faces
 
@@ -96,6 +103,69 @@ def test_the_worker_finds_the_faces_in_them(made, tmp_path):
     }
     assert 24 == len(crops)
     assert all(row.box and row.five for row in crops)
+
+
+def test_landmarks_slip_smoothly_and_colours_drift_on_the_forged_part_alone(stills):
+    """Frame by frame a little further, never far; outside the mask the picture is the real one."""
+    pool = Pool(stills, Data(), "val", ram_bytes=0)
+    still = pool.real[0][0]
+    real, face = pool.pictures.picture(still), pool.pictures.face(still)
+    assert face is not None
+    slips = [list(Drift(np.random.default_rng(4), 12.5).slips(face, 6)) for _ in range(2)]
+    places = np.stack([slip.face.five for slip in slips[0]]) / face.eye_distance
+    steps = np.linalg.norm(np.diff(places, axis=0), axis=-1)
+    faces = [slip.face for slip in slips[0]]
+    made = list(pool.forgeries(still, real, faces, "boundary", np.random.default_rng(1)))
+    shown = [joined(real, *each, slip) for each, slip in zip(made, slips[0], strict=True)]
+
+    assert np.array_equal(slips[0][3].face.five, slips[1][3].face.five)
+    assert 0 < steps.min() and steps.max() < 0.08
+    assert np.abs(places - face.five / face.eye_distance).max() < 0.2
+    for image, (_, mask) in zip(shown, made, strict=True):
+        assert np.array_equal(image[blur(mask, 4) < 1e-4], real[blur(mask, 4) < 1e-4])
+    changes = [
+        np.abs(one.astype(int) - two)[mask > 0.5].mean()
+        for one, two, (_, mask) in zip(shown, shown[1:], made, strict=False)
+    ]
+    assert all(0.1 < change < 12 for change in changes)
+
+
+def test_a_clip_that_drifts_is_made_alike_twice_and_unlike_a_steady_one(stills, tmp_path):
+    """And its real twin is the steady one's, to the bit."""
+    files = {}
+    for name, drift in (("one", True), ("two", True), ("steady", False)):
+        options = ClipOptions(("boundary",), crfs=(23,), seconds=0.2, drift=drift)
+        index = make_clips(stills, tmp_path / name, options, split="val", limit=1)
+        files[name] = {row.method: (index.root / row.path).read_bytes() for row in index}
+
+    assert files["one"] == files["two"]
+    assert files["one"]["real"] == files["steady"]["real"]
+    assert files["one"]["boundary"] != files["steady"]["boundary"]
+
+
+def test_an_upload_went_through_several_encoders_alike_for_both_twins(stills, tmp_path):
+    """One more compression; twins have one codec and size; the worker's decoder reads them all."""
+    options = ClipOptions(("boundary",), crfs=(), seconds=0.2, uploads=True)
+    index = make_clips(stills, tmp_path, options, split="val", limit=2)
+    facts = {}
+    for row in index:
+        with av.open(str(index.root / row.path)) as container:
+            stream = container.streams.video[0]
+            facts.setdefault(row.video, set()).add(
+                (stream.codec_context.name, stream.width, stream.height)
+            )
+        assert 2 == len(frames(index, row))
+
+    assert {"upload"} == {row.compression for row in index}
+    assert 4 == len(index) and all(1 == len(found) for found in facts.values())
+
+
+def test_a_folder_begun_with_other_options_is_refused(stills, tmp_path):
+    """Its clips would be kept, and the others would be made otherwise."""
+    options = ClipOptions(("boundary",), crfs=(23,), seconds=0.1)
+    make_clips(stills, tmp_path, options, split="val", limit=1)
+    with pytest.raises(IndexFault, match="another folder"):
+        make_clips(stills, tmp_path, replace(options, drift=True), split="val", limit=1)
 
 
 @pytest.mark.parametrize(

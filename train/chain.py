@@ -42,6 +42,9 @@ class MadeClips:
     seconds: float = 1.3
     frames: int = 8
     """Faces cut from each clip."""
+    drift: bool = False
+    uploads: bool = False
+    """As in ClipOptions: forged frame by frame; one more clip of each, encoded several times."""
     held_out_turns: int = 3
     """How often the held-out family is drawn for the test clips, where each other is drawn once."""
 

@@ -101,6 +101,11 @@ class Augment(Part):
     colour: Share = 0.0
     other: Share = 0.0
     """Another person's features, expression and skin, in another light, before the forging."""
+    uploads: Share = 0.0
+    """Encodings as uploads have them, in place of jpeg and h264: a phone and then a platform,
+    H.264, H.265 or VP9, some in ten bits, through a scaling ladder and back."""
+    requantised: Share = 0.0
+    """JPEG at quality 8 to 16, last of all."""
     cut_off: Share = 0.0
     """Faces cut by the edge of the picture, as at a border of a frame or in a tight picture."""
     margins: tuple[Annotated[float, Field(ge=0.5, le=3)], ...] = ()

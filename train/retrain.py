@@ -254,7 +254,9 @@ def _clips(order: Retraining, families: Mapping[str, tuple[Any, ...]]) -> Facts:
     assert how is not None
     found: Facts = {}
     for split, drawn in families.items():
-        options = ClipOptions(families=drawn, crfs=how.crfs, seconds=how.seconds)
+        options = ClipOptions(
+            drawn, crfs=how.crfs, seconds=how.seconds, drift=how.drift, uploads=how.uploads
+        )
         clips = make_clips(order.index, order.run / "clips" / split, options, split=split)
         folder = order.run / "crops" / split
         contract = order.training.last_recipe.data.input

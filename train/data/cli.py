@@ -42,6 +42,10 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
     clips.add_argument("--crf", default="23,40", metavar="A,B", help="H.264's rates")
     clips.add_argument("--each", type=int, default=1, help="forged clips of a still and CRF")
     clips.add_argument("--seconds", type=float, default=1.3)
+    clips.add_argument("--drift", action="store_true",
+                       help="forge each frame anew, on landmarks that slip")  # fmt: skip
+    clips.add_argument("--uploads", action="store_true",
+                       help="one more clip of each, encoded by phone and platform")  # fmt: skip
     clips.add_argument("--limit", type=int, help="only so many stills")
     clips.add_argument("--only", action="append", default=[], metavar="FIELD=A,B")
     clips.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
@@ -112,6 +116,8 @@ def _clips(args: argparse.Namespace) -> int:
         crfs=tuple(int(crf) for crf in args.crf.split(",")),
         each=args.each,
         seconds=args.seconds,
+        drift=args.drift,
+        uploads=args.uploads,
     )
     with progress() as move:
         made = make_clips(

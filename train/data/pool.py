@@ -4,8 +4,10 @@ A forgery on disk belongs to the real face that is its target.  Where there is n
 blended.  A swap takes its donor from the same split: another person with a similar face shape.
 """
 
+import copy
 import json
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -150,14 +152,29 @@ class Pool:
         rng: np.random.Generator,
     ) -> tuple[Image, Pixels]:
         """The same, and how much of each pixel is forged: f32 [h, w], 0 to 1."""
+        return next(self.forgeries(frame, image, (face,), family, rng))
+
+    def forgeries(
+        self,
+        frame: Frame,
+        image: Image,
+        faces: Sequence[FaceGeometry],
+        family: Family | ForgeryFamily,
+        rng: np.random.Generator,
+    ) -> Iterator[tuple[Image, Pixels]]:
+        """The same forgery for each place where the face was found, and its mask."""
         needed = of(family).needs_donor
-        donor = self.donor(frame, face, rng) if needed else None
+        donor = self.donor(frame, faces[0], rng) if needed else None
         made = self.alone if needed and donor is None else family
-        if not self.tight:
-            return forge(image, face, made, rng, donor=donor)
-        wide, moved, own = _mirrored(image, face)
-        forged, mask = forge(wide, moved, made, rng, donor=donor)
-        return forged[own], mask[own]
+        for face in faces:
+            # Each begins with the same random numbers: only the face's place tells them apart.
+            own_rng = copy.deepcopy(rng) if len(faces) > 1 else rng
+            if not self.tight:
+                yield forge(image, face, made, own_rng, donor=donor)
+                continue
+            wide, moved, own = _mirrored(image, face)
+            forged, mask = forge(wide, moved, made, own_rng, donor=donor)
+            yield forged[own], mask[own]
 
 
 def _whole(face: FaceGeometry, size: tuple[int, int]) -> bool:

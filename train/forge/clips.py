@@ -8,11 +8,14 @@ asked for.  Twins share motion, size and encoder settings, so that only the forg
     stills ─▶ make_clips ─▶ videos and their index ─▶ `ralf data prepare` ─▶ calibrate, evaluate
 
 All randomness is seeded by the still's name, so that one more still changes no other clip.  Clips
-that exist already are kept, so that an interrupted run goes on.  Made clips cannot show a forgery
-that flickers or slips, because the forged still moves as one, nor real reenactment.
+that exist already are kept, so that an interrupted run goes on.  By default the forged still moves
+as one.  With `drift` each frame is forged anew, on landmarks that slip (train/forge/drift.py).
+`uploads` adds a clip that went through a phone's encoder, a scaling ladder and a platform's; both
+are drawn by the still's name.  Made clips cannot show real reenactment.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,14 +28,20 @@ import numpy as np
 from ralf.train.data.index import REAL, Index, IndexFault, Row
 from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
+from ralf.train.forge.drift import Drift, joined
 from ralf.train.forge.families import FAMILIES, Family, ForgeryFamily, of
-from ralf.train.forge.pixels import Image
+from ralf.train.forge.landmarks import FaceGeometry
+from ralf.train.forge.pixels import Image, resize, to_u8
 from ralf.train.forge.renderers.stored import load
-from ralf.train.forge.video import animate, encode
+from ralf.train.forge.video import animate, encode, recompress, surroundings
 from ralf.train.recipe import Data
 
 INDEX = "index.csv"
+OPTIONS = "clips.json"
+UPLOAD = "upload"
+"""The compression of clips that went through several encoders."""
 FPS = 12.5
+CODECS = ("libx264", "libx265", "libvpx-vp9")
 SIZES = ((480, 480), (640, 480), (480, 640), (720, 576))
 TALL = (0.5, 1.15)
 """Least and greatest height of the portrait over that of the frame: faces of 120 to 330 pixels."""
@@ -50,6 +59,10 @@ class ClipOptions:
     each: int = 1
     """Forged clips of each still at each CRF: the families take turns."""
     seconds: float = 1.3
+    drift: bool = False
+    """Forge each frame anew, on landmarks that slip, in colours that drift."""
+    uploads: bool = False
+    """One more clip of each, encoded by a phone and then by a platform."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.families) - set(FAMILIES):
@@ -61,8 +74,13 @@ class ClipOptions:
             )
         if len({way.name for way in self.ways}) < len(self.ways):
             raise IndexFault("two renderers of one name would write the same clips: give one")
-        if not self.crfs or not all(0 <= crf <= 51 for crf in self.crfs):
+        if not (self.crfs or self.uploads) or not all(0 <= crf <= 51 for crf in self.crfs):
             raise IndexFault(f"CRFs should lie in 0 to 51, got {self.crfs}")
+
+    @property
+    def compressions(self) -> tuple[str, ...]:
+        """What the clips of each still are encoded as."""
+        return (*(f"crf{crf}" for crf in self.crfs), *([UPLOAD] if self.uploads else []))
 
     @property
     def ways(self) -> tuple[ForgeryFamily, ...]:
@@ -86,6 +104,7 @@ def make_clips(
     stills = [video[0] for video in pool.real][:limit]
     if not stills:
         raise IndexFault(f"split {split!r} has no real pictures to set in motion")
+    _record(out, options)
     make = partial(_make_all, index, split, options, out)
     tasks = [_StillTask(still, number, options) for number, still in enumerate(stills)]
     rows: list[Row] = []
@@ -98,6 +117,19 @@ def make_clips(
     found = Index(out, tuple(replace(row, group="") for row in rows))
     found.save(out / INDEX)
     return found
+
+
+def _record(out: Path, options: ClipOptions) -> None:
+    """Write down what makes the same clip another one; a folder begun otherwise is refused."""
+    facts = {"seconds": options.seconds, "drift": options.drift}
+    path = out / OPTIONS
+    if path.exists() and (before := json.loads(path.read_text())) != facts:
+        raise IndexFault(
+            f"{out} was begun with {before}, now {facts} is asked for: take another folder, or "
+            "empty it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts) + "\n")
 
 
 @dataclass(frozen=True)
@@ -152,45 +184,102 @@ def _clips(task: _StillTask, pool: Pool, out: Path) -> list[Row]:
         )
     rows = []
     for way in (None, *task.ways):
-        for crf in task.options.crfs:
-            name = way.name if way else REAL
-            path = out / f"crf{crf}" / name / f"{_stem(still)}.mp4"
-            rows.append(_row(still, name, crf, path.relative_to(out).as_posix()))
-            if path.exists():
-                continue
-            image = pool.pictures.picture(still)
-            if way is not None:
-                image = pool.forgery(still, image, face, way, _seeded(f"{still.name}+{name}"))
-            _write(image, path, crf, still.name, task.options.seconds)
+        name = way.name if way else REAL
+        paths = {
+            compression: out / compression / name / f"{_stem(still)}.mp4"
+            for compression in task.options.compressions
+        }
+        rows += [
+            _row(still, name, compression, path.relative_to(out).as_posix())
+            for compression, path in paths.items()
+        ]
+        missing = [path for path in paths.values() if not path.exists()]
+        if not missing:
+            continue
+        image = pool.pictures.picture(still)
+        portraits = [image] if way is None else _forged(task, pool, image, face, way)
+        for path in missing:
+            _write(portraits, image, path, still, task.options)
     return rows
 
 
-def _write(image: Image, path: Path, crf: int, name: str, seconds: float) -> None:
+def _forged(
+    task: _StillTask, pool: Pool, image: Image, face: FaceGeometry, way: ForgeryFamily
+) -> list[Image]:
+    """The forged still; with drift, one for each frame of the clip."""
+    still, options = task.still, task.options
+    rng = _seeded(f"{still.name}+{way.name}")
+    if not options.drift:
+        return [pool.forgery(still, image, face, way, rng)]
+    # The first face is the one that the donor is chosen by; it is not shown.
+    drift = Drift(_seeded(f"{still.name}+{way.name} drifts"), FPS)
+    slips = list(drift.slips(face, round(options.seconds * FPS)))
+    made = pool.forgeries(still, image, (face, *(slip.face for slip in slips)), way, rng)
+    next(made)
+    return [joined(image, *each, slip) for each, slip in zip(made, slips, strict=True)]
+
+
+def _write(
+    portraits: Sequence[Image], real: Image, path: Path, still: Frame, options: ClipOptions
+) -> None:
     """The clip, written whole or not at all; its motion depends on the still's name alone."""
     # A generator of its own, so that the family changes nothing about the motion.
-    rng = _seeded(f"{name} moves")
+    rng, compression = _seeded(f"{still.name} moves"), path.relative_to(path.parents[2]).parts[0]
     size = SIZES[rng.integers(len(SIZES))]
+    upload = _seeded(f"{still.name} upload") if compression == UPLOAD else None
     frames = animate(
-        image,
-        seconds=seconds,
+        portraits,
+        background=surroundings(real, *size) if len(portraits) > 1 else None,
+        seconds=options.seconds,
         fps=FPS,
-        size=size,
+        size=size if upload is None else (size[0] * 3 // 2, size[1] * 3 // 2),
         seed=int(rng.integers(2**31)),
         tall=float(rng.uniform(*TALL)),
         grain=float(rng.uniform(0.5, 3)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(f".{path.name}.part.mp4")
-    encode(frames, partial_path, crf=crf, fps=FPS, preset="veryfast")
+    if upload is None:
+        crf = int(compression.removeprefix("crf"))
+        encode(frames, partial_path, crf=crf, fps=FPS, preset="veryfast")
+    else:
+        _encode_upload(np.stack(list(frames)), size, upload, partial_path)
     partial_path.rename(path)
 
 
-def _row(still: Frame, method: str, crf: int, path: str) -> Row:
+def _encode_upload(
+    frames: Image, size: tuple[int, int], rng: np.random.Generator, path: Path
+) -> None:
+    """Frames [n, h, w, 3] as a phone records them, and then as a platform serves them."""
+    phone, bits = rng.choice(["libx264", "libx265"], p=[0.6, 0.4]), rng.random()
+    pixels = "yuv420p10le" if bits < 0.3 else "yuv420p"
+    shown = recompress(
+        frames, float(rng.uniform(18, 28)), phone, gop=30, preset="ultrafast", pixel_format=pixels
+    )
+    rung = float(rng.choice([1.0, 2 / 3, 1 / 2]))
+    tall, wide = (2 * round(side * rung / 2) for side in reversed(size))
+    shown = _scaled(shown, tall, wide)
+    codec, crf = str(rng.choice(CODECS, p=[0.5, 0.25, 0.25])), float(rng.uniform(18, 42))
+    again, second = rng.random() < 0.3, float(rng.uniform(18, 35))
+    if again:  # the small copy is taken up and shared once more, at full size
+        shown = _scaled(recompress(shown, second, gop=30), size[1], size[0])
+    # VP9 counts to 63.
+    crf = 1.3 * crf + 2 if codec == "libvpx-vp9" else crf
+    encode(shown, path, codec=codec, crf=round(crf), fps=FPS, preset="veryfast")
+
+
+def _scaled(frames: Image, height: int, width: int) -> Image:
+    if frames.shape[1:3] == (height, width):
+        return frames
+    return np.stack([to_u8(resize(each.astype(np.float32), height, width)) for each in frames])
+
+
+def _row(still: Frame, method: str, compression: str, path: str) -> Row:
     row = still.row
     return Row(
         dataset=f"{row.dataset}_clips",
         method=method,
-        compression=f"crf{crf}",
+        compression=compression,
         split=row.split,
         video=_stem(still),
         target=row.target,

@@ -41,7 +41,8 @@ def _options(codec: str, crf: float, preset: str) -> dict[str, str]:
 def _even(image: Image) -> Image:
     """Chroma at half size needs even sides; the last row or column is repeated."""
     height, width = image.shape[:2]
-    return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    tall = np.concatenate([image, image[-1:]]) if height % 2 else image
+    return np.concatenate([tall, tall[:, -1:]], axis=1) if width % 2 else tall
 
 
 def encode(
@@ -116,17 +117,19 @@ def recompress(
     *,
     gop: int = 12,
     preset: str = "superfast",
+    pixel_format: str = "yuv420p",
 ) -> Image:
     """The images [n, h, w, 3] after a real encoder and decoder, as one short clip in memory.
 
-    Frames after the first of each `gop` are predicted from the one before, as in an upload.
+    Frames after the first of each `gop` are predicted from the one before, as in an upload.  A
+    `pixel_format` of yuv420p10le has ten bits, as newer phones record; VP9 here has eight only.
     """
     if not len(images):
         raise ValueError("expected at least one image to recompress, got none")
     height, width = images[0].shape[:2]
     size = _even(images[0]).shape[:2]
     encoder: Any = av.CodecContext.create(codec, "w")
-    encoder.width, encoder.height, encoder.pix_fmt = size[1], size[0], "yuv420p"
+    encoder.width, encoder.height, encoder.pix_fmt = size[1], size[0], pixel_format
     encoder.time_base, encoder.gop_size, encoder.thread_count = Fraction(1, 25), gop, 1
     # Without B-frames and look-ahead, so that a frame is predicted from the one before it.
     tune = {"tune": "zerolatency"} if codec in ("libx264", "libx265") else {}
@@ -135,7 +138,7 @@ def recompress(
     decoder.thread_count = 1
     decoded: list[Any] = []
     for number, image in enumerate(images):
-        frame = _frame(image, (size[0], size[1]), "yuv420p", "untagged")
+        frame = _frame(image, (size[0], size[1]), pixel_format, "untagged")
         frame.pts = number
         for packet in encoder.encode(frame):
             decoded += decoder.decode(packet)
@@ -148,7 +151,7 @@ def recompress(
     return np.stack(out)
 
 
-class _Motion:
+class Motion:
     """Smooth paths over time, each a sum of two slow waves within ±1."""
 
     def __init__(self, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
@@ -167,7 +170,7 @@ def surroundings(portrait: Image, width: int, height: int) -> Image:
 
 
 def animate(
-    portrait: Image,
+    portrait: Image | Sequence[Image],
     *,
     seconds: float = 3.0,
     fps: float = 25,
@@ -186,19 +189,20 @@ def animate(
 
     The portrait is at `centre`, `tall` times as high as the frame, over `background`.  `pan` and
     `bend` are parts of its height; `grain` is the sensor's noise in grey levels.  The same seed
-    gives any portrait the same motion.
+    gives any portrait the same motion.  Several portraits of one size are shown one a frame.
     """
+    portraits = [portrait] if isinstance(portrait, np.ndarray) else list(portrait)
     width, height = size
     rng = np.random.default_rng(seed)
-    scene = surroundings(portrait, width, height) if background is None else background
+    scene = surroundings(portraits[0], width, height) if background is None else background
     base = resize(scene.astype(np.float32), height, width)
-    camera, head = _Motion(rng, (4,)), _Motion(rng, (5, 5, 2))
+    camera, head = Motion(rng, (4,)), Motion(rng, (5, 5, 2))
     noise = rng.normal(0, grain, (height + 64, width + 64, 1)).astype(np.float32)
     for number in range(max(1, round(seconds * fps))):
         pose = _Pose(camera.at(number / fps), pan, zoom, turn_deg)
         knots = (bend * head.at(number / fps)).astype(np.float32)
         at = _seen_by(pose, (height, width), centre, tall) + spread(knots, height, width)
-        seen = _compose(portrait, base, at)
+        seen = _compose(portraits[min(number, len(portraits) - 1)], base, at)
         y, x = rng.integers(0, 64, 2)
         seen += noise[y : y + height, x : x + width]
         yield to_u8(seen)
