@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import av
 import numpy as np
 import pytest
 
@@ -144,16 +143,12 @@ def test_a_clip_that_drifts_is_made_alike_twice_and_unlike_a_steady_one(stills, 
 
 
 def test_an_upload_went_through_several_encoders_alike_for_both_twins(stills, tmp_path):
-    """One more compression; twins have one codec and size; the worker's decoder reads them all."""
+    """One more compression; twins have one size; the worker's decoder reads them all."""
     options = ClipOptions(("boundary",), crfs=(), seconds=0.2, uploads=True)
     index = make_clips(stills, tmp_path, options, split="val", limit=2)
     facts = {}
     for row in index:
-        with av.open(str(index.root / row.path)) as container:
-            stream = container.streams.video[0]
-            facts.setdefault(row.video, set()).add(
-                (stream.codec_context.name, stream.width, stream.height)
-            )
+        facts.setdefault(row.video, set()).add(frames(index, row).shape)
         assert 2 == len(frames(index, row))
 
     assert {"upload"} == {row.compression for row in index}
