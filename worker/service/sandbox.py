@@ -67,7 +67,7 @@ _CAPABILITIES = 64
 """More than Linux has: to drop one that does not exist fails, and harms nothing."""
 _CAPABILITY_VERSION = 0x20080522
 
-_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/sys")
+_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store", "/sys")
 _SYSTEM_FILES = (
     "/etc/ld.so.cache",
     "/etc/ld.so.preload",
@@ -76,6 +76,9 @@ _SYSTEM_FILES = (
     "/etc/nsswitch.conf",
     "/etc/passwd",
     "/etc/group",
+    "/etc/ssl/openssl.cnf",
+    "/etc/pki/tls/openssl.cnf",
+    "/etc/crypto-policies",
     "/dev/zero",
     "/dev/random",
     "/dev/urandom",
