@@ -108,6 +108,19 @@ def test_a_crop_that_is_put_back_is_the_picture():
     assert np.abs(back - image[window])[inside].mean() < 1.0
 
 
+def test_an_enlarged_crop_stays_within_a_pictures_values():
+    """Bicubic overshoot below 0 has no logarithm, and colour transfer takes one."""
+    y, x = np.mgrid[:220, :220]
+    image = np.where(((x // 6 + y // 6) % 2 == 0)[..., None], 0, 255).astype(np.float32)
+    image = np.repeat(image, 3, axis=-1)
+    alignment = Alignment.of(FACE, 160)
+    real = alignment.cut(image)
+    assert alignment.scale > 1 and real.min() >= 0 and real.max() <= 255
+    for seed in range(24):
+        made = matched(real[::-1], real, inner(alignment, FACE), np.random.default_rng(seed))
+        assert np.isfinite(made).all()
+
+
 def test_a_face_at_the_pictures_edge_is_cut_and_one_outside_is_refused():
     """Tight crops end above the brows; a face that is not in its picture has wrong points."""
     image = picture()

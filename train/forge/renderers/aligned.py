@@ -91,7 +91,9 @@ class Alignment:
             part = resize(part, max(8, round(height * factor)), max(8, round(width * factor)))
             ratio = np.array([part.shape[1] / width, part.shape[0] / height], np.float32)
             at = (at + 0.5) * ratio - 0.5
-        return remap(part, at, "bicubic" if self.scale > 1 else "bilinear", "reflection")
+        seen = remap(part, at, "bicubic" if self.scale > 1 else "bilinear", "reflection")
+        # Bicubic weights overshoot at edges; no picture has values below 0.
+        return np.asarray(np.clip(seen, 0, 255), np.float32)
 
     def window(self, shape: tuple[int, ...]) -> Window:
         """The part of a picture of this shape that the crop shows."""
