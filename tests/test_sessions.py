@@ -121,6 +121,13 @@ class TestJoin:
 
         assert ("likely_authentic", "inconclusive") == (one.label, both.label)
 
+    def test_a_hidden_face_makes_no_stream_authentic(self):
+        """Its track has a score and may not decide."""
+        hidden = through([0.02] * 5).model_copy(update={"decisive": False, "reason": "occluded"})
+        verdict = fold((0, [hidden]), (1, [hidden]))
+
+        assert (verdict.label, verdict.tracks[0].decisive) == ("inconclusive", False)
+
     def test_a_digest_of_an_older_worker_is_folded(self):
         """It says nothing of segments."""
         old = json.loads(sessions.digest(a_verdict([through([0.02] * 5)]), part(0)))

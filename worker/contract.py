@@ -200,6 +200,8 @@ class Sample(Output):
     score: Unit
     counted: bool = True
     """False: too small to count."""
+    view: Literal["clear", "occluded", "unusual_pose"] = "clear"
+    """Whether the face is hidden in part, or turned or upside down, as far as that can be seen."""
     second_pass: bool = False
     """From a second look at a suspicious moment: counts for segments, and for the track's score
     only where the track has too few other faces."""
@@ -218,7 +220,7 @@ class Track(Output):
     decisive: bool
     """Whether this track may decide the video."""
     reason: str | None = None
-    """Why it may not."""
+    """Why it may not, or may not call the video authentic: occluded faces, an unusual pose."""
     samples: tuple[Sample, ...]
 
 

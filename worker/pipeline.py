@@ -60,6 +60,7 @@ from ralf.worker.media.sampling import (
 )
 from ralf.worker.media.tracks import Tracker
 from ralf.worker.media.types import Clip, Faces, Frames, Probe
+from ralf.worker.media.views import views_of
 from ralf.worker.runtime import Parts
 from ralf.worker.settings import Settings
 from ralf.worker.verdict import Judgement, Scores, calibrated, judge
@@ -281,6 +282,8 @@ class _Walk:
         faces, tracks = faces.take(followed), tracks[followed]
         with self.timed("cut"):
             crops = cut(frames, faces, self.manifest.input)
+        with self.timed("view"):
+            views = views_of(frames, faces)
         with self.timed("score"):
             logits = self.scorer(crops)
         times = frames.times_s[faces.frame]
@@ -294,6 +297,7 @@ class _Walk:
             track=tracks,
             logit=logits,
             again=np.full(len(faces), again),
+            view=views,
         )
         self.scores = Scores.concat([self.scores, new])
         # A job may ask that no picture is kept; then no crop outlives its chunk.

@@ -33,6 +33,7 @@ Reals = NDArray[np.floating[Any]]
 """What comes in may be of less precision than what is counted with."""
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Views = NDArray[np.int8]
 NO_TIMES: Floats = np.zeros(0)
 
 
@@ -51,11 +52,16 @@ class Scores:
         default_factory=lambda: np.zeros(0, np.bool_)
     )  # [m] from the second pass; none where not given
 
+    view: Views = field(default_factory=lambda: np.zeros(0, np.int8))
+    """[m] 0 clear, 1 occluded, 2 unusual pose (media/views.py); all clear where not given."""
+
     def __post_init__(self) -> None:
         m = len(self.logit)
+        if not len(self.view):
+            object.__setattr__(self, "view", np.zeros(m, np.int8))
         if not len(self.again):
             object.__setattr__(self, "again", np.zeros(m, np.bool_))
-        for name in ("time_s", "frame", "face_px", "confidence", "track", "logit", "again"):
+        for name in ("time_s", "frame", "face_px", "confidence", "track", "logit", "again", "view"):
             shape = np.shape(getattr(self, name))
             if shape != (m,):
                 raise ValueError(f"{name} should have shape ({m},) as logit has, got {shape}")
@@ -99,7 +105,7 @@ class Scores:
         return Scores(**{name: getattr(self, name)[rows] for name in COLUMNS})
 
 
-COLUMNS = ("time_s", "frame", "box", "face_px", "confidence", "track", "logit", "again")
+COLUMNS = ("time_s", "frame", "box", "face_px", "confidence", "track", "logit", "again", "view")
 
 
 def for_level(rows: Ints, again: Flags, min_faces: int) -> Ints:

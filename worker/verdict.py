@@ -12,15 +12,19 @@ A track with fewer than min_faces counted faces has no score and may not decide.
 may decide, the video is `inconclusive` and has no score, because readers would trust a number from
 one tiny face too much.
 
+A track whose faces are mostly occluded or in an unusual pose may call the video forged, and never
+authentic: what hides a face hides a forgery.
+
 Only numpy and the contract are needed here.  The order of the rows does not matter, so the Scores
 of many segments of one stream can be joined (`Scores.concat`) and judged again.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ralf.kernels.manifest import Aggregation, Calibration, Manifest
 from ralf.worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
@@ -30,6 +34,9 @@ from ralf.worker.wording import clock, score_text
 
 __all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "threshold_for"]
 
+VIEWS: tuple[Literal["clear", "occluded", "unusual_pose"], ...] = get_args(
+    Sample.model_fields["view"].annotation
+)
 MAX_TRACKS = 16
 MAX_SAMPLES = 300
 """Listed per track; all are judged."""
@@ -146,13 +153,14 @@ def judge_by(
         score=score,
         reason=reason,
         threshold=threshold,
-        tracks=tuple(track.document(scored, width, height) for track in listed),
+        tracks=tuple(track.document(scored, width, height, threshold) for track in listed),
         segments=tuple(sorted(kept, key=lambda s: (s.start_ms, s.track_id))),
         timeline=timeline_of(scored),
         longest_gap_ms=scored.longest_gap_ms,
         warnings=(
             *_sampling_warnings(scored),
             *_small_warnings(scored, aggregation),
+            *_unclear_warnings(tracks, label),
             *_undecided_warnings(tracks, scored, label, threshold),
             *_bound_warnings("tracks", len(listed), len(tracks)),
             *_bound_warnings("segments", len(kept), len(segments)),
@@ -173,6 +181,8 @@ class _TrackScore:
     score: float | None
     score_max: float
     reason: str | None
+    unclear: str | None
+    """Why it may not call the video authentic."""
 
     @classmethod
     def of(
@@ -190,7 +200,8 @@ class _TrackScore:
             score = float(calibrated(np.array([mean]), scored.calibration)[0])
         else:
             reason = _too_little(len(rows), len(votes), aggregation)
-        return cls(name, rows, votes, score, float(scored.probability[rows].max()), reason)
+        top = float(scored.probability[rows].max())
+        return cls(name, rows, votes, score, top, reason, _unclear(scored.scores.view[votes]))
 
     @property
     def rank(self) -> float:
@@ -198,7 +209,15 @@ class _TrackScore:
         # Scores are 0 to 1, so −1 to 0 and 1 to 2 never meet.
         return self.score_max - 1 if self.score is None else self.score + 1
 
-    def document(self, scored: ScoredFrames, width: int, height: int) -> Track:
+    def decides(self, threshold: Threshold) -> bool:
+        """Whether the video's label may come from this track."""
+        if self.score is None:
+            return False
+        return self.unclear is None or self.score >= threshold.authentic_below
+
+    def document(
+        self, scored: ScoredFrames, width: int, height: int, threshold: Threshold
+    ) -> Track:
         """The track as the contract has it, its samples thinned to what may be listed."""
         return Track(
             track_id=self.name,
@@ -207,8 +226,8 @@ class _TrackScore:
             faces=len(self.rows),
             score=self.score,
             score_max=self.score_max,
-            decisive=self.score is not None,
-            reason=self.reason,
+            decisive=self.decides(threshold),
+            reason=self.reason or self.unclear,
             samples=tuple(
                 _sample(scored, row, width, height)
                 for row in _thinned(self.rows, scored.scores.logit)
@@ -256,6 +275,7 @@ def _sample(scored: ScoredFrames, row: int, width: int, height: int) -> Sample:
         confidence=round(float(np.clip(scores.confidence[row], 0, 1)), 4),
         score=float(scored.probability[row]),
         counted=bool(scored.counted[row]),
+        view=VIEWS[int(scores.view[row])],
         second_pass=bool(scores.again[row]),
     )
 
@@ -265,6 +285,17 @@ def _too_little(faces: int, votes: int, aggregation: Aggregation) -> str:
     if votes == faces:
         return f"only {_count(faces, 'face')} sampled, {need}"
     return f"{votes} of {_count(faces, 'face')} at least {aggregation.min_face_px} px, {need}"
+
+
+def _unclear(views: NDArray[np.int8]) -> str | None:
+    """What most of the counted faces have that hides a forgery; None where they are clear."""
+    hidden, turned = int((views == 1).sum()), int((views == 2).sum())
+    if 2 * (hidden + turned) <= len(views):
+        return None
+    faces = _count(len(views), "face")
+    if turned > hidden:
+        return f"unusual pose: {turned} of {faces} are turned far or upside down"
+    return f"occluded: {hidden} of {faces} are covered in part"
 
 
 def _count(number: int, noun: str) -> str:
@@ -296,6 +327,9 @@ def _decide(
     points = score_text(score, threshold.forged_at, threshold.authentic_below)
     over = _count(len(strongest.votes), "face")
     reason = f"{who} scored {points} over {over}: {why}."
+    clear = [s for _, s in decisive if s.unclear is None]
+    if label == "likely_authentic" and not clear:
+        return "inconclusive", score, f"{reason[:-1]}; but {strongest.name} is {strongest.unclear}."
     if label == "likely_authentic" and segments:
         # A forged minute among many authentic ones: the track's mean is low, and the minute is not.
         worst = max(segments, key=lambda segment: segment.score)
@@ -319,6 +353,14 @@ def _small_warnings(scored: ScoredFrames, aggregation: Aggregation) -> list[str]
         return []
     faces, least = _count(len(scored.counted), "face"), aggregation.min_face_px
     return [f"small_faces: {small} of {faces} are smaller than {least} px and did not count"]
+
+
+def _unclear_warnings(tracks: Sequence[_TrackScore], label: Label) -> list[str]:
+    """An authentic verdict says whose face was not seen well enough for it."""
+    if label != "likely_authentic":
+        return []
+    hidden = [s for s in tracks if s.score is not None and s.unclear]
+    return [f"unclear_track: {s.name} does not count: {s.unclear}" for s in hidden][:MAX_TRACKS]
 
 
 def _undecided_warnings(

@@ -66,6 +66,8 @@ class _Piece:
     logits: tuple[float, ...]
     score: float | None
     score_max: float
+    unclear: bool = False
+    """Scored, and yet not decisive: occluded, or in an unusual pose."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class _Chain:
             faces=sum(piece.faces for piece in self.pieces),
             score=max(decided, default=None),
             score_max=max(piece.score_max for piece in self.pieces),
-            decisive=bool(decided),
+            decisive=bool(decided) and not any(piece.unclear for piece in self.pieces),
             segments=tuple(piece.number for piece in self.pieces),
         )
 
@@ -134,6 +136,7 @@ def digest(verdict: Verdict, part: SessionPart) -> str:
                 if sample.counted and not sample.second_pass
             ],
             "score": track.score,
+            "unclear": track.score is not None and not track.decisive,
             "score_max": track.score_max,
         }
         for track in verdict.tracks
@@ -329,12 +332,15 @@ def _decide(
         return "inconclusive", None, "No segment has a verdict yet."
     if not tracks:
         return "no_faces", None, "No face was found in any segment so far."
+    # A scored track that may not decide is occluded, or in an unusual pose.
     decisive = [(track.score, track) for track in tracks if track.score is not None]
     if not decisive:
         return "inconclusive", None, "No face was seen often enough to decide."
     score, track = max(decisive, key=lambda pair: pair[0])
     said = f"{track.track_id}, the strongest of {len(decisive)}, scored {score:.6f}"
     label, why = threshold.decide(score)
+    if label == "likely_authentic" and not any(track.decisive for _, track in decisive):
+        return "inconclusive", score, f"{said}: {why}; but its faces are not clearly seen."
     return label, score, f"{said}: {why}."
 
 
