@@ -11,6 +11,7 @@ from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict
 from tests.test_store import claim
 
+pytestmark = pytest.mark.each_redis
 CALLBACK = Callback(url="https://hooks.example/ralf", secret_id="main")
 
 

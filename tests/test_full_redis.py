@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
 from redis import Redis
 
 from ralf.worker.chaos import bodies
@@ -17,6 +18,8 @@ from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.test_store import claim
 from tests.waiting import until
 from tests.web import reply, serving
+
+pytestmark = pytest.mark.each_redis
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from tests.redis_server import RedisServer
 from tests.test_store import QUEUE, claim, pop
 from tests.waiting import until
 
+pytestmark = pytest.mark.each_redis
 SETTINGS = Settings(heartbeat_ttl_s=30.0, janitor_every_s=5.0)
 
 

@@ -10,6 +10,7 @@ from ralf.worker.settings import Settings
 from tests.documents import a_job, a_verdict
 from tests.test_store import claim
 
+pytestmark = pytest.mark.each_redis
 FILE = "f" * 64
 
 

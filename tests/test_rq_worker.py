@@ -372,6 +372,7 @@ def test_a_pickled_payload_is_never_loaded(service: Service, tmp_path: Path):
     assert not path.exists()
 
 
+@pytest.mark.each_redis
 @pytest.mark.parametrize("data", [b"[" * 60_000, b"[" * 1_000_000])
 def test_a_payload_that_is_nested_too_deep_is_refused(service: Service, data: bytes):
     """Python's JSON raises RecursionError, which is no ValueError."""
@@ -397,6 +398,7 @@ def test_a_forged_entry_for_a_real_job_gives_it_a_named_end(service: Service, tm
     assert "os.system" in status.failure.message
 
 
+@pytest.mark.each_redis
 def test_nonsense_in_the_queue_does_not_stop_the_worker(service: Service):
     """Ids of no job, of no shape, entries of another type."""
     for junk in (b"\xff\xfe", b"../../x", b"a" * 70, b"a\n", b"unknown"):
@@ -453,6 +455,7 @@ def test_a_child_killed_in_the_middle_of_a_job_is_replaced(service: Service):
     assert (status.state, status.attempts) == ("succeeded", 2)
 
 
+@pytest.mark.each_redis
 def test_a_child_killed_from_outside_is_not_blamed_on_its_file(service: Service, tmp_path: Path):
     """Another tenant may have the same bytes; and a quick success clears what they were blamed."""
     (tmp_path / "clip.mp4").write_bytes(b"x" * 321)
@@ -482,6 +485,7 @@ def fill(folder: Path) -> None:
         (folder / str(number)).touch()
 
 
+@pytest.mark.each_redis
 @pytest.mark.skipif(not own_mounts(), reason="the kernel allows no mount in a user namespace")
 def test_a_full_work_disk_charges_no_job(make: Callable[..., Service], tmp_path: Path):
     """Jobs go back to the queue and the worker is not ready, until there is room again."""
@@ -513,6 +517,7 @@ def test_a_full_work_disk_charges_no_job(make: Callable[..., Service], tmp_path:
     assert "its child is confined by capabilities, memory_closed" in ready
 
 
+@pytest.mark.each_redis
 def test_a_work_folder_that_is_away_charges_no_job(make: Callable[..., Service], tmp_path: Path):
     """As a full disk, on any machine: the folder is moved away while the worker runs."""
     (tmp_path / "clip.mp4").write_bytes(b"x" * 1000)
@@ -752,6 +757,7 @@ def test_progress_and_lease_survive_a_silence_of_redis(own_redis: RedisServer, t
         service.close()
 
 
+@pytest.mark.each_redis
 def test_a_job_that_ends_before_it_runs_is_counted(make: Callable[..., Service]):
     """Its deadline passed, its file is blocked, it cannot be read: alerts read these counts."""
     port = free_port()

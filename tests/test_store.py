@@ -23,6 +23,7 @@ from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
 from tests.redis_server import RedisServer
 
+pytestmark = pytest.mark.each_redis
 SETTINGS = Settings(heartbeat_ttl_s=30.0, janitor_every_s=5.0)
 QUEUE = "rq:queue:ralf-default"
 
@@ -788,6 +789,16 @@ class TestFairness:
         later = [claim(store, now=3600.0).job_id for _ in range(2)]
 
         assert (soon, later) == (["jl", "jh"], ["jh2", "jl2"])
+
+    def test_a_job_waits_behind_new_ones_of_others_for_a_minute_at_most(self, store, redis):
+        """However much its tenant used, and however many others come."""
+        redis.hset("ralf:used:heavy", mapping={"seconds": 9999, "at": 1000.0})
+        store.submit([a_job("h", tenant="heavy")], now=1000.0)
+        store.submit([a_job("l", tenant="light")], now=1059.0)
+        first = claim(store, now=1059.0).job_id
+        store.submit([a_job("n", tenant="new")], now=1061.0)
+
+        assert (first, claim(store, now=1062.0).job_id) == ("jl", "jh")
 
     def test_a_capped_tenant_gives_way_and_gets_no_more_than_its_cap(self, redis, workers):
         """The cap counts what is listed too."""

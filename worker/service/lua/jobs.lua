@@ -75,10 +75,12 @@ end
 
 local function rank_of(tenant, priority)
   local used = redis.call('HMGET', used_key(tenant), 'seconds', 'at', 'last:' .. priority)
-  -- Ten seconds of a worker of late count as one that is held now. In steps of five seconds:
-  -- milliseconds must not decide.
-  local of_late = math.floor(held_of_late(tenant, used) / 5) / 2
-  local rank = redis.call('SCARD', active_key(tenant)) + of_late
+  -- In seconds that others may come later and still go before. A worker that is held now counts ten;
+  -- what was used counts in steps of five, since milliseconds must not decide. The sum has a bound, so
+  -- that no job waits for ever behind new ones.
+  local of_late = 5 * math.floor(held_of_late(tenant, used) / 5)
+  local behind = 10 * redis.call('SCARD', active_key(tenant)) + of_late
+  local rank = NOW + math.min(C.fair_over, behind)
   -- No job overtakes an earlier one of its own tenant.
   local before = used[3] and redis.call('ZSCORE', ranks_key(priority), used[3])
   return math.max(rank, before and tonumber(before) or 0)
