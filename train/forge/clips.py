@@ -72,7 +72,9 @@ class ClipOptions:
                 f"asked for {self.each} forged clips a still of {len(self.ways)} families and "
                 "renderers: name some, and at most as many clips"
             )
-        if len({way.name for way in self.ways}) < len(self.ways):
+        # A family may be listed again, to be drawn more often: each still has it once at most.
+        fitted = [way.name for way in self.ways[len(self.families) :]]
+        if len({*fitted} - {*self.families}) < len(fitted):
             raise IndexFault("two renderers of one name would write the same clips: give one")
         if not (self.crfs or self.uploads) or not all(0 <= crf <= 51 for crf in self.crfs):
             raise IndexFault(f"CRFs should lie in 0 to 51, got {self.crfs}")
