@@ -109,6 +109,24 @@ class TestAsking:
         assert Verdict.model_validate(result.line) == verdict
         assert "<html" in page.read_text()
 
+    def test_a_job_that_waits_for_its_retry_says_why_and_until_when(self, ralf, store):
+        """In the status, for programs, and in the message of `result`, for people."""
+        job_id = ralf("submit", URI).line["job_id"]
+        store.retry(claim(store), a_failure(), delay_s=60.0)
+        status = ralf("status", job_id).line
+        result = ralf("result", job_id)
+
+        assert (status["state"], status["failure"]) == ("queued", None)
+        assert status["last_failure"] == {
+            "code": "fetch_failed",
+            "message": "the server answered 503",
+            "attempts": 1,
+        }
+        assert 50 < status["next_attempt_at"] - time.time() <= 60
+        assert result.code == 2
+        assert "attempt 1 ended with fetch_failed: the server answered 503" in result.said
+        assert "the next is due at 20" in result.said
+
     def test_a_token_is_not_the_uri_which_may_be_a_credential(self, ralf, redis):
         """Nor too long for one."""
         signed = URI + "?X-Amz-Signature=" + "a" * 600

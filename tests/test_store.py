@@ -13,7 +13,14 @@ from rq import Queue
 from rq.job import Job as RqJob
 from rq.serializers import JSONSerializer
 
-from ralf.worker.contract import Callback, EvidencePolicy, Media, Progress, SessionPart
+from ralf.worker.contract import (
+    Callback,
+    EvidencePolicy,
+    Failure,
+    Media,
+    Progress,
+    SessionPart,
+)
 from ralf.worker.service.connection import connect
 from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.janitor import Janitor
@@ -405,6 +412,43 @@ class TestRetry:
             store.status("j1").failure.code,
             store.status("j1").failure.attempts,
         ) == ("fetch_failed", 3)
+
+    def test_a_waiting_retry_tells_how_the_last_attempt_failed_and_when_the_next_is(self, store):
+        """The verdict that comes after it does not erase what happened before."""
+        store.submit([a_job()], now=0.0)
+        before = store.status("j1")
+        store.retry(claim(store, now=1000.0), a_failure(), delay_s=15.0, now=1001.0)
+        waiting = store.status("j1")
+        store.call("due", 1016.0)
+        again = claim(store, now=1017.0)
+        running = store.status("j1")
+        store.end(again, a_verdict(), now=1018.0)
+        ended = store.status("j1")
+
+        assert (before.last_failure, before.next_attempt_at) == (None, None)
+        first = Failure(code="fetch_failed", message="the server answered 503", attempts=1)
+        assert (waiting.state, waiting.failure) == ("queued", None)
+        assert (waiting.last_failure, waiting.next_attempt_at) == (first, 1016.0)
+        assert (running.last_failure, running.next_attempt_at) == (first, None)
+        assert (ended.last_failure, ended.failure) == (first, None)
+
+    def test_a_crash_before_the_next_attempt_is_told_too_and_handing_back_is_no_failure(
+        self, store
+    ):
+        """With the second attempt handed back, the first one's crash is still the last failure."""
+        store.submit([a_job()], now=0.0)
+        running = claim(store, now=1000.0)
+        store.crashed(running, code="decoder_crashed", message="signal 11", now=1001.0)
+        crashed = store.status("j1")
+        store.hand_back(claim(store, now=1002.0), delay_s=5.0, now=1003.0)
+        handed_back = store.status("j1")
+
+        assert crashed.last_failure == Failure(
+            code="decoder_crashed", message="signal 11", attempts=1
+        )
+        assert crashed.next_attempt_at == 1001.0
+        assert handed_back.last_failure == crashed.last_failure
+        assert handed_back.next_attempt_at == 1008.0
 
     def test_handing_back_costs_nothing_and_keeps_the_place(self, store):
         """A drained worker's job is the next of all."""

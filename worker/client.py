@@ -182,6 +182,18 @@ def _shown(value: object) -> str:
     return re.sub(r"(?<=://)[^/?#@'\"]*@|\?[^'\"]*", "…", repr(value))[:200]
 
 
+def _standing(status: Status) -> str:
+    """The state, and for a job that failed and runs again, why and when."""
+    last, due = status.last_failure, status.next_attempt_at
+    said = str(status.state)
+    if last is not None:
+        said += f" (attempt {last.attempts} ended with {last.code}: {last.message}"
+        if due is not None:
+            said += f"; the next is due at {datetime.fromtimestamp(due, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        said += ")"
+    return said
+
+
 class Client:
     """Safe to share between threads."""
 
@@ -229,7 +241,7 @@ class Client:
         status = self.status(job_id) if timeout is None else self._wait(job_id, timeout)
         if not status.ended:
             raise NotFinished(
-                f"job {job_id} is {status.state}; give result() a timeout to wait for it, "
+                f"job {job_id} is {_standing(status)}; give result() a timeout to wait for it, "
                 "watch() it, or take its webhook"
             )
         if status.state != "succeeded":

@@ -95,6 +95,11 @@ class Status(BaseModel):
     cancelling: bool
     progress: Progress | None
     failure: Failure | None
+    """Why the job ended without a verdict."""
+    last_failure: Failure | None = None
+    """Of a job that runs again: how its latest failed attempt ended; `attempts` is its number."""
+    next_attempt_at: float | None = None
+    """While the job waits for another attempt: the earliest time of that one."""
     label: Label | None
     score: float | None
     partial: Verdict | None = field(default=None, repr=False)
@@ -114,7 +119,7 @@ class Status(BaseModel):
 
         facts = json.loads(stored.get("facts", "{}"))
         progress, failure = stored.get("progress"), stored.get("failure")
-        partial = stored.get("partial")
+        partial, last = stored.get("partial"), stored.get("last_failure")
         return cls(
             job_id=job_id,
             state=_state(stored["state"]),
@@ -128,6 +133,8 @@ class Status(BaseModel):
             cancelling=bool(stored.get("cancel")),
             progress=Progress.model_validate_json(progress) if progress else None,
             failure=Failure.model_validate_json(failure) if failure else None,
+            last_failure=Failure.model_validate_json(last) if last else None,
+            next_attempt_at=moment("next_attempt_at"),
             label=facts.get("label"),
             score=facts.get("score"),
             partial=Verdict.model_validate_json(partial) if partial else None,

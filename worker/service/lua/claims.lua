@@ -53,6 +53,7 @@ function op.begin(now, id, claim, worker, alone)
     job.attempts, job.worker = redis.call('HINCRBY', job_key(id), 'attempts', 1), worker
     redis.call('HSET', job_key(id), 'state', 'running', 'claim', claim, 'worker', worker,
       'alone', alone, 'started_at', now)
+    redis.call('HDEL', job_key(id), 'next_attempt_at')
     redis.call('ZREM', P .. 'waiting:' .. job.priority, id)
     redis.call('ZADD', P .. 'running:' .. job.priority, now + C.lease, id)
     show_to_rq(job, 'started')
@@ -96,7 +97,7 @@ function op.retry(now, id, claim, delay, failure)
     return finish(job, now, 'failed', failure, failure)
   end
   redis.call('HINCRBY', job_key(id), 'retries', 1)
-  return requeue(job, now, tonumber(delay))
+  return requeue(job, now, tonumber(delay), false, failure)
 end
 
 function op.crashed(now, id, claim, code, message, detail, alone, file_sha, blame_file)

@@ -301,7 +301,7 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
     'tenant', job.tenant, 'data', text)
   charge(job)
   redis.call('HSET', key, 'state', state, 'ended_at', now, 'facts', facts)
-  redis.call('HDEL', key, 'claim', 'partial')
+  redis.call('HDEL', key, 'claim', 'partial', 'next_attempt_at')
   if failure then redis.call('HSET', key, 'failure', failure) end
   redis.call('EXPIRE', key, C.job_ttl)
   redis.call('EXPIRE', P .. 'token:' .. job.tenant .. ':' .. job.token, C.token_ttl)
@@ -323,9 +323,12 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
   return state
 end
 
+local function failure_of(job, code, message)
+  return cjson.encode({code = code, message = message, attempts = tonumber(job.attempts) or 0})
+end
+
 local function fail(job, now, state, code, message)
-  local failure = cjson.encode({code = code, message = message,
-    attempts = tonumber(job.attempts) or 0})
+  local failure = failure_of(job, code, message)
   return finish(job, now, state, failure, failure)
 end
 
@@ -336,8 +339,8 @@ local function too_late(job, now)
 end
 
 -- running → queued, now or after a delay; a job that should stop ends instead.
--- first: it goes before all others.
-local function requeue(job, now, delay, first)
+-- first: it goes before all others. failure: of the run that ended, nil when it was not the job's.
+local function requeue(job, now, delay, first, failure)
   job.worker = ''
   charge(job)
   local ended
@@ -349,7 +352,8 @@ local function requeue(job, now, delay, first)
   redis.call('ZREM', P .. 'running:' .. job.priority, job.id)
   redis.call('HDEL', job_key(job.id), 'claim', 'worker', 'progress', 'partial')
   if ended then return ended end
-  redis.call('HSET', job_key(job.id), 'state', 'queued')
+  redis.call('HSET', job_key(job.id), 'state', 'queued', 'next_attempt_at', now + delay)
+  if failure then redis.call('HSET', job_key(job.id), 'last_failure', failure) end
   redis.call('ZADD', P .. 'waiting:' .. job.priority, job.submitted_at, job.id)
   if delay > 0 then
     redis.call('SREM', active_key(job.tenant), job.id)
@@ -419,7 +423,7 @@ local function crash(job, now, code, message, detail, blame_file)
     if count >= C.quarantine_after then return quarantine(job, now, code, message) end
   end
   -- A worker that died took the job's time; a job whose child died waits its tenant's turn.
-  return requeue(job, now, 0, code == 'worker_lost')
+  return requeue(job, now, 0, code == 'worker_lost', failure_of(job, code, message))
 end
 
 -- The job, if it runs under this claim.
