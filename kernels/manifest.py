@@ -149,6 +149,14 @@ class Reference(Strict):
         return self
 
 
+# Names among a manifest's metrics that the worker reads.
+STRANGERS_FLAGGED = "other people clean false positives"
+FORGERIES_CAUGHT = "clip any forgeries caught"
+RESIDUAL_INSIDE = "residual inside the mask auc"
+WORTH_SHOWING = 0.75
+"""The least AUC of the residual inside a forgery's mask with which it points at forgeries."""
+
+
 class Manifest(Strict):
     """manifest.json."""
 
@@ -194,6 +202,22 @@ class Manifest(Strict):
     trained: dict[str, Any] = Field(default_factory=dict)
     untrained: bool = False
     """True for weights that were never trained: every verdict then says so."""
+
+    def figure(self, name: str) -> tuple[float, ...] | None:
+        """A share among the metrics: its value, and the ends of its interval where it has one.
+
+        None where it was not measured; a value that is no share is not one.
+        """
+        given = self.metrics.get(name)
+        values = tuple(given) if isinstance(given, list | tuple) else (given,)
+        shares = [float(v) for v in values if isinstance(v, int | float) and 0 <= v <= 1]
+        return tuple(shares) if shares and len(shares) == len(values) else None
+
+    @property
+    def residual_shows_where(self) -> bool:
+        """Whether pictures of the residual point at forgeries, and may be shown to people."""
+        located = self.figure(RESIDUAL_INSIDE)
+        return located is not None and located[0] >= WORTH_SHOWING
 
 
 USUALLY_HELD_OUT = "boundary"

@@ -256,7 +256,7 @@ def test_each_verdict_is_what_it_would_be_alone(clips: list[Path], eager_parts: 
 
     assert expected * 2 == got
     assert isinstance(parts.engine, Batcher)
-    assert all(evidence.pictures and evidence.pictures[0].residual for _, evidence in got)
+    assert all(evidence.pictures and evidence.frames for _, evidence in got)
     # Whether two of them met at the engine is up to the clock; the tests above make jobs meet.
     assert parts.engine.served.crops == 2 * (8 + 16 + 24)
 

@@ -1,13 +1,17 @@
 """The walk as a whole: a file in, a verdict out, chunk by chunk."""
 
+import io
+from base64 import b64decode
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 
-from ralf.kernels.manifest import Calibration, CompressionPoint
+from ralf.kernels.manifest import RESIDUAL_INSIDE, Calibration, CompressionPoint
 from ralf.worker.contract import EarlyStop, EvidencePolicy, Job, Media, Sampling, Verdict, dump
 from ralf.worker.errors import BadRequest, Cancelled, CorruptMedia
 from ralf.worker.media.decode_pyav import PyavDecoder
@@ -191,7 +195,13 @@ def test_a_walk_may_stop_early_and_says_so(eager_parts: Parts, clip_of_two: Path
     assert any(text.startswith("stopped_early: looked at 4 of 6") for text in verdict.warnings)
 
 
-def test_evidence_holds_the_strongest_faces_with_their_residuals(of_two):
+def with_metrics(parts: Parts, **metrics: object) -> Parts:
+    """The parts with other figures in the model's manifest."""
+    manifest = parts.artifact.manifest.model_copy(update={"metrics": metrics})
+    return replace(parts, artifact=replace(parts.artifact, manifest=manifest))
+
+
+def test_evidence_holds_the_strongest_faces_of_each_track(of_two):
     """At most five a track, each a JPEG of the face as it was scored."""
     _, evidence = of_two
     by_track = {t: [p for p in evidence.pictures if p.track_id == t] for t in ("t1", "t2")}
@@ -200,7 +210,55 @@ def test_evidence_holds_the_strongest_faces_with_their_residuals(of_two):
         assert 5 == len(pictures)
         scores = [picture.score for picture in pictures]
         assert sorted(scores, reverse=True) == scores
-        assert all(picture.residual for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    ("measured", "shown"),
+    [
+        ({}, False),
+        ({RESIDUAL_INSIDE: [0.74, 0.70, 0.78]}, False),
+        ({RESIDUAL_INSIDE: [0.75, 0.71, 0.79]}, True),
+        ({RESIDUAL_INSIDE: "good"}, False),
+    ],
+)
+def test_residuals_are_shown_only_where_they_were_proved_to_point_at_forgeries(
+    tiny_parts: Parts, clip_of_two: Path, measured: dict[str, object], shown: bool
+):
+    """The manifest's figure decides; the verdict names it."""
+    parts = with_metrics(tiny_parts, **measured)
+    verdict, evidence = analyze(clip_of_two, parts, ask=Ask(sampling=FEW))
+
+    assert [shown] * 10 == [picture.residual is not None for picture in evidence.pictures]
+    assert (verdict.made.figures.residual_auc == 0.75) == shown
+
+
+def test_a_verdict_names_the_error_rates_of_its_model(tiny_parts: Parts, clip_of_two: Path):
+    """As the manifest has them; None where nothing was measured."""
+    parts = with_metrics(
+        tiny_parts,
+        **{"other people clean false positives": [0.2, 0.17, 0.24], "clip any forgeries caught": 2},
+    )
+    verdict, _ = analyze(clip_of_two, parts, ask=Ask(sampling=FEW))
+
+    assert (0.2, 0.17, 0.24) == verdict.made.figures.strangers_flagged
+    assert verdict.made.figures.forgeries_caught is None
+
+
+def test_one_whole_frame_shows_both_people_where_both_are(of_two, clip_of_two: Path):
+    """A frame of the clip itself, with the boxes that the verdict has at its time."""
+    verdict, evidence = of_two
+    (frame,) = evidence.frames
+    picture = np.asarray(Image.open(io.BytesIO(b64decode(frame.jpeg))), np.float32)
+
+    assert (640, 360) == (frame.width, frame.height) == picture.shape[1::-1]
+    assert {"t1", "t2"} == {face.track_id for face in frame.faces}
+    for face in frame.faces:
+        (track,) = (track for track in verdict.tracks if track.track_id == face.track_id)
+        (sample,) = (sample for sample in track.samples if sample.time_ms == frame.time_ms)
+        assert (sample.box, sample.score) == (face.box, face.score)
+    with av.open(str(clip_of_two)) as container:
+        decoded = {round(f.time * 1000): f.to_ndarray(format="rgb24") for f in container.decode()}
+    assert np.abs(decoded[frame.time_ms] - picture).mean() < 4
 
 
 def test_evidence_can_be_declined(tiny_parts: Parts, clip_of_two: Path):
@@ -208,6 +266,7 @@ def test_evidence_can_be_declined(tiny_parts: Parts, clip_of_two: Path):
     ask = Ask(sampling=FEW, evidence=EvidencePolicy(thumbnails=False))
     _, evidence = analyze(clip_of_two, tiny_parts, ask=ask)
 
+    assert () == evidence.frames
     assert () == evidence.pictures
 
 

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ralf.kernels.manifest import Calibration, Manifest, held_out_family
+from ralf.kernels.manifest import (
+    RESIDUAL_INSIDE,
+    WORTH_SHOWING,
+    Calibration,
+    Manifest,
+    held_out_family,
+)
 from ralf.train.data.layouts import licence_of
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import differences
@@ -170,8 +176,6 @@ def _failures(recipe: Recipe, failures: Sequence[str]) -> str:
 GROUP, OTHERS = " false positives", " others false positives"
 MUCH_MORE = 2.0
 """A group that is called forged more often than the others by more than this is a defect."""
-WORTH_SHOWING = 0.75
-"""The least AUC of the residual inside a forgery's mask with which it points at forgeries."""
 
 
 def defects(metrics: Mapping[str, Any]) -> list[str]:
@@ -187,7 +191,7 @@ def defects(metrics: Mapping[str, Any]) -> list[str]:
                 f"A defect: {name.removeprefix('group ').removesuffix(GROUP)} is called forged in "
                 f"{rate:.1%} [{low:.1%}, {high:.1%}], the others in {beside[0]:.1%}."
             )
-    located = metrics.get("residual inside the mask auc")
+    located = metrics.get(RESIDUAL_INSIDE)
     if located is not None and located[0] < WORTH_SHOWING:
         found.append(
             f"Its residual does not show where a forgery is: AUC {located[0]:.2f} inside the mask "

@@ -98,7 +98,10 @@ class EvidencePolicy(Strict):
     """What pictures are kept for reviewers."""
 
     thumbnails: bool = True
+    """Faces, and a few whole frames with the faces' boxes."""
     residuals: bool = True
+    """Where a face differs from what the network rebuilt; only from models whose manifest proves
+    that this points at forgeries."""
     retain: bool = True
 
 
@@ -281,6 +284,20 @@ class MediaFacts(Output):
     """How strongly the video is compressed; the score's calibration may depend on it."""
 
 
+class ModelFigures(Output):
+    """What the model's manifest says of its errors; None where that was not measured.
+
+    Each is a share, with the ends of its 95 % interval where the manifest has them.
+    """
+
+    strangers_flagged: tuple[Unit, ...] | None = None
+    """Authentic people of a collection that it never saw, called forged at the threshold."""
+    forgeries_caught: tuple[Unit, ...] | None = None
+    """Made forgeries in test clips that it calls forged."""
+    residual_auc: Unit | None = None
+    """How well the residual shows where a made forgery is; 0.5 is chance."""
+
+
 class Made(Output):
     """What the verdict was made with."""
 
@@ -291,6 +308,8 @@ class Made(Output):
     weights_sha256: Sha256
     detectors: dict[str, Unit] = Field(default_factory=dict)
     """An ensemble's members and their scores."""
+    figures: ModelFigures | None = None
+    """None in verdicts of older versions."""
     engine: str
     precision: str
     device: str
@@ -359,11 +378,33 @@ class Picture(Output):
     """The residual drawn over the face; JPEG, base64."""
 
 
+class FaceInFrame(Output):
+    """A track's face in a whole frame."""
+
+    track_id: str
+    box: Box
+    score: Unit
+
+
+class WholeFrame(Output):
+    """A frame of the clip, made smaller, and where the tracks' faces are in it."""
+
+    time_ms: Milliseconds
+    width: Annotated[int, Field(ge=1)]
+    """Of the picture, in pixels; `height` too."""
+    height: Annotated[int, Field(ge=1)]
+    jpeg: str
+    """Base64; nothing is drawn into it."""
+    faces: tuple[FaceInFrame, ...]
+
+
 class Evidence(Output):
     """The pictures of one verdict; the page reads these two documents and nothing else."""
 
     schema_: Literal["ralf.evidence/1"] = Field("ralf.evidence/1", alias="schema")
     pictures: tuple[Picture, ...] = ()
+    frames: tuple[WholeFrame, ...] = ()
+    """Few frames that together show every listed track, as far as the most that are kept allow."""
 
 
 class FaceAt(Output):

@@ -31,7 +31,13 @@ from numpy.typing import NDArray
 
 from ralf import __version__
 from ralf.kernels.engine_torch import explainer
-from ralf.kernels.manifest import Calibration, Manifest
+from ralf.kernels.manifest import (
+    FORGERIES_CAUGHT,
+    RESIDUAL_INSIDE,
+    STRANGERS_FLAGGED,
+    Calibration,
+    Manifest,
+)
 from ralf.worker.batcher import engine_behind
 from ralf.worker.contract import (
     EarlyStop,
@@ -40,6 +46,7 @@ from ralf.worker.contract import (
     Job,
     Made,
     MediaFacts,
+    ModelFigures,
     Progress,
     Sampling,
     Verdict,
@@ -302,7 +309,9 @@ class _Walk:
         self.scores = Scores.concat([self.scores, new])
         # A job may ask that no picture is kept; then no crop outlives its chunk.
         if self.ask.evidence.thumbnails:
-            self.strongest_faces.add(tracks, times, logits, crops)
+            self.strongest_faces.add(
+                tracks, times, logits, crops, lambda row: frames.pixels[int(faces.frame[row])]
+            )
 
     def _count(self, frames: Frames) -> None:
         """Note which frames were sampled, and what went wrong with them."""
@@ -468,11 +477,15 @@ class _Walk:
             return Evidence()
         residuals = None
         engine = explainer(engine_behind(self.parts.engine))
-        if engine is not None and engine.explains and self.ask.evidence.residuals:
+        wanted = self.ask.evidence.residuals and self.manifest.residual_shows_where
+        if engine is not None and engine.explains and wanted:
             residuals = engine.explain(torch.stack([face.crop for face in kept])).residual
         logits = np.array([face.logit for face in kept], np.float32)
         scores = calibrated(logits, self.calibration).tolist()
-        return Evidence(pictures=pictures(kept, names, scores, residuals))
+        return Evidence(
+            pictures=pictures(kept, names, scores, residuals),
+            frames=self.strongest_faces.frames(self.judgement().tracks),
+        )
 
     def _made(self) -> Made:
         """Model, engine, settings, counts and times: enough to make the verdict again."""
@@ -484,6 +497,7 @@ class _Walk:
             manifest_sha256=artifact.manifest_sha256,
             weights_sha256=manifest.files["weights.safetensors"],
             detectors=self.scorer.member_scores(self.scores, manifest.aggregation),
+            figures=model_figures(manifest),
             engine=engine.name,
             precision=engine.precision,
             device=engine.device,
@@ -556,6 +570,16 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of the file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_figures(manifest: Manifest) -> ModelFigures:
+    """What the manifest says of the model's errors, for people who read the verdict."""
+    located = manifest.figure(RESIDUAL_INSIDE)
+    return ModelFigures(
+        strangers_flagged=manifest.figure(STRANGERS_FLAGGED),
+        forgeries_caught=manifest.figure(FORGERIES_CAUGHT),
+        residual_auc=located and located[0],
+    )
 
 
 def media_facts(found: Probe, sha256: str) -> MediaFacts:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ralf.kernels.manifest import RESIDUAL_INSIDE
 from ralf.train.data.crop import Cut, region
 from ralf.train.data.evaluation_set import Example
 from ralf.train.data.index import Index
@@ -61,8 +62,8 @@ def residual_inside(
     if not forged:
         return None
     return {
-        "residual inside the mask auc": _with_interval(forged),
-        "residual inside the mask auc untouched": _with_interval(untouched),
+        RESIDUAL_INSIDE: _with_interval(forged),
+        f"{RESIDUAL_INSIDE} untouched": _with_interval(untouched),
     }
 
 
