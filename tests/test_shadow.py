@@ -196,7 +196,10 @@ class parts_of_shadow:
 
 listener = socket.socket(fileno=int(sys.argv[1]))
 table = {bodies.PREFIX + "weigh": jobs.Body(work, fetches=True, heavy=True)}
-made = child.Child(listener, table=table, models=Models(Settings()), capacity=1)
+settings = Settings()
+made = child.Child(
+    listener, settings=settings, table=table, models=Models(settings), capacity=1
+)
 os._exit(made.serve())
 """
 
