@@ -21,7 +21,11 @@ class Strict(BaseModel):
     """Frozen, and an unknown name is an error: a typo must not become a default."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
     )
 
 
@@ -29,7 +33,9 @@ class Sampling(Strict):
     """Which frames of a clip are judged."""
 
     mode: Literal["uniform", "fps", "keyframes"] = "uniform"
+    """uniform: evenly over the clip; fps: so many a second; keyframes: those that decode alone."""
     max_frames: Annotated[int, Field(ge=1, le=300)] = 32
+    """How many frames at most; a job that asks for no sampling gets more of a long clip."""
     fps: Annotated[float, Field(gt=0, le=120)] | None = None
     """Only for mode fps: frames judged per second of video."""
 

@@ -132,6 +132,29 @@ def schema(name: str) -> Any:
     return json.loads((DOCS / f"{name}.schema.json").read_text())
 
 
+def undescribed(schema: dict[str, Any]) -> list[str]:
+    """The fields of a schema, and of the documents inside it, that say nothing of themselves."""
+    parts = {schema["title"]: schema, **schema.get("$defs", {})}
+    return [
+        f"{part}.{field}"
+        for part, described in parts.items()
+        for field, facts in described.get("properties", {}).items()
+        if not facts.get("description", "").strip()
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_every_field_of_a_schema_says_what_it_is(name: str):
+    """In a sentence; a field without one is found."""
+    told = schema(f"{name}")
+    some = next(iter(told["properties"].values()))
+
+    assert undescribed(told) == []
+    assert all(facts["description"].endswith(".") for facts in told["properties"].values())
+    some.pop("description")
+    assert len(undescribed(told)) == 1
+
+
 @pytest.mark.parametrize("name", sorted(schemas()))
 def test_the_exported_schema_is_up_to_date(name: str):
     """`python -m ralf.worker.contract` writes them again."""
