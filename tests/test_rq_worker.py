@@ -13,7 +13,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -1043,3 +1043,36 @@ def test_a_job_costs_few_round_trips(redis_server: RedisServer, monkeypatch: pyt
 
     assert verdicts == 50
     assert sent[0] / 50 < 8
+
+
+def test_an_upload_waits_for_one_job_of_a_backfill_and_not_for_the_next(service, tmp_path):
+    """The worker looks at its own queue first after each job."""
+    gates = [tmp_path / name for name in ("first", "second")]
+    first, second = [
+        service.submit("hold", f"hold:{gate}", priority="backfill", tenant="archive")
+        for gate in gates
+    ]
+    service.runs(first)
+    upload = service.submit("trivial")
+    gates[0].touch()
+    service.reaches(upload, "succeeded")
+    service.runs(second)
+    gates[1].touch()
+    end = service.reaches(second, "succeeded")
+
+    begun = [service.status(job).started_at for job in (first, upload, second)]
+    assert begun == sorted(begun) and service.status(first).ended_at <= begun[1]
+    assert end.attempts == 1
+    assert service.redis.exists(f"rq:wip:{service.store.queue('backfill')}") == 0
+
+
+def test_a_worker_that_serves_the_backfill_alone_leaves_uploads(redis_server):
+    """--priority backfill: for machines that are rented to work off an archive."""
+    with closing(Service(redis_server.url, QUICK)) as service:
+        upload = service.submit("trivial")
+        archived = service.submit("trivial", priority="backfill")
+        worker = a_worker(service.settings, "--priority", "backfill", "--burst")
+
+        assert ended(worker) == 0
+        assert service.status(archived).state == "succeeded"
+        assert service.status(upload).state == "queued"

@@ -62,6 +62,7 @@ def test_metrics_show_the_queue_as_redis_has_it(redis_url: str):
     assert {s.labels["priority"]: s.value for s in families["ralf_queued_jobs"].samples} == {
         "high": 1,
         "default": 1,
+        "backfill": 0,
     }
     assert families["ralf_redis_up"].samples[0].value == 1
     assert families["ralf_queue_oldest_age_seconds"].samples[0].value >= 0

@@ -281,7 +281,7 @@ class TestEnd:
         assert [
             redis.ttl(f"ralf:{kind}:j1") // 86400 for kind in ("job", "verdict", "evidence")
         ] == [30, 30, 7]
-        assert store.counts().running == {"default": 0, "high": 0}
+        assert store.counts().running == {"default": 0, "high": 0, "backfill": 0}
 
     def test_the_trace_reaches_the_stream_and_the_push(self, store, redis):
         """Whoever consumes the verdict can join it to the trace of the upload."""
@@ -621,14 +621,15 @@ class TestCancel:
 
 
 def test_counts_say_what_waits_runs_and_for_how_long(store):
-    """The figures of metrics and autoscaling."""
+    """The figures of metrics and autoscaling; a backfill waits on purpose and has no age."""
+    store.submit([a_job("9", priority="backfill")], now=10.0)
     store.submit([a_job("1")], now=100.0)
     store.submit([a_job("2"), a_job("3", priority="high")], now=160.0)
     claim(store, now=161.0)
     counts = store.counts(now=170.0)
 
-    assert counts.waiting == {"default": 1, "high": 1}
-    assert counts.running == {"default": 1, "high": 0}
+    assert counts.waiting == {"default": 1, "high": 1, "backfill": 1}
+    assert counts.running == {"default": 1, "high": 0, "backfill": 0}
     assert counts.oldest_s == 10.0
 
 
@@ -859,3 +860,44 @@ class TestFairness:
         store.call("lost", 60.0)
 
         assert claim(store, now=61.0).job_id == "j0"
+
+
+class TestBackfill:
+    def test_a_tenants_backfill_does_not_put_its_uploads_behind_those_of_others(self, store):
+        """Its use of the workers counts for its own fairness only."""
+        store.submit([a_job("1", tenant="archive", priority="backfill")], now=100.0)
+        old = store.begin(pop(store, "backfill"), "w", now=100.0)
+        store.end(old, a_verdict(), now=150.0)
+        store.submit([a_job("2", tenant="archive")], now=150.0)
+        store.submit([a_job("3", tenant="other")], now=150.5)
+
+        assert (pop(store), pop(store)) == ("j2", "j3")
+
+    def test_a_cap_on_a_tenants_jobs_counts_its_backfill_apart(self, redis):
+        """Or its archive would hold all of them."""
+        store = Store(redis, Settings(tenant_running_max=1))
+        store.submit([a_job(n, priority="backfill") for n in "12"] + [a_job("3")])
+
+        assert (pop(store, "backfill"), pop(store, "backfill")) == ("j1", None)
+        assert pop(store) == "j3"
+
+    def test_the_stream_says_which_verdicts_are_a_backfills(self, store, redis):
+        """A consumer of uploads leaves them out."""
+        store.submit([a_job("1", priority="backfill"), a_job("2")])
+        store.end(store.begin(pop(store, "backfill"), "w"), a_verdict())
+        store.end(claim(store), a_verdict())
+        told = [json.loads(entry[b"data"]) for _, entry in redis.xrange("ralf:verdicts")]
+
+        assert [data.get("priority") for data in told] == ["backfill", None]
+
+    def test_what_a_ledger_has_is_kept_for_minutes_and_uploads_are_not_touched(self, store, redis):
+        """A million verdicts that are kept for a month would fill Redis."""
+        store.submit([a_job(n, priority="backfill") for n in "12"] + [a_job("3")])
+        store.end(store.begin(pop(store, "backfill"), "w"), a_verdict())
+        store.end(claim(store), a_verdict())
+        store.release(["j1", "j2", "j3", "nobody"])
+
+        soon = [redis.ttl(f"ralf:{key}") for key in ("job:j1", "verdict:j1", "token:default:t1")]
+        assert all(0 < seconds <= 600 for seconds in soon)
+        assert redis.ttl("ralf:job:j2") == -1  # it has not ended
+        assert redis.ttl("ralf:verdict:j3") > 86400

@@ -59,7 +59,7 @@ def a_group(settings: Settings) -> Iterator["subprocess.Popen[bytes]"]:
         [sys.executable, "-c", RUN], env=as_environment(settings, os.environ), cwd=ROOT
     )
     try:
-        until(lambda: store.counts().workers == {"high": 1, "default": 1})
+        until(lambda: store.counts().workers == {"high": 1, "default": 1, "backfill": 0})
         yield process
     finally:
         if process.poll() is None:
@@ -87,7 +87,7 @@ def test_two_parents_run_two_jobs_in_one_child_and_drain_at_a_signal(
     with a_group(settings) as group:
         asked = [a_job(n, tag=f"hold:{release}", priority=p) for n, p in JOBS]
         store.submit(asked, function=bodies.PREFIX + "hold")
-        until(lambda: store.counts().running == {"high": 1, "default": 1})
+        until(lambda: store.counts().running == {"high": 1, "default": 1, "backfill": 0})
         ports = (settings.http_port, settings.http_port + 1)
         assert [get(port, "/healthz")[0] for port in ports] == [200, 200]
         until(lambda: all(store.status(job.job_id).progress for job in asked))  # type: ignore[union-attr]

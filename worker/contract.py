@@ -36,7 +36,8 @@ ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}(@[0
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Milliseconds = Annotated[int, Field(ge=0)]
-Priority = Literal["high", "default"]
+Priority = Literal["high", "default", "backfill"]
+"""high has workers of its own; workers of default take a backfill when they have nothing else."""
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired", "quarantined"]
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "expired", "quarantined"})
 Label = Literal["likely_forged", "likely_authentic", "inconclusive", "no_faces"]

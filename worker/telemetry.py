@@ -367,8 +367,9 @@ def job_finished(finish: Finish, metrics: Metrics = METRICS) -> None:
     structlog.get_logger().info("job.finished", **facts)
     metrics.jobs.labels(finish.outcome, finish.code).inc()
     metrics.job_seconds.observe(finish.total_s)
-    # A later attempt's wait includes the attempts before it, which is no time in the queue.
-    if finish.attempt <= 1:
+    # A later attempt's wait includes the attempts before it, which is no time in the queue; a
+    # backfill's jobs wait on purpose.
+    if finish.attempt <= 1 and job.priority != "backfill":
         # The client's clock may be ahead of this machine's.
         metrics.wait_seconds.observe(max(0.0, finish.wait_s))
     if verdict is not None:

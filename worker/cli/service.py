@@ -110,7 +110,7 @@ def _submit(subparsers: Any) -> None:
     )
     submit.add_argument("--tag")
     submit.add_argument("--tenant", default="default")
-    submit.add_argument("--priority", choices=("high", "default"), default="default")
+    submit.add_argument("--priority", choices=("high", "default", "backfill"), default="default")
     submit.add_argument("--max-frames", type=int, metavar="N")
     submit.add_argument(
         "--stop-early", type=float, metavar="SCORE", help="stop once a face's score is this high"
@@ -251,7 +251,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 def _worker(subparsers: Any) -> None:
     worker = subparsers.add_parser("worker", help="take jobs from Redis until told to stop")
-    worker.add_argument("--priority", choices=("high", "default"), default="default")
+    worker.add_argument("--priority", choices=("high", "default", "backfill"), default="default")
     worker.add_argument("--burst", action="store_true", help="stop when the queue is empty")
     worker.add_argument("--max-jobs", type=int, metavar="N", help="stop after so many")
     worker.add_argument(

@@ -31,10 +31,11 @@ from typing import Literal
 from redis.exceptions import RedisError
 
 import ralf
+from ralf.worker.contract import Priority
 from ralf.worker.errors import Infrastructure
 from ralf.worker.service.connection import connect
 from ralf.worker.service.jobs import Bodies
-from ralf.worker.service.store import PRIORITIES, Store
+from ralf.worker.service.store import Store
 from ralf.worker.settings import FROM_FILE, Settings, values_of
 
 Role = Literal["redis", "worker", "janitor", "deliverer"]
@@ -46,6 +47,8 @@ STOP_SPARE_S = 15.0
 """After its grace a process still kills its child and writes to Redis."""
 QUICK_DEATHS = 5
 """A process that ends this often soon after its start will never work."""
+SERVED: tuple[Priority, ...] = ("high", "default")
+"""The queues that an embedded service has a worker for; that of default takes a backfill too."""
 _LOG_TAIL = 1500
 _STDERR = 2
 """Not sys.stderr's file number: a notebook's has none."""
@@ -415,7 +418,7 @@ def embedded(
     data: Path | None = None,
     deliver: bool = True,
 ) -> Iterator[Embedded]:
-    """A real Redis, a worker for each priority and a deliverer while the block runs.
+    """A real Redis, a worker each for high and default and a deliverer while the block runs.
 
     The two workers share one child, so that the model is in memory once.  A deliverer that ends is
     started again: the queue does not depend on it.
@@ -439,7 +442,8 @@ def embedded(
             if deliver:
                 # The port of /metrics is the worker's.
                 supervisor.add("deliverer", settings=replace(inside, http_port=0))
-            for priority in PRIORITIES:
+            # The one of default takes a backfill's jobs too.
+            for priority in SERVED:
                 port = settings.http_port if priority == "default" else 0
                 supervisor.add(
                     "worker",
@@ -462,6 +466,8 @@ def _wait_for_workers(supervisor: Supervisor) -> None:
     seconds = supervisor.settings.child_start_timeout_s + START_S
     try:
         for worker in supervisor.of("worker"):
-            supervisor.wait_until(lambda: all(store.counts().workers.values()), worker, seconds)
+            supervisor.wait_until(
+                lambda: all(store.counts().workers[name] for name in SERVED), worker, seconds
+            )
     finally:
         store.redis.close()

@@ -16,9 +16,10 @@ functions and its own id is never run and never unpickled.  It is marked as fail
 tools show why.
 
 Heartbeats come from a thread of their own: see heartbeat.py.  No signal handler touches Redis or
-the child's socket: it sets a flag and wakes the loop.  One queue per process, as RQ's safe dequeue
-needs it.  RQ's callbacks, webhooks, dependents, retries and results are not used, whatever a
-queue's entry may name.
+the child's socket: it sets a flag and wakes the loop.  RQ knows one queue per process, as its safe
+dequeue needs it; a worker of `default` takes jobs of `backfill` too while its own queue is empty,
+so that an upload waits for one such job at most.  RQ's callbacks, webhooks, dependents, retries and
+results are not used, whatever a queue's entry may name.
 """
 
 import json
@@ -207,6 +208,10 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         self.store, self.child, self.table, self.metrics = store, child, table, metrics
         self.settings = store.settings
         self.priority: Priority = priority
+        self.serves: tuple[Priority, ...] = (priority,)
+        """Whose jobs it takes; those of the second only when the first has none."""
+        if priority == "default":
+            self.serves = (priority, "backfill")
         self.wakeup = wakeup or Wakeup()
         self.supervisor = ChildSupervisor(child, self.wakeup, metrics)
         self.beats = Heartbeat(store, self.wakeup, rq_beat=self._rq_beat)
@@ -232,6 +237,9 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             log_job_description=False,
         )
         self.queue: Queue = self.queues[0]
+        self._rq_queues = {
+            name: Queue(store.queue(name), connection=store.redis) for name in self.serves
+        }
 
     def start(self) -> None:
         """Install the signal handlers and load the child; raises ModelUnavailable."""
@@ -314,36 +322,48 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         return None
 
     def _pop(self, *, block: bool) -> RqJob | None:
-        source, popped = self.queue.key, self.queue.intermediate_queue_key
+        """An entry of the own queue, else a backfill's; waits for the own queue where both are
+        empty, so that an upload is taken at once and a backfill's job after at most POP_S."""
         try:
-            if block:
-                job_id = self.connection.blmove(source, popped, POP_S)
-            else:
-                job_id = self.connection.lmove(source, popped)
+            for priority in self.serves:
+                job_id = self._listed(priority)
+                if job_id is not None:
+                    return self._entry(job_id, priority)
+            if not block:
+                return None
+            source = self.queue.key
+            job_id = self.connection.blmove(source, self.queue.intermediate_queue_key, POP_S)
         except OutOfMemoryError:
             # With its memory full Redis refuses these two, but not our script.  Queued jobs run on.
-            job_id = self.store.pop(self.priority)
-            if job_id is None:
-                # The script does not block: without a pause the loop would spin.
-                time.sleep(POP_S if block else 0.0)
-                return None
-        if job_id is None:
-            if not self.store.refill(self.priority):
-                return None
-            job_id = self.connection.lmove(source, popped)
-        return None if job_id is None else self._entry(job_id)
+            for priority in self.serves:
+                job_id = self.store.pop(priority)
+                if job_id is not None:
+                    return self._entry(job_id, priority)
+            # The script does not block: without a pause the loop would spin.
+            time.sleep(POP_S if block else 0.0)
+            return None
+        return None if job_id is None else self._entry(job_id, self.priority)
 
-    def _entry(self, job_id: bytes) -> RqJob | None:
+    def _listed(self, priority: Priority) -> bytes | None:
+        """The first entry of RQ's list, filled anew where it is empty."""
+        queue = self._rq_queues[priority]
+        entry: bytes | None = self.connection.lmove(queue.key, queue.intermediate_queue_key)
+        if entry is None and self.store.refill(priority):
+            entry = self.connection.lmove(queue.key, queue.intermediate_queue_key)
+        return entry
+
+    def _entry(self, job_id: bytes, priority: Priority) -> RqJob | None:
         """RQ's job of that id; of its entry only `data` is ever read. Nonsense is thrown away."""
+        queue = self._rq_queues[priority]
         text = job_id.decode(errors="replace")
         if not _JOB_ID.fullmatch(text):  # match() with $ takes a newline at the end
             log.error("job.refused", job_id=text[:80], reason="not an id that Ralf gives")
             self.metrics.refused.inc()
-            self.connection.lrem(self.queue.intermediate_queue_key, 0, job_id)
+            self.connection.lrem(queue.intermediate_queue_key, 0, job_id)
             return None
         # Not RqJob.fetch(): it restores every field of the entry, its callbacks too.
         job = RqJob(text, connection=self.connection, serializer=self.serializer)
-        job.origin = self.queue.name
+        job.origin = queue.name
         return job
 
     def _wait_for_redis(self, error: RedisError) -> None:
@@ -447,7 +467,8 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         self.metrics.refused.inc()
         with self.connection.pipeline() as pipe:
             write_refused(pipe, job, fault, worker=self.name)
-            pipe.lrem(self.queue.intermediate_queue_key, 0, job.id)
+            popped = Queue(job.origin, connection=self.connection).intermediate_queue_key
+            pipe.lrem(popped, 0, job.id)
             self.increment_failed_job_count(pipe)
             pipe.execute()
 

@@ -12,8 +12,9 @@ between any two moves, and the job is still in exactly one place.
     hand_back running → queued, not charged (the worker stops, or has no model)
     crashed   running → queued alone, or quarantined at the second counted crash
     cancel    queued → cancelled; a running job learns of it at its next beat
+    release   what is kept of an ended backfill job goes soon
 
-    status  job  verdict  partial  evidence  counts  pinned_versions    only read
+    status  job  verdict  partial  evidence  ends  counts  pinned_versions    only read
 
 `call` runs any one operation of the scripts; deliver.py, quarantine.py and janitor.py give names
 to those that only they use.
@@ -72,10 +73,12 @@ from ralf.worker.service.records import (
 )
 from ralf.worker.settings import Settings
 
-PRIORITIES: tuple[Priority, ...] = ("high", "default")
+PRIORITIES: tuple[Priority, ...] = ("high", "default", "backfill")
 # A job keeps its last ten crashes in Redis, each with at most this much of the child's log.
 DETAIL_BYTES = 4096
 END_BY_CODE: Mapping[str, State] = {"cancelled": "cancelled", "deadline_passed": "expired"}
+RELEASE_TTL_S = 600
+"""What is stored of a backfill's job is kept for this long once its ledger has the end."""
 RQ_TTL_S = 3600
 """What RQ shows of an ended job is kept for this long."""
 TRIES = 3
@@ -177,6 +180,30 @@ class Store:
         """The verdict's pictures, while they are kept."""
         text = self.redis.get(self.key("evidence", job_id))
         return None if text is None else Evidence.model_validate_json(text)
+
+    def release(self, job_ids: Sequence[str], *, now: float | None = None) -> None:
+        """Let what is stored of a backfill's ended jobs expire soon: its ledger has their ends."""
+        if job_ids:
+            self._call_many("release", now, [(job_id,) for job_id in job_ids])
+
+    def ends(self, job_ids: Sequence[str]) -> dict[str, tuple[Status | None, Verdict | None]]:
+        """Status and verdict of each job that is not under way, read in two round trips."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hgetall(self.key("job", job_id))
+            stored = [{decoded(k): decoded(v) for k, v in job.items()} for job in pipe.execute()]
+        read = [
+            Status.read(i, job) if job else None for i, job in zip(job_ids, stored, strict=True)
+        ]
+        ended = {i: one for i, one in zip(job_ids, read, strict=True) if one is None or one.ended}
+        with self.redis.pipeline(transaction=False) as pipe:
+            for job_id in ended:
+                pipe.get(self.key("verdict", job_id))
+            texts = pipe.execute()
+        return {
+            job_id: (status, None if text is None else Verdict.model_validate_json(text))
+            for (job_id, status), text in zip(ended.items(), texts, strict=True)
+        }
 
     # the worker's moves
 
@@ -382,8 +409,13 @@ class Store:
             pipe.time()
             *by_priority, due, outbox, dead, quarantined, clock = pipe.execute()
         at = float(clock[0]) + float(clock[1]) / 1e6 if now is None else now
-        # Each priority has four replies; the fourth is its oldest job.
-        oldest = [first[0][1] for first in by_priority[3::4] if first]
+        # Each priority has four replies; the fourth is its oldest job.  A backfill's jobs wait on
+        # purpose, and their age must raise no alert.
+        oldest = [
+            first[0][1]
+            for priority, first in zip(PRIORITIES, by_priority[3::4], strict=True)
+            if first and priority != "backfill"
+        ]
         return Counts(
             waiting=dict(zip(PRIORITIES, by_priority[0::4], strict=True)),
             running=dict(zip(PRIORITIES, by_priority[1::4], strict=True)),
@@ -532,6 +564,7 @@ def lua_source(settings: Settings) -> str:
         # RQ's own time limit is only a last resort: the worker process ends a late job before.
         "rq_timeout": int(settings.timeout_most_s) + 120,
         "rq_ttl": RQ_TTL_S,
+        "release_ttl": RELEASE_TTL_S,
     }
     # A number or a plain string in JSON is one in Lua too.
     lines = [f"  {name} = {json.dumps(value)}," for name, value in constants.items()]

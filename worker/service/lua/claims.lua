@@ -122,6 +122,20 @@ function op.cancel(now, id)
   return job.state
 end
 
+-- A backfill has written the job's end into its ledger. A million verdicts that are kept for a month
+-- would fill Redis' memory, so what is stored about this one goes soon.
+function op.release(now, id)
+  local job = load_job(id)
+  if not job or job.priority ~= 'backfill' or job.state == 'queued' or job.state == 'running' then
+    return 0
+  end
+  for _, key in ipairs({job_key(id), P .. 'verdict:' .. id, P .. 'evidence:' .. id,
+    'rq:job:' .. id, P .. 'token:' .. job.tenant .. ':' .. job.token}) do
+    redis.call('EXPIRE', key, C.release_ttl)
+  end
+  return 1
+end
+
 function op.refill(now, priority) return refill(priority) end
 
 -- RQ's dequeue as a script: with its memory full Redis refuses BLMOVE, and a script may go on.

@@ -56,13 +56,20 @@ local function show_to_rq(job, status)
   redis.call('HSET', key, 'status', status, 'worker_name', job.worker)
 end
 
+-- Whom a job counts for. A tenant's backfill counts by itself: re-judging its archive must not push its
+-- uploads behind those of others. No tenant's name has a colon.
+local function party(tenant, priority)
+  return priority == 'backfill' and 'backfill:' .. tenant or tenant
+end
+
 -- Jobs of a tenant that are in RQ's list, popped or running.
-local function active_key(tenant) return P .. 'active:' .. tenant end
-local function used_key(tenant) return P .. 'used:' .. tenant end
+local function active_key(tenant, priority) return P .. 'active:' .. party(tenant, priority) end
+local function used_key(tenant, priority) return P .. 'used:' .. party(tenant, priority) end
 local function ranks_key(priority) return P .. 'rank:' .. priority end
 
-local function is_at_cap(tenant)
-  return C.tenant_running > 0 and redis.call('SCARD', active_key(tenant)) >= C.tenant_running
+local function is_at_cap(tenant, priority)
+  return C.tenant_running > 0
+    and redis.call('SCARD', active_key(tenant, priority)) >= C.tenant_running
 end
 
 -- Fairness. RQ's list is ordered by rank: how many workers a tenant holds or will hold, and how long it
@@ -74,12 +81,12 @@ local function held_of_late(tenant, used)
 end
 
 local function rank_of(tenant, priority)
-  local used = redis.call('HMGET', used_key(tenant), 'seconds', 'at', 'last:' .. priority)
+  local used = redis.call('HMGET', used_key(tenant, priority), 'seconds', 'at', 'last:' .. priority)
   -- In seconds that others may come later and still go before. A worker that is held now counts ten;
   -- what was used counts in steps of five, since milliseconds must not decide. The sum has a bound, so
   -- that no job waits for ever behind new ones.
   local of_late = 5 * math.floor(held_of_late(tenant, used) / 5)
-  local behind = 10 * redis.call('SCARD', active_key(tenant)) + of_late
+  local behind = 10 * redis.call('SCARD', active_key(tenant, priority)) + of_late
   local rank = NOW + math.min(C.fair_over, behind)
   -- No job overtakes an earlier one of its own tenant.
   local before = used[3] and redis.call('ZSCORE', ranks_key(priority), used[3])
@@ -91,7 +98,7 @@ local function charge(job)
   local began = tonumber(job.started_at)
   job.started_at = ''
   if job.state ~= 'running' or not began then return end
-  local key = used_key(job.tenant)
+  local key = used_key(job.tenant, job.priority)
   local used = redis.call('HMGET', key, 'seconds', 'at')
   redis.call('HSET', key, 'at', NOW, 'seconds',
     held_of_late(job.tenant, used) + math.max(0, NOW - began))
@@ -115,14 +122,17 @@ local function list(tenant, priority, id, rank)
     end
   end
   redis.call('ZADD', ranks, string.format('%.17g', rank), id)
-  redis.call('SADD', active_key(tenant), id)
-  redis.call('EXPIRE', active_key(tenant), 2 * C.rq_timeout)
-  redis.call('HSET', used_key(tenant), 'last:' .. priority, id)
-  redis.call('EXPIRE', used_key(tenant), 10 * C.fair_over)
+  redis.call('SADD', active_key(tenant, priority), id)
+  redis.call('EXPIRE', active_key(tenant, priority), 2 * C.rq_timeout)
+  redis.call('HSET', used_key(tenant, priority), 'last:' .. priority, id)
+  redis.call('EXPIRE', used_key(tenant, priority), 10 * C.fair_over)
 end
 
 local function room_in(priority)
   local workers = redis.call('SCARD', 'rq:workers:' .. C.queue .. priority)
+  if priority == 'backfill' then -- those of default take it when they have nothing else
+    workers = workers + redis.call('SCARD', 'rq:workers:' .. C.queue .. 'default')
+  end
   return 1 + math.max(1, workers) - redis.call('LLEN', queue_key(priority))
 end
 
@@ -140,7 +150,7 @@ local function refill(priority)
       break
     end
     local pending = P .. 'pending:' .. priority .. ':' .. tenant
-    local wait = is_at_cap(tenant)
+    local wait = is_at_cap(tenant, priority)
     local id = not wait and redis.call('LPOP', pending)
     if wait then
       redis.call('RPUSH', turn, tenant)
@@ -167,7 +177,7 @@ local function take_turn(job)
 end
 
 local function enqueue(job, first)
-  redis.call('SREM', active_key(job.tenant), job.id)
+  redis.call('SREM', active_key(job.tenant, job.priority), job.id)
   redis.call('SADD', 'rq:queues', queue_key(job.priority))
   show_to_rq(job, 'queued')
   if redis.call(first and 'LPUSH' or 'RPUSH', pending_key(job), job.id) == 1 then take_turn(job) end
@@ -176,7 +186,7 @@ end
 -- A full list may be full of one tenant's jobs. A job that has just come from a tenant with a lower
 -- rank takes the place of its last entry, which goes back to the front of its tenant's pending jobs.
 local function overtake(job)
-  if is_at_cap(job.tenant) or room_in(job.priority) > 0 then return end
+  if is_at_cap(job.tenant, job.priority) or room_in(job.priority) > 0 then return end
   local queue, pending = queue_key(job.priority), pending_key(job)
   -- Only the tenant's next job may; mostly it is this one.
   if redis.call('LINDEX', pending, 0) ~= job.id then return end
@@ -202,7 +212,7 @@ local function enqueue_first(job)
   show_to_rq(job, 'queued')
   redis.call('LPUSH', queue_key(job.priority), job.id)
   redis.call('ZADD', ranks_key(job.priority), -1, job.id)
-  redis.call('SADD', active_key(job.tenant), job.id)
+  redis.call('SADD', active_key(job.tenant, job.priority), job.id)
 end
 
 -- Remove a queued job from wherever it waits. With `lazily` its entry in a tenant's pending list is
@@ -296,6 +306,8 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
   data.session = decoded(job.session)
   local trace = (decoded(redis.call('HGET', key, 'document') or '') or {}).traceparent
   if type(trace) == 'string' then data.traceparent = trace end
+  -- A consumer of uploads leaves these out.
+  if job.priority == 'backfill' then data.priority = job.priority end
   local text = cjson.encode(data)
   redis.call('XADD', P .. 'verdicts', 'MAXLEN', '~', C.stream, '*', 'type', event, 'job_id', id,
     'tenant', job.tenant, 'data', text)
@@ -307,7 +319,7 @@ local function finish(job, now, state, facts, failure, verdict, evidence, digest
   redis.call('EXPIRE', P .. 'token:' .. job.tenant .. ':' .. job.token, C.token_ttl)
   redis.call('ZREM', P .. 'waiting:' .. job.priority, id)
   redis.call('ZREM', P .. 'running:' .. job.priority, id)
-  redis.call('SREM', active_key(job.tenant), id)
+  redis.call('SREM', active_key(job.tenant, job.priority), id)
   redis.call('ZREM', P .. 'deadlines', id)
   if verdict then redis.call('SET', P .. 'verdict:' .. id, verdict, 'EX', C.verdict_ttl) end
   if evidence then redis.call('SET', P .. 'evidence:' .. id, evidence, 'EX', C.evidence_ttl) end
@@ -356,7 +368,7 @@ local function requeue(job, now, delay, first, failure)
   if failure then redis.call('HSET', job_key(job.id), 'last_failure', failure) end
   redis.call('ZADD', P .. 'waiting:' .. job.priority, job.submitted_at, job.id)
   if delay > 0 then
-    redis.call('SREM', active_key(job.tenant), job.id)
+    redis.call('SREM', active_key(job.tenant, job.priority), job.id)
     redis.call('ZADD', P .. 'due', now + delay, job.id)
     show_to_rq(job, 'scheduled')
   elseif first then
