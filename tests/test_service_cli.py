@@ -20,6 +20,7 @@ from ralf.__main__ import main
 from ralf.worker.chaos import bodies
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Media, SessionPart, Verdict
+from ralf.worker.service import serving_here
 from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.processes import embedded
 from ralf.worker.service.records import Status
@@ -282,6 +283,7 @@ def served(
             "RALF_FETCH_PORTS": str(inbox.port),
             "RALF_THREADS": "1",
             "RALF_LOG_FORMAT": "json",
+            "XDG_RUNTIME_DIR": str(folder),
         }
         with log.open("w") as stderr:
             process = subprocess.Popen(
@@ -306,6 +308,44 @@ def served(
         finally:
             process.terminate()
             ended(process)
+
+
+def test_commands_find_the_service_that_runs_here_by_themselves(
+    served: Serving, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """`ralf submit` after `ralf serve --embedded`, as README prints it; another address wins."""
+    monkeypatch.delenv("RALF_REDIS_URL", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(served.log.parent))
+    code = main(["submit", str(served.clip), "--token", "no address", "--wait", "120"])
+    verdict = json.loads(capsys.readouterr().out)
+    monkeypatch.setenv("RALF_REDIS_URL", "unix:///nowhere/redis.sock")
+    elsewhere = main(["status", verdict["job_id"]])
+
+    assert (code, verdict["label"]) == (0, "likely_forged")
+    assert elsewhere == 5
+    assert "RALF_REDIS_URL" in capsys.readouterr().err
+
+
+def test_an_address_is_announced_as_long_as_its_socket_is_served(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Not one that nobody serves, nor after the end, nor through a link that somebody planted."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    before = serving_here.address()
+    (tmp_path / "other").write_text(redis_url)
+    with serving_here.announced(redis_url):
+        during = serving_here.address()
+        (file,) = tmp_path.glob("ralf-serving-*")
+        with serving_here.announced("unix:///nowhere/redis.sock"):
+            dead = serving_here.address()
+        file.unlink()
+        file.symlink_to(tmp_path / "other")
+        planted = serving_here.address()
+        file.unlink()
+        file.write_text(redis_url)
+    after = serving_here.address()
+
+    assert (before, during, dead, planted, after) == (None, redis_url, None, None, None)
 
 
 def pushed(inbox: Web, event: str, seconds: float = 60.0) -> list[dict[str, Any]]:

@@ -87,11 +87,23 @@ def _client(args: argparse.Namespace) -> Iterator["Client"]:
     """The client at --redis or RALF_REDIS_URL, closed at the end."""
     from ralf.worker.client import connect
 
-    client = connect(args.redis)
+    client = connect(_address(args))
     try:
         yield client
     finally:
         client.close()
+
+
+def _address(args: argparse.Namespace) -> str | None:
+    """--redis; or, where RALF_REDIS_URL names none, the service that runs here; else None."""
+    import os
+
+    from ralf.worker.service import serving_here
+    from ralf.worker.settings import values_of
+
+    if args.redis or "RALF_REDIS_URL" in values_of(os.environ):
+        return str(args.redis) if args.redis else None
+    return serving_here.address()
 
 
 def _redis(parser: argparse.ArgumentParser) -> None:
@@ -329,12 +341,13 @@ def _run_serve(args: argparse.Namespace) -> int:
     from ralf.worker.errors import Infrastructure
     from ralf.worker.service.processes import embedded
     from ralf.worker.service.sandbox import refuse_inspection
+    from ralf.worker.service.serving_here import announced
 
     refuse_inspection()
     stop = threading.Event()
     # Before anything is started: SIGTERM must stop what it started in order, at any time.
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    with embedded(_settings(args), data=args.data) as running:
+    with embedded(_settings(args), data=args.data) as running, announced(running.redis_url):
         print(f"ralf: serving; RALF_REDIS_URL={running.redis_url}", file=sys.stderr, flush=True)
         while not stop.wait(0.5):
             ended = running.ended()
@@ -399,8 +412,9 @@ def _store(args: argparse.Namespace) -> Iterator["Store"]:
     from ralf.worker.service.store import Store
 
     settings = _settings(args)
+    url = _address(args) or settings.redis_url
     # Not connect()'s ten: a person waits for the answer.
-    redis = connect(settings.redis_url, attempts=3, ca_file=settings.redis_ca_file)
+    redis = connect(url, attempts=3, ca_file=settings.redis_ca_file)
     try:
         yield Store(redis, settings)
     finally:
