@@ -1,7 +1,8 @@
 """DALI's decoder against PyAV's, one body for both, on clips that DALI's CPU backend reads."""
 
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -183,8 +184,8 @@ def test_clips_of_one_batch_come_out_as_each_alone(several: list[Path], at_once:
 def test_a_damaged_clip_fails_none_of_its_batch(
     tmp_path: Path, several: list[Path], monkeypatch: pytest.MonkeyPatch
 ):
-    """The batch is halved until it stands alone; PyAV decodes it, with its own warnings, and the
-    fact is told."""
+    """Its batch is tried clip by clip until it is found; PyAV decodes it, with its own warnings,
+    and the fact is told."""
     bad = clip_of(damaged(tmp_path / "bad.webm", several[4]))
     clips = [clip_of(path) for path in several[:4]]
     clips.insert(2, bad)
@@ -194,7 +195,7 @@ def test_a_damaged_clip_fails_none_of_its_batch(
 
     together = list(dali().decode(clips))
 
-    assert [5, 2, 3, 1, 2] == sizes
+    assert [5, 1, 1, 1, 2] == sizes
     mine = [part for part in together if part.clip is bad]
     others = [part for part in together if part.clip is not bad]
     alone = list(PyavDecoder(threads=1).decode([bad]))
@@ -208,6 +209,105 @@ def test_a_damaged_clip_fails_none_of_its_batch(
     for part in others:
         expected = reference(Path(part.clip.probe.path)).astype(int)
         np.testing.assert_array_equal(expected, pixels_of([part]))
+
+
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each pipeline that is built from now on."""
+    made: list[int] = []
+    build = DaliDecoder._built
+    monkeypatch.setattr(DaliDecoder, "_built", lambda self: made.append(1) or build(self))
+    return made
+
+
+def test_a_bad_clip_among_ones_that_decoded_before_costs_one_pipeline(
+    tmp_path: Path, several: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    """The others decode one by one, so nobody has to try it again."""
+    decoder, requests = dali(), []
+    bad = damaged(tmp_path / "bad.webm", several[4])
+    for path in (bad, *several[:3]):
+        found, data = probe(path, Settings()), np.fromfile(path, np.uint8)
+        wanted = np.arange(5, 9) if path == bad else np.arange(3)
+        requests.append(FrameRequest(found, data, wanted, known=path != bad))
+    made = built(monkeypatch)
+
+    decoder._queue.ask(requests)
+
+    assert 2 == len(made)  # the first of all, and one after the failure
+    assert [True, False, False, False] == [bool(request.error) for request in requests]
+    assert all(request.pixels is not None for request in requests[1:])
+
+
+def test_a_file_that_failed_once_goes_to_pyav_at_once(
+    tmp_path: Path, several: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    """In the second pass and in a retry, under another name too; its neighbours stay with DALI."""
+    bad = damaged(tmp_path / "bad.webm", several[4])
+    decoder = dali()
+    first = list(decoder.decode([clip_of(bad)]))
+    copied = tmp_path / "again.webm"
+    copied.write_bytes(bad.read_bytes())
+    made = built(monkeypatch)
+    again = list(decoder.halved().decode([clip_of(copied), clip_of(several[0])]))
+
+    assert 1 == len(made)  # for the neighbour, since the failure broke the one before
+    assert ["pyav", "dali"] == sorted({part.decoder for part in again}, reverse=True)
+    told = [text for text in texts_of(first) if text.startswith("decoder:")]
+    assert told == [text for text in texts_of(again) if text.startswith("decoder:")]
+
+
+def test_a_files_bytes_are_let_go_before_pyav_decodes(
+    several: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    """PyAV reads the file itself, perhaps for minutes, and the upload may have half a gigabyte."""
+    held: list[weakref.ref[np.ndarray]] = []
+    alive: list[bool] = []
+    read, frames = np.fromfile, PyavDecoder.frames
+
+    def reading(path: str, kind: type) -> np.ndarray:
+        data = read(path, kind)
+        held.append(weakref.ref(data))
+        return data
+
+    def decoding(self: PyavDecoder, *more: object, **options: object) -> Iterator[Frames]:
+        alive.append(held[0]() is not None)
+        yield from frames(self, *more, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(np, "fromfile", reading)
+    monkeypatch.setattr(PyavDecoder, "frames", decoding)
+    monkeypatch.setattr(DaliDecoder, "_tried", lambda self, requests: "it is refused")
+
+    assert {"pyav"} == {part.decoder for part in dali().decode([clip_of(several[0])])}
+    assert [False] == alive
+
+
+def test_a_file_that_another_demuxer_may_claim_never_reaches_dali(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """PyAV is told that it is mov; DALI would ask all of FFmpeg's demuxers, as sdp's here."""
+    good = make_clip(tmp_path / "good.mp4", 6, **VP9)
+    lines = b"\nv=0\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n" * 4
+    crafted = tmp_path / "crafted.mp4"
+    crafted.write_bytes(
+        moved_by(good, len(lines) + 8, (8 + len(lines)).to_bytes(4) + b"free" + lines)
+    )
+    monkeypatch.setattr(DaliDecoder, "_run", lambda self, requests: pytest.fail("DALI was asked"))
+
+    parts = list(dali().decode([clip_of(crafted)]))
+
+    assert {"pyav"} == {part.decoder for part in parts}
+    assert list(range(6)) == indices_of(parts)
+
+
+def moved_by(path: Path, before: bytes) -> bytes:
+    """An MP4 with bytes before it, and its chunks' places corrected."""
+    data = path.read_bytes()
+    at = data.index(b"stco") + 4
+    entries = int.from_bytes(data[at + 4 : at + 8], "big")
+    for place in range(at + 8, at + 8 + 4 * entries, 4):
+        moved = int.from_bytes(data[place : place + 4], "big") + len(before)
+        data = data[:place] + moved.to_bytes(4) + data[place + 4 :]
+    return before + data
 
 
 def test_damage_found_late_leaves_the_chunks_that_went_out(tmp_path: Path, several: list[Path]):

@@ -1,6 +1,7 @@
 """The walk as a whole: a file in, a verdict out, chunk by chunk."""
 
 import io
+import time
 from base64 import b64decode
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from ralf.kernels.manifest import RESIDUAL_INSIDE, Calibration, CompressionPoint
+from ralf.worker import pipeline
 from ralf.worker.contract import EarlyStop, EvidencePolicy, Job, Media, Sampling, Verdict, dump
 from ralf.worker.errors import BadRequest, Cancelled, CorruptMedia
 from ralf.worker.media.decode_pyav import PyavDecoder
@@ -19,6 +21,7 @@ from ralf.worker.media.types import Clip, Frames
 from ralf.worker.pipeline import Ask, Partial, analyze, file_sha256, walk
 from ralf.worker.runtime import Parts, with_decoder
 from ralf.worker.settings import Settings
+from ralf.worker.verdict import judge
 
 FEW = Sampling(mode="uniform", max_frames=6)
 
@@ -62,6 +65,24 @@ def test_a_verdict_says_what_it_was_made_with(of_two, tiny_parts: Parts, clip_of
     assert (6, 6, 0) == (made.frames_asked, made.frames_decoded, made.frames_replaced)
     assert {"probe", "decode", "find", "score"} <= made.stages_ms.keys()
     assert "pyav" == made.decoder
+
+
+def test_the_time_of_judging_is_counted_wherever_it_is_spent(
+    tiny_parts: Parts, clip_of_two: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Most of it after a chunk, for the progress; the verdict itself then finds it done."""
+    slow_s, judged = 0.03, []
+
+    def judging(*facts, **more):
+        judged.append(1)
+        time.sleep(slow_s)
+        return judge(*facts, **more)
+
+    monkeypatch.setattr(pipeline, "judge", judging)
+    verdict, _ = analyze(clip_of_two, tiny_parts, ask=Ask(sampling=FEW))
+
+    assert judged
+    assert verdict.made.stages_ms["judge"] >= 1000 * slow_s * len(judged)
 
 
 class TwoDecoders:

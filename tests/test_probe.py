@@ -18,7 +18,7 @@ from ralf.worker.errors import (
     TooManyPixels,
     TooManyStreams,
 )
-from ralf.worker.media.containers import demuxer_of
+from ralf.worker.media.containers import demuxer_of, unmistakable
 from ralf.worker.media.packet_times import PacketTimes, frame_times
 from ralf.worker.media.probe import CODECS, codec_available, ffmpeg_version, probe
 from ralf.worker.settings import Settings
@@ -61,6 +61,53 @@ def test_frames_times_and_keyframes_are_those_of_the_reference_decoder(
     assert [i for i, frame in enumerate(shown) if frame.key] == found.keyframes.tolist()
     assert ("pts" in made) == found.variable_rate
     assert found.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("mp4", {}),
+        ("mov", {}),
+        ("mkv", {}),
+        ("webm", {"codec": "libvpx-vp9"}),
+        ("mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
+        ("mkv", {"container_options": {"live": "1"}}),
+    ],
+)
+def test_the_beginning_of_an_ordinary_file_is_unmistakable(tmp_path: Path, name: str, made: dict):
+    """A decoder that chooses the demuxer by content may have it."""
+    path = make_clip(tmp_path / f"clip.{name}", 3, **made)
+
+    assert probe(path, SETTINGS).unmistakable
+
+
+EBML = b"\x1aE\xdf\xa3"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:9\nhttp://127.0.0.1/a.ts\n",
+        b"ffconcat version 1.0\nfile http://127.0.0.1/a\n",
+        b"v=0\nfree" + b"\nc=IN IP4 127.0.0.1\n" * 9,
+        b"v=0\nftyp" + b"\nc=IN IP4 127.0.0.1\n" * 9,
+        b"\0\0\0\x18skip" + b"\nc=IN IP4 127.0.0.1\n" * 9,
+        b"\0\0\0\x08mdat#EXTM3U\n",
+        b"\0\0\0\x08ftyp#EXTM3U\n",
+        b"\0\0\0\x18ftypjp2 " + bytes(12),
+        b"\0\0\0\x0cjP  \r\n\x87\n",
+        EBML + b"\x01\0\0\0\0\0\xff\xff" + b"\x42\x82\x84webm" + bytes(65535),
+        EBML + b"\x01\xff\xff\xff\xff\xff\xff\xff" + b"\x42\x82\x84webm",
+        EBML + b"\x87" + b"\x42\x82\x84none",
+        EBML + b"\x84" + b"\x42\x82\x84webm",
+        EBML + b"\x87" + b"\x42\x82\x84we",
+        EBML + b"\x84" + b"\xec\x82\0\0" + b"\x42\x82\x84webm",
+    ],
+)
+def test_a_beginning_that_another_demuxer_may_claim_is_told(head: bytes):
+    """Playlists and session descriptions, plain and inside what looks like mov or matroska."""
+    assert not unmistakable(head)
 
 
 def test_facts_are_named(tmp_path: Path):

@@ -42,6 +42,7 @@ def probed(
         "path": "clip.mp4",
         "size_bytes": 10**7,
         "container": "mov",
+        "unmistakable": True,
         "codec": "h264",
         "stream_index": 0,
         "coded_width": width,
@@ -74,6 +75,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "VP8": {"codec": "vp8"},
     "MJPEG": {"codec": "mjpeg"},
     "transport stream": {"container": "mpegts"},
+    "a beginning that is no file type": {"unmistakable": False},
     "ten bits": {"pixel_format": "yuv420p10le"},
     "4:4:4": {"pixel_format": "yuv444p"},
     "odd width": {"width": 1919},
@@ -243,6 +245,22 @@ def test_what_is_in_progress_counts_until_it_is_done_or_dropped():
         walk.close()
     for walk in walks[6:]:
         assert [] == list(walk)
+    assert InProgress() == decoder.in_progress
+
+
+def test_the_cpus_work_in_progress_is_weighed_as_route_weighs_it():
+    """An HEVC frame costs 1.5 times an H.264 one, and NVDEC's share is in plain pixels."""
+    decoder, _ = routed()
+    costs = []
+    for facts in ({"codec": "hevc", "interlaced": True}, {"codec": "mpeg4"}, {"codec": "hevc"}):
+        one = clip(**facts)
+        walk = decoder.decode([one])
+        next(walk)
+        now, pixels = decoder.in_progress, pixels_read(one.probe, plan(one))
+        costs.append((now.cpu / pixels, now.gpu / pixels))
+        walk.close()
+
+    assert [(1.5, 0), (1, 0), (0, 1)] == costs
     assert InProgress() == decoder.in_progress
 
 

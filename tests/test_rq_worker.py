@@ -978,6 +978,24 @@ def test_a_crash_in_company_blames_nobody(make: Callable[..., Service], tmp_path
     assert [crash["alone"] for crash in entry["crashes"]] == [False, True, True]
 
 
+def test_a_job_without_company_is_recorded_as_alone(make: Callable[..., Service], tmp_path: Path):
+    """From its start, since a crash of the whole worker is charged by this record."""
+    service = make()
+    service.shared = tmp_path / "gpu0"
+    for _ in range(2):
+        service.worker("--shared", str(service.shared), "--capacity", "2")
+
+    def alone(job_id: str) -> bytes | None:
+        return service.redis.hget(service.store.key(f"job:{job_id}"), "alone")
+
+    first = service.submit("sleep", FOR_EVER)
+    until(lambda: alone(first) == b"1")
+    second = service.submit("sleep", FOR_EVER)
+    until(lambda: (alone(first), alone(second)) == (b"0", b"0"))
+    service.store.cancel(second)
+    until(lambda: alone(first) == b"1")
+
+
 # what is said
 
 

@@ -153,8 +153,6 @@ def walk(
                 break
         if not clip.look_again():
             break
-    with clip.timed("judge"):
-        clip.judgement()
     return clip.verdict(partial=clip.stopped_early), clip.evidence()
 
 
@@ -399,20 +397,24 @@ class _Walk:
     def judgement(self) -> Judgement:
         """The judgement on all frames so far; computed once per chunk."""
         if self._judgement is None:
-            found = judge(
-                self.scores,
-                # np.concatenate refuses an empty list, and a decoder may give no chunk.
-                np.concatenate([*self.sampled_s, np.zeros(0)]),
-                width=self.probe.width,
-                height=self.probe.height,
-                duration_s=self.probe.duration_s,
-                manifest=self.manifest,
-                calibration=self.calibration,
-                max_tracks=self.tracker.max_tracks,
-                again_s=np.concatenate([*self.again_s, np.zeros(0)]),
-            )
-            self._judgement = without_decision(found) if self.manifest.untrained else found
+            with self.timed("judge"):
+                self._judgement = self._judged()
         return self._judgement
+
+    def _judged(self) -> Judgement:
+        found = judge(
+            self.scores,
+            # np.concatenate refuses an empty list, and a decoder may give no chunk.
+            np.concatenate([*self.sampled_s, np.zeros(0)]),
+            width=self.probe.width,
+            height=self.probe.height,
+            duration_s=self.probe.duration_s,
+            manifest=self.manifest,
+            calibration=self.calibration,
+            max_tracks=self.tracker.max_tracks,
+            again_s=np.concatenate([*self.again_s, np.zeros(0)]),
+        )
+        return without_decision(found) if self.manifest.untrained else found
 
     def may_stop_early(self) -> bool:
         """Whether the job's own policy allows to stop here; the verdict then says so."""

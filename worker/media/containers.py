@@ -34,6 +34,8 @@ ALLOWED = "mov, mp4, m4a, 3gp, matroska, webm, avi, mpegts"
 
 _MOV_FIRST = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"uuid", b"styp"}
 _STILL_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif"}
+_WEAK_BRANDS = {b"jp2 ", b"jpx ", b"jxl "}
+"""Pictures, for which FFmpeg's mov demuxer bids little."""
 _KNOWN_OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"#EXTM3U", "an HLS playlist"),
     (b"ffconcat", "an FFmpeg concat playlist"),
@@ -69,11 +71,26 @@ WALK_SECONDS = 10.0
 MOST_SAMPLES = 16_000_000
 """In fragments; FFmpeg keeps some 32 bytes of each.  Four hours at 300 frames/s are 4.3 million."""
 MOST_ATTACHED = 64 * 1024**2
+_EBML, _DOCTYPE = 0x1A45DFA3, 0x4282
 _SEGMENT, _ATTACHMENTS = 0x18538067, 0x1941A469
+_LONGEST_HEADER = 512
+"""Of an honest file: 16 bytes of a file type box and 4 a brand; some 40 of an EBML header."""
 
 
-def check_file(name: str, max_bytes: int, most_frames: int) -> tuple[Demuxer, int, tuple[int, int]]:
-    """Container, size and packet layout, without FFmpeg; never waits for the writer of a pipe."""
+@dataclass(frozen=True)
+class Checked:
+    """What the bytes of a file say before FFmpeg reads it."""
+
+    demuxer: Demuxer
+    size: int
+    layout: tuple[int, int]
+    """Of MPEG-TS packets: where the first begins, and their length."""
+    unmistakable: bool
+    """Whether a decoder that chooses the demuxer itself would choose this one."""
+
+
+def check_file(name: str, max_bytes: int, most_frames: int) -> Checked:
+    """The facts, without FFmpeg; never waits for the writer of a pipe."""
     try:
         kind = Path(name).stat().st_mode
         if not stat.S_ISREG(kind):
@@ -100,7 +117,7 @@ def check_file(name: str, max_bytes: int, most_frames: int) -> tuple[Demuxer, in
             refuse_attachments(file, size)
         elif demuxer == "mpegts":
             refuse_scrambled(head)
-    return demuxer, size, packet_layout(head) or (0, 188)
+    return Checked(demuxer, size, packet_layout(head) or (0, 188), unmistakable(head))
 
 
 def _kind(mode: int) -> str:
@@ -126,6 +143,37 @@ def demuxer_of(head: bytes) -> Demuxer:
     raise ContainerUnsupported(
         f"expected one of {ALLOWED} by its first bytes, got {_describe(head)}; convert it first"
     )
+
+
+def unmistakable(head: bytes) -> bool:
+    """Whether a decoder that chooses the demuxer itself takes the one of demuxer_of.
+
+    Such a decoder asks all of FFmpeg's demuxers, and one that opens further files or sockets (hls,
+    concat, sdp) may outbid mov or matroska where their own sign is weak.  A file type box at the
+    very beginning, or a short EBML header with the name, is as strong a sign as any.
+    """
+    if head[4:8] == b"ftyp":
+        length = int.from_bytes(head[:4], "big")
+        return 16 <= length <= _LONGEST_HEADER and head[8:12] not in _WEAK_BRANDS
+    if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
+        return True
+    return _doctype(head) in (b"webm", b"matroska")
+
+
+def _doctype(head: bytes) -> bytes:
+    """What a short EBML header says that the file is; empty where there is no such header."""
+    element, length, at = _element(head[:12])
+    end = at + (length or 0)
+    if element != _EBML or end > min(len(head), _LONGEST_HEADER):
+        return b""
+    while at < end:
+        element, length, header = _element(head[at : at + 12])
+        if not header or length is None:
+            break
+        at += header + length
+        if element == _DOCTYPE and at <= end:
+            return head[at - length : at]
+    return b""
 
 
 def _describe(head: bytes) -> str:

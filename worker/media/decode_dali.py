@@ -11,8 +11,11 @@ BT.601; both are corrected on the device, by colour.py's policy and the probe's 
 pixels are copied to a new tensor before DALI's own memory is used again.
 
 A clip that DALI refuses or fails on is decoded by PyAV, and a warning says so.  DALI's error fails
-a whole batch without saying which clip caused it, and leaves the pipeline unusable: the batch is
-halved until the failing clip is alone, each half in a new pipeline.
+a whole batch without saying which clip caused it, and leaves the pipeline unusable; all jobs wait
+while another is built.  So the clips of such a batch are tried one by one in the next pipeline, and
+the last of them, if all others decode, is not tried at all: one bad clip costs two pipelines at
+most, and one where it is the only new clip of its batch.  A file that failed is remembered by its
+size and its ends, and PyAV decodes it from then on: in the second pass, in a retry, in a later job.
 
 Limits: NVDEC hides damage inside a picture without a word, where the CPU decoder takes a neighbour
 and warns.  Memory: at most BATCH_CHUNKS chunks at once in DALI's memory, and as much again in
@@ -23,7 +26,8 @@ device="cpu" is DALI's software decoder for VP9 and MJPEG.  It needs no GPU, and
 
 import copy
 import ctypes
-from collections import deque
+import hashlib
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +50,10 @@ CLIPS_AT_ONCE = 8
 """H200's NVDEC has seven decoders; 588, 1,926 and 2,924 frames/s were measured with 1, 4 and 8."""
 BATCH_CHUNKS = 4
 """The pixels of one batch, in chunks."""
+ENDS = 2**16
+"""Bytes of a file's beginning and of its end, by which it is remembered."""
+MOST_FAILED = 4096
+"""Files remembered because DALI failed on them; the oldest is forgotten first."""
 PIXELS_A_PASS = 4 * 1920 * 1080
 """Pixels converted at once: 100 MB in FP32, and as much again for the result."""
 
@@ -90,6 +98,8 @@ class DaliDecoder:
         self.clips_at_once = clips_at_once
         self.fallback = fallback
         self._pipeline: Any = None
+        self._failed: OrderedDict[bytes, str] = OrderedDict()
+        """Why DALI failed on a file, by its fingerprint."""
         self._queue = DecodeQueue(self._decoded, clips_at_once, BATCH_CHUNKS * chunk_bytes)
 
     def decode(self, clips: Sequence[Clip]) -> Iterator[Frames]:
@@ -144,15 +154,18 @@ class DaliDecoder:
         probe, wanted, done = clip.probe, plan(clip), 0
         warning = ""
         if not self.refusal(probe):
-            data, most = (
-                np.fromfile(probe.path, np.uint8),
-                frames_per_chunk(self.chunk_bytes, probe),
-            )
-            while done < len(wanted):
-                request = FrameRequest(probe, data, wanted[done : done + most])
+            data = np.fromfile(probe.path, np.uint8)
+            most, mark = frames_per_chunk(self.chunk_bytes, probe), fingerprint(data)
+            error = self._failed.get(mark, "")
+            while done < len(wanted) and not error:
+                part = wanted[done : done + most]
+                request = FrameRequest(probe, data, part, file=mark, known=done > 0)
                 yield request
                 if request.pixels is None:
-                    warning = f"decoder: DALI could not decode it ({request.error}); PyAV did"
+                    error = request.error
+                    # Others may still hold the request, and PyAV reads the file itself, perhaps
+                    # for minutes: its bytes need not stay in memory meanwhile.
+                    request.data = np.zeros(0, np.uint8)
                     break
                 done += len(request.wanted)
                 yield Frames(
@@ -165,34 +178,51 @@ class DaliDecoder:
                     decoder=self.name,
                 )
                 del request
-            # PyAV reads the file itself; its bytes need not stay in memory meanwhile.
             del data
+            if error:
+                warning = f"decoder: DALI could not decode it ({error}); PyAV did"
         if done < len(wanted):
             for frames in self.fallback.frames(clip, wanted[done:], before=done):
                 yield replace(frames, warnings=(*filter(None, [warning]), *frames.warnings))
 
+    def _give_up(self, request: FrameRequest, error: str) -> None:
+        """Answer with an error, and remember the file."""
+        request.error = error
+        self._failed[request.file] = error
+        if len(self._failed) > MOST_FAILED:
+            self._failed.popitem(last=False)
+
     def _decoded(self, requests: Sequence[FrameRequest]) -> None:
-        """Answer the requests; where DALI fails, each half alone, down to the failing clip."""
+        """Answer the requests; where DALI fails, find the clip that made it fail."""
+        error = self._tried(requests)
+        if not error:
+            return
+        # Clips that DALI has not decoded before come last: one of them is the likely cause.
+        suspects = sorted(requests, key=lambda request: not request.known)
+        for number, request in enumerate(suspects[:-1], 1):
+            if own := self._tried([request]):
+                self._give_up(request, own)
+                self._decoded(suspects[number:])
+                return
+        self._give_up(suspects[-1], error)
+
+    def _tried(self, requests: Sequence[FrameRequest]) -> str:
+        """Decode them in one batch; DALI's reason where it fails."""
         try:
             outputs = self._run(requests)
         except Exception as error:  # noqa: BLE001 - the border to DALI: C++ throws what it likes
             self._pipeline = None
-            if len(requests) == 1:
-                requests[0].error = reason(error)
-                return
-            middle = len(requests) // 2
-            self._decoded(requests[:middle])
-            self._decoded(requests[middle:])
-            return
+            return reason(error)
         for request, output in zip(requests, outputs, strict=True):
             # Of a picture whose size is not the probe's the rest would be wrong too; PyAV scales
             # such pictures to the first.
             if output.shape != (len(request.wanted), *coded_size(request.probe), 3):
-                request.error = f"it gave pictures of {tuple(output.shape[1:3])}"
+                self._give_up(request, f"it gave pictures of {tuple(output.shape[1:3])}")
             else:
                 request.pixels = upright(output, request.probe)
         if self.device.type == "cuda":  # before DALI may write there again
             torch.cuda.current_stream(self.device).synchronize()
+        return ""
 
     def _run(self, requests: Sequence[FrameRequest]) -> list[Tensor]:
         """One batch through DALI: u8 [n, h, w, 3] for each request, in DALI's own memory."""
@@ -226,6 +256,12 @@ class DaliDecoder:
             )
         pipeline.build()
         return pipeline
+
+
+def fingerprint(data: NDArray[np.uint8]) -> bytes:
+    """Names a file by its size and its ends; two files with one name only both go to PyAV."""
+    ends = (len(data).to_bytes(8), data[:ENDS].tobytes(), data[-ENDS:].tobytes())
+    return hashlib.blake2b(b"".join(ends), digest_size=16).digest()
 
 
 def coded_size(probe: Probe) -> tuple[int, int]:

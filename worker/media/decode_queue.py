@@ -23,6 +23,10 @@ class FrameRequest:
     probe: Probe
     data: NDArray[np.uint8] = field(repr=False)
     wanted: NDArray[np.int64]
+    file: bytes = b""
+    """The name by which a failure of this file is remembered."""
+    known: bool = False
+    """DALI has decoded an earlier chunk of this clip, so another clip is the likelier to fail."""
     pixels: Tensor | None = field(default=None, repr=False)  # u8 [n, 3, h, w]
     error: str = ""
 

@@ -30,7 +30,7 @@ from ralf.worker.errors import (
     UnreadableFile,
 )
 from ralf.worker.media.colour import describe_colour, turn
-from ralf.worker.media.containers import Demuxer, check_file
+from ralf.worker.media.containers import Checked, Demuxer, check_file
 from ralf.worker.media.packet_times import FrameTimes, PacketTimes, frame_times
 from ralf.worker.media.types import Probe
 from ralf.worker.settings import Settings
@@ -71,13 +71,13 @@ def ffmpeg_version() -> str:
 def probe(path: str | os.PathLike[str], settings: Settings) -> Probe:
     """The facts of a video file; raises a Rejected error that names why it is refused."""
     name = str(Path(path).absolute())
-    demuxer, size, layout = check_file(name, settings.max_bytes, most_frames(settings))
+    checked = check_file(name, settings.max_bytes, most_frames(settings))
     most_pixels = _padded_area(settings.max_width, settings.max_height)
-    with open_media(name, demuxer, most_pixels) as container:
+    with open_media(name, checked.demuxer, most_pixels) as container:
         stream = _video_stream(container, settings)
-        reading = _PacketPass(stream, settings, demuxer, layout)
+        reading = _PacketPass(stream, settings, checked.demuxer, checked.layout)
         reading.run(container)
-        return _facts(name, size, stream, reading)
+        return _facts(name, checked, stream, reading)
 
 
 def most_frames(settings: Settings) -> int:
@@ -309,7 +309,7 @@ def hidden(packet: Any, stream: Any) -> bool:
     return _codec(stream) == "vp8" and not memoryview(packet)[0] & 0x10
 
 
-def _facts(name: str, size: int, stream: Any, reading: _PacketPass) -> Probe:
+def _facts(name: str, checked: Checked, stream: Any, reading: _PacketPass) -> Probe:
     if reading.encrypted:
         raise EncryptedMedia("the video's packets are encrypted; send it decrypted")
     first = reading.first
@@ -327,8 +327,9 @@ def _facts(name: str, size: int, stream: Any, reading: _PacketPass) -> Probe:
     context = stream.codec_context
     return Probe(
         path=name,
-        size_bytes=size,
-        container=reading.demuxer,
+        size_bytes=checked.size,
+        container=checked.demuxer,
+        unmistakable=checked.unmistakable,
         codec=context.codec.canonical_name,
         stream_index=stream.index,
         coded_width=context.coded_width or first.width,
@@ -350,7 +351,7 @@ def _facts(name: str, size: int, stream: Any, reading: _PacketPass) -> Probe:
         interlaced=bool(first.interlaced_frame),
         unshown=len(reading.times.ticks) - len(shown.times_s),
         video_bytes=reading.video_bytes,
-        warnings=(*notes, *_warnings(reading, stream, shown, size)),
+        warnings=(*notes, *_warnings(reading, stream, shown, checked.size)),
     )
 
 

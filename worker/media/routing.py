@@ -70,7 +70,7 @@ RATES = Rates()
 
 @dataclass(frozen=True)
 class InProgress:
-    """Pixels that each decoder still has to read for other clips."""
+    """Pixels that each decoder still has to read for other clips; the CPU's as H.264's."""
 
     cpu: float = 0.0
     gpu: float = 0.0
@@ -97,6 +97,8 @@ def refusal(probe: Probe, backend: Backend) -> str:
     refusals: tuple[tuple[bool, str], ...] = (
         (probe.codec not in CODECS[backend], f"the codec {probe.codec}"),
         (probe.container not in CONTAINERS[backend], f"the container {probe.container}"),
+        # DALI chooses the demuxer itself, by the content, among those that open other files too.
+        (not probe.unmistakable, "a beginning that other demuxers may claim"),
         (backend == "mixed" and probe.pixel_format not in PLANES, f"{probe.pixel_format} pictures"),
         (backend == "mixed" and not _fits(probe), "pictures too small or too large for NVDEC"),
         (probe.colour_space == "rgb", "RGB pictures"),
@@ -111,6 +113,11 @@ def refusal(probe: Probe, backend: Backend) -> str:
         (probe.size_bytes > MOST_BYTES, f"more than {MOST_BYTES} bytes"),
     )
     return next((why for refused, why in refusals if refused), "")
+
+
+def cpu_cost(probe: Probe) -> float:
+    """CPU seconds for a pixel of this clip, relative to H.264's; 1 where none was measured."""
+    return RELATIVE_COST.get(probe.codec, 1.0)
 
 
 def _fits(probe: Probe) -> bool:
@@ -131,7 +138,7 @@ def route(
     if refused:
         return Route("pyav", refused)
     pixels = pixels_read(probe, wanted)
-    on_cpu = (in_progress.cpu + pixels * RELATIVE_COST[probe.codec]) / (cores * rates.core)
+    on_cpu = (in_progress.cpu + pixels * cpu_cost(probe)) / (cores * rates.core)
     # One clip keeps one of the chip's decoders busy, so its own speed is a limit; with several
     # clips the limit is the whole chip.
     on_gpu = rates.begin_s + max(
@@ -160,7 +167,7 @@ class RoutedDecoder:
 
     @property
     def in_progress(self) -> InProgress:
-        """The pixels of the clips that each decoder has and has not finished."""
+        """The work of the clips that each decoder has and has not finished."""
         with self._lock:
             return InProgress(cpu=self._pixels["pyav"], gpu=self._pixels["dali"])
 
@@ -195,11 +202,13 @@ class RoutedDecoder:
             raise failed[0]
 
     def _sent(self, clip: Clip) -> tuple[str, float]:
-        """The clip's decoder, and its pixels, which are in progress there from now on."""
+        """The clip's decoder, and its cost, which is in progress there from now on."""
         wanted = plan(clip)
         busy = self.in_progress
         way = route(clip.probe, wanted, cores=self.cores, in_progress=busy, rates=self.rates)
         cost = pixels_read(clip.probe, wanted)
+        if way.decoder == "pyav":  # in the unit of `route`, which compares what is in progress
+            cost *= cpu_cost(clip.probe)
         self._count(way.decoder, cost)
         log.debug("decoder.chosen", decoder=way.decoder, why=way.why)
         return way.decoder, cost

@@ -27,6 +27,8 @@ class Probe:
     size_bytes: int
     container: str
     """The demuxer that reads it: mov (mp4 too), matroska, avi or mpegts."""
+    unmistakable: bool = False
+    """Whether a decoder that chooses the demuxer itself would choose this one."""
     codec: str
     stream_index: int
     coded_width: int

@@ -285,6 +285,10 @@ class JobRun:
         match message:
             case messages.Started():
                 self._times.started = time.monotonic()
+                # A shared child's job is claimed as one that has company, and the child is silent
+                # to a job that runs alone from its start.
+                if self.child.shared:
+                    self.heartbeat.note_alone(self._other_jobs == 0)
                 self._note_progress()
             case messages.OtherJobs(count=count):
                 self._other_jobs = count
