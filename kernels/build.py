@@ -25,7 +25,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
-from ralf.kernels import build_rtx, build_trt, export, plans
+from ralf.kernels import build_rtx, build_trt, export, plan_signature, plans
 from ralf.kernels.artifact import Artifact, ArtifactError
 from ralf.kernels.batching import BUCKETS
 from ralf.kernels.engine import EngineError, budget_of, check_precision
@@ -127,6 +127,7 @@ def build(request: BuildRequest, builder: Builder | None = None) -> Plan:
             "torch-tensorrt builds on a GPU, and none was found or asked for; "
             "without one: --builder rtx-aot"
         )
+    plan_signature.require_signer()
     with plans.building(request.artifact):
         return _by_tensorrt(request) if builder == "torch-tensorrt" else _ahead_of_time(request)
 
@@ -255,7 +256,8 @@ def _existing(request: BuildRequest, key: Key) -> Plan | None:
         return None
     try:
         plan = plans.plan(request.artifact, key)
-        # Only to have its hash checked: a damaged plan is built again.
+        # Only to have signature and hash checked: a forged or damaged plan is built again.
+        plan.check_trusted()
         plan.read()
     except ArtifactError:
         return None

@@ -6,13 +6,15 @@ eager, and each plan that was verified there.  The result is the device's line i
 engines/fastest.json.  `load` takes the engine of that line; without a line it takes torch.
 
 The line holds for the TensorRT versions that were installed when it was measured: with another
-version the machine counts as another device, for which nothing was measured.
+version the machine counts as another device, for which nothing was measured.  A plan that is not
+signed where keys are set (ralf.kernels.plan_signature) is not loaded, and torch runs in its place.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import cast
 
+import structlog
 import torch
 
 from ralf.kernels import plans
@@ -24,7 +26,10 @@ from ralf.kernels.engine_torch import TorchEngine, offers
 from ralf.kernels.engine_trt import load_plan
 from ralf.kernels.machine import describe
 from ralf.kernels.manifest import Precision
+from ralf.kernels.plan_signature import Untrusted
 from ralf.kernels.plans import Measured
+
+log = structlog.get_logger()
 
 REPEATS = 7
 Say = Callable[[str], None]
@@ -37,6 +42,7 @@ def load(
     precision: Precision | None = None,
     max_batch: int | None = None,
     golden_crops: int = 8,
+    plan_public_key: str | None = None,
 ) -> Engine:
     """The model on a device ("auto", "cpu", "cuda", "cuda:1"), checked on its golden crops.
 
@@ -45,23 +51,32 @@ def load(
     hardware has and the manifest allows.
     `golden_crops` limits the check: a wrong build shows at the first crops, and all 32 take seconds
     on a CPU.  `ralf models verify` checks all.
+    `plan_public_key` is the PEM that plans are checked with; None means that of the environment.
     """
     place = pick_device(device)
     chosen = precision is not None or max_batch is not None
     name = None if chosen else _measured_fastest(artifact, place)
-    if name is None:
-        engine: Engine = TorchEngine.of(artifact, place, precision, max_batch)
-    else:
-        engine = make(artifact, place, name)
+    engine: Engine | None = None
+    if name is not None:
+        try:
+            engine = make(artifact, place, name, plan_public_key=plan_public_key)
+        except Untrusted as error:
+            # torch gives the same verdicts, only slower: a key that is set before the plans are
+            # signed must not stop every worker.
+            log.error("plan.refused", error=str(error), instead="torch")
+    if engine is None:
+        engine = TorchEngine.of(artifact, place, precision, max_batch)
     check_golden(engine, golden_crops)
     return engine
 
 
-def make(artifact: Artifact, device: torch.device, name: str) -> Engine:
+def make(
+    artifact: Artifact, device: torch.device, name: str, *, plan_public_key: str | None = None
+) -> Engine:
     """The engine of that name, not checked: torch-PRECISION, torch-eager-PRECISION, or a plan."""
     kind, _, precision = name.rpartition("-")
     if kind not in {"torch", "torch-eager"}:
-        return load_plan(artifact, device, name)
+        return load_plan(artifact, device, name, public_key=plan_public_key)
     check_precision(precision)
     compiled = kind == "torch"
     return TorchEngine.of(artifact, device, cast("Precision", precision), compiled=compiled)

@@ -159,7 +159,7 @@ def list_models(args: argparse.Namespace) -> int:
 def show_model(args: argparse.Namespace) -> int:
     """Manifest, engines and history; the card too, unless JSON was asked for."""
     from ralf.kernels.artifact import resolve
-    from ralf.kernels.plans import plans
+    from ralf.kernels.plans import plans, refused
     from ralf.kernels.registry import events
 
     artifact = resolve(folder(args), args.model)
@@ -175,6 +175,8 @@ def show_model(args: argparse.Namespace) -> int:
     print(json.dumps(document, indent=2, ensure_ascii=False))
     for plan in built:
         print(f"engine {plan['key']}  {plan['state']}")
+    for reason in refused(artifact):
+        print(f"refused: {reason}")
     for event in mine:
         print(f"{event['at'] or 'earlier'}  {event['kind']}  {event['remark']}".rstrip())
     print("\n" + artifact.read("card.md").decode())

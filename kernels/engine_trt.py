@@ -127,12 +127,19 @@ class TrtEngine:
         return self.session.run(bucket, part)[0].reshape(-1)
 
 
-def load_plan(artifact: Artifact, device: torch.device, name: str) -> TrtEngine:
-    """The plan of this name as an engine; refused if it was not verified on this architecture."""
+def load_plan(
+    artifact: Artifact, device: torch.device, name: str, *, public_key: str | None = None
+) -> TrtEngine:
+    """The plan of this name as an engine.
+
+    Refused if it was not verified on this architecture, or is not signed where keys are set;
+    public_key: PEM, None for the environment's.
+    """
     here = describe(device)
     _check_gpu(here)
     for attempt in (1, 2):
         plan = plans.plan(artifact, name)
+        plan.check_trusted(public_key)
         if not plan.record.verified_on(here.architecture):
             # a plan for another architecture gets a message of its own
             check_key(artifact, plan.key, here, here.runtimes.get(plan.key.flavour, "none"))

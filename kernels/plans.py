@@ -10,7 +10,9 @@ that wrote a plan can read it.  If none is found, the message says what was aske
 there are, and the command that builds one.
 
 A plan may run on an architecture only after a machine with that architecture has run the model's
-golden crops through it; until then it is `unverified` there.  This file imports no torch.
+golden crops through it; until then it is `unverified` there.  Where this machine has keys
+(ralf.kernels.plan_signature), only plans whose records are signed are loaded.  This file imports no
+torch.
 """
 
 import hashlib
@@ -26,6 +28,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from ralf.kernels import plan_signature
 from ralf.kernels.artifact import Artifact, ArtifactError, Damaged, read_regular
 from ralf.kernels.atomic_files import flush_folder, locked, replace_text, write
 from ralf.kernels.manifest import PRECISIONS, Strict
@@ -138,6 +141,8 @@ class PlanRecord(Strict):
     verifications: dict[str, Verification] = Field(default_factory=dict)
     """By architecture."""
     at: str
+    signature: str | None = None
+    """Of all the other fields, by the machine that wrote them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "PlanRecord":
@@ -156,6 +161,13 @@ class PlanRecord(Strict):
         """Whether a machine of that architecture has checked the plan."""
         return architecture in self.verifications
 
+    def plain(self) -> dict[str, Any]:
+        """What is signed."""
+        # Without defaults: a field that a later release adds must not change older signatures.
+        return self.model_dump(
+            mode="json", by_alias=True, exclude={"signature"}, exclude_defaults=True
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -169,6 +181,16 @@ class Plan:
     def path(self) -> Path:
         """The plan's file."""
         return self.folder / self.record.file
+
+    def check_trusted(self, public_key: str | None = None) -> None:
+        """Untrusted where this machine has keys and none of them signed the record."""
+        record = self.record
+        why = plan_signature.why_untrusted(record.plain(), record.signature, public_key)
+        if why:
+            raise plan_signature.Untrusted(
+                f"{self.key} in {self.folder} is not loaded: {why}; build it again where "
+                f"{plan_signature.SIGNING_KEY} is set, or remove it"
+            )
 
     def read(self) -> bytes:
         """The plan's bytes; the bytes returned are the bytes that were hashed."""
@@ -236,6 +258,19 @@ def plan(artifact: Artifact, key: Key | str) -> Plan:
     )
 
 
+def refused(artifact: Artifact, public_key: str | None = None) -> list[str]:
+    """For each of the version's plans that is not trusted on this machine, why."""
+    if not plan_signature.keys_present(public_key):
+        return []
+    reasons = []
+    for found in plans(artifact):
+        try:
+            found.check_trusted(public_key)
+        except plan_signature.Untrusted as error:
+            reasons.append(str(error))
+    return reasons
+
+
 def unverified(artifact: Artifact, found: Plan, architecture: str) -> Unverified:
     """The error for a plan that was not checked on this architecture."""
     return Unverified(
@@ -260,9 +295,19 @@ def covers(artifact: Artifact, target: str) -> Coverage:
         return Coverage(
             False, f"no plan for {sm} ({_present(artifact)}); build one: {command(artifact)}"
         )
-    if asked["verified"] and not any(found.record.verified_on(sm) for found in fitting):
-        return Coverage(False, str(unverified(artifact, fitting[0], sm)))
-    return Coverage(True)
+    if asked["verified"]:
+        verified = [found for found in fitting if found.record.verified_on(sm)]
+        if not verified:
+            return Coverage(False, str(unverified(artifact, fitting[0], sm)))
+        fitting = verified
+    reason = ""
+    for found in fitting:
+        try:
+            found.check_trusted()
+            return Coverage(True)
+        except plan_signature.Untrusted as error:
+            reason = str(error)
+    return Coverage(False, reason)
 
 
 def command(artifact: Artifact) -> str:
@@ -336,17 +381,20 @@ def write_plan(artifact: Artifact, content: bytes | Path, draft: Mapping[str, An
         staging.unlink(missing_ok=True)
     # The plan's name must survive a power cut before a record refers to it.
     flush_folder(folder)
-    made = Plan(folder, key, record)
     # Before the record: a crash in between must not leave the new plan the old one's speed.
     _forget(artifact, key)
-    write_record(made)
+    made = write_record(Plan(folder, key, record))
     sweep(artifact)
     return made
 
 
-def write_record(made: Plan) -> None:
-    """Replace a plan's record in one step: this publishes a plan, or marks it as verified."""
-    replace_text(made.folder / f"{made.key}.json", _text(made.record))
+def write_record(made: Plan) -> Plan:
+    """Sign a plan's record and replace it in one step: this publishes a plan, or marks it as
+    verified."""
+    signature = plan_signature.sign(made.record.plain())
+    record = made.record.model_copy(update={"signature": signature})
+    replace_text(made.folder / f"{made.key}.json", _text(record))
+    return Plan(made.folder, made.key, record)
 
 
 def withdraw(artifact: Artifact, found: Plan) -> None:
@@ -402,6 +450,11 @@ def _read(artifact: Artifact, path: Path) -> Plan:
         raise Damaged(
             f"{path} was built from manifest {record.manifest_sha256[:8]}, "
             f"this is {artifact.version}: copied from another version; build it again"
+        )
+    if record.weights_sha256 != artifact.weights_sha256:
+        raise Damaged(
+            f"{path} was built from weights {record.weights_sha256[:8]}, {artifact.label} has "
+            f"{artifact.weights_sha256[:8]}: changed after publishing; build it again"
         )
     return Plan(path.parent, Key.parse(record.key), record)
 

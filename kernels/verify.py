@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ralf.kernels import plans
+from ralf.kernels import plan_signature, plans
 from ralf.kernels.artifact import Artifact, Damaged, golden
 from ralf.kernels.engine import Engine, EngineError, budget_of
 from ralf.kernels.engine_torch import batches, restore
@@ -164,6 +164,7 @@ def verify(artifact: Artifact, device: torch.device, say: Say = print) -> list[P
     """Verify every plan that this GPU can load; PlanRefused if one disagrees."""
     if not plans.plans(artifact):
         return []
+    plan_signature.require_signer()
     here = describe(device)
     network = restore(artifact.manifest, artifact.read("weights.safetensors")).to(device)
     check = AgreementCheck(artifact, reference(network), DECISIONS)
@@ -179,8 +180,12 @@ def verify(artifact: Artifact, device: torch.device, say: Say = print) -> list[P
                 say(f"left as it is: {misfit}")
                 continue
             try:
+                # To verify a plan is to run it, and to sign what it did.
+                plan.check_trusted()
                 checked.append(verified(plan, check, device, say))
             # Disagrees is an EngineError too, so this comes first.
+            except plan_signature.Untrusted as error:
+                failures.append(str(error))
             except (Disagrees, Damaged) as error:
                 plans.withdraw(artifact, plan)
                 failures.append(f"{error}; {plan.key} was withdrawn")
@@ -203,9 +208,7 @@ def verified(plan: Plan, check: AgreementCheck, device: torch.device, say: Say) 
     say(f"{plan.key}: verified on {architecture}, {describe_agreement(agreement)}")
     checked = {**record.verifications, architecture: verification(engine, agreement)}
     known = record.model_copy(update={"state": "verified", "verifications": checked})
-    made = Plan(plan.folder, plan.key, known)
-    plans.write_record(made)
-    return made
+    return plans.write_record(Plan(plan.folder, plan.key, known))
 
 
 def verification(engine: TrtEngine, agreement: Agreement) -> Verification:

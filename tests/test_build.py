@@ -33,10 +33,12 @@ from ralf.kernels.engine import EngineError
 from ralf.kernels.engine_torch import restore
 from ralf.kernels.export import Built
 from ralf.kernels.networks import build as network_of
+from ralf.kernels.plan_signature import BadKey
 from ralf.kernels.plans import Device, Key, PlanMissing
 from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import patterns, publish_untrained, settle
 from ralf.kernels.verify import AgreementCheck, PlanRefused
+from tests.test_plan_signature import OURS
 
 pytest.importorskip("onnxruntime", reason="the extra build brings it")
 
@@ -240,6 +242,27 @@ def test_verifying_marks_what_agrees_on_this_architecture(artifact: Artifact, bu
     assert "verified" == checked.record.state and not checked.record.verified_on("sm80")
     assert (H200.label, 6) == (seen.device, seen.decisions)
     assert {"1", "8"} == set(seen.timing_ms) and seen.error <= seen.budget
+
+
+def test_with_keys_what_is_built_and_verified_is_signed_and_a_forged_plan_is_built_again(
+    artifact: Artifact, builder, gpu, monkeypatch: pytest.MonkeyPatch
+):
+    """A forged plan is neither run to verify it nor taken for one that is there already."""
+    monkeypatch.setattr(verify, "DECISIONS", 4)
+    build(order(artifact))
+    monkeypatch.setenv("RALF_PLAN_PUBLIC_KEY", OURS.public)
+    with pytest.raises(BadKey, match="set RALF_PLAN_SIGNING_KEY_FILE"):
+        build(order(artifact))
+    monkeypatch.setenv("RALF_PLAN_SIGNING_KEY", OURS.private)
+    with pytest.raises(PlanRefused, match="not signed"):
+        verify.verify(artifact, CPU, say=lambda line: None)
+    assert not plans.plans(artifact)[0].record.verifications
+    build(order(artifact))
+    assert [] == plans.refused(artifact)
+    [checked] = verify.verify(artifact, CPU, say=lambda line: None)
+
+    assert checked.record.verified_on("sm90")
+    assert [] == plans.refused(artifact, OURS.public)
 
 
 def test_verifying_withdraws_what_disagrees(artifact: Artifact, builder, gpu, monkeypatch):

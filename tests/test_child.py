@@ -283,13 +283,20 @@ def test_the_child_has_no_credentials(monkeypatch: pytest.MonkeyPatch):
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    settings = replace(SETTINGS, redis_url="redis://:s3cret@host/0", webhook_secrets=("a=s3cret",))
+    settings = replace(
+        SETTINGS,
+        redis_url="redis://:s3cret@host/0",
+        webhook_secrets=("a=s3cret",),
+        plan_signing_key="s3cret",
+        plan_public_key="the public half",
+    )
     with child(settings) as link:
         raw = Path(f"/proc/{link.pid}/environ").read_bytes()
 
     assert b"s3cret" not in raw
     assert set() == {part.split("=")[0] for part in raw.decode().split("\0")} & set(secrets)
     assert b"RALF_MAX_BYTES" in raw
+    assert b"RALF_PLAN_PUBLIC_KEY=the public half" in raw
 
 
 def test_the_child_keeps_the_sandbox_promises():

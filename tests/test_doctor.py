@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,21 @@ from redis import Redis
 
 from ralf.__main__ import main
 from ralf.kernels.networks.mtcnn import WeightsMissing
-from ralf.worker.doctor import Finding, _confinement, _redis, _redis_cure, examine, settings_shown
+from ralf.kernels.registry import point_to
+from ralf.worker.doctor import (
+    Finding,
+    _confinement,
+    _models,
+    _redis,
+    _redis_cure,
+    examine,
+    settings_shown,
+)
 from ralf.worker.settings import Settings
 from tests.redis_server import RedisServer
+from tests.test_artifact import publish
+from tests.test_plan_signature import OURS
+from tests.test_plans import KEY, put
 
 
 def test_a_healthy_machine_exits_0(
@@ -30,6 +43,38 @@ def test_a_healthy_machine_exits_0(
     assert "h264" in found["codecs"]["found"]
     assert "never trained" in found["model"]["found"]
     assert str(tiny_models) == report["settings"]["RALF_MODELS_DIR"]
+
+
+def test_the_doctor_says_which_plans_are_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Unsigned ones where keys are set; and where none is, that nobody checks them."""
+    artifact = publish(tmp_path)
+    point_to(tmp_path, artifact.name, artifact.version)
+    put(artifact, b"plan", KEY, "sm90")
+    settings = Settings(models_dir=str(tmp_path), model=artifact.name)
+    [unchecked] = [each for each in _models(settings) if each.name == "plans"]
+    [refused] = [
+        each
+        for each in _models(replace(settings, plan_public_key=OURS.public))
+        if each.name == "plans"
+    ]
+
+    assert "missing" == unchecked.state and "whoever made them" in unchecked.found
+    assert "broken" == refused.state and "NOT LOADED, torch runs instead" in refused.found
+    assert unchecked.fix and refused.fix
+    monkeypatch.setenv("RALF_PLAN_SIGNING_KEY", OURS.private)
+    put(artifact, b"another", KEY, "sm90")
+    found = [(each.name, each.state) for each in _models(settings)]
+    assert [("model", "ok"), ("plans", "ok")] == found
+
+
+def test_keys_of_plans_are_not_shown():
+    """Only that they are set."""
+    settings = Settings(plan_signing_key=OURS.private, plan_public_key=OURS.public)
+    shown = dict(settings_shown(settings))
+
+    assert {"set"} == {shown["RALF_PLAN_SIGNING_KEY"], shown["RALF_PLAN_PUBLIC_KEY"]}
 
 
 def test_a_missing_model_exits_5_with_the_cure(

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from ralf.kernels import engine_trt, machine, plans, trt_session
 from ralf.kernels.artifact import Artifact, golden, open_artifact
@@ -24,9 +25,11 @@ from ralf.kernels.engine import EngineError
 from ralf.kernels.engine_torch import explainer, logits_of, restore
 from ralf.kernels.engine_trt import TrtEngine, load_plan
 from ralf.kernels.machine import describe
+from ralf.kernels.plan_signature import Untrusted
 from ralf.kernels.plans import Device, Key, Measured, Unverified
 from ralf.kernels.trt_session import GRAPH_MOST, Session
 from ralf.kernels.untrained import patterns, publish_untrained
+from tests.test_plan_signature import OURS
 
 CPU = torch.device("cpu")
 SIZE = 64
@@ -442,6 +445,12 @@ def test_a_verified_plan_loads_by_its_key(own: Artifact, plan: FakeEngine):
         plans.record_fastest(own, describe(CPU), measured)
     assert str(KEY) == load(own).name
     assert "torch" == load(own, precision="fp32").name
+    # The very plan that ran a moment ago, on a machine that has keys and finds no signature.
+    with pytest.raises(Untrusted, match="not signed"):
+        load_plan(own, CPU, str(KEY), public_key=OURS.public)
+    with capture_logs() as logged:
+        assert "torch" == load(own, plan_public_key=OURS.public).name
+    assert [("plan.refused", "torch")] == [(e["event"], e.get("instead")) for e in logged]
 
 
 def test_an_unverified_or_damaged_plan_does_not_load(own: Artifact, plan: FakeEngine):

@@ -9,6 +9,8 @@ import pytest
 
 from ralf.worker.errors import BadRequest, ModelUnavailable
 from ralf.worker.service import models
+from ralf.worker.service.child_process import ChildProcess
+from ralf.worker.service.messages import Ready
 from ralf.worker.service.models import Canary, LoadedModels, Rollout, drawn
 from ralf.worker.settings import Settings, SettingsError
 from tests.documents import a_job, a_verdict
@@ -94,6 +96,7 @@ class Published:
         self.version = version
         self.broken: set[str] = set()
         self.unreadable = False
+        self.refused_plans: dict[str, tuple[str, ...]] = {}
         self.loads: list[str | None] = []
 
     def promoted(self, settings: Settings) -> str | None:
@@ -115,6 +118,7 @@ class Published:
             artifact=SimpleNamespace(version=version, manifest=manifest),
             engine=engine,
             decoder=SimpleNamespace(name="pyav"),
+            refused_plans=self.refused_plans.get(version, ()),
         )
 
 
@@ -246,6 +250,22 @@ def test_a_canary_that_does_not_load_leaves_its_tenants_to_the_promoted_one(publ
 
     assert ["canary"] == [each.role for each in made.open().refused]
     assert version_of(made, tenant="acme") == "aaaaaaaa"
+
+
+def test_a_plan_that_is_not_signed_is_told_and_stops_nothing(published: Published):
+    """By metric and readiness: the version is served, only by torch."""
+    published.refused_plans = {"aaaaaaaa": ("rtx1.4 is not loaded: it is not signed",)}
+    made = LoadedModels(Settings(), load=published.load, promoted=published.promoted)
+    facts = made.open()
+    child = ChildProcess(Settings())
+    child.ready = Ready(facts=facts)
+
+    assert "aaaaaaaa" == version_of(made)
+    assert [("plan", "ralf-small@aaaaaaaa")] == [(each.role, each.model) for each in facts.refused]
+    said = child.confinement()
+    child.close()
+
+    assert "REFUSED: plan ralf-small@aaaaaaaa: rtx1.4 is not loaded" in said
 
 
 def test_a_shadow_sees_its_share_of_the_promoted_ones_jobs(published: Published):

@@ -23,10 +23,12 @@ import pytest
 from ralf.worker.contract import Verdict
 from ralf.worker.service import landlock, messages, sandbox, seccomp
 from ralf.worker.service.child_process import ChildProcess
+from ralf.worker.service.serve import run_worker
 from ralf.worker.settings import Settings, SettingsError
 from tests import waiting
 from tests.redis_server import RedisServer
 from tests.test_child import SETTINGS, answer, ask, child
+from tests.test_plan_signature import OURS
 
 NOBODY = 65534
 ROOT = Path(__file__).resolve().parent.parent
@@ -478,6 +480,13 @@ link.close()
 
 
 @needs_filter
+def test_a_worker_does_not_start_with_the_key_that_signs_plans(monkeypatch: pytest.MonkeyPatch):
+    """Whoever takes over a worker must not be able to sign code for all others."""
+    monkeypatch.setattr(sandbox, "refuse_inspection", lambda: None)  # it would hold for pytest too
+    with pytest.raises(SettingsError, match="set RALF_PLAN_PUBLIC_KEY_FILE here"):
+        run_worker(Settings(plan_signing_key=OURS.private))
+
+
 def test_a_worker_that_requires_confinement_does_not_start_without_it():
     """The message says what is missing; without `required` the worker starts and says it too."""
     (refused, _), (error, lacks) = (

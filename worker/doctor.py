@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ralf import install_hint
 from ralf.worker.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from ralf.kernels.artifact import Artifact
 
 State = Literal["ok", "missing", "broken"]
 WALK = install_hint("cpu")
@@ -74,6 +77,8 @@ def settings_shown(settings: Settings) -> Iterator[tuple[str, str]]:
         value = getattr(settings, part.name)
         if part.name == "webhook_secrets":
             value = f"{len(value)} secrets"
+        if part.name in ("plan_signing_key", "plan_public_key"):
+            value = "set" if value else ""
         if part.name == "redis_url":
             value = _without_passwords(value)
         yield f"RALF_{part.name.upper()}", str(value)
@@ -168,6 +173,28 @@ def _models(settings: Settings) -> Iterator[Finding]:
     note = ", never trained" if artifact.manifest.untrained else ""
     found = f"{artifact.manifest.name}@{artifact.version} in {place}{note}"
     yield Finding("model", "ok", found, needed=True)
+    yield from _plans(settings, artifact)
+
+
+def _plans(settings: Settings, artifact: "Artifact") -> Iterator[Finding]:
+    """Whether the model's plans may be loaded here; nothing where it has none."""
+    from ralf.kernels import plan_signature, plans
+
+    built = plans.plans(artifact)
+    if not built:
+        return
+    public_key = settings.plan_public_key or None
+    if not plan_signature.keys_present(public_key):
+        found = f"{len(built)}, loaded whoever made them: no key is set"
+        fix = "set RALF_PLAN_PUBLIC_KEY_FILE; see docs/operations.md, Security"
+        yield Finding("plans", "missing", found, fix)
+        return
+    refused = plans.refused(artifact, public_key)
+    for why in refused:
+        fix = "build it again where RALF_PLAN_SIGNING_KEY_FILE is set, or remove it"
+        yield Finding("plans", "broken", f"NOT LOADED, torch runs instead: {why}", fix)
+    if not refused:
+        yield Finding("plans", "ok", f"{len(built)}, signed by a key that is trusted here")
 
 
 def _finder(settings: Settings) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from ralf import install_hint
+from ralf.kernels import plans
 from ralf.kernels.artifact import SHIPPED, Artifact, ArtifactError, resolve
 from ralf.kernels.choose_engine import load as load_engine
 from ralf.kernels.engine import Engine, EngineError
@@ -42,6 +43,8 @@ class Parts:
     decoder: Decoder = field(repr=False)
     finder: FaceFinder = field(repr=False)
     finder_settings: Finder
+    refused_plans: tuple[str, ...] = ()
+    """Why plans of this version are not used here: they are not signed, and keys are set."""
 
     @property
     def finder_changed(self) -> bool:
@@ -80,7 +83,10 @@ def load(
     device = device or settings.device
     try:
         artifact = resolve(models_dir(settings), model or settings.model)
-        engine = load_engine(artifact, device=device)
+        # None: both keys are in the environment, as for `ralf build`.
+        public_key = settings.plan_public_key or None
+        engine = load_engine(artifact, device=device, plan_public_key=public_key)
+        refused = () if engine.device == "cpu" else tuple(plans.refused(artifact, public_key))
     except (ArtifactError, EngineError) as error:
         raise ModelUnavailable(str(error)) from error
     finder = artifact.manifest.input.finder
@@ -97,6 +103,7 @@ def load(
         decoder=choose_decoder(settings, engine.device),
         finder=face_finder,
         finder_settings=finder,
+        refused_plans=refused,
     )
     warm(parts)
     log.info(

@@ -79,6 +79,11 @@ class Settings:
     chunk_bytes: int = field(default=64 * 1024**2, metadata=CHILD)
     """Bytes of decoded pixels at once: ten frames of 1080p.  Progress is reported per chunk."""
 
+    plan_public_key: str = field(default="", metadata=CHILD)
+    """Ed25519 keys (PEM): a TensorRT plan that none of them signed is not loaded; empty: all."""
+    plan_signing_key: str = ""
+    """The key (PEM) with which `ralf build` and `ralf models verify` sign; no worker needs it."""
+
     find_every: int = field(default=1, metadata=CHILD)
     """Faces are searched in each Nth frame and interpolated between (worker/media/stride.py);
     verdicts with more than 1 are marked uncalibrated."""

@@ -223,7 +223,8 @@ class Metrics:
         )
         self.model_refused = Gauge(
             "ralf_model_refused",
-            "1 for a version that should be served and did not load; the one before it goes on.",
+            "1 for a version that should be served and did not load, the one before it goes on; "
+            "role plan: its TensorRT plan is not signed, torch runs instead.",
             ["role", "model"],
             registry=registry,
         )

@@ -278,13 +278,18 @@ class ChildProcess:
             self.first_rss = max(self.first_rss, self.rss())
 
     def confinement(self) -> str:
-        """What confines the child, and what does not, in one line; empty before it is ready."""
+        """What confines the child, what does not, and which models or plans it refused.
+
+        One line; empty before the child is ready.
+        """
         if self.ready is None:
             return ""
         held = [each.name for each in self.ready.facts.protections if each.holds]
         lacks = sandbox.missing(self.ready.facts.protections)
+        refused = [f"{x.role} {x.model}: {x.why}" for x in self.ready.facts.refused]
         return (
             f"its child is confined by {', '.join(held)}; missing: {'; '.join(lacks) or 'nothing'}"
+            + (f"; REFUSED: {'; '.join(refused)}" if refused else "")
         )
 
     def wait(self, seconds: float) -> list[messages.Message] | None:

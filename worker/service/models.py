@@ -367,12 +367,22 @@ class LoadedModels:
         assert self._own is not None
         failures = (each.failure for each in (self._next, self._canary, self._shadow))
         parts = (self._own, self._canary.parts, self._shadow.parts)
+        # Not a reason to serve another version, since torch gives the same verdicts.
+        unsigned = {
+            label(each): each.refused_plans[0]
+            for each in parts
+            if each is not None and each.refused_plans
+        }
         return engine_facts(self._own).model_copy(
             update={
                 "refused": tuple(
                     RefusedModel(role=each.role, model=each.model, why=each.why[:500])
                     for each in failures
                     if each is not None
+                )
+                + tuple(
+                    RefusedModel(role="plan", model=model, why=why[:500])
+                    for model, why in unsigned.items()
                 ),
                 "references": {
                     label(each): known

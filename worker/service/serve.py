@@ -32,7 +32,7 @@ from ralf.worker.service.processes import BROKEN
 from ralf.worker.service.rq_worker import RalfWorker
 from ralf.worker.service.store import Store
 from ralf.worker.service.wakeup import Wakeup
-from ralf.worker.settings import Settings
+from ralf.worker.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
@@ -59,6 +59,11 @@ def run_worker(
     """
     # First: a child of the same user could read Redis' password in /proc/PID/environ.
     sandbox.refuse_inspection()
+    if settings.plan_signing_key:
+        raise SettingsError(
+            "RALF_PLAN_SIGNING_KEY belongs to the machines that build and verify plans, and none "
+            "of a worker's processes should hold it: set RALF_PLAN_PUBLIC_KEY_FILE here"
+        )
     Rollout.of(settings)  # an operator's error in it ends the process before anything starts
     telemetry.configure(settings)
     # The loop tries again by itself; one command must not block it for longer than its timeout.
