@@ -17,9 +17,16 @@ from redis import Redis
 
 from ralf.worker.chaos import bodies
 from ralf.worker.contract import Media
+from ralf.worker.service import processes
 from ralf.worker.service.connection import connect
 from ralf.worker.service.health import Health, queue_counts, serving_at
-from ralf.worker.service.processes import ProcessFailed, as_environment, embedded
+from ralf.worker.service.processes import (
+    QUICK_DEATHS,
+    ProcessFailed,
+    Supervisor,
+    as_environment,
+    embedded,
+)
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from ralf.worker.telemetry import Metrics
@@ -143,6 +150,26 @@ def test_a_process_that_does_not_start_says_so(tmp_path: Path):
     with pytest.raises(ProcessFailed, match="ended with 5"):
         with embedded(settings, deliver=False):
             pass
+
+
+def test_workers_that_start_while_redis_is_down_are_started_until_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each ends at once then; without that reason a worker is given up after a few quick ends."""
+    monkeypatch.setattr(processes, "PAUSE_AFTER_DEATH_S", 0.01)
+    supervisor = Supervisor(Settings(), tmp_path, logged=True)
+    redis, worker = supervisor.add("redis"), supervisor.add("worker")
+    redis.command, worker.command = [sys.executable, "-c", "pass"], ["false"]
+    redis.not_before = time.monotonic() + LONG_S
+    supervisor.tend()
+    until(lambda: supervisor.tend() or worker.starts > 2 * QUICK_DEATHS)
+    assert worker.quick_deaths == 0
+    redis.command, redis.not_before = ["sleep", str(LONG_S)], 0.0
+    try:
+        with pytest.raises(ProcessFailed, match="worker-0 ends with 1 each time"):
+            until(lambda: supervisor.tend() or False)
+    finally:
+        supervisor.stop("worker", "redis")
 
 
 def test_a_janitor_alone_sweeps_and_stops_on_sigterm(redis_url: str):

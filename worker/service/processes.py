@@ -49,6 +49,8 @@ QUICK_DEATHS = 5
 """A process that ends this often soon after its start will never work."""
 SERVED: tuple[Priority, ...] = ("high", "default")
 """The queues that an embedded service has a worker for; that of default takes a backfill too."""
+PAUSE_AFTER_DEATH_S = 1.0
+"""A start after quick deaths waits this long for each of them but the first."""
 _LOG_TAIL = 1500
 _STDERR = 2
 """Not sys.stderr's file number: a notebook's has none."""
@@ -156,14 +158,24 @@ class Supervisor:
                     continue
                 if not process.stopping:
                     self._note_end(process, process.popen.returncode)
+                    if time.monotonic() < process.not_before:
+                        continue
             self._start(process)
 
     def _note_end(self, process: Process, status: int) -> None:
         self.unexpected.append(UnexpectedEnd(process.name, status, _tail(process.log)))
-        soon = time.monotonic() - process.started < START_S
-        process.quick_deaths = process.quick_deaths + 1 if soon else 0
+        process.stopping = True  # noted once, also when it is not started again at once
+        # A worker that starts while our Redis is down ends at once, and works when Redis is back.
+        waits = process.role != "redis" and not all(each.pid for each in self.of("redis"))
+        if time.monotonic() - process.started > START_S:
+            process.quick_deaths = 0
+        elif not waits:
+            process.quick_deaths += 1
         if process.quick_deaths > QUICK_DEATHS:
             raise ProcessFailed(f"{process.name} ends with {status} each time{_said(process)}")
+        # After one crash it is started at once; after more, what is missing gets time to come.
+        pauses = max(process.quick_deaths - 1, int(waits))
+        process.not_before = time.monotonic() + pauses * PAUSE_AFTER_DEATH_S
 
     def _start(self, process: Process) -> None:
         output = process.log.open("ab") if process.log else None
