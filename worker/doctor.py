@@ -77,7 +77,7 @@ def settings_shown(settings: Settings) -> Iterator[tuple[str, str]]:
         value = getattr(settings, part.name)
         if part.name == "webhook_secrets":
             value = f"{len(value)} secrets"
-        if part.name in ("plan_signing_key", "plan_public_key"):
+        if part.name in ("plan_signing_key", "plan_public_key", "http_token"):
             value = "set" if value else ""
         if part.name == "redis_url":
             value = _without_passwords(value)

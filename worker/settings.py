@@ -175,6 +175,22 @@ class Settings:
     http_host: str = "127.0.0.1"
     http_port: int = 0
     """/metrics, /healthz and /readyz; 0 turns them off."""
+
+    # `ralf serve --http`
+    http_token: str = ""
+    """What callers send as `Authorization: Bearer`; needed where other machines can reach it."""
+    http_names: tuple[str, ...] = ()
+    """Host names under which it is called, beside addresses and localhost."""
+    http_uploads: str = ""
+    """Where uploads lie until their verdict; empty: in --data, else a private folder that is
+    removed at the end."""
+    http_uploads_at_once: int = 8
+    http_uploads_bytes: int = 20 * GIB
+    """All uploads together; above it no further one is taken."""
+    http_upload_ttl_s: int = 86400
+    """After so long an upload is deleted; its job is cancelled if it has not ended."""
+    http_queue_max: int = 100
+    """While so many jobs wait, none is taken over HTTP."""
     log_level: str = field(default="info", metadata=CHILD)
     log_format: str = field(default="auto", metadata=CHILD)
 

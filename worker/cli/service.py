@@ -10,14 +10,15 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ralf.worker.client import Client
     from ralf.worker.service.store import Store
+    from ralf.worker.settings import Settings
 
 
 def commands(subparsers: Any) -> None:
@@ -243,8 +244,6 @@ def _run_watch(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from dataclasses import replace
-
     from ralf.worker.settings import Settings
 
     settings = Settings.from_environment()
@@ -323,15 +322,20 @@ def _run_parents(args: argparse.Namespace) -> int:
 
 def _serve(subparsers: Any) -> None:
     serve = subparsers.add_parser(
-        "serve", help="a worker, a deliverer and, with --embedded, a Redis of its own"
+        "serve",
+        help="workers and a deliverer; with --embedded a Redis of its own; with --http an upload "
+        "page and REST",
+    )
+    serve.add_argument("--embedded", action="store_true", help="run a real Redis beside them")
+    serve.add_argument(
+        "--data", type=Path, metavar="DIR", help="keep the embedded queue in this folder"
     )
     serve.add_argument(
-        "--embedded", action="store_true", required=True, help="run a real Redis beside them"
+        "--http", metavar="ADDRESS:PORT", help="take uploads over HTTP, such as at 127.0.0.1:8080"
     )
-    serve.add_argument("--data", type=Path, metavar="DIR", help="keep the queue in this folder")
     _redis(serve)
     _model(serve)
-    serve.set_defaults(run=_run_serve)
+    serve.set_defaults(run=_reaching(_run_serve))
 
 
 def _run_serve(args: argparse.Namespace) -> int:
@@ -339,21 +343,77 @@ def _run_serve(args: argparse.Namespace) -> int:
     import threading
 
     from ralf.worker.errors import Infrastructure
-    from ralf.worker.service.processes import embedded
+    from ralf.worker.service.processes import embedded, on_redis
     from ralf.worker.service.sandbox import refuse_inspection
     from ralf.worker.service.serving_here import announced
 
+    if args.data is not None and not args.embedded:
+        print("ralf: --data is for the Redis of --embedded", file=sys.stderr)
+        return 2
     refuse_inspection()
     stop = threading.Event()
     # Before anything is started: SIGTERM must stop what it started in order, at any time.
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    with embedded(_settings(args), data=args.data) as running, announced(running.redis_url):
+    with ExitStack() as stack:
+        settings = _settings(args)
+        http = _Http(args.http, settings, args.data, stack) if args.http else None
+        for_workers = http.for_workers if http else settings
+        if args.embedded:
+            running = stack.enter_context(embedded(for_workers, data=args.data))
+            stack.enter_context(announced(running.redis_url))
+        else:
+            _ping(for_workers)
+            running = stack.enter_context(on_redis(for_workers))
+        if http:
+            print(f"ralf: http; {http.start(running.redis_url)}", file=sys.stderr, flush=True)
         print(f"ralf: serving; RALF_REDIS_URL={running.redis_url}", file=sys.stderr, flush=True)
         while not stop.wait(0.5):
             ended = running.ended()
             if ended:
                 raise Infrastructure(f"{ended}; its messages are above")
     return 0
+
+
+class _Http:
+    """The HTTP server of `serve`: checked before the workers start, opened after them."""
+
+    def __init__(
+        self, text: str, settings: "Settings", data: Path | None, stack: ExitStack
+    ) -> None:
+        from ralf import install_hint
+        from ralf.worker import telemetry
+        from ralf.worker.errors import Infrastructure
+
+        try:
+            from ralf.worker.http import server
+            from ralf.worker.http.access import Address
+            from ralf.worker.http.uploads import Uploads
+        except ImportError as error:
+            hint = install_hint("http")
+            raise Infrastructure(f"--http needs {error.name}, which is missing: {hint}") from error
+        self._address = Address.read(text)
+        self._address.check(settings)
+        telemetry.configure(settings)
+        folder = stack.enter_context(server.upload_folder(settings, data))
+        self._uploads = stack.enter_context(Uploads.opened(folder))
+        self.for_workers = self._uploads.for_workers(settings)
+        self._serving, self._settings, self._stack = server.serving, settings, stack
+
+    def start(self, redis_url: str) -> str:
+        """Listen; gives the URL."""
+        settings = replace(self._settings, redis_url=redis_url)
+        return self._stack.enter_context(self._serving(settings, self._uploads, self._address))
+
+
+def _ping(settings: "Settings") -> None:
+    """Raise RedisError where Redis does not answer: workers would wait for it in silence."""
+    from ralf.worker.service.connection import connect
+
+    redis = connect(settings.redis_url, attempts=1, ca_file=settings.redis_ca_file)
+    try:
+        redis.ping()
+    finally:
+        redis.close()
 
 
 def _deliver(subparsers: Any) -> None:

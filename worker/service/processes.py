@@ -2,6 +2,7 @@
 
     Supervisor    some processes: started, started again, signalled, stopped in order
     embedded      a Redis, workers and a deliverer on one machine: `ralf serve --embedded`
+    on_redis      workers and a deliverer on the Redis of the settings: `ralf serve`
     redis_alone   a Redis for chaos and benches, which add what else they need
 
 worker_group.py uses a supervisor too: several workers around one child.
@@ -403,7 +404,7 @@ class Embedded:
     """A running service on this machine."""
 
     settings: Settings
-    """As its processes have them: redis_url names the embedded Redis."""
+    """As its processes have them: redis_url names the embedded Redis, if there is one."""
     supervisor: Supervisor = field(repr=False)
 
     @property
@@ -451,21 +452,7 @@ def embedded(
             supervisor.add("redis", *options, *logged, restart=False)
             supervisor.tend()
             supervisor.wait_for_redis()
-            if deliver:
-                # The port of /metrics is the worker's.
-                supervisor.add("deliverer", settings=replace(inside, http_port=0))
-            # The one of default takes a backfill's jobs too.
-            for priority in SERVED:
-                port = settings.http_port if priority == "default" else 0
-                supervisor.add(
-                    "worker",
-                    *("--bodies", bodies, "--priority", priority, "--capacity", "2"),
-                    settings=replace(inside, http_port=port),
-                    restart=False,
-                    shared=folder / "child",
-                )
-            supervisor.tend()
-            _wait_for_workers(supervisor)
+            _add_workers(supervisor, bodies, deliver=deliver)
             yield Embedded(inside, supervisor)
         finally:
             # Redis last: the others write the ends of their jobs to it.
@@ -473,8 +460,41 @@ def embedded(
             supervisor.stop("redis")
 
 
+@contextmanager
+def on_redis(settings: Settings, *, bodies: Bodies = "moderate") -> Iterator[Embedded]:
+    """The same workers and deliverer on the Redis that the settings name."""
+    with tempfile.TemporaryDirectory(prefix="ralf-serve-") as name:
+        supervisor = Supervisor(settings, Path(name))
+        try:
+            _add_workers(supervisor, bodies)
+            yield Embedded(settings, supervisor)
+        finally:
+            supervisor.stop("worker", "deliverer")
+
+
+def _add_workers(supervisor: Supervisor, bodies: Bodies, *, deliver: bool = True) -> None:
+    """A deliverer and a worker for each priority; returns once the workers have registered."""
+    settings = supervisor.settings
+    if deliver:
+        # The port of /metrics is the worker's.
+        supervisor.add("deliverer", settings=replace(settings, http_port=0))
+    # The one of default takes a backfill's jobs too.
+    for priority in SERVED:
+        port = settings.http_port if priority == "default" else 0
+        supervisor.add(
+            "worker",
+            *("--bodies", bodies, "--priority", priority, "--capacity", "2"),
+            settings=replace(settings, http_port=port),
+            restart=False,
+            shared=supervisor.folder / "child",
+        )
+    supervisor.tend()
+    _wait_for_workers(supervisor)
+
+
 def _wait_for_workers(supervisor: Supervisor) -> None:
-    store = Store(connect(supervisor.settings.redis_url), supervisor.settings)
+    settings = supervisor.settings
+    store = Store(connect(settings.redis_url, ca_file=settings.redis_ca_file), settings)
     seconds = supervisor.settings.child_start_timeout_s + START_S
     try:
         for worker in supervisor.of("worker"):

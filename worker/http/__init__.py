@@ -1,0 +1,1 @@
+"""`ralf serve --http`: an upload page, and REST over the same queue."""
