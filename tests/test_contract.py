@@ -87,7 +87,7 @@ def session() -> SessionVerdict:
         revision=4,
         label="likely_forged",
         score=0.97,
-        reason="0.t1, the strongest of 1, scored 0.970000: at or above 0.8.",
+        reason="0.t1, the strongest of 1, scored 0.97: at or above 0.80.",
         threshold=Threshold(policy="fpr_0.05", forged_at=0.8, authentic_below=0.2),
         tracks=(
             SessionTrack(

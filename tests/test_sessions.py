@@ -109,7 +109,7 @@ class TestJoin:
         verdict = sessions.fold("d", "live", stream)
 
         assert (verdict.label, verdict.score) == ("inconclusive", 0.1)
-        assert "1.t1 scored 0.910000 from 00:02.400 to 00:02.900" in verdict.reason
+        assert "1.t1 scored 0.91 from 00:02.400 to 00:02.900" in verdict.reason
 
     def test_a_stretch_across_a_border_forbids_likely_authentic(self):
         """One high face at the end of a segment and one at the begin of the next."""

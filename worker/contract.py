@@ -314,13 +314,11 @@ class Threshold(Output):
     authentic_below: Unit
     """Below: likely_authentic; between the two: inconclusive."""
 
-    def decide(self, score: float) -> tuple[Label, str]:
-        """The label of a score, and the words that say on which side of the thresholds it is."""
+    def decide(self, score: float) -> Label:
+        """The label of a score."""
         if score >= self.forged_at:
-            return "likely_forged", f"at or above {self.forged_at:g}"
-        if score < self.authentic_below:
-            return "likely_authentic", f"below {self.authentic_below:g}"
-        return "inconclusive", f"between {self.authentic_below:g} and {self.forged_at:g}"
+            return "likely_forged"
+        return "likely_authentic" if score < self.authentic_below else "inconclusive"
 
 
 class MediaFacts(Output):

@@ -30,7 +30,7 @@ from ralf.kernels.manifest import Aggregation, Calibration, Manifest
 from ralf.worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
 from ralf.worker.scores import NO_TIMES, Ints, Reals, Scores, calibrated, for_level, level
 from ralf.worker.segments import ScoredFrames, segments_of, timeline_of
-from ralf.worker.wording import clock, score_text
+from ralf.worker.wording import clock, digits_for, score_text, side_text
 
 __all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "threshold_for"]
 
@@ -323,17 +323,17 @@ def _decide(
         if decisive[1:]
         else f"{strongest.name}, the only track that counts,"
     )
-    label, why = threshold.decide(score)
-    points = score_text(score, threshold.forged_at, threshold.authentic_below)
-    over = _count(len(strongest.votes), "face")
-    reason = f"{who} scored {points} over {over}: {why}."
+    label, digits = threshold.decide(score), digits_for(threshold, score)
+    over = _count(len(strongest.votes), "sampled frame")
+    side = side_text(score, threshold, digits)
+    reason = f"{who} scored {score_text(score, digits)} over {over}: {side}."
     clear = [s for _, s in decisive if s.unclear is None]
     if label == "likely_authentic" and not clear:
         return "inconclusive", score, f"{reason[:-1]}; but {strongest.name} is {strongest.unclear}."
     if label == "likely_authentic" and segments:
         # A forged minute among many authentic ones: the track's mean is low, and the minute is not.
         worst = max(segments, key=lambda segment: segment.score)
-        high = score_text(worst.score, threshold.forged_at)
+        high = score_text(worst.score, digits_for(threshold, worst.score))
         when = f"from {clock(worst.start_ms)} to {clock(worst.end_ms)}"
         return "inconclusive", score, f"{reason[:-1]}; but {worst.track_id} scored {high} {when}."
     return label, score, reason

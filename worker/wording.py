@@ -1,6 +1,8 @@
 """How labels, scores and times are written for people: on the terminal, on the page, in reasons."""
 
-from ralf.worker.contract import Label
+import re
+
+from ralf.worker.contract import Label, Threshold
 
 LABEL_WORDS: dict[Label, str] = {
     "likely_forged": "Likely forged",
@@ -10,19 +12,49 @@ LABEL_WORDS: dict[Label, str] = {
 }
 SCORE_DIGITS = 6
 """Scores are rounded before they are compared, so that the score shown is the one that decided."""
+USUAL_DIGITS = 2
 
 
-def score_text(score: float, *marks: float) -> str:
-    """The score in three digits, or in as many as keep it on its side of every mark."""
-    if 0 < score < 0.0005:
-        return "<0.001"
-    if score >= 0.9995:
-        return ">0.999"
-    for digits in range(3, SCORE_DIGITS):
-        text = f"{score:.{digits}f}"
-        if all((float(text) >= mark) == (score >= mark) for mark in marks):
-            return text
-    return f"{score:.{SCORE_DIGITS}f}"
+def digits_for(threshold: Threshold, *scores: float) -> int:
+    """The fewest digits, two at least, that show every score on its side of every threshold."""
+    marks = (threshold.authentic_below, threshold.forged_at)
+    compared = [(one, mark) for one in (*scores, *marks) for mark in marks]
+    for digits in range(USUAL_DIGITS, SCORE_DIGITS):
+        # A threshold of 0.998 must not be shown as 1.00.
+        inside = all(0 < round(mark, digits) < 1 for mark in marks if 0 < mark < 1)
+        if inside and all(
+            (round(one, digits) >= round(mark, digits)) == (one >= mark) for one, mark in compared
+        ):
+            return digits
+    return SCORE_DIGITS
+
+
+def score_text(score: float, digits: int = USUAL_DIGITS) -> str:
+    """The score as people write it; close to an end it says so, instead of 0 or 1."""
+    least = 10**-digits
+    if score > 0 and round(score, digits) == 0:
+        return f"<{least:.{digits}f}"
+    if round(score, digits) == 1:
+        return f">{1 - least:.{digits}f}"
+    return f"{score:.{digits}f}"
+
+
+def side_text(score: float, threshold: Threshold, digits: int) -> str:
+    """On which side of the thresholds the score is."""
+    low, forged_at = (
+        f"{mark:.{digits}f}" for mark in (threshold.authentic_below, threshold.forged_at)
+    )
+    return {
+        "likely_forged": f"at or above {forged_at}",
+        "likely_authentic": f"below {low}",
+    }.get(threshold.decide(score), f"between {low} and {forged_at}")
+
+
+def policy_text(policy: str) -> str:
+    """A threshold's name in words: fpr_0.05 promises at most 5 % false alarms."""
+    if rate := re.fullmatch(r"fpr_(0\.[0-9]{1,6})", policy):
+        return f"{100 * float(rate[1]):g} % false-alarm threshold"
+    return f"threshold {policy}"
 
 
 def clock(time_ms: int, digits: int = 3) -> str:

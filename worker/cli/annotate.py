@@ -168,7 +168,7 @@ class _Pen:
         left, top, right, bottom = (box * (*self.size, *self.size)).round().astype(int).tolist()
         colour = GREY
         if track.score is not None and sample.counted:
-            colour = COLOURS.get(self.verdict.threshold.decide(sample.score)[0], AMBER)
+            colour = COLOURS.get(self.verdict.threshold.decide(sample.score), AMBER)
         # A white rim, because a red box on a red wall is not seen.
         rim = (left - 1, top - 1, right + 1, bottom + 1)
         canvas.rectangle(rim, outline="white", width=self.line + 2)

@@ -12,7 +12,7 @@ from statistics import median
 from typing import NamedTuple
 
 from ralf.worker.contract import Segment, Threshold, Timeline, Track, Verdict
-from ralf.worker.wording import clock, score_text
+from ralf.worker.wording import clock, score_text, side_text
 
 STRIP_PX = 96
 LINE_PX = 64
@@ -92,7 +92,7 @@ class Line(NamedTuple):
 def heat(score: float, threshold: Threshold) -> str:
     """The score's colour: blue below the band, grey inside, orange from the threshold on."""
     low, forged_at = threshold.authentic_below, threshold.forged_at
-    label, _ = threshold.decide(score)
+    label = threshold.decide(score)
     if label == "likely_forged":
         return _between(PALE_ORANGE, ORANGE, score - forged_at, 1 - forged_at)
     if label == "likely_authentic":
@@ -112,13 +112,13 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * min(max(part / whole, 0.0), 1.0):.3f}%"
 
 
-def scale(verdict: Verdict) -> Scale:
+def scale(verdict: Verdict, digits: int) -> Scale:
     """The scale from 0 to 1: where the label changes, and where this score is."""
     low, forged_at = verdict.threshold.authentic_below, verdict.threshold.forged_at
     zones = (("authentic", 0.0, low), ("open", low, forged_at), ("forged", forged_at, 1.0))
-    description, needle = f"From 0 to 1; likely forged from {forged_at:g}.", None
+    description, needle = f"From 0 to 1; likely forged from {forged_at:.{digits}f}.", None
     if verdict.score is not None:
-        text = score_text(verdict.score, low, forged_at)
+        text = score_text(verdict.score, digits)
         # Near an end of the scale the text would leave the page if it were centred.
         anchor = "start" if verdict.score < 0.15 else "end" if verdict.score > 0.85 else "middle"
         needle = Needle(percent(verdict.score, 1), text, anchor)
@@ -133,13 +133,15 @@ def scale(verdict: Verdict) -> Scale:
     )
 
 
-def strip(verdict: Verdict) -> Strip:
+def strip(verdict: Verdict, digits: int) -> Strip:
     """The clip in time bins."""
     timeline, threshold = verdict.timeline, verdict.threshold
     return Strip(
-        bars=[_bar(timeline, start, end, threshold) for start, end in _equal_runs(timeline)],
+        bars=[
+            _bar(timeline, start, end, threshold, digits) for start, end in _equal_runs(timeline)
+        ],
         threshold_y=_height(threshold.forged_at, STRIP_PX),
-        description=_strip_words(verdict),
+        description=_strip_words(verdict, digits),
     )
 
 
@@ -159,13 +161,13 @@ def _shows(one: tuple[float | None, int | None]) -> object:
     return "not sampled" if faces is None else "faces" if faces else "no face"
 
 
-def _bar(timeline: Timeline, start: int, end: int, threshold: Threshold) -> Bar:
+def _bar(timeline: Timeline, start: int, end: int, threshold: Threshold, digits: int) -> Bar:
     score, faces = timeline.score[start], timeline.faces[start]
     bins = len(timeline.faces)
     top = 0.0
     if score is not None:
         top, fill = _height(score, STRIP_PX), heat(score, threshold)
-        words = f"score {score_text(score, threshold.forged_at)}"
+        words = f"score {score_text(score, digits)}"
     elif faces is None:
         fill, words = "url(#not-sampled)", "not sampled"
     elif faces == 0:
@@ -187,7 +189,7 @@ def _height(score: float, height: int) -> float:
     return PADDING_PX + (1 - score) * (height - 2 * PADDING_PX)
 
 
-def _strip_words(verdict: Verdict) -> str:
+def _strip_words(verdict: Verdict, digits: int) -> str:
     timeline = verdict.timeline
     scored = [(score, place) for place, score in enumerate(timeline.score) if score is not None]
     if not scored:
@@ -195,19 +197,19 @@ def _strip_words(verdict: Verdict) -> str:
     best, place = max(scored)
     not_sampled = sum(faces is None for faces in timeline.faces) / len(timeline.faces)
     return (
-        f"Strongest score over time: {score_text(best, verdict.threshold.forged_at)} at "
+        f"Strongest score over time: {score_text(best, digits)} at "
         f"{clock(place * timeline.bin_ms)}; {not_sampled:.0%} of the clip was not sampled."
     )
 
 
-def legend(threshold: Threshold) -> list[tuple[str, str]]:
+def legend(threshold: Threshold, digits: int) -> list[tuple[str, str]]:
     """Words and fill of each kind of bar in the strip."""
     low, forged_at = threshold.authentic_below, threshold.forged_at
-    band = (f"{low:g} to {forged_at:g}", heat((low + forged_at) / 2, threshold))
+    high, middle, least = (1 + forged_at) / 2, (low + forged_at) / 2, low / 3
     return [
-        (f"at or above {forged_at:g}", heat((1 + forged_at) / 2, threshold)),
-        *([band] if low < forged_at else []),
-        (f"below {low:g}", heat(low / 3, threshold)),
+        (side_text(one, threshold, digits), heat(one, threshold))
+        for one in ((high, middle, least) if low < forged_at else (high, least))
+    ] + [
         ("no face", "url(#no-face)"),
         ("faces too small", "url(#not-counted)"),
         ("not sampled", "url(#not-sampled)"),
@@ -221,7 +223,7 @@ def axis(timeline: Timeline) -> list[str]:
     return [clock(span_ms * part // 4, digits) for part in range(5)]
 
 
-def line(track: Track, segments: list[Segment], verdict: Verdict) -> Line:
+def line(track: Track, segments: list[Segment], verdict: Verdict, digits: int) -> Line:
     """One track's scores; its segments shaded, the faces that do not count hollow."""
     span_ms = max(len(verdict.timeline.faces) * verdict.timeline.bin_ms, 1)
     threshold = verdict.threshold
@@ -246,8 +248,8 @@ def line(track: Track, segments: list[Segment], verdict: Verdict) -> Line:
             for sample in track.samples
         ],
         description=(
-            f"{track.faces} faces from {clock(track.start_ms)} to {clock(track.end_ms)}; "
-            f"highest {score_text(track.score_max, threshold.forged_at)}."
+            f"{track.faces} faces from {clock(track.start_ms, 1)} to {clock(track.end_ms, 1)}; "
+            f"highest {score_text(track.score_max, digits)}."
         ),
     )
 

@@ -9,14 +9,16 @@ decision (confirm, overturn, second_review), a note, and for each track real, fo
 wrong_face, poor_quality, and where its faces are in the file named by media_sha256, so that
 training can cut them again.  A track that the reviewer did not touch is `unsure`.
 
-Here is what the page says; template.html is its layout, charts.py computes its drawings.  Jinja2
-escapes every value, because file names, tags and reasons may come from an attacker.
+Here is what the page says; template.html is its layout, charts.py computes its drawings, words.py
+writes the sentences about people, sampling and errors.  Jinja2 escapes every value, because file
+names, tags and reasons may come from an attacker.
 """
 
 import base64
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -24,9 +26,19 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ralf.worker.contract import Evidence, FaceAt, Picture, Track, TrackReview, Verdict
-from ralf.worker.page import charts
-from ralf.worker.wording import LABEL_WORDS, clock, score_text
+from ralf.kernels.manifest import WORTH_SHOWING
+from ralf.worker.contract import (
+    Evidence,
+    FaceAt,
+    FaceInFrame,
+    Picture,
+    Track,
+    TrackReview,
+    Verdict,
+    WholeFrame,
+)
+from ralf.worker.page import charts, words
+from ralf.worker.wording import LABEL_WORDS, clock, digits_for, policy_text, score_text
 
 NOTICE = (
     "This is an automated assessment, not proof. It says how much the faces look like forgeries "
@@ -46,6 +58,8 @@ UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
 def page(verdict: Verdict, evidence: Evidence) -> str:
     """The whole page."""
     style, script = _asset("page.css"), _asset("page.js")
+    digits = _digits(verdict)
+    pictures = _usable(evidence.pictures, residuals=_residuals_point(verdict))
     return (
         environment()
         .get_template("template.html")
@@ -64,14 +78,20 @@ def page(verdict: Verdict, evidence: Evidence) -> str:
             ),
             cautions=_cautions(verdict),
             facts=_facts(verdict),
+            errors=words.errors(verdict),
+            digits=digits,
+            policy_words=policy_text(verdict.threshold.policy),
             warnings=[_split_warning(warning) for warning in verdict.warnings],
-            scale=charts.scale(verdict),
-            strip=charts.strip(verdict),
+            frames=[
+                _frame(frame, verdict, digits) for frame in evidence.frames if _is_jpeg(frame.jpeg)
+            ],
+            scale=charts.scale(verdict, digits),
+            strip=charts.strip(verdict, digits),
             axis=charts.axis(verdict.timeline),
-            legend=charts.legend(verdict.threshold),
-            tracks=[_track(track, verdict, evidence) for track in verdict.tracks],
-            has_residuals=any(picture.residual for picture in evidence.pictures),
-            strongest=_strongest(evidence),
+            legend=charts.legend(verdict.threshold, digits),
+            tracks=[_track(track, verdict, pictures, digits) for track in verdict.tracks],
+            has_residuals=any(picture.residual for picture in pictures),
+            strongest=sorted(pictures, key=lambda picture: -picture.score)[:STRONGEST],
             provenance=_provenance(verdict),
             draft=review_draft(verdict),
         )
@@ -131,52 +151,92 @@ def _facts(verdict: Verdict) -> list[tuple[str, object]]:
     if session is not None:
         facts.append(("Stream", f"{session.session_id}, segment {session.number}"))
         facts.append(("Begins at", clock(session.offset_ms)))
-    decoded = made.frames_decoded + made.frames_replaced
     return [
         *facts,
-        ("Length", clock(verdict.media.duration_ms)),
-        ("Frames looked at", f"{decoded} of {made.frames_asked}"),
-        ("Faces scored", made.faces),
-        ("Tracks", len(verdict.tracks)),
+        ("Length", clock(verdict.media.duration_ms, 1)),
+        ("Seen", words.seen(verdict)),
         ("Model", f"{made.model} {made.version}"),
     ]
 
 
 def _split_warning(warning: str) -> tuple[str, str]:
     """A warning's code, empty where it has none, and its words."""
-    code, colon, words = warning.partition(": ")
+    code, colon, said = warning.partition(": ")
     if colon and re.fullmatch(r"[a-z0-9_]+", code):
-        return code, words
+        return code, said
     return "", warning
 
 
-def _track(track: Track, verdict: Verdict, evidence: Evidence) -> dict[str, Any]:
+def _digits(verdict: Verdict) -> int:
+    """In how many digits the page shows scores: the same for all, and none on a wrong side."""
+    levels = [verdict.score, *(track.score for track in verdict.tracks)]
+    levels += [segment.score for segment in verdict.segments]
+    return digits_for(verdict.threshold, *(level for level in levels if level is not None))
+
+
+def _residuals_point(verdict: Verdict) -> bool:
+    """Whether residuals were proved to point at forgeries; older verdicts do not say it."""
+    figures = verdict.made.figures
+    located = figures.residual_auc if figures else None
+    return located is not None and located >= WORTH_SHOWING
+
+
+def _frame(frame: WholeFrame, verdict: Verdict, digits: int) -> dict[str, Any]:
+    """A whole frame with a box for each face, in pixels of the picture."""
+    tracks = {track.track_id: track for track in verdict.tracks}
+    return {
+        "frame": frame,
+        "boxes": [
+            _box(face, tracks.get(face.track_id), frame, verdict, digits) for face in frame.faces
+        ],
+        # A name must be legible on a phone, where the frame is made smaller.
+        "font_px": max(frame.width, frame.height) // 26,
+    }
+
+
+def _box(
+    face: FaceInFrame, track: Track | None, frame: WholeFrame, verdict: Verdict, digits: int
+) -> dict[str, Any]:
+    left, right = face.box.left * frame.width, face.box.right * frame.width
+    top, bottom = face.box.top * frame.height, face.box.bottom * frame.height
+    score = track.score if track else None
+    return {
+        "name": face.track_id,
+        # The track's, as everywhere else; the score of this one face may differ from it.
+        "score": "no score" if score is None else score_text(score, digits),
+        "label": "inconclusive" if score is None else verdict.threshold.decide(score),
+        "x": round(left, 1),
+        "y": round(top, 1),
+        "width": round(max(right - left, 0), 1),
+        "height": round(max(bottom - top, 0), 1),
+    }
+
+
+def _track(track: Track, verdict: Verdict, pictures: list[Picture], digits: int) -> dict[str, Any]:
     """One track's row: its score in words, its drawing, its thumbnails in order of time."""
     threshold = verdict.threshold
     value, label = "no score", "inconclusive"
     if track.score is not None:
-        value = f"score {score_text(track.score, threshold.authentic_below, threshold.forged_at)}"
-        label, _ = threshold.decide(track.score)
+        value = f"score {score_text(track.score, digits)}"
+        label = threshold.decide(track.score)
     own = [segment for segment in verdict.segments if segment.track_id == track.track_id]
-    pictures = [one for one in evidence.pictures if one.track_id == track.track_id]
+    shown = [one for one in pictures if one.track_id == track.track_id]
     return {
         "track": track,
         "value": value,
         "label": label,
-        "line": charts.line(track, own, verdict),
-        "pictures": _usable(sorted(pictures, key=lambda one: one.time_ms)),
+        "note": words.track_note(track),
+        "line": charts.line(track, own, verdict, digits),
+        "pictures": sorted(shown, key=lambda one: one.time_ms),
     }
 
 
-def _strongest(evidence: Evidence) -> list[Picture]:
-    best = sorted(_usable(evidence.pictures), key=lambda picture: -picture.score)
-    return best[:STRONGEST]
-
-
-def _usable(pictures: Any) -> list[Picture]:
-    """Pictures with a face that is a JPEG; a residual that is none is left out."""
+def _usable(pictures: Sequence[Picture], *, residuals: bool) -> list[Picture]:
+    """Pictures with a face that is a JPEG; residuals that are none, or prove nothing, are left."""
     return [
-        picture if _is_jpeg(picture.residual) else picture.model_copy(update={"residual": None})
+        picture
+        if residuals and _is_jpeg(picture.residual)
+        else picture.model_copy(update={"residual": None})
         for picture in pictures
         if _is_jpeg(picture.face)
     ]
@@ -248,10 +308,16 @@ def _hexadecimal(digest: str) -> Markup:
 def _settings_words(values: dict[str, Any]) -> str:
     """Settings as words; what is not set is left out."""
     return ", ".join(
-        f"{name} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        f"{name} {_setting_text(value)}"
         for name, value in values.items()
         if value not in (None, (), [], "")
     )
+
+
+def _setting_text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"  # the verdict has all digits
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def review_draft(verdict: Verdict) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from ralf.worker.contract import (
     Threshold,
     Verdict,
 )
-from ralf.worker.wording import clock
+from ralf.worker.wording import clock, digits_for, score_text, side_text
 
 OVERLAP = 0.3
 """Least intersection over union of the two boxes at a border."""
@@ -181,7 +181,7 @@ def fold(tenant: str, session_id: str, stored: Mapping[str, str]) -> SessionVerd
     ):
         when = f"from {clock(peak.start_ms)} to {clock(peak.end_ms)}"
         label = "inconclusive"
-        reason = f"{reason[:-1]}; but {peak.name} scored {peak.score:.6f} {when}."
+        reason = f"{reason[:-1]}; but {peak.name} scored {score_text(peak.score)} {when}."
     strongest = sorted(tracks, key=lambda track: (-(track.score or 0), -track.score_max))[:LISTED]
     return SessionVerdict(
         session_id=session_id,
@@ -337,8 +337,9 @@ def _decide(
     if not decisive:
         return "inconclusive", None, "No face was seen often enough to decide."
     score, track = max(decisive, key=lambda pair: pair[0])
-    said = f"{track.track_id}, the strongest of {len(decisive)}, scored {score:.6f}"
-    label, why = threshold.decide(score)
+    digits = digits_for(threshold, score)
+    said = f"{track.track_id}, the strongest of {len(decisive)}, scored {score_text(score, digits)}"
+    label, why = threshold.decide(score), side_text(score, threshold, digits)
     if label == "likely_authentic" and not any(track.decisive for _, track in decisive):
         return "inconclusive", score, f"{said}: {why}; but its faces are not clearly seen."
     return label, score, f"{said}: {why}."
