@@ -213,7 +213,7 @@ class Client:
         submissions: list[Submission] = []
         waiting = iter(requests)
         while jobs := list(islice(waiting, SENT_AT_ONCE)):
-            with self._reaching():
+            with self.reaching():
                 replies = self.store.submit(jobs)
                 for job, reply in zip(jobs, replies, strict=True):
                     if reply.conflict:
@@ -227,7 +227,7 @@ class Client:
 
     def status(self, job_id: str) -> Status:
         """The job's state, its progress, its failure."""
-        with self._reaching():
+        with self.reaching():
             status = self.store.status(job_id)
         if status is None:
             raise NotFound(
@@ -246,7 +246,7 @@ class Client:
             )
         if status.state != "succeeded":
             raise JobFailed(status)
-        with self._reaching():
+        with self.reaching():
             verdict = self.store.verdict(job_id)
         if verdict is None:
             raise NotFound(
@@ -258,12 +258,12 @@ class Client:
 
     def partial(self, job_id: str) -> Verdict | None:
         """The verdict on what a running job has seen so far, once it has seen something."""
-        with self._reaching():
+        with self.reaching():
             return self.store.partial(job_id)
 
     def evidence(self, job_id: str) -> Evidence:
         """The verdict's pictures."""
-        with self._reaching():
+        with self.reaching():
             evidence = self.store.evidence(job_id)
         if evidence is None:
             state = self.status(job_id).state
@@ -277,7 +277,7 @@ class Client:
     def cancel(self, job_id: str) -> State:
         """Ask for the end: a queued job is cancelled at once, a running one within about a second
         (its state is still `running` in the answer), an ended one stays as it is."""
-        with self._reaching():
+        with self.reaching():
             state = self.store.cancel(job_id)
         return state or self.status(job_id).state
 
@@ -290,7 +290,7 @@ class Client:
 
     def session(self, session_id: str, *, tenant: str = "default") -> SessionVerdict:
         """The rolling verdict of a stream's segments."""
-        with self._reaching():
+        with self.reaching():
             stored = self.store.hash(self.store.key("session", tenant, session_id))
             if "verdict" in stored:
                 return SessionVerdict.model_validate_json(stored["verdict"])
@@ -331,7 +331,7 @@ class Client:
     def _follow(self, name: str, read: Callable[[], T], timeout: float | None) -> Iterator[T]:
         """What `read` returns, now and after each change; a message says when to read again."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._reaching(), self.store.redis.pubsub(ignore_subscribe_messages=True) as channel:
+        with self.reaching(), self.store.redis.pubsub(ignore_subscribe_messages=True) as channel:
             # Before the first read: a change between the two would be missed.
             channel.subscribe(self.store.watch_channel(name))
             seen = read()
@@ -350,7 +350,7 @@ class Client:
                     yield seen
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def reaching(self) -> Iterator[None]:
         """Errors of Redis and of the documents read from it as the client's."""
         try:
             yield

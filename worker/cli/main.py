@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from ralf import __version__, install_hint
 from ralf.kernels.cli import add_benches
 from ralf.kernels.cli import commands as kernels
+from ralf.worker.cli.long_runs import commands as long_runs
 from ralf.worker.cli.service import commands as service
 
 Register = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
@@ -44,6 +45,7 @@ def parser(more: Sequence[Register] = ()) -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _scan(commands)
     service(commands)
+    long_runs(commands)
     _bench(commands)
     _doctor(commands)
     kernels(commands)

@@ -27,7 +27,7 @@ def commands(subparsers: Any) -> None:
         add(subparsers)
 
 
-def _reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """Wrap a command: a Redis that does not answer is one line instead of a traceback."""
 
     def reach(args: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def _reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     return reach
 
 
-def _answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """Wrap a client's command: exit 2 for a wrong request, 4 for a job that has no verdict and
     would have none if it ran again, else what other errors give."""
 
@@ -84,7 +84,7 @@ def _answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.N
 
 
 @contextmanager
-def _client(args: argparse.Namespace) -> Iterator["Client"]:
+def client_at(args: argparse.Namespace) -> Iterator["Client"]:
     """The client at --redis or RALF_REDIS_URL, closed at the end."""
     from ralf.worker.client import connect
 
@@ -107,7 +107,7 @@ def _address(args: argparse.Namespace) -> str | None:
     return serving_here.address()
 
 
-def _redis(parser: argparse.ArgumentParser) -> None:
+def redis_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redis", metavar="URL", help="instead of RALF_REDIS_URL")
 
 
@@ -131,8 +131,8 @@ def _submit(subparsers: Any) -> None:
     submit.add_argument("--callback", metavar="URL", help="where the verdict is pushed")
     submit.add_argument("--secret-id", default="default", help="which secret signs the push")
     submit.add_argument("--wait", type=float, metavar="SECONDS", help="wait, print the verdicts")
-    _redis(submit)
-    submit.set_defaults(run=_answering(_run_submit))
+    redis_option(submit)
+    submit.set_defaults(run=answering(_run_submit))
 
 
 def _run_submit(args: argparse.Namespace) -> int:
@@ -158,7 +158,7 @@ def _run_submit(args: argparse.Namespace) -> int:
         for uri, token in zip(uris, tokens, strict=True)
     ]
     # Every request was checked above, so that none is sent when one of them is wrong.
-    with _client(args) as client:
+    with client_at(args) as client:
         submissions = client.submit_many(asked)
         if args.wait is None:
             for uri, made in zip(uris, submissions, strict=True):
@@ -204,12 +204,12 @@ def _ask(subparsers: Any) -> None:
             parser.add_argument("--wait", type=float, metavar="SECONDS", help="at most so long")
         if name == "result":
             parser.add_argument("--report", metavar="PAGE", help="write the HTML page as well")
-        _redis(parser)
-        parser.set_defaults(run=_answering(run))
+        redis_option(parser)
+        parser.set_defaults(run=answering(run))
 
 
 def _run_status(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with client_at(args) as client:
         _print(client.status(args.job).model_dump(mode="json"))
     return 0
 
@@ -217,7 +217,7 @@ def _run_status(args: argparse.Namespace) -> int:
 def _run_result(args: argparse.Namespace) -> int:
     from ralf.worker.contract import Evidence, dump
 
-    with _client(args) as client:
+    with client_at(args) as client:
         verdict = client.result(args.job, timeout=args.wait)
         print(dump(verdict), flush=True)
         if args.report:
@@ -231,13 +231,13 @@ def _run_result(args: argparse.Namespace) -> int:
 
 
 def _run_cancel(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with client_at(args) as client:
         _print({"job_id": args.job, "state": client.cancel(args.job)})
     return 0
 
 
 def _run_watch(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with client_at(args) as client:
         for status in client.watch(args.job, timeout=args.wait):
             _print(status.model_dump(mode="json"))
     return 0
@@ -283,9 +283,9 @@ def _worker(subparsers: Any) -> None:
     worker.add_argument(
         "--bodies", choices=("moderate", "test"), default="moderate", help=argparse.SUPPRESS
     )
-    _redis(worker)
+    redis_option(worker)
     _model(worker)
-    worker.set_defaults(run=_reaching(_run_worker))
+    worker.set_defaults(run=reaching(_run_worker))
 
 
 def _run_worker(args: argparse.Namespace) -> int:
@@ -333,9 +333,9 @@ def _serve(subparsers: Any) -> None:
     serve.add_argument(
         "--http", metavar="ADDRESS:PORT", help="take uploads over HTTP, such as at 127.0.0.1:8080"
     )
-    _redis(serve)
+    redis_option(serve)
     _model(serve)
-    serve.set_defaults(run=_reaching(_run_serve))
+    serve.set_defaults(run=reaching(_run_serve))
 
 
 def _run_serve(args: argparse.Namespace) -> int:
@@ -424,8 +424,8 @@ def _deliver(subparsers: Any) -> None:
     what.add_argument("--drop", metavar="ID", help="forget a dead letter")
     what.add_argument("--disabled", action="store_true", help="list endpoints that said 410 Gone")
     what.add_argument("--enable", nargs=2, metavar=("TENANT", "URL"), help="use one again")
-    _redis(deliver)
-    deliver.set_defaults(run=_reaching(_run_deliver))
+    redis_option(deliver)
+    deliver.set_defaults(run=reaching(_run_deliver))
 
 
 def _run_deliver(args: argparse.Namespace) -> int:
@@ -484,8 +484,8 @@ def _store(args: argparse.Namespace) -> Iterator["Store"]:
 def _janitor(subparsers: Any) -> None:
     janitor = subparsers.add_parser("janitor", help="put lost jobs back, until told to stop")
     janitor.add_argument("--once", action="store_true", help="one sweep, and say what it found")
-    _redis(janitor)
-    janitor.set_defaults(run=_reaching(_run_janitor))
+    redis_option(janitor)
+    janitor.set_defaults(run=reaching(_run_janitor))
 
 
 def _run_janitor(args: argparse.Namespace) -> int:
@@ -511,8 +511,8 @@ def _quarantine(subparsers: Any) -> None:
         one = what.add_parser(name, help=help_text)
         if name != "list":
             one.add_argument("job", metavar="JOB")
-        _redis(one)
-    quarantine.set_defaults(run=_reaching(_run_quarantine))
+        redis_option(one)
+    quarantine.set_defaults(run=reaching(_run_quarantine))
 
 
 def _run_quarantine(args: argparse.Namespace) -> int:
