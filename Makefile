@@ -27,8 +27,9 @@ types: $(VENV)/ready
 
 # Train the model that ships, from a folder of faces: make model DATA=…. Every step that was
 # stopped continues when you run the command again. MORE takes options of `ralf retrain`, as
-# --minutes 60 or --set classifier:init.backbone=FILE.
-NAME ?= ralf-small
+# --minutes 60 or --set head:init.backbone=FILE. What this chain trains is a plain classifier, and is
+# published as one; CHAIN=shipped_ralf NAME=ralf-small trains RALF on top of it.
+NAME ?= small-classifier
 CHAIN ?= shipped
 GOLDEN ?= civilservice
 model: $(VENV)/ready

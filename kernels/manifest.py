@@ -239,3 +239,9 @@ def held_out_family(trained: Mapping[str, Any]) -> str | None:
     # Models published before the record said it had all left out this one.
     found: str | None = trained.get("held_out", USUALLY_HELD_OUT)
     return found
+
+
+def never_trained_on(trained: Mapping[str, Any]) -> tuple[str, ...]:
+    """Every family and generator that a model was never trained on: the family held out first."""
+    family = held_out_family(trained)
+    return (*([family] if family else []), *trained.get("also_held_out", ()))

@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ from PIL import Image
 from ralf.__main__ import main
 from ralf.kernels import artifact as models
 from ralf.train import chain as chains
-from ralf.train import retrain, trainings
-from ralf.train.chain import CHAINS, Chain, MadeClips, Training, chain_of
-from ralf.train.data.index import Index
+from ralf.train import retrain_figures, retrain_renderers, trainings
+from ralf.train.chain import CHAINS, Chain, MadeClips, RendererFit, Training, chain_of
+from ralf.train.data.index import Index, Row
+from ralf.train.data.index import load as load_index
 from ralf.train.data.pool import Pool
 from ralf.train.evaluate.tables import TableOptions
 from ralf.train.loop import loop
 from ralf.train.loop.checkpoint import LAST, load
 from ralf.train.recipe import BLENDS
 from ralf.train.recipe_text import RecipeError
+from ralf.train.retraining import Retraining
 from tests.faces_on_disk import faces
 from tests.test_retrain import Killed, killing_at
 from tests.test_train_cli import TINY
@@ -47,6 +50,19 @@ TINY_CHAIN = Chain(
     ((CLASSIFIER,), BRANCHES, (DETECTOR,)),
     clips=MadeClips(crfs=(23,), seconds=0.4, frames=2),
 )
+FIT = {"size": "32", "steps": "2", "batch": "4"}
+RENDERING_CHAIN = Chain(
+    "rendering",
+    ((replace(DETECTOR, recipe="small_classifier", changes={**FASTER, "steps": "8"},
+              backbone_from=()),),),
+    fits=(
+        RendererFit("restorer", 1, {**FIT, "width": "8", "blocks": "1"}, variants=2),
+        RendererFit("reconstructor", 1, {**FIT, "base": "4", "blocks": "1"}, held_out=True),
+    ),
+    clips=MadeClips(crfs=(23,), seconds=0.4, frames=1, stills=2),
+)  # fmt: skip
+RENDERING_STEPS = ["fit restorer", "fit reconstructor", "render", "detector", "clips", "calibrate",
+                   "evaluate", "publish", "build", "verify", "promote"]  # fmt: skip
 STEPS = ["classifier", "one and other", "detector", "clips", "calibrate", "evaluate", "publish",
          "build", "verify", "promote"]  # fmt: skip
 
@@ -64,8 +80,9 @@ def red(image: np.ndarray) -> np.ndarray:
 def _tiny_chain() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(chains.CHAINS, "tiny", TINY_CHAIN)
+        patch.setitem(chains.CHAINS, "rendering", RENDERING_CHAIN)
         patch.setattr(loop, "commit", lambda: "c" * 40)
-        patch.setattr(retrain, "TableOptions", partial(TableOptions, replicates=10))
+        patch.setattr(retrain_figures, "TableOptions", partial(TableOptions, replicates=10))
         patch.setattr(Pool, "forgery", lambda self, frame, image, *_: red(image))
         yield
 
@@ -90,13 +107,13 @@ def stills(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def retrain_tiny(stills: Path, root: Path, *more: str) -> int:
+def retrain_tiny(stills: Path, root: Path, *more: str, chain: str = "tiny") -> int:
     """`ralf retrain tiny … more`, all of it in this process."""
     changes = [*(each for each in TINY if not each.startswith(("init.", "epochs"))), "norms=batch"]
-    changes.append("classifier:init.backbone=none")
+    changes.append(f"{chains.CHAINS[chain].trainings[0].name}:init.backbone=none")
     return main(
         [
-            "retrain", "tiny", "--data", str(stills), "--name", "made", "--targets", "cpu",
+            "retrain", chain, "--data", str(stills), "--name", "made", "--targets", "cpu",
             "--out", str(root / "run"), "--models", str(root / "models"), "--device", "cpu",
             "--processes", "1", "--least-people", "1", "--golden-from", "portraits",
             *(part for change in changes for part in ("--set", change)), *more,
@@ -104,11 +121,11 @@ def retrain_tiny(stills: Path, root: Path, *more: str) -> int:
     )  # fmt: skip
 
 
-def did(said: str) -> list[str]:
+def did(said: str, steps: Sequence[str] = STEPS) -> list[str]:
     """The steps that a command did, from its stderr."""
     began = [line.removeprefix("ralf: ") for line in said.splitlines()]
     names = [line.split(":")[0] for line in began if not line.endswith("done before")]
-    return list(dict.fromkeys(name for name in names if name in STEPS))
+    return list(dict.fromkeys(name for name in names if name in steps))
 
 
 def test_a_chain_stopped_and_killed_and_resumed_makes_the_same_model(
@@ -185,15 +202,86 @@ def its_parts(run: Path, artifact: models.Artifact, uninterrupted: Path) -> None
     assert before["evaluate"]["facts"] == facts["evaluate"]["facts"]
 
 
+def test_a_chain_fits_renderers_and_keeps_one_whole_generator_for_the_test(
+    stills: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Killed while it renders, it fits none again; its figures say each generator; all is timed."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain_renderers, "render", _killing_render())
+        with pytest.raises(Killed):
+            retrain_tiny(stills, tmp_path, chain="rendering")
+    assert RENDERING_STEPS[:3] == did(capsys.readouterr().err, RENDERING_STEPS)
+    # Eight steps make no model that stands recompression, which promotion asks for.
+    assert 0 == retrain_tiny(stills, tmp_path, "--force", chain="rendering")
+    assert RENDERING_STEPS[2:] == did(capsys.readouterr().err, RENDERING_STEPS)
+    made = models.resolve(tmp_path / "models", "made")
+
+    index = load_index(run / "rendered" / "index.csv")
+    of = {
+        (method, split): sum(row.method == method and row.split == split for row in index)
+        for method in ("restorer", "reconstructor")
+        for split in ("train", "val", "test")
+    }
+    reals = {split: len(index.where(split=split, label=0)) for split in ("train", "val", "test")}
+    assert 2 * reals["train"] == of["restorer", "train"]
+    assert [reals["val"], reals["test"]] == [of["restorer", "val"], of["restorer", "test"]]
+    assert [0, 0] == [of["reconstructor", "train"], of["reconstructor", "val"]]
+    assert reals["test"] == of["reconstructor", "test"] > 0
+    assert ["reconstructor"] == made.manifest.trained["also_held_out"]
+    figures = made.manifest.metrics
+    assert {"crop clean auc restorer", "crop clean auc reconstructor"} <= set(figures)
+    record = json.loads((run / "retrain.json").read_text())
+    assert RENDERING_STEPS == list(record["done"]) and set(RENDERING_STEPS) == set(
+        record["minutes"]
+    )
+    clips = load_index(run / "clips" / "val" / "index.csv")
+    assert "reconstructor" not in {row.method for row in clips}
+    assert 0 == retrain_tiny(stills, tmp_path, chain="rendering")
+    assert [] == did(capsys.readouterr().err, RENDERING_STEPS)
+
+
+def _killing_render() -> Any:
+    """Rendering that ends the process at the second split."""
+    real, asked = retrain_renderers.render, []
+
+    def render(index: Index, request: Any) -> Any:
+        asked.append(request)
+        if len(asked) == 2:
+            raise Killed
+        return real(index, request)
+
+    return render
+
+
+def test_so_many_stills_are_taken_from_each_collection_alike():
+    """A small one gives all it has; order and rows are the index's own."""
+    rows = tuple(
+        Row(path=f"{dataset}/{n}.png", label=0, video=str(n), split="val", dataset=dataset,
+            method="real", kind="image")
+        for dataset, count in (("large", 50), ("little", 3))
+        for n in range(count)
+    )  # fmt: skip
+    index = Index(Path("nowhere"), rows)
+    kept = retrain_figures.evenly(index, 10)
+
+    assert [7, 3] == [len(kept.where(dataset=name)) for name in ("large", "little")]
+    assert [row for row in rows if row in set(kept)] == list(kept)
+    assert index is retrain_figures.evenly(index, None) is retrain_figures.evenly(index, 53)
+
+
 def test_clips_show_the_held_out_family_in_the_test_alone():
     """Another family by --set: each training leaves it out, and calibration sees it no more."""
     asked = {"data.held_out": "swap"}
     shipped = CHAINS["shipped"]
     index = Index(Path("nowhere"), ())
-    order = retrain.Retraining(
+    order = Retraining(
         trainings.ChainRun(shipped, (), index, Path("runs/x"), asked), "x", Path("models")
     )
-    families = retrain._clips_step(order).asks["families"]
+    families = retrain_figures.clips_step(order).asks["families"]
 
     assert {*BLENDS} - {"swap"} == {*families["val"]}
     assert ("swap",) * 3 == families["test"][len(families["val"]) :]
@@ -201,34 +289,57 @@ def test_clips_show_the_held_out_family_in_the_test_alone():
         assert "swap" not in order.training.recipe(training).data.trained_families
 
 
-def test_the_chain_that_ships_is_declared_as_it_was_trained():
-    """Steps, seeds, damage, rates and whose weights each begins with."""
+def test_the_chain_that_ships_trains_small_first_and_few_weights_first_and_sees_both_collections():
+    """Steps, sizes, whose weights each begins with; the generator held out is nobody's."""
     chain = CHAINS["shipped"]
     recipes = {
         training.name: chain.recipe(Path("runs/x"), training, {}) for training in chain.trainings
     }
 
-    assert ["classifier", "branch31", "branch32", "detector"] == list(recipes)
+    assert ["head", "small", "whole", "branch31", "branch32", "detector"] == list(recipes)
+    assert [128, 128, 256, 256, 256, 256] == [
+        r.network.dimensions["size"] for r in recipes.values()
+    ]
     assert {16} == {recipe.data.batch for recipe in recipes.values()}
-    assert {"last"} == {recipe.schedule.select for recipe in recipes.values()}
-    assert [3000, 1150, 1150, 450] == [each.schedule.steps for each in recipes.values()]
-    assert [0, 31, 32, 0] == [each.seed for each in recipes.values()]
-    assert [0.5, 0.7, 0.7, 0.5] == [each.data.augment.other for each in recipes.values()]
-    assert [0.99, 0.995, 0.995, 0.99] == [each.optimiser.ema for each in recipes.values()]
-    assert [3e-4, 3e-4] == [recipes[f"branch{seed}"].optimiser.lr for seed in (31, 32)]
-    assert "runs/x/classifier" == recipes["branch31"].init.network
-    assert "runs/x/branch31,runs/x/branch32" == recipes["detector"].init.backbone
-    assert chain.clips == MadeClips(crfs=(23, 40), seconds=1.3, frames=8, held_out_turns=3)
+    assert {True} == {recipe.data.tight_pictures for recipe in recipes.values()}
+    assert {("boundary", "reconstructor")} == {r.data.left_out for r in recipes.values()}
+    assert "conv_pw*0" in recipes["head"].optimiser.rates and not recipes["small"].optimiser.rates
+    assert ("auc", 4) == (recipes["small"].schedule.select, recipes["small"].schedule.patience)
+    assert "runs/x/head" == recipes["small"].init.network
+    assert "runs/x/small" == recipes["whole"].init.backbone
+    assert ["31", "32"] == [str(recipes[f"branch{seed}"].seed) for seed in (31, 32)]
+    assert "runs/x/branch31,runs/x/branch32" == recipes["detector"].init.network
+    ralf = CHAINS["shipped_ralf"]
+    joint = ralf.recipe(Path("runs/x"), ralf.last, {})
+    assert ("two_stream", "detector") == (joint.name, ralf.control)
+
+
+def test_the_minutes_asked_for_scale_every_fit_and_every_training():
+    """A third of the minutes is a third of the steps; what is asked by name has the last word."""
+    chain, run = CHAINS["shipped"], Path("run")
+    third = chain.scaled(35)
+    steps = [third.recipe(run, each, {}).schedule.steps for each in third.trainings]
+
+    assert [100, 1200, 300, 183, 183, 67] == steps
+    assert [6.0, 5 / 3, 4 / 3] == pytest.approx([fit.minutes for fit in third.fits])
+    asked = {"small:steps": "7"}
+    assert 7 == third.recipe(run, third.trainings[1], asked).schedule.steps
+    assert chain is chain.scaled(None)
+    assert CHAINS["ralf_two_streams"] is CHAINS["ralf_two_streams"].scaled(5)
+    with pytest.raises(RecipeError, match="above 0"):
+        chain.scaled(0)
 
 
 def test_a_change_is_for_all_trainings_or_for_the_one_that_it_names():
     """An unknown training is refused; so is a chain that begins with what it does not train."""
     chain, run = CHAINS["shipped"], Path("run")
-    asked = {"seed": "7", "branch32:seed": "8", "classifier:init.backbone": "lite0.safetensors"}
+    asked = {"seed": "7", "branch32:seed": "8", "head:init.backbone": "lite0.safetensors"}
     recipes = {each.name: chain.recipe(run, each, asked) for each in chain.trainings}
 
-    assert [7, 7, 8, 7] == [each.seed for each in recipes.values()]
-    assert "lite0.safetensors" == recipes["classifier"].init.backbone
+    assert [7, 7, 7, 7, 8, 7] == [each.seed for each in recipes.values()]
+    assert "lite0.safetensors" == recipes["head"].init.backbone
+    assert {} == chain.options(chain.fits[0], asked)
+    assert {"size": "64"} == chain.options(chain.fits[0], {"autoencoder:size": "64"})
     with pytest.raises(RecipeError, match="no training 'branch33' in shipped"):
         chain.recipe(run, chain.last, {"branch33:seed": "8"})
     with pytest.raises(RecipeError, match=r"begins with .'one', 'other'., which no earlier stage"):

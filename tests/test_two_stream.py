@@ -29,6 +29,7 @@ from ralf.train.losses.objective import Moment, objective
 from ralf.train.publish import publish_run, without_residual
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import RecipeError
+from ralf.train.retraining import Retraining
 from ralf.train.trainings import ChainRun
 from tests.faces_on_disk import faces
 from tests.training import MadeBatches, tiny
@@ -349,7 +350,9 @@ def test_a_residual_that_is_not_at_work_publishes_the_classifier_under_its_own_n
         return ResidualFigures({"closed": {"costs held out": list(cost)}})
 
     monkeypatch.setattr(residual_gate, "residual_figures", measured)
-    step = residual_gate.residual_step(training, "ralf-mine", "val", lambda text: None)
+    step = residual_gate.residual_step(
+        Retraining(training, "ralf-mine", Path("models"), say=lambda text: None)
+    )
     assert step is not None
     facts = step.work({})
     inside = load(Path(facts["folder"]) / "best.safetensors").recipe.network.build
@@ -362,7 +365,7 @@ def test_a_residual_that_is_not_at_work_publishes_the_classifier_under_its_own_n
         assert (False, "small-classifier", "classifier") == (facts["earned"], facts["name"], inside)
     plain = Chain("plain", ((Training("train", "small_classifier"),),))
     other = ChainRun(plain, (), index, tmp_path)
-    assert residual_gate.residual_step(other, "x", "val", print) is None
+    assert residual_gate.residual_step(Retraining(other, "x", Path("models"))) is None
 
 
 def test_the_chain_trains_the_residual_before_the_crop_and_a_control_beside_it():

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from ralf.kernels.manifest import Calibration, CompressionPoint, held_out_family
+from ralf.kernels.manifest import Calibration, CompressionPoint, never_trained_on
 from ralf.train.data.evaluation_set import Example
 from ralf.train.data.index import Index
 from ralf.train.evaluate.judge import JudgedModel, examples_for, score_examples
@@ -186,8 +186,8 @@ def calibrate_on_split(
     conditions = list(dict.fromkeys(filter(None, conditions)))
     if not conditions:
         raise ValueError("--conditions should name at least one, as clean,h264=30")
-    # A calibration that has met the generator held out could not be judged by it.
-    index = index.without_forgeries(held_out_family(judge.trained))
+    # A calibration that has met a generator held out could not be judged by it.
+    index = index.without_forgeries(never_trained_on(judge.trained))
     families = tuple(families) or families_to_blend(judge, index, split)
     parts: list[Scored] = []
     people: list[Hashable] = []

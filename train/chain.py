@@ -1,7 +1,8 @@
 """Trainings that build on one another, declared: which recipe each follows, and whose weights it
 begins with.
 
-    CHAINS["shipped"]    classifier ─▶ two branches of it ─▶ their mean is the detector's backbone
+    CHAINS["shipped"]    renderers ─▶ head ─▶ small ─▶ whole ─▶ two branches ─▶ from their mean, the
+                         detector
     CHAINS["ralf_two_streams"]
         reconstructor, on reals alone ─▶ residual ─▶ joint ─▶ detector, its mask free
         classifier ─────────────────────────┴──────▶ control, a classifier of the same minutes
@@ -12,7 +13,7 @@ so they run at the same time.  ralf.train.trainings runs them; what follows the 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ralf.train.recipe import Recipe
@@ -45,8 +46,24 @@ class MadeClips:
     drift: bool = False
     uploads: bool = False
     """As in ClipOptions: forged frame by frame; one more clip of each, encoded several times."""
+    stills: int | None = None
+    """Of each split, evenly over the collections; None takes all."""
     held_out_turns: int = 3
     """How often the held-out family is drawn for the test clips, where each other is drawn once."""
+
+
+@dataclass(frozen=True)
+class RendererFit:
+    """One learned renderer, fitted before the trainings: see train/forge/renderers."""
+
+    renderer: str
+    minutes: float
+    changes: Mapping[str, str] = field(default_factory=dict)
+    """Its options by name, as `ralf forge fit --set` takes them."""
+    held_out: bool = False
+    """Draws for the test split alone: a whole generator that nothing is trained or chosen on."""
+    variants: int = 1
+    """Forgeries of each face of the train split; the others have one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,11 @@ class Chain:
 
     name: str
     stages: tuple[tuple[Training, ...], ...]
+    fits: tuple[RendererFit, ...] = ()
+    """Their forgeries are put beside the data, before the first training."""
+    minutes: float | None = None
+    """What fits and trainings take together, on the machine that the chain is meant for; None: not
+    known, and `--minutes` then bounds each training."""
     every_device: bool = False
     """Train each on all GPUs, or on two CPU cores; else in one process."""
     clips: MadeClips | None = None
@@ -79,6 +101,9 @@ class Chain:
             raise RecipeError(f"chain {self.name} trains no {self.control!r} to compare with")
         if len(self.stages[-1]) != 1 or len(earlier) != len(self.trainings):
             raise RecipeError(f"chain {self.name} should end in one training, each name once")
+        fitted = {fit.renderer for fit in self.fits}
+        if len(fitted) != len(self.fits) or fitted & earlier:
+            raise RecipeError(f"chain {self.name} should fit each renderer once, by its own name")
 
     @property
     def trainings(self) -> tuple[Training, ...]:
@@ -99,6 +124,8 @@ class Chain:
 
         A name with a training's before it ("classifier:lr") is meant for that training alone.
         """
+        left_out = ",".join(fit.renderer for fit in self.fits if fit.held_out)
+        rendered = {"data.also_held_out": left_out} if left_out else {}
         begins = {
             f"init.{part}": ",".join(str(self.folder(run, name)) for name in names)
             for part, names in (
@@ -107,71 +134,134 @@ class Chain:
             )
             if names
         }
-        known = {each.name for each in self.trainings}
-        chosen: dict[str, str] = {}
+        everything, own = self._asked(training.name, asked)
+        return {**rendered, **training.changes, **begins, **everything, **own}
+
+    def options(self, fit: RendererFit, asked: Mapping[str, str]) -> dict[str, str]:
+        """All that a fit changes in its renderer's options; NAME=VALUE alone means trainings."""
+        return {**fit.changes, **self._asked(fit.renderer, asked)[1]}
+
+    def _asked(self, of: str, asked: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+        """What is asked of all trainings, and of this training or renderer alone."""
+        known = [*(each.name for each in self.trainings), *(fit.renderer for fit in self.fits)]
+        everything: dict[str, str] = {}
+        own: dict[str, str] = {}
         for name, text in asked.items():
             which, colon, rest = name.rpartition(":")
             if colon and which not in known:
                 raise RecipeError(f"no training {which!r} in {self.name}: {', '.join(known)}")
-            if which in ("", training.name):
-                chosen[rest] = text
-        return {**training.changes, **begins, **chosen}
+            if which in ("", of):
+                (own if colon else everything)[rest] = text
+        return everything, own
+
+    def scaled(self, minutes: float | None) -> "Chain":
+        """The same chain for so many minutes: fits and steps shrink and grow alike."""
+        if minutes is None or self.minutes is None:
+            return self
+        if minutes <= 0:
+            raise RecipeError(f"--minutes should be above 0, got {minutes:g}")
+        factor = minutes / self.minutes
+
+        def shorter(training: Training) -> Training:
+            steps = self.recipe(Path(), training, {}).schedule.steps
+            if steps is None:
+                raise RecipeError(f"{training.name} of chain {self.name} should count in steps")
+            scaled = {"schedule.steps": str(max(1, round(steps * factor)))}
+            return replace(training, changes={**training.changes, **scaled})
+
+        return replace(
+            self,
+            stages=tuple(tuple(map(shorter, stage)) for stage in self.stages),
+            fits=tuple(replace(fit, minutes=fit.minutes * factor) for fit in self.fits),
+            minutes=minutes,
+        )
 
     def recipe(self, run: Path, training: Training, asked: Mapping[str, str]) -> Recipe:
         """A training's whole recipe."""
         return override(named(training.recipe), self.changes(run, training, asked))
 
 
-def _from_classifiers(
-    name: str, detector: str, *, classifier_steps: str, changes: Mapping[str, str]
-) -> Chain:
-    """A detector whose backbone is the mean of two classifiers that parted late in training.
+# For every training of a shipped chain: damage as uploads have it, pictures that end at the face.
+# uploads at 0.3: at 0.5 making a batch takes half as long again.
+_SEEN = {
+    "data.blended_share": "0.5",
+    "data.tight_pictures": "true",
+    "data.augment.uploads": "0.3",
+    "data.augment.requantised": "0.1",
+    "data.augment.cut_off": "0.2",
+    "data.augment.margins": "1.0,1.15,1.3,1.45",
+}
+# The convolutions: without them only norms and head are left to move.
+_FEW = "conv_stem*0,conv_dw*0,conv_pw*0,conv_pwl*0,conv_head*0"
 
-    The mean of two is a better start than either, and costs nothing at inference.
+
+def _shipped(name: str, *, steps: tuple[int, ...], batch: int, minutes: float,
+             fits: tuple[RendererFit, ...]) -> Chain:  # fmt: skip
+    """A classifier whose weights are the mean of two that parted late in training.
+
+    At 128 px first, a few weights and then all; at full size last.  `steps` are those of head,
+    small, whole, each branch, and detector.  The mean of two is a better start than either, and
+    costs nothing at inference.
     """
-    shared = {"data.batch": "16", "schedule.select": "last"}
-    later = {
-        **shared,
-        "schedule.steps": "1150",
-        "schedule.evaluate_every": "16",
-        "data.augment.other": "0.7",
-        "optimiser.lr": "3e-4",
-        "optimiser.ema": "0.995",
-    }
-    first = {
-        **shared,
-        "schedule.steps": classifier_steps,
-        "schedule.evaluate_every": "5",
-        "optimiser.ema": "0.99",
-    }
+    head, small, whole, branch, last = map(str, steps)
+    shared = {**_SEEN, "data.batch": str(batch)}
+    at_128 = {**shared, "network.size": "128", "input.size": "128"}
+    newest = {"schedule.select": "last"}
+    gentle = {**shared, **newest, "optimiser.lr": "3e-4", "optimiser.ema": "0.995"}
+    trainings = (
+        # Few weights: random ones in the head would else upset what ImageNet taught the others.
+        Training("head", "small_classifier", {
+            **at_128, **newest, "schedule.steps": head, "optimiser.rates": _FEW,
+            "optimiser.lr": "2e-3", "optimiser.ema": "0.95",
+        }),
+        # An arm that has stopped getting better gives its time to the others.
+        Training("small", "small_classifier", {
+            **at_128, "schedule.steps": small, "schedule.select": "auc", "schedule.patience": "4",
+            "optimiser.lr": "6e-4", "optimiser.ema": "0.995",
+        }, network_from=("head",)),
+        # Another size is another network: only its backbone, which has the head, goes on.
+        Training("whole", "small_classifier", {
+            **shared, **newest, "schedule.steps": whole, "optimiser.ema": "0.99",
+        }, backbone_from=("small",)),
+    )  # fmt: skip
     # Two seeds are two orders of batches from the same weights: far enough apart that the mean
     # helps, near enough that a mean of weights is still a working network.
     branches = tuple(
         Training(
-            f"branch{seed}",
-            "small_classifier",
-            {**later, "seed": seed},
-            network_from=("classifier",),
+            f"branch{seed}", "small_classifier",
+            {**gentle, "schedule.steps": branch, "data.augment.other": "0.7", "seed": seed},
+            network_from=("whole",),
         )
         for seed in ("31", "32")
-    )
+    )  # fmt: skip
+    detector = Training(
+        "detector", "small_classifier",
+        {**gentle, "schedule.steps": last, "optimiser.lr": "1e-4"},
+        network_from=tuple(each.name for each in branches),
+    )  # fmt: skip
     return Chain(
-        name,
-        (
-            (Training("classifier", "small_classifier", first),),
-            branches,
-            (
-                Training(
-                    "detector",
-                    detector,
-                    changes,
-                    backbone_from=tuple(branch.name for branch in branches),
-                ),
-            ),
-        ),
-        every_device=True,
-        clips=MadeClips(),
+        name, (*((each,) for each in trainings), branches, (detector,)),
+        every_device=True, clips=MadeClips(stills=160, uploads=True), fits=fits, minutes=minutes,
+    )  # fmt: skip
+
+
+def _with_ralf(name: str, of: Chain, minutes: float) -> Chain:
+    """The classifier of another chain, and then RALF's arm with that as its crop's classifier.
+
+    The other chain's detector is the control.
+    """
+    both = {**_SEEN, "data.batch": of.last.changes["data.batch"]}
+    gentle = {**both, "optimiser.lr": "2e-4", "optimiser.ema": "0.995"}
+    real = {name: text for name, text in _SEEN.items() if name != "data.blended_share"}
+    arm = (
+        Training("ralf_reconstructor", "reconstructor", real),
+        Training("residual", "residual_stream", both, ("ralf_reconstructor",), (of.last.name,)),
+        Training("joint", "two_stream", gentle, ("residual",)),
     )
+    return replace(
+        of, name=name, stages=(*of.stages, *((each,) for each in arm)),
+        control=of.last.name, minutes=minutes,
+    )  # fmt: skip
 
 
 def _two_streams() -> Chain:
@@ -217,23 +307,43 @@ def _two_streams() -> Chain:
     )  # fmt: skip
 
 
+_CPU = _shipped(
+    "shipped",
+    steps=(300, 3600, 900, 550, 200),
+    batch=16,
+    minutes=105,
+    fits=(
+        RendererFit("autoencoder", 18),
+        RendererFit("restorer", 5),
+        RendererFit("reconstructor", 4, held_out=True),
+    ),
+)
 CHAINS = {
     chain.name: chain
     for chain in (
-        # Makes ralf-small anew, in about three hours on two CPU cores.  The version in models/ went
-        # on from an earlier one for 100 steps: its card says so.
-        _from_classifiers("shipped", "ralf_small_cpu", classifier_steps="3000", changes={}),
-        # The larger one, for a GPU: declared, and never run.
-        _from_classifiers(
+        # Makes the model that ships, from ImageNet's weights, on two idle CPU cores.  The version
+        # in models/ came of an earlier chain: its card says of which.
+        _CPU,
+        # The same on one large GPU: larger batches, the autoencoder at 128 px.
+        _shipped(
             "shipped_gpu",
-            "ralf_small",
-            classifier_steps="4000",
-            changes={"schedule.steps": "6000"},
+            steps=(300, 4500, 2500, 900, 300),
+            batch=64,
+            minutes=25,
+            fits=(
+                RendererFit(
+                    "autoencoder", 6, {"size": "128", "batch": "96", "width": "48",
+                                       "steps": "60000"}
+                ),
+                RendererFit("restorer", 1, {"batch": "96"}),
+                RendererFit("reconstructor", 1, {"batch": "96"}, held_out=True),
+            ),
         ),
-        # RALF with its residual at work, or the classifier inside: the chain decides which.
+        # The residual at work, or the classifier inside: the chain decides which.
+        _with_ralf("shipped_ralf", _CPU, 310),
         _two_streams(),
     )
-}
+}  # fmt: skip
 
 
 def chain_of(name: str) -> Chain:

@@ -97,6 +97,8 @@ def publish_run(
             "chosen_by": recipe.schedule.select,
             "held_out": recipe.data.unseen,
             "families": list(recipe.data.trained_families),
+            # Said only where there are some, so that other versions keep their hashes.
+            **({"also_held_out": [*also]} if (also := recipe.data.also_held_out) else {}),
             "data_sha256": checkpoint.data_sha256,
             "commit": checkpoint.commit,
         },

@@ -134,6 +134,9 @@ class Data(Part):
     held_out: str | None = None
     """A family, or a method of forgeries on disk, that is never trained on: it judges what
     generalises."""
+    also_held_out: tuple[str, ...] = ()
+    """Methods of forgeries on disk that are never trained on either: whole generators, kept to be
+    judged by."""
     tight_pictures: bool = False
     """For collections whose pictures end at the face: boxes and points come from the mesh where
     there is one, donors show their whole face, and while a face is forged the picture is mirrored
@@ -178,6 +181,11 @@ class Data(Part):
     def trained_families(self) -> tuple[Family, ...]:
         """The families that training makes: all but the one held out."""
         return tuple(family for family in self.families if family != self.held_out)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """All families and methods that neither training nor validation shows."""
+        return (*([self.held_out] if self.held_out else []), *self.also_held_out)
 
     @property
     def unseen(self) -> str | None:

@@ -15,29 +15,32 @@ from ralf.train.evaluate.tables.residual import residual_figures
 from ralf.train.evaluate.tables.table import TableOptions
 from ralf.train.loop.checkpoint import has_checkpoint
 from ralf.train.publish import without_residual
-from ralf.train.resumable import Facts, Say, Step
+from ralf.train.resumable import Facts, Step
+from ralf.train.retraining import Retraining
 from ralf.train.trainings import ChainRun
 
 CLOSED = "without_residual"
 """The folder of the plain classifier inside, in the run's folder."""
 
 
-def residual_step(training: ChainRun, name: str, split: str, say: Say) -> Step | None:
+def residual_step(order: Retraining) -> Step | None:
     """The step that decides what is published; None where the chain trains no second stream."""
+    training, name, split = order.training, order.name, order.calibrate_on
     network, chain = training.last_recipe.network, training.chain
     if network.build != "ralf" or network.dimensions.get("sees") != "bands":
         return None
     return Step(
         "residual",
         {"split": split, "control": chain.control, "name": name, "otherwise": chain.classifier},
-        lambda done: _decide(training, name, split, say),
+        lambda done: _decide(order.with_forgeries(done)),
         f"closing it costs AUC on the family held out, or {chain.classifier} is published",
         still_there=lambda facts: has_checkpoint(Path(facts["folder"])),
     )
 
 
-def _decide(training: ChainRun, name: str, split: str, say: Say) -> Facts:
+def _decide(order: Retraining) -> Facts:
     """What each part of the network is worth on the split's people; which run is published."""
+    training, name, split, say = order.training, order.name, order.calibrate_on, order.say
     chain, folder = training.chain, training.last_folder
     device = str(pick_device(training.device))
     named = [each for each in chain.trainings if each.name == chain.control]

@@ -1,6 +1,6 @@
 """Steps that are done once: interrupted anywhere, the same command goes on with what is left.
 
-    RUN/retrain.json    which steps are done, what each was asked, and what came of it
+    RUN/retrain.json    which steps are done, what each was asked, what came of it, and its minutes
 
 A step counts as done as long as the same is asked of it and of all steps before it: another split
 to evaluate on repeats evaluating and what follows, but not the training.  Every step but a training
@@ -13,7 +13,9 @@ is begun.  What the steps of `ralf retrain` do is in ralf.train.retrain.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +61,15 @@ class StepsDone:
     def __init__(self, run: Path) -> None:
         self._path = run / RECORD
         self._done: dict[str, Facts] = {}
+        self._minutes: dict[str, float] = {}
         if self._path.exists():
             try:
                 stored = json.loads(self._path.read_text())
                 if stored["schema"] != SCHEMA:
                     raise ValueError(f"its schema is {stored['schema']!r}")
                 self._done = dict(stored["done"])
+                # Records written before steps were timed have none.
+                self._minutes = dict(stored.get("minutes", {}))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self._path} should be {SCHEMA}: {error}; remove it and every step but the "
@@ -83,7 +88,25 @@ class StepsDone:
         """Note a step as done, and the later ones as not done."""
         kept = {name: what for name, what in self._done.items() if name not in later}
         self._done = kept | {step.name: {"asked": asked, "facts": facts}}
-        document = {"schema": SCHEMA, "done": self._done}
+        self._write()
+
+    @contextmanager
+    def timed(self, step: Step) -> Iterator[None]:
+        """Add the minutes of the block to the step's own, also where it is interrupted."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = self._minutes.get(step.name, 0.0) + (time.monotonic() - began) / 60
+            self._minutes[step.name] = round(spent, 3)
+            self._write()
+
+    def minutes(self, step: Step) -> float:
+        """The minutes of a step over all commands."""
+        return self._minutes.get(step.name, 0.0)
+
+    def _write(self) -> None:
+        document = {"schema": SCHEMA, "done": self._done, "minutes": self._minutes}
         replace_text(self._path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
@@ -126,10 +149,12 @@ def do_steps(steps: list[Step], run: Path, say: Say) -> dict[str, Facts]:
             if facts is None:
                 redo = True
                 say(f"{step.name}: {step.condition}")
-                facts = step.work(done)
+                with record.timed(step):
+                    facts = step.work(done)
                 # What was built on an older outcome of this step no longer counts.
                 later = [each.name for each in steps[number + 1 :]]
                 record.record(step, asked[step.name], facts, later)
+                say(f"{step.name}: {record.minutes(step):.1f} minutes")
             else:
                 say(f"{step.name}: done before")
             done[step.name] = facts

@@ -78,6 +78,11 @@ class ChainRun:
         """The recipe of the training that gets published."""
         return self.recipe(self.chain.last)
 
+    @property
+    def room(self) -> int:
+        """How many processes may work at the same time."""
+        return self.processes or all_processes(self.device)
+
     def processes_of(self, stage: Sequence[Training]) -> int:
         """How many processes each training of a stage has: one, when several share the machine."""
         if len(stage) > 1:
@@ -90,8 +95,7 @@ class ChainRun:
         """Train a stage, or go on with it; what `ralf train` would print of each training."""
         processes = self.processes_of(stage)
         # Trainings of one stage run in turn, in this process, where there is room for one only.
-        room = self.processes or all_processes(self.device)
-        if processes == 1 and (len(stage) == 1 or room == 1):
+        if processes == 1 and (len(stage) == 1 or self.room == 1):
             return [self._in_this_process(training) for training in stage]
         return train_together(
             [self._command(training, place, processes) for place, training in enumerate(stage)]

@@ -81,7 +81,7 @@ class Batches:
         self.data, self.seed = data, seed
         # What is held out is left out from disk too: made clips carry their family as their method.
         _refuse_unknown(data.held_out, index)
-        left = index.without_forgeries(data.held_out).only(data.methods, data.compression)
+        left = index.without_forgeries(data.left_out).only(data.methods, data.compression)
         self.pool = Pool(left, data, split, ram_bytes=ram_bytes)
         self._real = tuple(len(frames) for frames in self.pool.real)
         self._forged = tuple(len(frames) for frames in self.pool.forged)

@@ -77,7 +77,7 @@ class Examples:
         if families is None:
             # As the recipe trains: validation must not choose weights by what is held out.
             families = data.trained_families
-            index = index.without_forgeries(data.held_out).only(data.methods, data.compression)
+            index = index.without_forgeries(data.left_out).only(data.methods, data.compression)
         self.pool = Pool(index, data, split, ram_bytes=ram_bytes)
         if unknown := set(families) - set(FAMILIES):
             raise IndexFault(f"no family {sorted(unknown)}; known: {', '.join(FAMILIES)}")

@@ -148,9 +148,9 @@ class Index:
         )
         return Index(self.root, tuple(kept), self.notes)
 
-    def without_forgeries(self, method: str | None) -> "Index":
-        """The rows but for forgeries made in this way; all rows for None."""
-        kept = (row for row in self.rows if not row.label or row.method != method)
+    def without_forgeries(self, methods: Collection[str]) -> "Index":
+        """The rows but for forgeries made in these ways."""
+        kept = (row for row in self.rows if not row.label or row.method not in methods)
         return Index(self.root, tuple(kept), self.notes)
 
     def only(self, methods: Collection[str], compression: str | None) -> "Index":

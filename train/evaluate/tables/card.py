@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ralf.kernels.manifest import held_out_family
+from ralf.kernels.manifest import held_out_family, never_trained_on
 from ralf.train.data.evaluation_set import Examples
 from ralf.train.data.index import Index
 from ralf.train.evaluate.conditions import CLEAN, REQUANTISED
@@ -183,10 +183,10 @@ def _figures(
     calibrated: bool = True,
 ) -> None:
     """AUC on the generators seen and on the one held out; calibration and threshold on the seen."""
-    unseen = held_out_family(model.trained)
+    unseen, never = held_out_family(model.trained), never_trained_on(model.trained)
     methods: Callable[[str], bool]
     for group, methods in (
-        ("seen", lambda method: method != unseen),
+        ("seen", lambda method: method not in never),
         ("held out", lambda method: method in ("real", unseen)),
     ):
         part = scored.where(np.array([methods(video[1]) for video in scored.video], bool))
