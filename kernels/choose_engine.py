@@ -41,7 +41,7 @@ def load(
     *,
     precision: Precision | None = None,
     max_batch: int | None = None,
-    golden_crops: int = 8,
+    golden_crops: int | None = None,
     plan_public_key: str | None = None,
 ) -> Engine:
     """The model on a device ("auto", "cpu", "cuda", "cuda:1"), checked on its golden crops.
@@ -50,7 +50,8 @@ def load(
     fastest on this device.  If nothing was measured, it is torch in the fastest precision that the
     hardware has and the manifest allows.
     `golden_crops` limits the check: a wrong build shows at the first crops, and all 32 take seconds
-    on a CPU.  `ralf models verify` checks all.
+    on a CPU.  Eight, or two where torch runs the network on a CPU: there nothing was built, and the
+    weights' hash was checked.  `ralf models verify` checks all.
     `plan_public_key` is the PEM that plans are checked with; None means that of the environment.
     """
     place = pick_device(device)
@@ -66,6 +67,8 @@ def load(
             log.error("plan.refused", error=str(error), instead="torch")
     if engine is None:
         engine = TorchEngine.of(artifact, place, precision, max_batch)
+    if golden_crops is None:
+        golden_crops = 2 if isinstance(engine, TorchEngine) and place.type == "cpu" else 8
     check_golden(engine, golden_crops)
     return engine
 

@@ -1,4 +1,4 @@
-"""The ops `ralf::destruct` and `ralf::destruct_residual`: what the networks call.
+"""The ops `ralf::destruct` and `ralf::destruct_residual`, and `split`, which the networks call.
 
 `destruct` gives an image without the frequencies that a mask takes away; `destruct_residual` gives
 |image − destroyed| as well, in the same pass if a kernel can.  What they compute is defined by the
@@ -123,6 +123,19 @@ def _destruct_residual_on_cuda(image: Tensor, mask: Tensor, half: bool) -> tuple
 def _destruct_residual_shapes(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     destroyed = torch.empty(image.shape, dtype=mask.dtype, device=image.device)
     return destroyed, torch.empty_like(destroyed, dtype=torch.float16 if half else mask.dtype)
+
+
+def split(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """What destruct_residual gives; called plainly where nothing is compiled, traced or learnt.
+
+    The first call of an op on a CPU imports torch's compiler, which takes more than a second.
+    """
+    opaque = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if image.device.type != "cpu" or opaque:
+        made: tuple[Tensor, Tensor] = destruct_residual(image, mask, half)
+        return made
+    check_mask(image, mask)
+    return _residual_plainly(image, mask, half)
 
 
 @torch.library.custom_op("ralf::destruct_backward", mutates_args=())

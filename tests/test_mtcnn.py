@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from facenet_pytorch import MTCNN
 from facenet_pytorch.models.mtcnn import ONet, PNet, RNet
 from facenet_pytorch.models.utils.detect_face import nms_numpy
@@ -31,6 +32,7 @@ from ralf.worker.boxes import overlap
 from ralf.worker.contract import Sampling
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.media.mtcnn import Candidates, Mtcnn, reduced_size, smallest_wins
+from ralf.worker.media.mtcnn_boxes import batched_nms
 from ralf.worker.media.probe import probe
 from ralf.worker.media.pyramid import Level, bands, crops, integral, pyramid, shrink
 from ralf.worker.media.types import Clip, Faces, Frames
@@ -53,6 +55,18 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("count", [0, 1, 900, 3000])
+def test_the_boxes_that_stay_are_those_of_torchvision(count: int):
+    """Few boxes at once, or many group by group; equal scores included."""
+    start = torch.rand(count, 2) * 300
+    boxes = torch.cat([start, start + 10 + torch.rand(count, 2) * 60], 1)
+    scores, group = (torch.rand(count) * 50).round() / 50, torch.randint(0, 7, (count,))
+    expected = torchvision.ops.batched_nms(boxes, scores, group, 0.5)
+
+    assert batched_nms(boxes, scores, group, 0.5).tolist() == expected.tolist()
+    assert (count > 10) == (len(expected) < count)
 
 
 def composites() -> list[Frames]:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ralf.kernels import networks
 from ralf.kernels.networks import build, options
 from ralf.kernels.networks.backbones import FAMILIES, Backbone, NetworkError, load_backbone
+from ralf.kernels.networks.efficientnet_lite import EfficientNetLite0
 from ralf.kernels.networks.ralf import Ralf
 from ralf.kernels.networks.reconstructor import Reconstructor, ScaleFusion, double, half
 
@@ -181,6 +182,34 @@ def test_a_cut_backbone_computes_what_timms_does(backbone: str, pool: str, tmp_p
     image = torch.rand(2, 3, 64, 64)
 
     torch.testing.assert_close(cut(image), whole(image).squeeze(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+def test_our_efficientnet_lite_gives_the_bits_that_timms_gives(channels: int):
+    """The same names; the same features and statistics, in training and after it, odd sizes too."""
+    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=1, in_chans=channels)
+    ours = EfficientNetLite0(channels=channels)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+
+    for training, side in ((True, 64), (True, 97), (False, 97), (False, 128)):
+        image = torch.randn(2, channels, side, side)
+        theirs.train(training)
+        ours.train(training)
+        features = ours.blocks(ours.bn1(ours.conv_stem(image)))
+        assert torch.equal(theirs.forward_features(image), ours.bn2(ours.conv_head(features)))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+
+
+def test_our_efficientnet_lite_begins_with_weights_as_timm_draws_them():
+    """Of each layer with enough weights, the deviation is timm's; norms and biases are equal."""
+    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=1).state_dict()
+    for name, ours in EfficientNetLite0().state_dict().items():
+        if ours.ndim < 2:
+            assert torch.equal(ours, theirs[name]), name
+        elif ours.numel() >= 800:
+            assert float(ours.std() / theirs[name].std()) == pytest.approx(1, abs=0.15), name
 
 
 def test_a_file_with_one_output_fills_the_baseline_to_the_last_weight(tmp_path):

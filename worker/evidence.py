@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from ralf.worker.contract import FaceInFrame, Picture, Track, WholeFrame
@@ -175,6 +174,9 @@ def pictures(
 
 def _heats(residuals: Tensor) -> list[NDArray[np.float32]]:
     """Residuals as maps in 0..1 on one scale."""
+    # Only pictures need it, and it takes a fifth of a second to import.
+    from scipy.ndimage import gaussian_filter
+
     flat = residuals.detach().to(torch.float32).mean(1).numpy()  # [k, s, s]
     sigma = flat.shape[-1] / 64
     smooth = [gaussian_filter(one, sigma) for one in flat]

@@ -11,18 +11,20 @@ scaled, as in the paper.  Every stem's first convolution has no bias and a batch
 norm behind it, which corrects scale and offset once its statistics are those of
 residuals: so train with the norms in training mode, and never freeze the stem's statistics.
 
-The only file that imports timm.
+The only file that imports timm, and only when it builds one of timm's networks: that takes seconds.
+tf_efficientnet_lite0, which the shipped model has, is our own definition (efficientnet_lite.py).
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ralf.kernels.networks.efficientnet_lite import EfficientNetLite0
 
 Pool = Literal["max", "mean"]
 
@@ -89,7 +91,7 @@ class Backbone(nn.Module):
             raise NetworkError(f"pool should be max or mean, got {pool!r}")
         self.family = family(backbone)
         self.pool = pool
-        network = timm.create_model(self.family.timm_name, pretrained=False, num_classes=1)
+        network = _fresh(self.family)
         parts = OrderedDict(network.named_children())
         self.head = nn.Linear(int(network.num_features), 1)
         # Both are ours, for the choice of pooling and one FP32 logit.
@@ -153,9 +155,17 @@ class Backbone(nn.Module):
 def stem_of(backbone: str, channels: int) -> nn.Sequential:
     """A backbone's stem with random weights, for pictures of so many channels."""
     cut = family(backbone)
-    network = timm.create_model(cut.timm_name, pretrained=False, in_chans=channels)
-    parts = OrderedDict(network.named_children())
+    parts = OrderedDict(_fresh(cut, channels).named_children())
     return nn.Sequential(OrderedDict((name, parts[name]) for name in cut.stem))
+
+
+def _fresh(chosen: Family, channels: int = 3) -> Any:
+    """The whole network with random weights."""
+    if chosen.timm_name == "tf_efficientnet_lite0":
+        return EfficientNetLite0(channels=channels)
+    import timm
+
+    return timm.create_model(chosen.timm_name, pretrained=False, num_classes=1, in_chans=channels)
 
 
 def lower_backbone(backbone: Backbone, dtype: torch.dtype) -> None:
@@ -213,6 +223,8 @@ def _from_file(path: Path) -> dict[str, Tensor]:
 
 
 def _from_hub(chosen: Family) -> dict[str, Tensor]:
+    import timm
+
     try:
         tensors: dict[str, Tensor] = timm.create_model(
             chosen.timm_name, pretrained=True

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from ralf.kernels.dct import destruct_reference
-from ralf.kernels.destructor import destruct_residual
+from ralf.kernels.destructor import split
 from ralf.kernels.networks.backbones import (
     Backbone,
     NetworkError,
@@ -163,7 +163,7 @@ class Ralf(nn.Module):
             destroyed = destruct_reference(crops, mask)
             return destroyed, (unit(crops) - destroyed).abs()
         made: tuple[Tensor, Tensor]
-        made = destruct_residual(crops, mask, self.filters_in_half(crops.device))
+        made = split(crops, mask, self.filters_in_half(crops.device))
         return made
 
     def filters_in_half(self, device: torch.device) -> bool:

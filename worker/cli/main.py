@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ralf import __version__, install_hint
+from ralf import __version__, install_hint, starting
 from ralf.kernels.cli import add_benches
 from ralf.kernels.cli import commands as kernels
 from ralf.worker.cli.long_runs import commands as long_runs
@@ -144,7 +144,7 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def _run_scan(args: argparse.Namespace) -> int:
-    with _starting(quiet=args.quiet):
+    with _announced(quiet=args.quiet), starting():
         from ralf.worker.cli.scan import prepare
 
         scan = prepare(args)
@@ -159,7 +159,7 @@ def device(text: str) -> str:
 
 
 @contextmanager
-def _starting(*, quiet: bool) -> Iterator[None]:
+def _announced(*, quiet: bool) -> Iterator[None]:
     """A line on the terminal while libraries and the model are loaded, which takes seconds."""
     if quiet or not sys.stderr.isatty():
         yield

@@ -32,12 +32,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.ops import batched_nms  # type: ignore[import-untyped]
 
 from ralf.kernels.cpu_threads import side_by_side
 from ralf.kernels.manifest import Finder
 from ralf.kernels.networks.mtcnn import pretrained
-from ralf.worker.media.mtcnn_boxes import corners, moved, placed, regressed, squared
+from ralf.worker.media.mtcnn_boxes import batched_nms, corners, moved, placed, regressed, squared
 from ralf.worker.media.mtcnn_cuda import ACCEPT, MOST_FRAMES, FixedShapeMtcnn, Found
 from ralf.worker.media.pyramid import WINDOW, all_windows, bands, crops, integral, shrink
 from ralf.worker.media.resample import shrunk

@@ -1,11 +1,61 @@
 """Operations on boxes between MTCNN's networks: k boxes, x0 y0 x1 y1 in pixels of the copy.
 
 The shapes depend only on the number of boxes, and no operation reads a number back from the device,
-so all of them can be recorded in a CUDA graph.
+so all of them can be recorded in a CUDA graph; `batched_nms` is the exception.
+
+Of torchvision only the compiled operator is loaded.  Importing the package takes more than a
+second, because it brings torch's compiler with it.
 """
+
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ralf import install_hint
+
+# Above so many numbers torchvision takes the groups one by one; so do we, for the same boxes.
+ONE_BY_ONE_FROM = {"cpu": 4000, "cuda": 100_000}
+
+
+def _load_operators() -> None:
+    """Register torch.ops.torchvision.nms; the package may be imported too, before or after."""
+    spec = find_spec("torchvision")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    # _C.so up to torchvision 0.28, _C_stable.so after.
+    libraries = [found for folder in folders for found in sorted(Path(folder).glob("_C*.so"))]
+    if not libraries:
+        raise ImportError(
+            f"torchvision is not installed, or without its operators: {install_hint('cpu')}",
+            name="torchvision",
+        )
+    for library in libraries:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+
+
+_load_operators()
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, group: Tensor, most: float) -> Tensor:
+    """Rows of the boxes that no better box of their group overlaps by more than `most`, best first.
+
+    The rows are those of torchvision's function of the same name (a test compares them).
+    """
+    nms = torch.ops.torchvision.nms
+    if not len(boxes):
+        return torch.empty(0, dtype=torch.int64, device=boxes.device)
+    if boxes.numel() <= ONE_BY_ONE_FROM[boxes.device.type]:
+        # Each group in a place of its own, so that one call serves all.
+        apart = group.to(boxes) * (boxes.max() + 1)
+        rows: Tensor = nms(boxes + apart[:, None], scores, most)
+        return rows
+    kept = []
+    for one in group.unique():  # type: ignore[no-untyped-call]
+        rows = (group == one).nonzero().flatten()
+        kept.append(rows[nms(boxes[rows], scores[rows], most)])
+    rows = torch.cat(kept).sort().values
+    return rows[scores[rows].sort(descending=True).indices]
 
 
 def squared(boxes: Tensor) -> Tensor:

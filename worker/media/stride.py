@@ -16,9 +16,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from ralf.worker.boxes import overlap
+from ralf.worker.media.tracks import cheapest
 from ralf.worker.media.types import FaceFinder, Faces, Frames
 
 GAP_S = 0.25
@@ -74,7 +74,7 @@ def _between(
     if not len(before) or not len(after) or rows[place] - rows[place - 1] < 2:
         return
     shared = overlap(seen.boxes[before].astype(float), seen.boxes[after].astype(float))
-    one, other = linear_sum_assignment(-shared)
+    one, other = cheapest(-shared)
     close = shared[one, other] >= LEAST_OVERLAP
     one, other = before[one[close]], after[other[close]]
     start, end = times_s[rows[place - 1]], times_s[rows[place]]

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from ralf.worker.boxes import overlap
 from ralf.worker.media.cuts import Signatures, same_shot, signatures
@@ -86,9 +85,21 @@ def match(
     # A forbidden pair costs as much as the worst allowed pair, not more: at a higher cost the
     # assignment would break up a face that stayed in place in order to avoid forbidden pairs.
     cost = np.where(may, 1 - overlap(before, after) + distance, 1 + reach)
-    return [
-        (int(a), int(b)) for a, b in zip(*linear_sum_assignment(cost), strict=True) if may[a, b]
-    ]
+    return [(int(a), int(b)) for a, b in zip(*cheapest(cost), strict=True) if may[a, b]]
+
+
+def cheapest(cost: Boxes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows and columns of the assignment that costs least."""
+    if not cost.size:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    # One face is the usual case, and scipy.optimize takes long to import.
+    if min(cost.shape) == 1:
+        rows, columns = np.unravel_index([int(np.argmin(cost))], cost.shape)
+        return rows, columns
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(cost)
+    return rows, columns
 
 
 class Tracker:

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import structlog
 
+from ralf import starting
 from ralf.worker import telemetry
 from ralf.worker.contract import Job, Progress, Verdict, dump
 from ralf.worker.errors import BadRequest, Cancelled, GpuFatal, JobError, RalfError
@@ -300,7 +301,9 @@ class Child:
         """Load the model, send the outcome to all parents, then run jobs like the other threads."""
         ready: messages.Ready | messages.Unready
         try:
-            ready = self._confined(self._models.open())
+            with starting():
+                facts = self._models.open()
+            ready = self._confined(facts)
         except Exception as error:  # noqa: BLE001  the border: the parent logs it and decides
             ready = messages.Unready(
                 message=str(error) if isinstance(error, RalfError) else traceback.format_exc()
