@@ -149,7 +149,10 @@
   };
 
   at("file").addEventListener("change", () => {
-    if (at("file").files.length) sendFile(at("file").files[0]);
+    const file = at("file").files[0];
+    // Else choosing the same file again would change nothing, and nothing would happen.
+    at("file").value = "";
+    if (file) sendFile(file);
   });
   at("ask").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -189,6 +192,11 @@
   }
   document.addEventListener("drop", (event) => {
     if (!at("ask").hidden && event.dataTransfer.files.length) sendFile(event.dataTransfer.files[0]);
+  });
+
+  // Back, in a browser that kept the page as it was.
+  window.addEventListener("pageshow", (event) => {
+    if (event.persisted && !job) show("ask");
   });
 
   const found = /^#job=([A-Za-z0-9_-]{1,64})$/.exec(location.hash);
