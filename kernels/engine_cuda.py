@@ -9,6 +9,8 @@ Crops from the CPU go over by pinned memory, which the host fills while the devi
 batch before.  One caller at a time.
 """
 
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,11 @@ log = structlog.get_logger()
 def buckets_of(max_batch: int) -> tuple[int, ...]:
     """The usual buckets, up to this one."""
     return (*(size for size in BUCKETS if size < max_batch), max_batch)
+
+
+def c_compiler() -> str | None:
+    """The compiler that Triton would use here for what starts its kernels; None: it has none."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def stream_of(device: torch.device) -> torch.cuda.Stream | None:

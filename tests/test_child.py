@@ -22,6 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ralf.worker import settings as settings_module
+from ralf.worker import telemetry
 from ralf.worker.chaos import bodies
 from ralf.worker.contract import Evidence, Job, Media, Progress, Verdict, dump
 from ralf.worker.errors import (
@@ -29,12 +31,13 @@ from ralf.worker.errors import (
     DecoderCrashed,
     GpuFatal,
     GpuOom,
+    ModelUnavailable,
     TooLong,
 )
 from ralf.worker.service import child as child_module
 from ralf.worker.service import jobs, messages, sandbox
 from ralf.worker.service.child import ChildJob, ParentConnection
-from ralf.worker.service.child_process import ChildProcess
+from ralf.worker.service.child_process import ChildProcess, ChildSupervisor
 from ralf.worker.settings import Settings
 from tests import waiting
 from tests.documents import a_verdict
@@ -433,6 +436,107 @@ def test_parents_share_a_child_fairly_one_job_at_a_time(tmp_path: Path):
             os.kill(first.pid, signal.SIGKILL)
             for link in others:
                 link.close()
+
+
+def test_a_shared_child_is_replaced_after_so_many_jobs_of_all_its_parents(tmp_path: Path):
+    """A parent's own jobs say little: with four parents the child does four times as many."""
+    settings = replace(SETTINGS, child_max_jobs=1, shared_child_max_jobs=4)
+    with child(settings, shared=tmp_path / "gpu0") as first:
+        second = ChildProcess(settings, bodies="test", shared=tmp_path / "gpu0")
+        second.open()
+        try:
+            reasons = []
+            for number in range(2):
+                for link in (first, second):
+                    answer(link, ask(f"j{number}", "trivial"))
+                    reasons.append(link.recycle_reason())
+
+            assert ["", "", "", "jobs"] == reasons
+            assert (2, 2, 3, 4) == (
+                first.jobs_done,
+                second.jobs_done,
+                first.served,
+                second.served,
+            )
+        finally:
+            os.kill(first.pid, signal.SIGKILL)
+            second.close()
+
+
+class SlowChild:
+    """A child whose model takes so long to compile."""
+
+    def __init__(self, settings: Settings, load_s: float) -> None:
+        self.settings, self.load_s = settings, load_s
+        self.ready: messages.Ready | None = None
+        self.load_error, self.pid, self.alive = "", 1, True
+        self.ended: list[str] = []
+
+    def open(self) -> None:
+        self.end = time.monotonic() + self.load_s
+
+    def wait(self, seconds: float) -> list[messages.Message]:
+        time.sleep(max(0.0, min(seconds, 0.05)))
+        if time.monotonic() > self.end:
+            self.ready = messages.Ready(facts=messages.EngineFacts(engine="torch"))
+        return []
+
+    def rss(self) -> int:
+        return 1
+
+    def kill(self) -> None:
+        self.ended.append("killed")
+
+    def detach(self) -> str:
+        return "killed"
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "comes_up"),
+    [("cuda", False, True), ("auto", True, True), ("auto", False, False), ("cpu", True, False)],
+)
+def test_a_child_that_compiles_for_a_gpu_gets_the_time_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, there: bool, comes_up: bool
+):
+    """Minutes with torch.compile, where a CPU's child would be taken for stuck."""
+    gpu = tmp_path / "nvidiactl"
+    if there:
+        gpu.touch()
+    monkeypatch.setattr(settings_module, "GPU", gpu)
+    settings = replace(
+        SETTINGS, device=device, child_start_timeout_s=0.2, child_start_gpu_timeout_s=PATIENCE_S
+    )
+    slow: Any = SlowChild(settings, load_s=0.6)
+    wakeup: Any = SimpleNamespace(stopping=False, pulse=0.0)
+    supervisor = ChildSupervisor(slow, wakeup, telemetry.Metrics())
+    if comes_up:
+        supervisor.start()
+        assert slow.ready is not None and not slow.ended
+        return
+    with pytest.raises(ModelUnavailable, match=r"not ready after 0\.2 s"):
+        supervisor.start()
+    assert ["killed"] == slow.ended
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "slow"),
+    [
+        ("torch-eager", "cuda:0", True),
+        ("torch", "cuda:0", False),
+        ("trt", "cuda:0", False),
+        ("torch", "cpu", False),
+    ],
+)
+def test_a_gpu_without_plan_and_compiler_is_called_slow(engine: str, device: str, slow: bool):
+    """/readyz repeats it, since everything works and only the speed is missing."""
+    link = ChildProcess(SETTINGS, bodies="test")
+    try:
+        assert not link.remarks().startswith("SLOW")
+        link.ready = messages.Ready(facts=messages.EngineFacts(engine=engine, device=device))
+        assert link.remarks().startswith("SLOW: ") is slow
+        assert "its child is confined by" in link.remarks()
+    finally:
+        link.close()
 
 
 def test_a_job_is_told_of_its_company_and_a_blamed_one_runs_alone(tmp_path: Path):

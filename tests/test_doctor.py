@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from redis import Redis
 
 from ralf.__main__ import main
+from ralf.kernels import choose_engine, engine_cuda
 from ralf.kernels.networks.mtcnn import WeightsMissing
 from ralf.kernels.registry import point_to
 from ralf.worker.doctor import (
     Finding,
     _confinement,
+    _gpu_engine,
     _models,
     _redis,
     _redis_cure,
@@ -94,6 +97,37 @@ def test_everything_missing_comes_with_a_fix():
     findings = list(examine(Settings(redis_url="redis://127.0.0.1:1/0")))
 
     assert [] == [item for item in findings if item.state == "missing" and not item.fix]
+
+
+@pytest.mark.parametrize(
+    ("plans", "compiler", "expected"),
+    [
+        (["trt-10.12-sm90-fp16-64"], None, ("ok", "trt-10.12-sm90-fp16-64")),
+        ([], "/usr/bin/gcc", ("missing", "torch.compile by /usr/bin/gcc")),
+        ([], None, ("broken", "SLOW: no plan, and no C compiler")),
+    ],
+)
+def test_a_gpu_that_would_compute_slowly_is_named(
+    tiny_models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plans: list[str],
+    compiler: str | None,
+    expected: tuple[str, str],
+):
+    """The production image has no compiler: without a plan all works, at a part of the speed."""
+    offered = ["torch-fp16", "torch-eager-fp16", *plans]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(choose_engine, "candidates", lambda artifact, device: offered)
+    monkeypatch.setattr(engine_cuda, "c_compiler", lambda: compiler)
+    settings = Settings(models_dir=str(tiny_models), model="tiny")
+
+    (finding,) = _gpu_engine(settings)
+    state, said = expected
+
+    assert state == finding.state and said in finding.found
+    assert "ralf build --all" in finding.fix or state == "ok"
+    assert [] == list(_gpu_engine(replace(settings, device="cpu")))
 
 
 def test_what_cannot_be_examined_comes_with_a_fix_and_an_exit_code(

@@ -304,6 +304,32 @@ def _gpu_parts(settings: Settings) -> Iterator[Finding]:
     )
 
 
+def _gpu_engine(settings: Settings) -> Iterator[Finding]:
+    """How the model would compute on the GPU; without plan and compiler it works, and is slow."""
+    import torch
+
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return
+    from ralf.kernels.artifact import resolve
+    from ralf.kernels.choose_engine import candidates
+    from ralf.kernels.engine import pick_device
+    from ralf.kernels.engine_cuda import c_compiler
+    from ralf.worker.runtime import models_dir
+
+    artifact = resolve(models_dir(settings), settings.model)
+    names = candidates(artifact, pick_device(settings.device))
+    plans, compiler = [name for name in names if not name.startswith("torch-")], c_compiler()
+    fix = "build a plan on this GPU: ralf build --all"
+    if plans:
+        yield Finding("gpu engine", "ok", f"verified plans: {', '.join(plans)}")
+    elif compiler:
+        found = f"no plan; torch.compile by {compiler}, which delays each first start by minutes"
+        yield Finding("gpu engine", "missing", found, fix)
+    else:
+        found = "SLOW: no plan, and no C compiler for torch.compile, so the network runs eagerly"
+        yield Finding("gpu engine", "broken", found, fix)
+
+
 def _confinement(settings: Settings) -> Iterator[Finding]:
     # Tried in a fresh process: what it gives up it cannot take back.
     tried = subprocess.run(
@@ -327,6 +353,7 @@ CHECKS: tuple[tuple[Callable[[Settings], Iterator[Finding]], bool, str], ...] = 
     (_finder, True, f"{WALK}; the finder's weights come with facenet-pytorch"),
     (_redis, False, "set RALF_REDIS_URL to redis://HOST:PORT/DB"),
     (_gpu_parts, False, "on a machine with a GPU: " + install_hint("gpu")),
+    (_gpu_engine, False, "set RALF_MODELS_DIR or RALF_MODEL, or RALF_DEVICE=cpu"),
     (_confinement, False, "run `python -m ralf.worker.service.sandbox` to see its error"),
 )
 """Each check; whether a walk needs what it examines; what to do when it cannot examine."""

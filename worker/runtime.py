@@ -106,6 +106,9 @@ def load(
         refused_plans=refused,
     )
     warm(parts)
+    if engine.name == "torch-eager":
+        why = "SLOW: no plan and no compiled kernels; build a plan on this GPU: ralf build --all"
+        log.warning("engine.slow", device=engine.device, why=why)
     log.info(
         "runtime.loaded",
         model=f"{artifact.manifest.name}@{artifact.version}",

@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 GIB = 1024**3
 FROM_FILE = "_FILE"
+GPU = Path("/dev/nvidiactl")
+"""Exists where NVIDIA's driver is loaded, and in the containers that get a GPU."""
 CHILD: Mapping[str, bool] = {"child": True}
 """Marks a field that the child process reads too: no address, no secret, no bucket."""
 
@@ -104,12 +106,19 @@ class Settings:
     fair_over_s: float = 60.0
     """How fast a tenant's use of the workers is forgotten; who used much waits for others."""
     child_max_jobs: int = 500
+    """A child is replaced after so many jobs; 0: never."""
+    shared_child_max_jobs: int = 20_000
+    """The same for a child that several workers share, over the jobs of all: to load a model onto a
+    GPU takes long, and at five clips a second 500 jobs are 100 s."""
     # Of the child's first resident size: a larger child is replaced between two jobs, which bounds
     # a slow leak.
     child_max_rss_ratio: float = 1.5
     child_max_rss: int = field(default=0, metadata=CHILD)
     """Bytes; above it a child is killed in the middle of a job. 0 means 80 % of the memory."""
     child_start_timeout_s: float = 120.0
+    child_start_gpu_timeout_s: float = 900.0
+    """The same on a GPU, where a network without a plan is compiled, for minutes, before its child
+    is ready: behind the running jobs no compiler can be started (docs/operations.md, Security)."""
     hang_s: float = 60.0
     """A child that reports no progress for so long, inside one job, is taken for hung."""
     heartbeat_s: float = 10.0
@@ -200,6 +209,12 @@ class Settings:
             return self.timeout_most_s
         wanted = self.timeout_base_s + self.timeout_per_video_s * seconds
         return min(max(wanted, self.timeout_least_s), self.timeout_most_s)
+
+    def start_allowed(self) -> float:
+        """How long a child may take to load its model."""
+        # Not by torch, which a worker process never imports.
+        on_gpu = self.device.startswith("cuda") or (self.device == "auto" and GPU.exists())
+        return self.child_start_gpu_timeout_s if on_gpu else self.child_start_timeout_s
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":

@@ -117,6 +117,7 @@ def own_redis() -> Iterator[Supervisor]:
             work_dir=str(folder),
             # No recycling: the start of a new child would count as a cost of the queue.
             child_max_jobs=0,
+            shared_child_max_jobs=0,
             log_level="warning",
         )
         telemetry.configure(settings)

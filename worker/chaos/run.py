@@ -51,6 +51,7 @@ SHORT: dict[str, Any] = {
     "retry_delays_s": (0.2, 0.6),
     "grace_s": 3.0,
     "child_max_jobs": 20,
+    "shared_child_max_jobs": 20,
     "webhook_timeout_s": 1.0,
     "webhook_delays_s": (0.3, *(1.0,) * 20),
 }

@@ -17,6 +17,7 @@ lost, or, when it is shared, after nobody has been connected for a while.
 
 import argparse
 import faulthandler
+import itertools
 import math
 import os
 import selectors
@@ -202,6 +203,7 @@ class Child:
         self._parents: set[ParentConnection] = set()
         self._parents_lock = threading.Lock()
         self._leaving = False
+        self._served = itertools.count(1)
         self._ready: messages.Ready | messages.Unready | None = None
 
     def serve(self) -> int:
@@ -352,7 +354,7 @@ class Child:
             if shadow is None:
                 self._queue.finish(job)
             job.parent.job = None  # before the answer: the parent may send the next at once
-            job.parent.send(answer)
+            job.parent.send(answer.model_copy(update={"served": next(self._served)}))
             if shadow is not None:
                 self._run_shadow(job, shadow)
             self._exit_if_idle()

@@ -36,6 +36,7 @@ from ralf.worker import telemetry
 from ralf.worker.errors import ModelUnavailable
 from ralf.worker.service import messages, sandbox
 from ralf.worker.service.jobs import Bodies
+from ralf.worker.service.messages import EngineFacts
 from ralf.worker.service.shadow import Comparison
 from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.service.work_dir import WorkDir
@@ -44,6 +45,11 @@ from ralf.worker.telemetry import Metrics
 
 log = structlog.get_logger()
 
+EAGER = "torch-eager"
+SLOW = (
+    "SLOW: it computes without a plan and without compiled kernels; build a plan on this GPU "
+    "(ralf build --all), see docs/operations.md"
+)
 CHILD_MODULE = "ralf.worker.service.child"
 JOB_PREFIX = "job-"
 TAIL_LINES = 40
@@ -94,7 +100,8 @@ class ChildProcess:
         self.load_error = ""
         """Why the last child could not load its model."""
         self.pid = 0
-        self.jobs_done = 0
+        self.jobs_done = self.served = 0
+        """Jobs of this parent in this child, and of all its parents."""
         self.first_rss = 0
         self.exit_code: int | None = None
         """Of the last child; None where it is not known."""
@@ -128,7 +135,8 @@ class ChildProcess:
         """Connect to the child, spawn one if there is none, and greet it."""
         if self._connection is not None:
             return
-        self.ready, self.load_error, self.jobs_done, self.first_rss = None, "", 0, 0
+        self.ready, self.load_error, self.first_rss = None, "", 0
+        self.jobs_done = self.served = 0
         self._inbox = messages.Inbox()
         self._tail.clear()
         with self._locked():
@@ -255,7 +263,7 @@ class ChildProcess:
                 case messages.Unready():
                     self.load_error = message.message
                 case messages.Done() | messages.Failed():
-                    self._count()
+                    self._count(message.served)
                 case messages.Compared():
                     self._compared(message.document)
                 case _:
@@ -271,9 +279,11 @@ class ChildProcess:
             return
         telemetry.shadow_compared(found, self.settings)
 
-    def _count(self) -> None:
+    def _count(self, served: int) -> None:
         """The first job also takes memory that every later job uses again."""
         self.jobs_done += 1
+        # A job that was cancelled before its turn was not served: its answer says 0.
+        self.served = max(self.served, served)
         if self.jobs_done == 1:
             self.first_rss = max(self.first_rss, self.rss())
 
@@ -291,6 +301,12 @@ class ChildProcess:
             f"its child is confined by {', '.join(held)}; missing: {'; '.join(lacks) or 'nothing'}"
             + (f"; REFUSED: {'; '.join(refused)}" if refused else "")
         )
+
+    def remarks(self) -> str:
+        """What an operator should know of the ready child: what slows it, and what confines it."""
+        facts = self.ready.facts if self.ready is not None else EngineFacts()
+        slow = SLOW if facts.engine == EAGER and facts.device.startswith("cuda") else ""
+        return "; ".join(filter(None, (slow, self.confinement())))
 
     def wait(self, seconds: float) -> list[messages.Message] | None:
         """receive() after waiting for a message; [] when none came in time."""
@@ -315,7 +331,8 @@ class ChildProcess:
         """Why this child should be replaced before its next job; empty: it should not."""
         settings = self.settings
         # The `> 0` of both conditions: a limit of 0 is no limit, and the first size may be unknown.
-        if self.jobs_done >= settings.child_max_jobs > 0:
+        most = settings.shared_child_max_jobs if self.shared else settings.child_max_jobs
+        if self.served >= most > 0:
             return "jobs"
         if self.jobs_done and self.rss() > settings.child_max_rss_ratio * self.first_rss > 0:
             return "rss"
@@ -445,7 +462,7 @@ class ChildSupervisor:
         """Start the child and wait until it is ready; says why it is not."""
         child = self._child
         child.open()
-        allowed = child.settings.child_start_timeout_s
+        allowed = child.settings.start_allowed()
         end = time.monotonic() + allowed
         while child.ready is None and not self._wakeup.stopping:
             # In short waits: a load may take minutes, in which signals and /healthz need the loop.

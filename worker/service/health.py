@@ -2,7 +2,7 @@
 
     /healthz  200 while the process's own loop turns; 503 once it has not for three heartbeats
     /readyz   200 while it can take a job: the child's model is checked, the work folder has room;
-              says what confines the child, and what does not
+              says what confines the child, what does not, and what makes it slow
     /metrics  Prometheus' text, the queue's figures read from Redis at that moment
 
 The server's thread is always alive, so an answer alone would prove nothing: it reads when the
@@ -35,10 +35,10 @@ class Health:
         *,
         pulse: Callable[[], float],
         ready: Callable[[], bool] = lambda: True,
-        confined: Callable[[], str] = lambda: "",
+        remarks: Callable[[], str] = lambda: "",
     ) -> None:
         self._allowed_s = 3 * max(settings.heartbeat_s, 5.0)
-        self._pulse, self._ready, self._confined = pulse, ready, confined
+        self._pulse, self._ready, self._remarks = pulse, ready, remarks
 
     def live(self) -> tuple[bool, str]:
         """Whether the loop turns."""
@@ -51,7 +51,7 @@ class Health:
         ready = live and self._ready()
         return (
             ready,
-            "; ".join(filter(None, ("ready", self._confined())))
+            "; ".join(filter(None, ("ready", self._remarks())))
             if ready
             else f"no checked model, no room in the work folder, or stopping; {how}",
         )

@@ -26,7 +26,7 @@ from ralf.kernels.manifest import Reference
 
 # A parent of a newer release may connect to a shared child that still runs.  With another version
 # in its Hello it is refused at once, and not at a field in the middle of a job.
-VERSION = 3
+VERSION = 4
 # The length comes from the other side, which may be a child that a file has taken over.  Without a
 # bound four bytes would make the parent allocate 4 GiB.
 MAX_FRAME = 64 * 1024**2
@@ -143,6 +143,8 @@ class Done(_Frozen):
     job_id: str
     verdict: str
     evidence: str
+    served: int = 0
+    """Jobs that the child has run to their end, of all its parents, with this one."""
 
 
 class Failed(_Frozen):
@@ -152,6 +154,7 @@ class Failed(_Frozen):
     job_id: str
     code: str
     message: str
+    served: int = 0
     fatal: bool = False
     """True: the child cannot be trusted any more and exits."""
 

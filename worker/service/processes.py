@@ -495,7 +495,7 @@ def _add_workers(supervisor: Supervisor, bodies: Bodies, *, deliver: bool = True
 def _wait_for_workers(supervisor: Supervisor) -> None:
     settings = supervisor.settings
     store = Store(connect(settings.redis_url, ca_file=settings.redis_ca_file), settings)
-    seconds = supervisor.settings.child_start_timeout_s + START_S
+    seconds = settings.start_allowed() + START_S
     try:
         for worker in supervisor.of("worker"):
             supervisor.wait_until(

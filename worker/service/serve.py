@@ -78,7 +78,7 @@ def run_worker(
         settings,
         pulse=lambda: wakeup.pulse,
         ready=lambda: child.ready is not None and not (wakeup.stopping or wakeup.blocked),
-        confined=child.confinement,
+        remarks=child.remarks,
     )
     janitor = threading.Thread(
         target=Janitor(repairs, settings).run_forever, args=(stop,), name="janitor", daemon=True
