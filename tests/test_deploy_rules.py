@@ -46,6 +46,43 @@ def dashboard_queries() -> list[str]:
     return [target["expr"] for chart in DASHBOARD["panels"] for target in chart.get("targets", ())]
 
 
+def test_the_dashboard_can_be_narrowed_to_a_queue_a_model_or_a_process(
+    exported: dict[str, set[str]],
+):
+    """Each variable lists a label that a worker exports and narrows a chart of metrics with it."""
+    variables = {each["name"]: each for each in DASHBOARD["templating"]["list"]}
+    assert ["datasource", "priority", "model", "instance"] == list(variables)
+    for name in ("priority", "model", "instance"):
+        metric, label = re.fullmatch(
+            r"label_values\((\w+), (\w+)\)", variables[name]["query"]["query"]
+        ).groups()  # type: ignore[union-attr]
+        # Prometheus itself adds `instance`.
+        assert name == label and (name == "instance" or label in exported[metric])
+        assert [q for q in dashboard_queries() if f'{name}=~"${name}"' in q]
+    used = {v for query in dashboard_queries() for v in re.findall(r"\$(\w+)", query)}
+    assert {"priority", "model", "instance"} == used
+    sources = re.findall(r'"uid": "([^"]+)"', json.dumps(DASHBOARD["panels"]))
+    assert {"${datasource}"} == set(sources) and "datasource" == variables["datasource"]["type"]
+
+
+def test_the_dashboard_shows_the_share_of_each_label_and_redis_memory():
+    """A jump of one label is often the first sign of a broken model or of a wave of forgeries."""
+    charts = {chart["title"]: chart for chart in DASHBOARD["panels"]}
+    [labels] = charts["Labels"]["targets"]
+    assert labels["expr"].startswith("sum by (label) (increase(ralf_verdicts_total{")
+    assert " / on () group_left () (sum(increase(ralf_verdicts_total{" in labels["expr"]
+    assert "percentunit" == charts["Labels"]["fieldConfig"]["defaults"]["unit"]
+    assert "max(ralf_redis_memory_share)" == charts["Redis memory"]["targets"][0]["expr"]
+    places = [chart["gridPos"] for chart in DASHBOARD["panels"]]
+    cells = [
+        (x, y)
+        for p in places
+        for x in range(p["x"], p["x"] + p["w"])
+        for y in range(p["y"], p["y"] + p["h"])
+    ]
+    assert len(cells) == len(set(cells)), "two charts cover each other"
+
+
 def scaling_queries() -> list[str]:
     """The queries that KEDA sends to Prometheus."""
     scaled = yaml.safe_load((DEPLOY / "k8s" / "base" / "scale.yaml").read_text())

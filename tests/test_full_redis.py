@@ -83,3 +83,37 @@ def test_the_janitor_sweeps(redis: Redis):
 
     assert report is not None
     assert report.lost == {"j1": "retried"}
+
+
+def test_the_share_of_redis_memory_is_measured(redis: Redis):
+    """Of maxmemory where it is set, of the machine's memory where it is not; never a guess."""
+    store = Store(redis, QUICK)
+    of_the_machine = store.counts().memory_share
+    redis.config_set("maxmemory", 1 << 30)
+    try:
+        of_the_bound = store.counts().memory_share
+        used = redis.info("memory")["used_memory"] / (1 << 30)
+    finally:
+        redis.config_set("maxmemory", "0")
+
+    assert of_the_machine is not None and 0 < of_the_machine < 0.1
+    assert of_the_bound is not None and abs(of_the_bound - used) < 0.01
+
+
+def test_a_user_that_may_not_ask_is_refused_once_and_not_at_each_scrape(
+    redis: Redis, redis_url: str
+):
+    """Redis' ACL LOG is where an operator looks for attacks."""
+    rules = ["on", "nopass", "~*", "&*", "+@all", "-info"]
+    redis.execute_command("ACL", "SETUSER", "curious", "reset", *rules)
+    redis.execute_command("ACL", "LOG", "RESET")
+    try:
+        with Redis.from_url(redis_url, username="curious", password="any") as curious:
+            store = Store(curious, QUICK)
+            shares = [store.counts().memory_share for _ in range(3)]
+        denied = [each for each in redis.acl_log() if "curious" in repr(each)]
+    finally:
+        redis.execute_command("ACL", "DELUSER", "curious")
+
+    assert [None] * 3 == shares
+    assert 1 == len(denied) and "'count': 1" in repr(denied)

@@ -194,6 +194,12 @@ class Metrics:
         self.video_seconds = Counter(
             "ralf_video_seconds", "Length of the videos judged.", registry=registry
         )
+        self.verdicts = Counter(
+            "ralf_verdicts",
+            "Verdicts by label.",
+            ["label", "model", "version"],
+            registry=registry,
+        )
         self.score = Histogram(
             "ralf_score",
             "Scores of videos with a face, for drift.",
@@ -286,6 +292,7 @@ _QUEUE_HELP = {
     "outbox_due": "Deliveries in the outbox.",
     "dead_letters": "Deliveries that were given up.",
     "workers": "Workers with a live heartbeat.",
+    "redis_memory_share": "Redis' memory in use: of maxmemory, or of the machine's if that is 0.",
     "redis_up": "Whether Redis answered this scrape.",
 }
 
@@ -384,6 +391,7 @@ def _count(verdict: Verdict, metrics: Metrics) -> None:
     metrics.frames.labels(made.decoder).inc(made.frames_decoded)
     metrics.faces.inc(made.faces)
     metrics.video_seconds.inc(verdict.media.duration_ms / 1000)
+    metrics.verdicts.labels(verdict.label, made.model, made.version).inc()
     if verdict.score is not None:
         metrics.score.labels(made.model, made.version).observe(verdict.score)
         label = f"{made.model}@{made.version}"

@@ -78,6 +78,8 @@ def queue_counts(store: Store) -> Callable[[], Iterator[Count]]:
         yield Count("quarantined_jobs", found.quarantined)
         yield Count("outbox_due", found.outbox)
         yield Count("dead_letters", found.dead)
+        if found.memory_share is not None:
+            yield Count("redis_memory_share", found.memory_share)
 
     return counts
 

@@ -233,6 +233,8 @@ class Counts:
     outbox: int
     dead: int
     quarantined: int
+    memory_share: float | None = None
+    """Of the memory that Redis may use; None where its user may not ask."""
 
 
 def _state(text: str) -> State:

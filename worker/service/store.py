@@ -117,6 +117,7 @@ class Store:
         self.settings = settings
         self.function = function
         self.prefix = settings.redis_prefix
+        self._may_ask_memory = True
         # Redis keeps the script under its hash; redis-py sends the text again where it is lost.
         self._script: Any = redis.register_script(lua_source(settings))
 
@@ -425,7 +426,23 @@ class Store:
             outbox=outbox,
             dead=dead,
             quarantined=quarantined,
+            memory_share=self._memory_share(),
         )
+
+    def _memory_share(self) -> float | None:
+        """How full Redis is; None where this user may not ask."""
+        if not self._may_ask_memory:
+            return None
+        try:
+            info = self.redis.info("memory")
+        except exceptions.NoPermissionError:
+            # Each refusal is an entry in Redis' ACL LOG, where an operator looks for attacks.
+            self._may_ask_memory = False
+            return None
+        # Redis compares with maxmemory without the buffers of replicas and append-only file.
+        used = int(info["used_memory"]) - int(info.get("mem_not_counted_for_evict", 0))
+        most = int(info.get("maxmemory", 0)) or int(info.get("total_system_memory", 0))
+        return used / most if most else None
 
     def pinned_versions(self, model: str) -> dict[str, str]:
         """Each version of the model that a queued or running job names, and why to keep it.
