@@ -80,7 +80,7 @@ def test_every_command_on_a_page_exists_with_its_options(page: Path):
 
 def lines_of_code(text: str) -> Iterator[str]:
     """Each whole `ralf …` line of the text's code blocks, without comments and redirects."""
-    blocks = re.findall(r"(?s:```(?:bash|sh|console)?\n(.*?)```)|(?m:^ {4}(.*)$)", text)
+    blocks = re.findall(r"(?s:```(?:bash|sh|console)?(?: [^\n]+)?\n(.*?)```)|(?m:^ {4}(.*)$)", text)
     for line in "\n".join(map("".join, blocks)).splitlines():
         for command in re.split(r" [|&] | & ?| +or +|;", re.split(r" #|  +", line.strip())[0]):
             if re.match(r"ralf [a-z]", command.strip()):
@@ -195,7 +195,7 @@ def test_every_file_named_in_a_text_exists(page: Path):
 
 def tree() -> dict[str, bool]:
     """Each path in the README's tree, and whether the tree has lines below it."""
-    (block,) = re.findall(r"```\n(.*?)```", section("The files"), re.DOTALL)
+    (block,) = re.findall(r"```text\n(.*?)```", section("The files"), re.DOTALL)
     paths: dict[str, bool] = {}
     above: list[str] = []
     for line in block.splitlines():
