@@ -68,13 +68,14 @@ def blocks(page: str) -> list[Block]:
     found, fence, start = [], "", 0
     lines = (ROOT / page).read_text().splitlines()
     for number, line in enumerate(lines):
-        if line.startswith("```") and start:
+        # In a list the fence stands under its item's text.
+        if line.strip() == "```" and start:
             kind, _, option = fence.partition(" ")
             text = "\n".join(lines[start:number]) + "\n"
             found.append(Block(page, start, kind, option, text))
             start = 0
-        elif line.startswith("```"):
-            fence, start = line[3:], number + 1
+        elif not start and line.strip().startswith("```"):
+            fence, start = line.strip()[3:], number + 1
     return found
 
 
