@@ -10,6 +10,10 @@ replay one at a time, and read the result before they let the next one in.
 Every capture in this process goes through `capture`, with one lock for all: torch allows one
 capture at a time in a process, and two at once (face finder and engine, or a reload beside a
 running job) break each other.
+
+`capture` does what torch.cuda.graph does after it has waited for the whole device and emptied its
+cache.  That wait would hold up every running job for each new size of clip, and nothing needs it:
+the recording only launches into its own stream.
 """
 
 import threading
@@ -26,16 +30,16 @@ _capturing = threading.Lock()
 
 
 @contextmanager
-def capture(graph: Any, device: torch.device, stream: Any, **options: Any) -> Iterator[None]:
+def capture(graph: Any, device: torch.device, stream: Any, *pool: Any) -> Iterator[None]:
     """Record the work inside as this graph, on this stream of this device."""
     # The stream is given because torch's default one belongs to the device of the first capture.
-    # thread_local: other threads (a decoder) may allocate and copy during the capture.
-    with (
-        _capturing,
-        torch.cuda.device(device),
-        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local", **options),
-    ):
-        yield
+    with _capturing, torch.cuda.device(device), torch.cuda.stream(stream):
+        # thread_local: other threads (a decoder) may allocate and copy during the capture.
+        graph.capture_begin(*pool, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
 
 
 class Replay:
@@ -53,7 +57,7 @@ class Replay:
                 run(*self._inputs)
         here.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with capture(self._graph, device, aside, pool=_pool(device)):
+        with capture(self._graph, device, aside, _pool(device)):
             self._output = run(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -5,14 +5,20 @@ may take minutes, and a job that waits for it seems to hang.  So crops come in t
 ralf.kernels.batching.  A size without a program (memory ran out and the batch was halved) runs
 eagerly.  If compiling fails everything runs eagerly, and the log gives the reason once.
 
+Everything runs in one thread of the engine's own, whichever thread asks.  torch.compile ties a
+program to settings of the thread it was made in, such as set_num_threads and inference mode: called
+from a thread with others, each bucket would be compiled once more, in the middle of a job.
+(torch.compiler.set_stance("eager_on_recompile") would prevent that too, but holds for the whole
+process, and so would keep a model that loads meanwhile from being compiled.)
+
 Crops from the CPU go over by pinned memory, which the host fills while the device computes the
 batch before.  One caller at a time.
 """
 
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import structlog
@@ -59,12 +65,12 @@ class OnCuda:
         self.network, self.device, self.side = network, device, side
         self.batching = Batching(buckets)
         self.stream = stream_of(device)
-        self.lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.ready: set[int] = set()
         self.program: Callable[[Tensor], Tensor] | None = None
         if compiled:
             self.program = torch.compile(network, dynamic=False, backend=backend)
-        self._warm()
+        self.thread.submit(self._warm).result()
 
     @property
     def compiled(self) -> bool:
@@ -73,17 +79,23 @@ class OnCuda:
 
     def __call__(self, crops: Tensor) -> Tensor:
         """Any m ≥ 1, on the CPU or on the device."""
-        with self.lock, torch.inference_mode(), self.on_stream(crops):
+        # Asked here, because each thread has a current stream of its own.
+        made_on = None if self.stream is None else torch.cuda.current_stream(self.device)
+        return self.thread.submit(self._run, crops, made_on).result()
+
+    def _run(self, crops: Tensor, made_on: torch.cuda.Stream | None = None) -> Tensor:
+        with torch.inference_mode(), self.on_stream(crops, made_on):
             # Copied within the stream: on another one, the copy would not wait for the kernels.
             return self.batching(crops, self._score).cpu()
 
     @contextmanager
-    def on_stream(self, crops: Tensor) -> Iterator[None]:
-        """Run on our stream, after the work that made the crops."""
+    def on_stream(self, crops: Tensor, made_on: torch.cuda.Stream | None) -> Iterator[None]:
+        """Run on our stream, after the work that made the crops on theirs."""
         if self.stream is None:
             yield
             return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        if made_on is not None:
+            self.stream.wait_stream(made_on)
         if crops.is_cuda:  # so that their memory is not reused before this stream has read it
             crops.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
@@ -113,9 +125,9 @@ class OnCuda:
         blank = torch.zeros((1, 3, self.side, self.side), dtype=torch.uint8)
         for bucket in self.batching.buckets:
             self._compile(blank, bucket)
-        self(blank.expand(self.batching.most, -1, -1, -1))  # halves a batch that does not fit
+        self._run(blank.expand(self.batching.most, -1, -1, -1))  # halves a batch that does not fit
         for bucket in self.batching.buckets:
-            self(blank.expand(bucket, -1, -1, -1))
+            self._run(blank.expand(bucket, -1, -1, -1))
 
     def _compile(self, blank: Tensor, bucket: int) -> None:
         """Compile for this bucket; if that fails, all buckets run eagerly."""
@@ -126,7 +138,7 @@ class OnCuda:
         room = dynamo.patch(recompile_limit=PROGRAMS)
         try:
             # In inference mode as every later call: in another mode torch would compile once more.
-            with room, torch.inference_mode(), self.on_stream(blank):
+            with room, torch.inference_mode(), self.on_stream(blank, None):
                 self.program(self._batch(blank, bucket))
         # A RuntimeError too, so it comes before the general case.
         except torch.OutOfMemoryError:

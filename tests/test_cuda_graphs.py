@@ -37,26 +37,33 @@ class FakeCuda:
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
         self.current.append(device)
-        yield
-        self.current.pop()
+        try:
+            yield
+        finally:
+            self.current.pop()
 
     def graph_pool_handle(self) -> int:
         self.pools += 1
         return self.pools
 
     def CUDAGraph(self) -> SimpleNamespace:  # noqa: N802 - torch's name
-        return SimpleNamespace(replay=lambda: self.replayed.append(self.current[-1]))
+        return SimpleNamespace(
+            replay=lambda: self.replayed.append(self.current[-1]),
+            capture_begin=self.begin,
+            capture_end=self.busy.release,
+        )
 
-    @contextmanager
-    def graph(self, graph: object, *, stream: SimpleNamespace, **options: object) -> Iterator[None]:
-        assert options["capture_error_mode"] == "thread_local"
+    def begin(self, pool: object = None, *, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
         assert self.busy.acquire(blocking=False), "two captures at once"
-        try:
-            assert stream.device == self.current[-1], "a stream of another device"
-            self.captured.append((stream.device, options.get("pool")))
-            yield
-        finally:
-            self.busy.release()
+        # Inside the contexts of the device and of a stream of it.
+        assert self.current[-1] == self.current[-2], "a stream of another device"
+        self.captured.append((self.current[-1], pool))
+
+    def synchronize(self, *_: object) -> None:
+        raise AssertionError("a capture waits for the whole device")
+
+    empty_cache = synchronize
 
 
 class OnGpu:
@@ -91,6 +98,17 @@ def test_a_graph_is_captured_and_replayed_on_the_device_of_its_inputs(cuda: Fake
 
     assert [(devices[0], 1), (devices[1], 2)] == cuda.captured
     assert devices == cuda.replayed
+
+
+def test_a_capture_that_fails_lets_the_next_one_in(cuda: FakeCuda):
+    """What the function raised is what the caller sees."""
+    device = torch.device("cuda", 0)
+    with pytest.raises(ZeroDivisionError), capture(cuda.CUDAGraph(), device, cuda.Stream(device)):
+        _ = 1 / 0
+    with capture(cuda.CUDAGraph(), device, cuda.Stream(device)):
+        assert cuda.busy.locked()
+
+    assert 2 == len(cuda.captured) and not cuda.busy.locked() and [] == cuda.current
 
 
 def test_two_threads_never_capture_at_once(cuda: FakeCuda):

@@ -1,5 +1,6 @@
 """Compiled networks in buckets: nothing is compiled twice, or late, and eager is always there."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,37 @@ def test_each_bucket_is_compiled_once_and_before_the_first_job():
     assert [1, 8, 64] == compiler.batches
     assert [1, 8, 64, 8, 1, 8, 8, 1, 8] == compiler.ran
     assert made.compiled
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_thread_with_another_number_of_threads_compiles_nothing(threads: int):
+    """torch guards its programs by that number, which belongs to the calling thread."""
+    network, compiler = Small(), Compiler()
+    made = runner(network, compiler)
+    failed: list[BaseException] = []
+
+    def job() -> None:
+        try:
+            torch.get_num_threads()
+            torch.set_num_threads(threads)
+            for count in (1, 5, 64):
+                crops = crops_of(count)
+                with torch.no_grad():
+                    torch.testing.assert_close(made(crops), network(crops))
+        except BaseException as error:  # told below
+            failed.append(error)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        caller = threading.Thread(target=job)
+        caller.start()
+        caller.join(60)
+    finally:
+        torch.set_num_threads(before)
+
+    assert [] == failed and not caller.is_alive()
+    assert [1, 8, 64] == compiler.batches
 
 
 def test_two_models_of_one_class_have_a_program_each():

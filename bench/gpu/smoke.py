@@ -221,8 +221,39 @@ def captures_from_two_threads(device: torch.device) -> Facts:
     return {"ok": not errors, "errors": errors}
 
 
+def new_sizes_beside_running_work(device: torch.device) -> Facts:
+    """A clip of a new size is recorded while another job's work is queued: does it wait for that?
+
+    The calls of one size: plain, recorded, replayed, replayed.  The queued work takes a second or
+    more, so a recording that takes as long waits for the whole device.
+    """
+    if device.type != "cuda":
+        return {"skipped": "needs a GPU"}
+    from ralf.kernels.manifest import Finder
+    from ralf.worker.media.mtcnn import Mtcnn
+
+    one, side = Mtcnn(Finder(), "cuda"), torch.cuda.Stream(device)
+    left = torch.randn(8192, 8192, device=device)
+    one.find(faces(4, 360, 640))
+    spent: dict[str, list[float]] = {}
+    for height in (376, 392, 408):
+        frames, done = faces(4, height, 900), torch.cuda.Event()
+        with torch.cuda.stream(side):
+            for _ in range(100):
+                left @ left
+            done.record()
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            one.find(frames)
+            times.append(round(1000 * (time.perf_counter() - start), 2))
+        spent[f"{height} (work {'over' if done.query() else 'still queued'})"] = times
+        torch.cuda.synchronize()
+    return {"ms": spent}
+
+
 def compiled_once_for_all_threads(device: torch.device) -> Facts:
-    """A second thread uses the programs that the first one compiled."""
+    """A second thread, of another number of threads, uses what the first one compiled."""
     from ralf.kernels.engine_cuda import OnCuda
     from ralf.kernels.networks import build
 
@@ -237,13 +268,17 @@ def compiled_once_for_all_threads(device: torch.device) -> Facts:
     run = OnCuda(network, device, side=64, buckets=(1, 8), backend=count)
     first = made[0]
 
+    threads = torch.get_num_threads()
+
     def again() -> None:
+        torch.set_num_threads(threads + 1)
         for batch in (1, 5, 8):
             run(torch.zeros(batch, 3, 64, 64, dtype=torch.uint8))
 
     thread = threading.Thread(target=again)
     thread.start()
     thread.join()
+    torch.set_num_threads(threads)
     return {"graphs": [first, made[0]], "ok": first == made[0] == 2}
 
 
@@ -265,6 +300,7 @@ CHECKS = (
     shipped_model_eager,
     finder,
     captures_from_two_threads,
+    new_sizes_beside_running_work,
     compiled_once_for_all_threads,
     export_for_builders,
 )
