@@ -2,9 +2,11 @@
 worker.  Every answer is compared with the server's own OpenAPI document."""
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -30,7 +32,7 @@ from ralf.worker.http import server
 from ralf.worker.http.access import OPEN, Access, Address, Refused
 from ralf.worker.http.documents import openapi
 from ralf.worker.http.uploads import Uploads
-from ralf.worker.service import processes, sandbox
+from ralf.worker.service import download, processes, sandbox
 from ralf.worker.service.connection import connect
 from ralf.worker.service.processes import as_environment
 from ralf.worker.service.store import Store
@@ -235,6 +237,17 @@ BAD: dict[str, tuple[str, bytes, dict[str, str], int, str]] = {
     "a long field": ("/jobs", form(file=CLIP, tag="x" * 70_000), FORM, 413, "65536"),
     "many parts": ("/jobs", form(**{f"f{n}": "x" for n in range(40)}), FORM, 400, "parts"),
     "no JSON in a field": ("/jobs", form(file=CLIP, sampling="{"), FORM, 400, "sampling"),
+    "deep JSON in a field": ("/jobs", form(file=CLIP, sampling="[" * 60_000), FORM, 400, "JSON"),
+    "deep JSON": ("/jobs", b'{"sampling": ' + b"[" * 60_000, JSON, 400, "recursion"),
+    "half a character": (
+        "/jobs",
+        b'{"url": "https://a.example/", "tag": "\\ud800"}',
+        JSON,
+        400,
+        "tag",
+    ),
+    "an image": ("/jobs", b"x", {"Content-Type": "image/png"}, 415, "video"),
+    "a backfill": ("/jobs?priority=backfill", CLIP, VIDEO, 400, "priority"),
     "another hash": ("/jobs", form(file=CLIP, sha256="0" * 64), FORM, 422, "SHA-256"),
     "another hash of a body": (f"/jobs?sha256={'0' * 64}", CLIP, VIDEO, 422, "SHA-256"),
     "too large": ("/jobs", bytes(200_000), VIDEO, 413, "100000"),
@@ -280,6 +293,41 @@ class TestRefusing:
         with sending(call, length=10_000_000) as line:
             assert line.recv(12) == b"HTTP/1.1 408"
         until(lambda: not call.kept)
+
+    def test_an_upload_that_comes_too_slowly_is_broken_off(
+        self, call: Caller, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The worker's own least rate, 32,768 bytes a second, holds here too."""
+        monkeypatch.setattr(download, "RATE_WINDOW_S", 0.05)
+        with sending(call, length=10_000_000) as line:
+            line.sendall(b"x")
+            answered = threading.Event()
+
+            def drip() -> None:
+                with contextlib.suppress(OSError):
+                    while not answered.wait(0.02):
+                        line.sendall(b"x")
+
+            dripping = threading.Thread(target=drip)
+            dripping.start()
+            assert line.recv(12) == b"HTTP/1.1 408"
+            answered.set()
+            dripping.join()
+        until(lambda: not call.kept)
+
+    def test_a_full_disk_is_said_and_leaves_nothing(
+        self, call: Caller, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Not as a fault of the caller's."""
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(download.UploadFile, "write", full)
+        answer = call.upload()
+
+        assert (answer.status, "No space" in answer.json["message"]) == (507, True)
+        assert call.kept == []
 
     def test_only_so_many_uploads_come_at_once(self, opened: Callable[..., Caller]):
         """The next is told when to try again, and is taken once there is a place."""
@@ -341,6 +389,15 @@ class TestReading:
 
         assert (job["state"], job["failure"]["code"]) == ("failed", "corrupt_media")
         assert page.status == 409 and "no &lt;b&gt;video&lt;/b&gt;" in page.text
+
+    def test_a_job_that_is_tried_again_says_how_it_failed(self, call: Caller, store: Store):
+        """And when it is next tried."""
+        made = call.upload().json
+        store.retry(claim(store), a_failure("fetch_failed", "503"), delay_s=60)
+        job = call("GET", made["links"]["self"]).json
+
+        assert (job["state"], job["last_failure"]["code"]) == ("queued", "fetch_failed")
+        assert job["next_attempt_at"] > job["submitted_at"]
 
     def test_wait_answers_when_the_job_ends(self, call: Caller, store: Store):
         """And not after more than a minute."""

@@ -1,7 +1,7 @@
 """What is sent and answered over HTTP, and the OpenAPI document that says so."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, Field
 from pydantic.json_schema import models_json_schema
@@ -16,7 +16,6 @@ from ralf.worker.contract import (
     JobId,
     ModelName,
     Output,
-    Priority,
     Progress,
     Sampling,
     Sha256,
@@ -36,7 +35,8 @@ class NewJob(Strict):
     token: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """Yours, one for each upload: the same request sent again is the same job."""
     tag: Annotated[str, Field(max_length=256)] | None = None
-    priority: Priority = "default"
+    priority: Literal["high", "default"] = "default"
+    """A backfill is not for HTTP: its jobs would not count against the bound of waiting ones."""
     sampling: Sampling | None = None
     max_tracks: Annotated[int, Field(ge=1, le=64)] = 16
     deadline: AwareDatetime | None = None
@@ -87,6 +87,9 @@ class JobAnswer(Output):
     ended_at: datetime | None
     progress: Progress | None
     failure: Failure | None
+    last_failure: Failure | None
+    """Of a job that runs again: how its latest attempt ended."""
+    next_attempt_at: datetime | None
     verdict: Verdict | None
     links: Links
 
@@ -108,6 +111,8 @@ class JobAnswer(Output):
             ended_at=moment(status.ended_at),
             progress=status.progress,
             failure=status.failure,
+            last_failure=status.last_failure,
+            next_attempt_at=moment(status.next_attempt_at),
             verdict=verdict,
             links=links,
         )
@@ -230,7 +235,6 @@ def _submit() -> dict[str, Any]:
                 },
                 "application/octet-stream": {"schema": file},
                 "video/*": {"schema": file},
-                "image/*": {"schema": file},
                 "application/json": {"schema": {"$ref": "#/components/schemas/NewJob"}},
             },
         },

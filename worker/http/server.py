@@ -189,12 +189,12 @@ class Server:
             return new, None
         if kind == "multipart/form-data":
             return await self._from_form(await request.multipart())
-        if kind and not kind.startswith(("video/", "image/", "application/octet-stream")):
+        if kind and not kind.startswith(("video/", "application/octet-stream")):
             raise Refused(
                 415,
                 "content_type",
-                f"expected a form (curl -F file=@clip.mp4), JSON with a url, or the file itself as "
-                f"video/*, image/* or application/octet-stream, got {kind}",
+                "expected a form (curl -F file=@clip.mp4), JSON with a url, or the video itself as "
+                f"video/* or application/octet-stream, got {kind}",
             )
         # First the fields: a wrong one is not worth an upload.
         new = _new_job(request.query)
@@ -435,7 +435,8 @@ def _new_job(fields: Mapping[str, str]) -> NewJob:
     for name in AS_JSON & given.keys():
         try:
             given[name] = json.loads(given[name])
-        except ValueError:
+        # A RecursionError: nested too deep.
+        except (ValueError, RecursionError):
             raise Refused(400, "bad_request", f"{name}: expected JSON") from None
     try:
         return NewJob.model_validate_json(json.dumps(given))

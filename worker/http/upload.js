@@ -138,7 +138,8 @@
     }
     const seen = answer.progress;
     if (answer.state === "queued" || !seen) {
-      const again = answer.failure ? `Tried before: ${answer.failure.message}` : "";
+      const last = answer.last_failure;
+      const again = last ? `Tried before (${last.message}); it is tried again` : "";
       step(STAGES.queued, null, again);
       return false;
     }
