@@ -205,7 +205,7 @@ def _shipped(name: str, *, steps: tuple[int, ...], batch: int, minutes: float,
     """
     head, small, whole, branch, last = map(str, steps)
     shared = {**_SEEN, "data.batch": str(batch)}
-    at_128 = {**shared, "network.size": "128", "input.size": "128"}
+    at_128 = {**shared, "network.size": "128", "input.size": "128", "data.variants": "4"}
     newest = {"schedule.select": "last"}
     gentle = {**shared, **newest, "optimiser.lr": "3e-4", "optimiser.ema": "0.995"}
     trainings = (

@@ -147,6 +147,9 @@ class Data(Part):
     """Which forgeries on disk are trained on; () takes all but the one held out."""
     compression: str | None = None
     """Of a dataset that has several: which one is trained on; None takes all."""
+    variants: Count | None = None
+    """Each face is forged and damaged in so many ways only, which are kept on disk and shown again
+    in turn, mirrored by chance; None makes every pair anew."""
     epoch_of: Literal["reals", "videos"] = "reals"
     """reals: an epoch shows each real video's frames once.  videos: it has as many crops as all
     videos, real and forged, have frames."""
@@ -155,6 +158,11 @@ class Data(Part):
     def _agree(self) -> Self:
         if self.batch % 2:
             raise ValueError(f"data.batch {self.batch} should be even: half real, half forged")
+        if self.variants is not None and self.pairing != "paired":
+            raise ValueError(
+                f"data.variants {self.variants} needs data.pairing paired, not {self.pairing}: "
+                "pairs are kept, and other batches have none"
+            )
         if self.shares and (len(self.shares) != len(self.families) or min(self.shares) <= 0):
             raise ValueError(
                 f"data.shares should be {len(self.families)} numbers above 0, one for each of "

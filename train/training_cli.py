@@ -74,6 +74,9 @@ def _add_train(subparsers: Commands, refusing: Refusing) -> None:
     parser.add_argument("--data", nargs="+", metavar="PATH", help="an index or any known layout")
     parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run")
     _add_training_options(parser)
+    parser.add_argument(
+        "--crops", type=Path, metavar="DIR", help="keeps pairs of a recipe with data.variants"
+    )
     parser.add_argument("--deterministic", action="store_true", help="same bits on CUDA too")
     parser.add_argument("--print", action="store_true", help="print the whole recipe and stop")
 
@@ -109,6 +112,7 @@ def run_train(args: argparse.Namespace) -> int:
         outcome = train_on(
             index, recipe, args.out,
             device=device, ranks=ranks, options=options, allow_leaks=args.allow_leaks,
+            crops=args.crops,
         )  # fmt: skip
         # One line, however many processes there are: `ralf retrain` reads the last one as JSON.
         if ranks.first:

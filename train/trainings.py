@@ -60,6 +60,11 @@ class ChainRun:
     options: Options = field(default_factory=Options)
     allow_leaks: bool = False
 
+    @property
+    def crops(self) -> Path:
+        """Where pairs of crops are kept, for recipes with data.variants."""
+        return self.run / "crops"
+
     def folder(self, training: Training) -> Path:
         """Where a training lies."""
         return self.chain.folder(self.run, training.name)
@@ -112,6 +117,7 @@ class ChainRun:
             device=pick_device(self.device),
             options=options,
             allow_leaks=self.allow_leaks,
+            crops=self.crops,
         )
         if outcome.ending == "interrupted":
             raise Interrupted(f"stopped at step {outcome.state.step}")
@@ -128,6 +134,7 @@ class ChainRun:
             words += ["--minutes", str(self.options.minutes)]
         for name, text in self.chain.changes(self.run, training, self.changes).items():
             words += ["--set", f"{name}={text}"]
+        words += ["--crops", str(self.crops)]
         words += ["--allow-leaks"] if self.allow_leaks else []
         return TrainCommand(tuple(words), processes)
 
@@ -141,10 +148,13 @@ def train_on(
     ranks: Ranks = ALONE,
     options: Options | None = None,
     allow_leaks: bool = False,
+    crops: Path | None = None,
 ) -> TrainingOutcome:
     """Train a recipe on the data's train split, judged by its val split; goes on from `run`."""
     options = options or Options()
-    batches = Batches(index, recipe.data, "train", recipe.seed, allow_leaks=allow_leaks)
+    batches = Batches(
+        index, recipe.data, "train", recipe.seed, allow_leaks=allow_leaks, crops=crops
+    )
     if batches.unused_forgeries and ranks.first and not options.quiet:
         print(
             f"ralf: {batches.unused_forgeries} forged videos of split train are not trained on: "

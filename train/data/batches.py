@@ -10,9 +10,11 @@ are cut by the worker's own function.  The frames of a video are used equally of
 from an endless series of shuffles.  Batches to judge by are in ralf.train.data.evaluation_set.
 """
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from ralf.train.data.check import refuse_leaks
 from ralf.train.data.crop import Cut, region
+from ralf.train.data.crop_cache import CropCache, CropPair
 from ralf.train.data.index import Index, IndexFault
 from ralf.train.data.pictures import Frame
 from ralf.train.data.pool import Pool
@@ -76,7 +79,9 @@ class Batches:
         *,
         allow_leaks: bool = False,
         ram_bytes: int = 2 * 1024**3,
+        crops: Path | None = None,
     ) -> None:
+        """`crops` is a folder that keeps pairs, for a recipe with `data.variants`."""
         refuse_leaks(index, allowed=allow_leaks)
         self.data, self.seed = data, seed
         # What is held out is left out from disk too: made clips carry their family as their method.
@@ -95,6 +100,13 @@ class Batches:
                 f"for instance to {','.join(FAMILIES[:3])}"
             )
         self._half = data.batch // 2
+        # The first frame's number of each video: frames are numbered through.
+        self._first = np.cumsum([0, *self._real])
+        self.pairs = int(self._first[-1]) * (data.variants or 0)
+        """How many different pairs there are, where faces are forged in so many ways only."""
+        self.cache = (
+            CropCache(crops, left, data, split, self.pairs) if crops and self.pairs else None
+        )
         self._reals = data.batch if data.pairing == "reals" else self._half
 
     @property
@@ -128,7 +140,9 @@ class Batches:
             rng = np.random.default_rng((self.seed, number, place))
             other = place + self._half
             real = self._frame_at(0, number * self._half + place)
-            if pairing == "balanced":
+            if self.data.variants:
+                both = self._shown(number, place)
+            elif pairing == "balanced":
                 both = self._apart(real, number, place, rng)
             else:
                 # In a kindred batch two neighbours are forged in the same way.
@@ -139,6 +153,31 @@ class Batches:
             pair[other] = place if both.same_face else -1
         forged = torch.arange(2 * self._half) >= self._half
         return Batch(torch.stack(crops), forged, pair, family, ids)
+
+    def _shown(self, number: int, place: int) -> CropPair:
+        """One of the pairs that are shown again and again; only the flip is drawn anew."""
+        video, frame, cycle = self._turn(0, number * self._half + place)
+        ways = self.data.variants or 1
+        both = self.variant(int(self._first[video] + frame) * ways + cycle % ways)
+        rng = np.random.default_rng((self.seed, number, place))
+        if not self.data.augment.flip or rng.random() < 0.5:
+            return both
+        return replace(both, real=both.real.flip(-1), forged=both.forged.flip(-1))
+
+    def variant(self, number: int) -> CropPair:
+        """One of `pairs`: from the cache, or made and kept there; the same whatever the seed."""
+        kept = self.cache.get(number) if self.cache else None
+        if kept is not None:
+            return kept
+        place, which = divmod(number, self.data.variants or 1)
+        video = int(np.searchsorted(self._first, place, side="right")) - 1
+        real = self.pool.real[video][place - int(self._first[video])]
+        digest = hashlib.sha256(f"{real.name} variant {which}".encode()).digest()[:8]
+        rng = np.random.default_rng(int.from_bytes(digest, "big"))
+        made = self._pair(real, rng, rng)
+        if self.cache:
+            self.cache.put(number, made)
+        return made
 
     def _real_batch(self, number: int) -> Batch:
         """Real faces alone, each with damage of its own."""
@@ -156,17 +195,21 @@ class Batches:
 
     def _frame_at(self, stream: int, place: int) -> Frame:
         """The place-th frame of the endless series of real (0) or forged (1) frames."""
-        sizes = self._forged if stream else self._real
         videos = self.pool.forged if stream else self.pool.real
+        video, frame, _ = self._turn(stream, place)
+        return videos[video][frame]
+
+    def _turn(self, stream: int, place: int) -> tuple[int, int, int]:
+        """Video, frame, and how many rounds went before."""
+        sizes = self._forged if stream else self._real
         most = self.data.frames
         total = sum(min(size, most) for size in sizes)
         # Shuffled rounds use every frame equally often; independent draws would not.
         cycle, within = divmod(place, total)
         video, frame = _shuffle(self.seed, stream, cycle, sizes, most)[within]
-        picked: Frame = videos[video][frame]
-        return picked
+        return int(video), int(frame), cycle
 
-    def _pair(self, real: Frame, rng: np.random.Generator, how: np.random.Generator) -> "_FacePair":
+    def _pair(self, real: Frame, rng: np.random.Generator, how: np.random.Generator) -> CropPair:
         """A real face and a forgery of it, from disk or made; `how` draws the way of forging."""
         partner = self.pool.partner(real, rng, how)
         if self._families and (partner is None or how.random() < self.data.blended_share):
@@ -174,7 +217,7 @@ class Batches:
         same = partner is not None
         return self._from_disk(real, partner or self._any_forged(rng), rng, same_face=same)
 
-    def _apart(self, real: Frame, number: int, place: int, rng: np.random.Generator) -> "_FacePair":
+    def _apart(self, real: Frame, number: int, place: int, rng: np.random.Generator) -> CropPair:
         """A real face and a forgery that have nothing to do with each other."""
         if self._families and (not self._forged or rng.random() < self.data.blended_share):
             shown = self._frame_at(0, int(rng.integers(2**31)))
@@ -204,7 +247,7 @@ class Batches:
 
     def _blended(
         self, real: Frame, shown: Frame, rng: np.random.Generator, how: np.random.Generator
-    ) -> "_FacePair":
+    ) -> CropPair:
         """`shown` is the face to forge: the real face itself, or another."""
         family = self._family(how)
         image, face = self._open(shown)
@@ -224,7 +267,7 @@ class Batches:
             genuine = self._crop(part, moved, damage, cut, rng)
         else:
             genuine = self._frame_crop(real, damage, cut, rng)
-        return _FacePair(
+        return CropPair(
             genuine, forged, f"{shown.name}+{family}", self.pool.number(family), shown is real
         )
 
@@ -235,7 +278,7 @@ class Batches:
 
     def _from_disk(
         self, real: Frame, forged: Frame, rng: np.random.Generator, *, same_face: bool
-    ) -> "_FacePair":
+    ) -> CropPair:
         """Two frames from disk with the same damage and cut."""
         face = self.pool.pictures.face(real)
         damage = draw_damage(
@@ -244,7 +287,7 @@ class Batches:
         cut = self._cut(rng, flip=damage.flip)
         crops = [self._frame_crop(frame, damage, cut, rng) for frame in (real, forged)]
         number = self.pool.number(forged.row.method)
-        return _FacePair(crops[0], crops[1], forged.name, number, same_face)
+        return CropPair(crops[0], crops[1], forged.name, number, same_face)
 
     def _open(self, frame: Frame) -> tuple[Image, FaceGeometry | None]:
         return self.pool.pictures.picture(frame), self.pool.pictures.face(frame)
@@ -271,17 +314,6 @@ class Batches:
         if face is not None and after.shape != image.shape:
             face = face.scaled(after.shape[1] / image.shape[1], after.shape[0] / image.shape[0])
         return cut.take(after, face)
-
-
-@dataclass(frozen=True)
-class _FacePair:
-    """A real and a forged crop for one batch, with what is known of the forged one."""
-
-    real: Tensor
-    forged: Tensor
-    name: str
-    family: int
-    same_face: bool
 
 
 def _edges(share: float, rng: np.random.Generator) -> tuple[float, float, float, float]:

@@ -49,6 +49,15 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
     clips.add_argument("--limit", type=int, help="only so many stills")
     clips.add_argument("--only", action="append", default=[], metavar="FIELD=A,B")
     clips.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
+    crops = add_command(verbs, "crops", "make the pairs that a recipe with data.variants shows, "
+                        "and keep them; goes on where it stopped", refusing(_crops))  # fmt: skip
+    crops.add_argument("recipe", metavar="RECIPE")
+    crops.add_argument("--data", nargs="+", required=True, metavar="PATH")
+    crops.add_argument("--out", type=Path, required=True, metavar="DIR",
+                       help="as `ralf train --crops`")  # fmt: skip
+    crops.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                       help="as `ralf train --set`")  # fmt: skip
+    crops.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
     prepare = add_command(verbs, "prepare", "cut faces out of videos; goes on where it stopped",
                    refusing(_prepare))  # fmt: skip
     prepare.add_argument("data", nargs="+", metavar="PATH")
@@ -131,6 +140,23 @@ def _clips(args: argparse.Namespace) -> int:
         )
     print(f"{len(made)} clips", file=sys.stderr)
     print(args.out / INDEX)
+    return OK
+
+
+def _crops(args: argparse.Namespace) -> int:
+    from ralf.train.data.fill_crops import fill
+    from ralf.train.data.layouts import read_all
+    from ralf.train.progress import progress
+    from ralf.train.recipe_text import RecipeError, override
+    from ralf.train.recipes import named
+
+    pairs = [change.partition("=") for change in args.set]
+    if bad := [name for name, equals, _ in pairs if not equals]:
+        raise RecipeError(f"--set takes NAME=VALUE, not {bad[0]!r}")
+    recipe = override(named(args.recipe), {name: text for name, _, text in pairs})
+    with progress() as move:
+        folder = fill(read_all(args.data), recipe.data, args.out, args.workers, move)
+    print(folder)
     return OK
 
 
