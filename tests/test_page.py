@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -21,6 +23,7 @@ from ralf.worker.wording import LABEL_WORDS, clock, score_text
 from tests import verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 SAMPLES = {
     "likely_forged": verdicts.forged,
     "likely_authentic": verdicts.authentic,
@@ -336,6 +339,24 @@ def test_a_page_without_pictures_is_whole(sample: Verdict):
 
     assert seen.of("img") == []
     assert ("No pictures were kept." in seen.text()) == bool(sample.tracks)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no chromium to print with")
+def test_a_verdict_prints_on_three_pages_at_most(tmp_path: Path):
+    """With two people, a third too small, pictures of all, warnings and a segment."""
+    verdict = verdicts.forged()
+    (tmp_path / "page.html").write_text(page(verdict, verdicts.evidence(verdict)))
+    subprocess.run(
+        [
+            str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}", "--no-pdf-header-footer",
+            f"--print-to-pdf={tmp_path / 'page.pdf'}", (tmp_path / "page.html").as_uri(),
+        ],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+
+    pages = re.findall(rb"/Type\s*/Page\b", (tmp_path / "page.pdf").read_bytes())
+    assert 1 <= len(pages) <= 3
 
 
 def test_no_faces_shows_no_score_and_no_tracks():
