@@ -25,7 +25,8 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(RUN)/mypy
 
-# Train the model that ships, from a folder of faces: make model DATA=…. Every step that was
+# Train the next model to ship, from a folder of faces: make model DATA=…. How the one that ships now
+# was made is in models/ralf-small/README.md. Every step that was
 # stopped continues when you run the command again. MORE takes options of `ralf retrain`, as
 # --minutes 60 or --set head:init.backbone=FILE. What this chain trains is a plain classifier, and is
 # published as one; CHAIN=shipped_ralf NAME=ralf-small trains RALF on top of it.
