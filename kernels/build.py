@@ -52,7 +52,8 @@ from ralf.kernels.verify import (
 Builder = Literal["torch-tensorrt", "rtx-aot"]
 BUILDERS: tuple[Builder, ...] = get_args(Builder)
 GRAPH_CROPS = 8
-"""Random crops for the ONNX graph, which runs on the CPU, if the plan itself then runs on a GPU."""
+"""Golden crops and random ones for the ONNX graph, which runs on the CPU, if the plan itself then
+runs on a GPU."""
 PACKAGES = ("torch", "torch-tensorrt", "torch-tensorrt-rtx", "onnx", "onnxruntime", "onnxscript")
 Say = Callable[[str], None]
 Front = Literal["plan", "op"]
@@ -153,10 +154,10 @@ def _ahead_of_time(request: BuildRequest) -> Plan:
         request.say(f"{key}: exported in {exported - started:.0f} s; running it on the CPU")
         run = export.session(graph)
         runs_here = request.on_gpu and _fits(key, request.device)
-        count = min(check.count, GRAPH_CROPS) if runs_here else check.count
+        few = replace(check, count=min(check.count, GRAPH_CROPS), most_golden=GRAPH_CROPS)
         agreement = _agreement(
             request,
-            replace(check, count=count),
+            few if runs_here else check,
             "the ONNX graph",
             lambda crops: export.logits(run, crops),
         )

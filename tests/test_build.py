@@ -26,7 +26,7 @@ from ralf.kernels import (
     plans,
     verify,
 )
-from ralf.kernels.artifact import Artifact, open_artifact
+from ralf.kernels.artifact import Artifact, golden, open_artifact
 from ralf.kernels.build import BuildRequest, build
 from ralf.kernels.choose_engine import load
 from ralf.kernels.engine import EngineError
@@ -118,16 +118,25 @@ def test_where_a_gpu_runs_the_plan_the_graph_is_checked_on_a_few_crops(
 ):
     """The graph runs on the CPU, a second a face; the plan is then asked for all 64 on the GPU."""
     counts: list[int] = []
+    scored: list[int] = []
     real = AgreementCheck.run
+    monkeypatch.setattr(building, "GRAPH_CROPS", 3)
+    golden_crops = len(golden(artifact).crops)
 
     def counted(check: AgreementCheck, what: str, score, precision):
         counts.append(check.count)
-        return real(replace(check, count=1), what, score, precision)
+        return real(
+            replace(check, count=1),
+            what,
+            lambda crops: (scored.append(len(crops)), score(crops))[1],
+            precision,
+        )
 
     monkeypatch.setattr(AgreementCheck, "run", counted)
     made = build(OnGpu(artifact, buckets=(1, 8), say=lambda line: None), "rtx-aot")
 
-    assert [building.GRAPH_CROPS, verify.DECISIONS] == counts == [8, 64]
+    assert [building.GRAPH_CROPS, verify.DECISIONS] == counts == [3, 64]
+    assert [3, 1, golden_crops, 1] == scored and golden_crops > 3
     assert made.record.verified_on("sm90")
 
 
