@@ -1,6 +1,7 @@
 """The documents on the wire: their exported schemas, and what they refuse."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,8 +25,11 @@ from ralf.worker.contract import (
     Verdict,
     dump,
     schemas,
+    with_field_table,
     write_schemas,
 )
+from ralf.worker.pipeline import analyze
+from ralf.worker.runtime import Parts
 from tests import verdicts
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -130,6 +134,44 @@ def samples() -> dict[str, list[BaseModel]]:
 def schema(name: str) -> Any:
     """The schema as it is exported."""
     return json.loads((DOCS / f"{name}.schema.json").read_text())
+
+
+def paths(document: Any, inside: str = "") -> set[str]:
+    """The names of a document's fields, with those of the documents inside it."""
+    found: set[str] = set()
+    for name, value in document.items():
+        found.add(inside + name)
+        if name in FREE:
+            continue
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                found |= paths(part, f"{inside}{name}.")
+    return found
+
+
+def test_the_verdict_in_the_documentation_has_the_fields_of_a_real_one(
+    eager_parts: Parts, clip_of_two: Path
+):
+    """And it is one: the schema takes it, and so does the client."""
+    page = (DOCS / "integration.md").read_text()
+    (text,) = re.findall(r"```json\n(\{\n.*?)```", page, re.DOTALL)
+    shown = json.loads(text)
+    Draft202012Validator(schema("verdict")).validate(shown)
+    real, _ = analyze(clip_of_two, eager_parts)
+
+    assert Verdict.model_validate(shown).label == real.label == "likely_forged"
+    assert paths(shown) == paths(json.loads(dump(real)))
+
+
+def test_the_documentation_has_a_sentence_for_each_field_of_a_verdict():
+    """`make schemas` writes them; the fields of the example are among them."""
+    page = (DOCS / "integration.md").read_text()
+    told = set(re.findall(r"^\| `([\w.\[\]]+)` \| \w.*\. \|$", page, re.MULTILINE))
+    named = {path.replace("[]", "") for path in told}
+
+    assert page == with_field_table(page)
+    assert paths(json.loads(dump(verdicts.forged()))) <= named | {"session"}
+    assert len(told) > 90
 
 
 def undescribed(schema: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ Imports no torch: ralf.worker.client needs this file.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -266,7 +266,7 @@ class Track(Output):
     faces: int
     """In how many sampled frames the face was found."""
     score: Unit | None
-    """None where too few faces counted."""
+    """Calibrated P(forged) of this face over the clip; None where too few of its faces counted."""
     score_max: Unit
     """The highest score of one of its faces; one face alone does not decide."""
     decisive: bool
@@ -300,7 +300,7 @@ class Timeline(Output):
     score: tuple[Unit | None, ...]
     """One for each bin: the highest score of a face in it."""
     faces: tuple[int | None, ...]
-    """0: sampled, and no face found; None: not sampled."""
+    """One for each bin: the most faces in one frame; 0: none found; None: no frame sampled."""
 
 
 class Threshold(Output):
@@ -384,7 +384,7 @@ class Made(Output):
     detectors: dict[str, Unit] = Field(default_factory=dict)
     """An ensemble's members and their scores."""
     figures: ModelFigures | None = None
-    """None in verdicts of older versions."""
+    """How often the model errs, by its manifest; None in verdicts of older versions."""
     engine: str
     """What ran the network, such as torch."""
     precision: str
@@ -693,13 +693,38 @@ def schemas() -> dict[str, str]:
     return found
 
 
+def field_rows(schema: Mapping[str, Any], inside: str = "", whole: Any = None) -> Iterator[str]:
+    """A row of a Markdown table for each field of a schema, and of the documents inside it."""
+    whole = whole or schema
+    for name, facts in schema["properties"].items():
+        path = f"{inside}{name}"
+        yield f"| `{path}` | {' '.join(facts['description'].split())} |"
+        kinds = facts.get("anyOf", [facts])
+        for kind in kinds:
+            many = "items" in kind
+            part = (kind["items"] if many else kind).get("$ref", "").rpartition("/")[2]
+            if part:
+                yield from field_rows(whole["$defs"][part], f"{path}{'[]' * many}.", whole)
+
+
+def with_field_table(page: str) -> str:
+    """The page with today's table of a verdict's fields between its two marks."""
+    before, begin, rest = page.partition("<!-- fields: make schemas -->\n")
+    _, end, after = rest.partition("<!-- end of fields -->\n")
+    rows = field_rows(Verdict.model_json_schema(by_alias=True))
+    table = "\n".join(["", "| field | |", "|---|---|", *rows, "", ""])
+    return before + begin + table + end + after
+
+
 def write_schemas(folder: Path) -> list[Path]:
-    """Write every schema into the folder."""
-    written = []
-    for name, text in schemas().items():
+    """Write every schema into the folder, and the fields of a verdict into its integration.md."""
+    texts = schemas()
+    page = folder / "integration.md"
+    if page.exists():
+        texts[page.name] = with_field_table(page.read_text(encoding="utf-8"))
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-        written.append(folder / name)
-    return written
+    return [folder / name for name in texts]
 
 
 if __name__ == "__main__":
