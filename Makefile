@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint types model schemas rules locks resolve torch-2.11 deploy-tools deploy-check plans clean
+.PHONY: demo test lint types model schemas rules locks locks-check resolve torch-2.11 deploy-tools deploy-check plans clean
 
 $(VENV)/ready: pyproject.toml deploy/locks/dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Ralf needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; set PYTHON=")'
@@ -44,6 +44,10 @@ schemas: $(VENV)/ready
 locks: $(VENV)/deploy-ready
 	UV=$(RUN)/uv deploy/lock.sh
 
+# Are the locks those of pyproject.toml and constraints.txt? Where a server is not reached, lock.sh says so.
+locks-check: $(VENV)/deploy-ready
+	UV=$(RUN)/uv deploy/lock.sh --check || [ $$? -eq 3 ]
+
 # Does every extra resolve? Where a server is not reached, resolve.sh says so, and here that is no failure.
 resolve: $(VENV)/deploy-ready
 	UV=$(RUN)/uv deploy/resolve.sh || [ $$? -eq 3 ]
@@ -57,7 +61,7 @@ $(TORCH_211)/ready: deploy/locks/dev-torch-2.11.txt
 	touch $@
 
 torch-2.11: $(TORCH_211)/ready
-	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(TORCH_211)/bin/python -m pytest -W ignore::FutureWarning tests/test_export.py tests/test_build.py tests/test_build_detectors.py
+	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(TORCH_211)/bin/python -m pytest -W ignore::FutureWarning tests/test_dct.py tests/test_export.py tests/test_build.py tests/test_build_detectors.py
 
 rules: $(VENV)/ready
 	$(RUN)/python deploy/prometheus_rule.py

@@ -8,6 +8,9 @@ The ops and their backward are opaque to torch.compile, so that fused kernels ca
 On CUDA, FP16 products run in dct_triton where `fusible` allows their size.  Without triton, or if
 it cannot build its kernels, the reference runs, and the log has one warning.
 
+An export gets the references: our ops exist only in torch, and torch 2.11 cannot decompose them
+after the export (SpecViolationError: the basis is a constant that the program lacks).
+
 The ops are differentiable once.  Gradients are summed in FP32 at least, since those of a mean over
 a batch are too small for FP16.
 """
@@ -79,38 +82,55 @@ def _residual_plainly(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, 
         return destruct_residual_reference(image, mask, half)
 
 
-@torch.library.custom_op("ralf::destruct", mutates_args=())
 def destruct(image: Tensor, mask: Tensor) -> Tensor:
     """The image without the frequencies that the mask (0..1) takes away, in the mask's dtype."""
-    check_mask(image, mask)
-    return _plainly(image, mask)
+    if torch.compiler.is_exporting():
+        return destruct_reference(image, mask)
+    made: Tensor = destruct_op(image, mask)
+    return made
 
 
-@destruct.register_kernel("cuda")
-def _destruct_on_cuda(image: Tensor, mask: Tensor) -> Tensor:
-    check_mask(image, mask)
-    made = _try_fused(image, mask, mask.dtype, residual=False)
-    return made[0] if made else _plainly(image, mask)
-
-
-@destruct.register_fake
-def _destruct_shape(image: Tensor, mask: Tensor) -> Tensor:
-    # Contiguous whatever the image's strides, as the kernels write it; empty_like would copy them.
-    return torch.empty(image.shape, dtype=mask.dtype, device=image.device)
-
-
-@torch.library.custom_op("ralf::destruct_residual", mutates_args=())
 def destruct_residual(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     """What destruct gives, in the mask's dtype, and |image − that|, taken before rounding.
 
     half: the products run in FP16 and the residual comes in FP16; else in the mask's dtype.  The
     mask itself stays as it is, so that its gradient keeps FP32's range.
     """
+    if torch.compiler.is_exporting():
+        # Whatever `half` says: what is exported is lowered by who builds from it.
+        return destruct_residual_reference(image, mask, False)
+    made: tuple[Tensor, Tensor] = destruct_residual_op(image, mask, half)
+    return made
+
+
+@torch.library.custom_op("ralf::destruct", mutates_args=())
+def destruct_op(image: Tensor, mask: Tensor) -> Tensor:
+    """What destruct gives, as an op of torch's."""
+    check_mask(image, mask)
+    return _plainly(image, mask)
+
+
+@destruct_op.register_kernel("cuda")
+def _destruct_on_cuda(image: Tensor, mask: Tensor) -> Tensor:
+    check_mask(image, mask)
+    made = _try_fused(image, mask, mask.dtype, residual=False)
+    return made[0] if made else _plainly(image, mask)
+
+
+@destruct_op.register_fake
+def _destruct_shape(image: Tensor, mask: Tensor) -> Tensor:
+    # Contiguous whatever the image's strides, as the kernels write it; empty_like would copy them.
+    return torch.empty(image.shape, dtype=mask.dtype, device=image.device)
+
+
+@torch.library.custom_op("ralf::destruct_residual", mutates_args=())
+def destruct_residual_op(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """What destruct_residual gives, as an op of torch's."""
     check_mask(image, mask)
     return _residual_plainly(image, mask, half)
 
 
-@destruct_residual.register_kernel("cuda")
+@destruct_residual_op.register_kernel("cuda")
 def _destruct_residual_on_cuda(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     check_mask(image, mask)
     made = _try_fused(image, mask, torch.float16 if half else mask.dtype, residual=True)
@@ -119,7 +139,7 @@ def _destruct_residual_on_cuda(image: Tensor, mask: Tensor, half: bool) -> tuple
     return _residual_plainly(image, mask, half)
 
 
-@destruct_residual.register_fake
+@destruct_residual_op.register_fake
 def _destruct_residual_shapes(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     destroyed = torch.empty(image.shape, dtype=mask.dtype, device=image.device)
     return destroyed, torch.empty_like(destroyed, dtype=torch.float16 if half else mask.dtype)
@@ -175,7 +195,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return (to_image if wants_image else None, to_mask if wants_mask else None)
 
 
-destruct.register_autograd(_backward, setup_context=_keep_for_backward)
+destruct_op.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _keep_with_destroyed(
@@ -198,4 +218,4 @@ def _backward_with_residual(
     return to_image, (to_mask if wants_mask else None), None
 
 
-destruct_residual.register_autograd(_backward_with_residual, setup_context=_keep_with_destroyed)
+destruct_residual_op.register_autograd(_backward_with_residual, setup_context=_keep_with_destroyed)

@@ -58,7 +58,8 @@ def exported(network: nn.Module, most: int, *others: Tensor) -> torch.export.Exp
     shapes = (batch, tuple(batch for _ in others)) if others else (batch,)
     with engine_errors("torch.export does not take the network"):
         program = torch.export.export(network, examples, dynamic_shapes=shapes)
-    # Ralf exports plain products itself; a network that calls the ops has them replaced here.
+    # ralf.kernels.destructor exports plain products; a network that calls torch.ops.ralf itself has
+    # them replaced here, which torch 2.11 cannot.
     table = torch.export.default_decompositions()
     for name in OPS:
         table[getattr(torch.ops.ralf, name).default] = getattr(dct, f"{name}_reference")

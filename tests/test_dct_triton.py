@@ -177,7 +177,9 @@ def gradients(device: str, image: NDArray[Any], mask: NDArray[Any]) -> dict[str,
     Which way |x − x̂| slopes is the op's to say: near zero it is a matter of rounding.
     """
     if device == "cpu":  # let the op take the kernels here as it does there
-        destructor.destruct_residual.register_kernel("cpu")(destructor._destruct_residual_on_cuda)
+        destructor.destruct_residual_op.register_kernel("cpu")(
+            destructor._destruct_residual_on_cuda
+        )
     found = {}
     for way, dtype in (("op", torch.float32), ("exact", torch.float64)):
         x = torch.from_numpy(image).to(device, dtype).requires_grad_()
@@ -210,8 +212,10 @@ def test_training_gets_the_gradients_of_the_formula(run: Run):
 def checked(device: str, image: NDArray[Any]) -> None:
     """torch's own check of the op with the kernels behind it."""
     if device == "cpu":
-        destructor.destruct.register_kernel("cpu")(destructor._destruct_on_cuda)
-        destructor.destruct_residual.register_kernel("cpu")(destructor._destruct_residual_on_cuda)
+        destructor.destruct_op.register_kernel("cpu")(destructor._destruct_on_cuda)
+        destructor.destruct_residual_op.register_kernel("cpu")(
+            destructor._destruct_residual_on_cuda
+        )
     pixels = torch.from_numpy(image).to(device)
     mask = torch.rand(image.shape[-2:], device=device)
     torch.library.opcheck(torch.ops.ralf.destruct.default, (pixels, mask.half()))
