@@ -24,8 +24,12 @@ __all__ = ["__version__", "analyze", "install_hint", "starting"]
 
 
 def install_hint(extra: str) -> str:
-    """How to get the libraries of an extra.  The package is not on a registry, so: from source."""
-    return f"in the folder of Ralf's source run: pip install '.[{extra}]'"
+    """How to get the libraries of an extra.  The package is not on a registry, so: from a file."""
+    if (Path(__file__).resolve().parent.parent / "pyproject.toml").is_file():
+        return f"in the folder of Ralf's source run: pip install '.[{extra}]'"
+    return (
+        f"run: pip install 'PATH[{extra}]', where PATH is Ralf's wheel or the folder of its source"
+    )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from ralf import __version__, install_hint, starting
 from ralf.kernels.cli import add_benches
 from ralf.kernels.cli import commands as kernels
+from ralf.worker.cli.extras import check_libraries, why_missing
 from ralf.worker.cli.long_runs import commands as long_runs
 from ralf.worker.cli.service import commands as service
 
@@ -295,6 +296,7 @@ def main(arguments: Sequence[str] | None = None, more: Sequence[Register] = ()) 
     from ralf.worker.settings import SettingsError
 
     try:
+        check_libraries(args.command)
         code: int = args.run(args)
         # Here and not at exit, where a reader that has gone could not be handled any more.
         sys.stdout.flush()
@@ -313,7 +315,8 @@ def main(arguments: Sequence[str] | None = None, more: Sequence[Register] = ()) 
         named = f"{error.code}: " if isinstance(error, JobError) else ""
         print(f"ralf: {named}{error}", file=sys.stderr)
         return BAD_MEDIA if named else INFRASTRUCTURE
-    except Exception:  # noqa: BLE001 - the border: Python's own exit code, 1, would say forged
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - the border: Python's own exit code, 1, means forged
+        known = isinstance(error, ModuleNotFoundError) and why_missing(args.command, error)
+        print(f"ralf: {known}" if known else traceback.format_exc(), file=sys.stderr)
         return INFRASTRUCTURE
     return code
