@@ -32,6 +32,7 @@ OWNERS = {
     "fsspec": {"worker/service/fetch.py"},
     "av": {
         "worker/media/decode_pyav.py",
+        "worker/media/live.py",
         "worker/media/probe.py",
         "worker/cli/annotate.py",
         "worker/chaos/mutants.py",
