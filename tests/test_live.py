@@ -88,7 +88,7 @@ def test_a_file_is_cut_at_its_key_frames_without_losing_a_frame(tmp_path, ending
 
 def test_a_codec_that_cannot_be_copied_is_encoded_anew(tmp_path):
     """A camera's MJPEG becomes H.264."""
-    clip = make_clip(tmp_path / "clip.avi", pictures(50), fps=25, codec="mjpeg", pixel_format="yuvj420p")
+    clip = make_clip(tmp_path / "clip.avi", pictures(50), codec="mjpeg", pixel_format="yuvj420p")
     reader, _ = a_reader(str(clip), tmp_path)
     reader.start()
     segments = taken(reader)
