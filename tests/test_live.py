@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import av
 import pytest
 
 from ralf.worker.media.live import BadSource, Cutter, Reader, Segment, Source, left_over
@@ -174,7 +173,7 @@ def test_a_source_without_key_frames_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("given", ["concat:/etc/passwd|/etc/hosts", "subfile://x", "ftp://host/x"])
 def test_other_protocols_are_refused(given, tmp_path):
     """By the address itself, or as a path that does not exist."""
-    with pytest.raises((BadSource, av.FFmpegError)):
+    with pytest.raises((BadSource, OSError, ValueError)):
         Source(given).open()
 
 
@@ -184,5 +183,5 @@ def test_a_playlist_from_the_network_cannot_name_a_local_file(tmp_path):
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n"
     head = b"HTTP/1.0 200 OK\r\nContent-Type: application/vnd.apple.mpegurl\r\n\r\n"
     with sending(head + playlist.encode()) as url:
-        with pytest.raises(av.FFmpegError):
+        with pytest.raises((OSError, ValueError)):
             Source(url.replace("tcp://", "http://") + "/x.m3u8").open()
