@@ -127,7 +127,7 @@ PYTHON
 bring() { # OUT MODELS
   local version
   [ -e "$1/version.tgz" ] || { echo "$1 has no version.tgz: the chain was not done; see $1/log.txt" >&2; return 1; }
-  version=$(tar tzf "$1/version.tgz" | head -1 | cut -d/ -f1)
+  version=$(tar tzf "$1/version.tgz" | sed -n '1s#/.*##p') # not head: it ends before tar does
   mkdir -p "$2/$NAME" && tar xzf "$1/version.tgz" -C "$2/$NAME"
   "$PYTHON" -m ralf models promote "$NAME@$version" --models "$2" ${FORCE:+--force}
 }
