@@ -48,7 +48,8 @@ def test_the_record_has_every_stage_rate_and_slope(clip: Path, capsys: pytest.Ca
     facts = record["facts"]
 
     assert {"ralf", "ralf, 2 at once", "plain"} == record["timings"].keys() == facts["rates"].keys()
-    assert {"probe", "decode", "find", "cut", "score", "judge"} == facts["ralf"]["stages_ms"].keys()
+    stages = {"probe", "decode", "find", "view", "cut", "score", "judge"}
+    assert stages == facts["ralf"]["stages_ms"].keys()
     assert {"decode", "find", "score"} == facts["plain"]["stages_ms"].keys()
     assert 8 == facts["ralf"]["faces"] == facts["at once"]["faces"] == facts["plain"]["faces"]
     taken = record["timings"]["ralf"]["median_s"]

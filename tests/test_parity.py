@@ -32,8 +32,9 @@ LEVELS = 2.0
 """How far two decoders' pixels may lie apart on average; NVDEC's chroma is upsampled otherwise."""
 OVERLAP = 0.9
 """Least overlap of a face's two boxes: a pixel or two."""
-SCORE = 0.02
-"""What another crop, a pixel off, may add to the engine's own budget."""
+SCORE = 0.06
+"""What another crop, a pixel off, may add to the engine's own budget: an untrained network's score
+of a face of 42 pixels moves by up to 0.059 here."""
 ASK = Ask(
     sampling=Sampling(mode="uniform", max_frames=4),
     evidence=EvidencePolicy(thumbnails=True),

@@ -221,7 +221,9 @@ def test_the_comparison_is_one_command_with_one_budget(tmp_path: Path):
     assert {3200} == {recipe.data.batch * (recipe.schedule.steps or 0) for recipe in recipes}
     assert {64} == {recipe.data.input.size for recipe in recipes}
     assert {"b.safetensors"} == {recipe.init.backbone for recipe in recipes}
-    assert len({recipe.optimiser for recipe in recipes}) == 1
+    # A recipe may give parts of its network another rate; all else of the optimiser is shared.
+    plain = {recipe.optimiser.replaced(rates=(), no_decay=()) for recipe in recipes}
+    assert len(plain) == 1
     for words in said:
         if "--data" in words:
             first = words.index("--data") + 1

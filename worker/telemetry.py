@@ -49,8 +49,9 @@ _LOOSE = (
     (re.compile(rf"(?<=[\w/])\?(?=[\w.~%-]+=){_QUERY}"), "?…"),
     (
         re.compile(
-            rf"(?i)([\w-]*(?:{_NAMES})[\"']?\s*[=:]\s*)(?!…)"
-            r"(\"[^\"]*\"|'[^']*'|(?:bearer|basic)\s+\S+|[^\s&\"',;]+)"
+            # A quote stands behind backslashes where a text was quoted by repr or JSON.
+            rf"(?i)([\w-]*(?:{_NAMES})\\*[\"']?\s*[=:]\s*)(?!…)"
+            r"(\"[^\"]*\"|'[^']*'|(?:bearer|basic)\s+\S+|\\+([\"']).*?\\+\3|[^\s&\"',;]+)"
         ),
         r"\1…",
     ),

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from ralf.train.forge.pixels import Image, Pixels, blur, grid, remap, resize, spread, to_u8
 
 Colour = Literal["untagged", "bt709"]
+ROW = 64
+"""Pixels that swscale's vectors take at once, or a multiple of it."""
 DECODERS = {"libx264": "h264", "libx265": "hevc", "libvpx-vp9": "vp9", "mpeg4": "mpeg4"}
 
 
@@ -102,11 +104,28 @@ def _frame(image: Image, size: tuple[int, int], pixel_format: str, colour: Colou
         raise ValueError(
             f"every frame should be u8 {size[1]}×{size[0]}, got {image.dtype} {image.shape}"
         )
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
+    # swscale's result in ten bits is not the same every time at the right edge of a row that its
+    # vectors do not fill, so the row is filled up and the rest cut off again.
+    spare = -size[1] % ROW if pixel_format.endswith("le") else 0
+    filled = np.pad(even, ((0, 0), (0, spare), (0, 0)), mode="edge")
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(filled), format="rgb24")
     matrix = "ITU709" if colour == "bt709" else "ITU601"
-    out = frame.reformat(format=pixel_format, dst_colorspace=matrix)
+    out: Any = frame.reformat(format=pixel_format, dst_colorspace=matrix)
+    if spare:
+        out = _narrowed(out, size[1])
     if colour == "bt709":
         out.colorspace = av.video.reformatter.Colorspace.ITU709
+    return out
+
+
+def _narrowed(frame: Any, width: int) -> Any:
+    """The left part of a planar frame of two bytes a value."""
+    out: Any = av.VideoFrame(width, frame.height, frame.format.name)
+    for source, target in zip(frame.planes, out.planes, strict=True):
+        taken = 2 * (width if source.width == frame.width else width // 2)
+        rows = np.zeros((target.height, target.line_size), np.uint8)
+        rows[:, :taken] = np.frombuffer(source, np.uint8).reshape(-1, source.line_size)[:, :taken]
+        target.update(rows.tobytes())
     return out
 
 

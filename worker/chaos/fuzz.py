@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 import threading
@@ -236,11 +237,14 @@ class Judge:
         return Outcome(made.number, made.original, made.how, outcome, ms, detail[:500])
 
     def _asked(self, made: mutants.Mutant, clock_s: float) -> tuple[str, str]:
-        path = mutants.write(self._child.uploads, made)
+        # As the worker does: a folder for the job, moved to where the confined child may read it.
+        folder = Path(tempfile.mkdtemp(dir=self._child.uploads))
         try:
-            return self._ask(_run_of(path, made), clock_s)
+            name = mutants.write(folder, made).name
+            folder = self._child.place(folder)
+            return self._ask(_run_of(folder / name, made), clock_s)
         finally:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _ask(self, job: messages.Run, clock_s: float) -> tuple[str, str]:
         child, end, sent = self._child, time.monotonic() + clock_s, False
