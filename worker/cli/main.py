@@ -20,6 +20,7 @@ from ralf.kernels.cli import add_benches
 from ralf.kernels.cli import commands as kernels
 from ralf.worker.cli.extras import check_libraries, why_missing
 from ralf.worker.cli.long_runs import commands as long_runs
+from ralf.worker.cli.long_runs import live_options
 from ralf.worker.cli.service import commands as service
 
 Register = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
@@ -141,10 +142,22 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="exit 1 when a verdict is likely_forged (or, the second, not likely_authentic)",
     )
     scan.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    scan.add_argument(
+        "--live",
+        action="store_true",
+        help="FILE is a stream (rtsp(s), http(s), tcp, udp) or a camera (/dev/video0): judge it as "
+        "it comes, with a rolling verdict, until Ctrl-C. The address is yours and not checked "
+        "against private networks",
+    )
+    live_options(scan)
     scan.set_defaults(run=_run_scan)
 
 
 def _run_scan(args: argparse.Namespace) -> int:
+    if args.live:
+        with starting():
+            from ralf.worker.cli.scan_live import run
+        return run(args)
     with _announced(quiet=args.quiet), starting():
         from ralf.worker.cli.scan import prepare
 

@@ -25,7 +25,7 @@ from ralf.kernels.manifest import Finder
 from ralf.worker import telemetry
 from ralf.worker.cli.outputs import Targets, targets, usage
 from ralf.worker.cli.sources import STDIN, Source, sources
-from ralf.worker.contract import Evidence, EvidencePolicy, Output, Sampling, Verdict, dump
+from ralf.worker.contract import Evidence, EvidencePolicy, Label, Output, Sampling, Verdict, dump
 from ralf.worker.errors import JobError, RalfError
 from ralf.worker.local import for_file
 from ralf.worker.pipeline import Ask, Partial, analyze
@@ -97,7 +97,10 @@ class Scan:
         verdict = verdict.model_copy(update={"tag": source.tag})
         _show(source.shown, verdict, as_json=args.json)
         self._write(source, verdict, evidence)
-        outcomes = (_failed_on(args.fail_on, verdict), self._annotate(source, path, verdict, ask))
+        outcomes = (
+            failed_on(args.fail_on, verdict.label),
+            self._annotate(source, path, verdict, ask),
+        )
         return max(outcomes, key=RANK.index)
 
     def _annotate(self, source: Source, path: Path, verdict: Verdict, ask: Ask) -> int:
@@ -137,27 +140,39 @@ def prepare(args: argparse.Namespace) -> Scan:
     """Check the options, then load the model."""
     if args.files.count(STDIN) > 1 or (STDIN in args.files and sys.stdin.isatty()):
         raise usage("- reads one video from standard input, which should be a pipe or a file")
+    settings = configured(args)
+    # Before the model is loaded, which takes seconds: a wrong option is reported at once.
+    listed = sources(args.files)
+    writes = targets(
+        listed, report=args.report, output_dir=args.output_dir, annotated=args.annotated
+    )
+    # pictures are only for the page
+    parts, ask = loaded(args, settings, pictures=bool(writes.pages))
+    return Scan(args, settings, listed, parts, ask, writes)
+
+
+def configured(args: argparse.Namespace) -> Settings:
+    """The settings with what the options change, and the log set up for a person."""
     settings = Settings.from_environment()
     if args.models:
         settings = replace(settings, models_dir=args.models)
     # a person wants the verdict; the service's lines are for logs, and shown when asked for
     telemetry.configure(replace(settings, log_level=os.environ.get("RALF_LOG_LEVEL", "warning")))
     _check_min_face(args.min_face)
-    # Before the model is loaded, which takes seconds: a wrong option is reported at once.
-    listed = sources(args.files)
-    writes = targets(
-        listed, report=args.report, output_dir=args.output_dir, annotated=args.annotated
-    )
+    return settings
+
+
+def loaded(args: argparse.Namespace, settings: Settings, *, pictures: bool) -> tuple[Parts, Ask]:
+    """The model, and what the options ask of each walk."""
     parts = load(settings, model=args.model, device=args.device, min_face=args.min_face)
-    # pictures are only for the page
-    wanted = EvidencePolicy(thumbnails=bool(writes.pages))
-    ask = Ask(sampling=_sampling(args, parts), evidence=wanted)
-    return Scan(args, settings, listed, parts, ask, writes)
+    wanted = EvidencePolicy(thumbnails=pictures)
+    return parts, Ask(sampling=_sampling(args, parts), evidence=wanted)
 
 
-def _failed_on(policy: str | None, verdict: Verdict) -> int:
-    forged = verdict.label == "likely_forged"
-    doubtful = verdict.label != "likely_authentic"
+def failed_on(policy: str | None, label: Label) -> int:
+    """The exit code that --fail-on gives a verdict of this label."""
+    forged = label == "likely_forged"
+    doubtful = label != "likely_authentic"
     return int((policy == "forged" and forged) or (policy == "inconclusive" and doubtful))
 
 

@@ -178,6 +178,7 @@ def show(verdict: SessionVerdict, *, as_json: bool) -> None:
 def reader_of(args: Any, cutter: Cutter, began: float = 0.0) -> Reader:
     """The thread that reads the source, by the options that `stream` and `scan --live` share."""
     source = Source(args.source)
+    source.check()
     # A file can wait; what is live goes on whether it is read or not.
     live = source.camera or source.scheme != "file"
     return Reader(

@@ -94,6 +94,19 @@ class Source:
         parts = urlsplit(self.given)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
+    def check(self) -> None:
+        """Refuse a camera that this machine does not have; one that breaks off is waited for."""
+        if not self.camera:
+            return
+        if "v4l2" not in {name for one in av.formats_available for name in one.split(",")}:
+            raise BadSource(
+                f"cannot read {self.given}: this build of PyAV has no v4l2, FFmpeg's format for "
+                "cameras; use PyAV's wheel for Linux, or give a stream's address"
+            )
+        if not Path(self.given).is_char_device():
+            there = ", ".join(sorted(map(str, Path("/dev").glob("video*")))) or "none"
+            raise BadSource(f"there is no camera {self.given}; cameras here: {there}")
+
     def open(self) -> Any:
         """The container; an av.FFmpegError where it cannot be opened."""
         if self.camera:
