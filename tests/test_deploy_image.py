@@ -263,7 +263,7 @@ def test_redis_is_configured_as_the_page_asks():
     """Append-only, synced at each write, without eviction."""
     lines = (DEPLOY / "redis" / "redis.conf").read_text().splitlines()
     page = (ROOT / "docs" / "redis.md").read_text()
-    asked = re.findall(r"```\n(.*?)```", page, re.DOTALL)[0].splitlines()
+    asked = re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines()
 
     assert [line for line in asked if line not in lines] == []
     assert "aclfile /run/secrets/users.acl" in lines
