@@ -41,6 +41,7 @@ NOT_RUN = {
     ("docs/operations.md", "needs-Docker"): 2,
     ("docs/operations.md", "needs-a-cluster"): 3,
     ("docs/redis.md", "needs-Redis-over-TCP"): 1,
+    ("docs/streams.md", "needs-a-camera"): 2,
     ("docs/training.md", "takes-hours"): 11,
     ("docs/webhooks.md", "runs-until-stopped"): 1,
 }
