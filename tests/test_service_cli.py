@@ -18,6 +18,7 @@ from standardwebhooks import Webhook
 
 from ralf.__main__ import main
 from ralf.worker.chaos import bodies
+from ralf.worker.cli import service as commands
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Media, SessionPart, Verdict
 from ralf.worker.service import serving_here
@@ -463,3 +464,19 @@ def test_serving_ends_cleanly_on_sigterm(served: Serving):
 
     assert ended(served.process) == 0
     assert not Path(served.url.removeprefix("unix://")).exists()
+
+
+def test_the_address_line_is_one_write(monkeypatch: pytest.MonkeyPatch):
+    """Its workers write to the same stderr, and a line of theirs once stood inside it."""
+    written: list[str] = []
+
+    class Stderr:
+        write = written.append
+
+        def flush(self) -> None:
+            """Nothing is kept back."""
+
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    commands._say("serving; RALF_REDIS_URL=unix:///a")
+
+    assert ["ralf: serving; RALF_REDIS_URL=unix:///a\n"] == written

@@ -120,8 +120,8 @@ def png(width: int, height: int) -> bytes:
     ("sides", "error"),
     [
         ((30000, 30000), TooManyPixels),  # Pillow's own limit
-        ((12000, 9000), TooManyPixels),  # where Pillow only warns
-        ((5000, 5000), TooManyPixels),  # ours
+        ((12000, 10001), TooManyPixels),  # ours, where Pillow only warns
+        ((3_000_000, 31), NoVideoStream),  # too narrow once it is reduced
         ((8, 8), NoVideoStream),
         ((200, 200), CorruptMedia),  # fewer pixels than promised
     ],
@@ -133,6 +133,57 @@ def test_a_picture_of_a_bad_size_is_refused(
     (tmp_path / "a.png").write_bytes(png(*sides))
     with pytest.raises(error):
         judged(tmp_path / "a.png", tiny_parts)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "palette.png", "deep.png"])
+def test_a_photo_of_more_pixels_than_a_video_is_reduced(
+    name: str, tmp_path: Path, astronaut: np.ndarray
+):
+    """By a whole number, upright, with a warning; the same picture as one that was small."""
+    small = Image.fromarray(astronaut).resize((384, 512))
+    large = small.resize((768, 1024), Image.Resampling.NEAREST)
+    if name == "palette.png":
+        large, small = large.quantize(64), large.quantize(64).convert("RGB").reduce(2)
+    if name == "deep.png":
+        wide = np.asarray(large.convert("L")).astype(np.uint16) * 257
+        large, small = Image.fromarray(wide), small.convert("L").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    large.save(tmp_path / name, exif=exif, **({"quality": 98} if name == "a.jpg" else {}))
+    settings = Settings(max_width=512, max_height=384)
+    probe = probe_image(tmp_path / name, settings)
+    assert probe is not None
+    clip = Clip(probe, Sampling(mode="uniform", max_frames=300))
+    (frame,) = ImageDecoder(settings).decode([clip])
+    shown = frame.pixels[0].permute(1, 2, 0).numpy().astype(int)
+
+    assert (512, 384) == (probe.width, probe.height)
+    assert (768, 1024) == (probe.coded_width, probe.coded_height)
+    assert "reduced_still: judged at 384×512 of 768×1024 pixels" in probe.warnings[1]
+    assert np.abs(np.rot90(np.asarray(small).astype(int), 3) - shown).mean() < 2.5
+
+
+def test_a_photo_of_48_megapixels_is_judged(
+    tmp_path: Path, astronaut: np.ndarray, eager_parts: Parts
+):
+    """As phones take them: on the half, with the one face that a camera has recorded."""
+    photo = Image.new("RGB", (8000, 6000), "grey")
+    photo.paste(Image.fromarray(astronaut).resize((2048, 2048)), (3000, 2000))
+    photo.save(tmp_path / "photo.jpg", quality=80)
+    verdict = judged(tmp_path / "photo.jpg", eager_parts)
+    (track,) = verdict.tracks
+
+    assert (4000, 3000) == (verdict.media.width, verdict.media.height)
+    assert 1 == sum(text.startswith("reduced_still:") for text in verdict.warnings)
+    assert 1 == track.faces
+
+
+def test_an_animation_has_the_size_limits_of_a_video(tmp_path: Path):
+    """Each of its frames is decoded whole, so it is not reduced."""
+    frames = [Image.new("RGB", (200, 100), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(TooManyPixels, match="RALF_MAX_WIDTH"):
+        probe_image(tmp_path / "a.webp", Settings(max_width=128, max_height=128))
 
 
 @pytest.mark.parametrize("name", FORMATS)

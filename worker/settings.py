@@ -68,6 +68,9 @@ class Settings:
     max_seconds: float = field(default=4 * 3600.0, metadata=CHILD)
     max_width: int = field(default=8192, metadata=CHILD)
     max_height: int = field(default=4320, metadata=CHILD)
+    max_still_pixels: int = field(default=120_000_000, metadata=CHILD)
+    """Of one picture that `ralf scan` takes: cameras have 48 or 108 million.  One of more than
+    max_width × max_height is reduced before faces are searched.  Pillow's limit is 178,956,970."""
     max_frame_rate: float = field(default=300.0, metadata=CHILD)
     max_streams: int = field(default=64, metadata=CHILD)
     max_frames: int = field(default=300, metadata=CHILD)

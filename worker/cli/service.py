@@ -365,13 +365,19 @@ def _run_serve(args: argparse.Namespace) -> int:
             _ping(for_workers)
             running = stack.enter_context(on_redis(for_workers))
         if http:
-            print(f"ralf: http; {http.start(running.redis_url)}", file=sys.stderr, flush=True)
-        print(f"ralf: serving; RALF_REDIS_URL={running.redis_url}", file=sys.stderr, flush=True)
+            _say(f"http; {http.start(running.redis_url)}")
+        _say(f"serving; RALF_REDIS_URL={running.redis_url}")
         while not stop.wait(0.5):
             ended = running.ended()
             if ended:
                 raise Infrastructure(f"{ended}; its messages are above")
     return 0
+
+
+def _say(text: str) -> None:
+    """One write for the whole line: print() makes two, and a worker's log can come between."""
+    sys.stderr.write(f"ralf: {text}\n")
+    sys.stderr.flush()
 
 
 class _Http:

@@ -3,8 +3,13 @@
 `probe_image` says what an image is, or that the file is none; ImageDecoder reads its frames.  An
 image may come from anybody, so the format is decided by the first bytes, only four of Pillow's
 readers may open it, and its size is checked before any pixel is decoded.
+
+A photo may have more pixels than a video (RALF_MAX_STILL_PIXELS).  Where it does, it is reduced by
+a whole number right after decoding, in a JPEG during it; Probe's width and height are the reduced
+ones, so that boxes fit the frame that was judged.
 """
 
+import math
 import os
 import stat
 import struct
@@ -14,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -64,6 +70,11 @@ TURNS = {2: (0, True), 3: (180, False), 4: (180, True), 5: (270, True)} | {
 """EXIF's orientations as degrees counter-clockwise, and whether the picture is mirrored."""
 
 
+def reduction(width: int, height: int, settings: Settings) -> int:
+    """By how much both sides of a still are divided: to the pixels of the largest video."""
+    return math.ceil(math.sqrt(width * height / (settings.max_width * settings.max_height)))
+
+
 def format_of(head: bytes) -> str:
     """Pillow's name of the image format that begins with these bytes; empty: no image."""
     if head.startswith(b"\xff\xd8\xff"):
@@ -98,15 +109,23 @@ def probe_image(path: str | Path, settings: Settings) -> Probe | None:
         times, duration_s = _times(image, format_name)
         turn, mirrored = TURNS.get(image.getexif().get(0x0112, 1), (0, False))
         still = len(times) == 1
-        width, height = image.size
+        coded_width, coded_height = image.size
+        shrunk = reduction(coded_width, coded_height, settings) if still else 1
+        width, height = coded_width // shrunk, coded_height // shrunk
+        notes = [STILL if still else ANIMATION]
+        if shrunk > 1:
+            notes.append(
+                f"reduced_still: judged at {width}×{height} of {coded_width}×{coded_height} "
+                "pixels; boxes are in pixels of the smaller; small faces may be missed"
+            )
         return Probe(
             path=str(Path(path).absolute()),
             size_bytes=found.st_size,
             container="image",
             codec=format_name.lower(),
             stream_index=0,
-            coded_width=width,
-            coded_height=height,
+            coded_width=coded_width,
+            coded_height=coded_height,
             width=height if turn in (90, 270) else width,
             height=width if turn in (90, 270) else height,
             rotation=turn,
@@ -123,21 +142,48 @@ def probe_image(path: str | Path, settings: Settings) -> Probe | None:
             colour_space="rgb",
             colour_range="pc",
             interlaced=False,
-            warnings=(STILL if still else ANIMATION,),
+            warnings=tuple(notes),
         )
 
 
 @contextmanager
 def _opened(path: str | Path, format_name: str, settings: Settings) -> Iterator[Image.Image]:
     """The image, its size checked, nothing decoded; the file is closed whatever Pillow leaves."""
-    with Path(path).open("rb") as file, Image.open(file, formats=[format_name]) as image:
+    with Path(path).open("rb") as file, _header(file, format_name) as image:
         width, height = image.size
-        refuse_pixels(width, height, settings)
-        if min(width, height) < LEAST_SIDE:
+        most = _most_pixels(settings)
+        if width * height > most:
+            raise TooManyPixels(
+                f"{width}×{height} are {width * height} pixels; at most {most} are taken of a "
+                "picture (RALF_MAX_STILL_PIXELS)"
+            )
+        shrunk = 1
+        if _animated(image, format_name):
+            refuse_pixels(width, height, settings)
+        else:
+            shrunk = reduction(width, height, settings)
+        if min(width, height) // shrunk < LEAST_SIDE:
             raise NoVideoStream(
                 f"expected a picture of {LEAST_SIDE}×{LEAST_SIDE} or more, got {width}×{height}"
             )
         yield image
+
+
+def _header(file: BinaryIO, format_name: str) -> Image.Image:
+    """The image without its pixels; Pillow warns of large ones, for which we have our own cap."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file, formats=[format_name])
+
+
+def _most_pixels(settings: Settings) -> int:
+    """Pillow opens no picture of more than twice its own limit, whatever the setting says."""
+    return min(settings.max_still_pixels, 2 * (Image.MAX_IMAGE_PIXELS or 0))
+
+
+def _animated(image: Image.Image, format_name: str) -> bool:
+    # A JPEG with several pictures (MPO) is a still with its preview or depth, no animation.
+    return format_name != "JPEG" and bool(getattr(image, "is_animated", False))
 
 
 @contextmanager
@@ -151,8 +197,8 @@ def _guarded(path: str | Path, format_name: str, settings: Settings) -> Iterator
             yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooManyPixels(
-            f"more pixels than the {settings.max_width}×{settings.max_height} that are taken "
-            "(RALF_MAX_WIDTH, RALF_MAX_HEIGHT)"
+            f"more than the {_most_pixels(settings)} pixels that are taken of a picture "
+            "(RALF_MAX_STILL_PIXELS)"
         ) from error
     except PermissionError as error:
         raise UnreadableFile(f"cannot read {path}: {error.strerror}") from error
@@ -162,8 +208,7 @@ def _guarded(path: str | Path, format_name: str, settings: Settings) -> Iterator
 
 def _times(image: Image.Image, format_name: str) -> tuple[NDArray[np.float64], float]:
     """When each frame begins, and how long the whole is; a still lasts no time."""
-    # A JPEG with several pictures (MPO) is a still with its preview or depth, no animation.
-    if format_name == "JPEG" or not getattr(image, "is_animated", False):
+    if not _animated(image, format_name):
         return np.zeros(1), 0.0
     began, at = time.monotonic(), 0.0
     times: list[float] = []
@@ -213,7 +258,9 @@ class ImageDecoder:
                     if probe.frame_count > 1:
                         image.seek(int(number))
                     # Not around the yield: an error of the caller's must not become corrupt_media.
-                    pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)[None].contiguous()
+                    frame = torch.from_numpy(_rgb(self._fitting(image, probe)))
+                    pixels = frame.permute(2, 0, 1)[None].contiguous()
+                    del frame
                 yield Frames(
                     clip=clip,
                     pixels=pixels,
@@ -223,6 +270,23 @@ class ImageDecoder:
                     total=len(wanted),
                     decoder=self.name,
                 )
+
+    def _fitting(self, image: Image.Image, probe: Probe) -> Image.Image:
+        """A still at the size that its Probe names, not yet turned; others as they are."""
+        if probe.frame_count > 1:
+            return image
+        shrunk = reduction(image.width, image.height, self.settings)
+        if shrunk == 1:
+            return image
+        size = image.width // shrunk, image.height // shrunk
+        # PNG's reader finds the orientation only now; the reduced picture keeps it.
+        image.getexif()
+        # libjpeg halves while it decodes, so the whole picture is never in memory.
+        image.draft(None, size)
+        # Entries of a palette cannot be averaged.
+        if image.mode in {"P", "PA", "1"}:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return image.resize(size, Image.Resampling.BOX)
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
