@@ -185,6 +185,7 @@ def test_an_installed_copy_scans_with_the_shipped_model(
 
 ARGUMENTS = {
     "scan": "none.mp4",
+    "stream": "none.mp4 --session s",
     "bench": "queue",
     "models": "list",
     "build": "ralf-small",

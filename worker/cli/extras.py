@@ -21,7 +21,7 @@ LIBRARIES = {
 NEEDS = {
     **dict.fromkeys(("deliver", "janitor"), "service"),
     **dict.fromkeys(
-        ("scan", "worker", "serve", "chaos", "fuzz", "bench", "models", "build"), "cpu"
+        ("scan", "stream", "worker", "serve", "chaos", "fuzz", "bench", "models", "build"), "cpu"
     ),
     **dict.fromkeys(("data", "forge", "calibrate", "ensemble"), "cpu"),
     **dict.fromkeys(("train", "retrain", "publish", "evaluate", "figures"), "train"),

@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,8 @@ from ralf.worker.errors import RalfError
 from ralf.worker.media.live import Cutter, Reader, Segment, Source, left_over
 from ralf.worker.wording import LABEL_WORDS
 
+FOLD_S = 10.0
+"""A worker folds a session at once; the janitor, at its next sweep, where that failed."""
 WAIT_S = 0.5
 RETRY_MOST_S = 30.0
 
@@ -83,7 +85,9 @@ class Stream:
         self._flying: dict[str, Segment] = {}
         self._held: Segment | None = None
         """Taken, and not yet sent."""
-        self._shown = -1
+        self._closed = False
+        """The session's last segment was sent."""
+        self._shown, self._complete = -1, False
         self.hurry = False
         """Do not wait for jobs that have not ended."""
 
@@ -91,6 +95,8 @@ class Stream:
         """Until the source has ended and so have all jobs."""
         delay = 1.0
         while not self.hurry:
+            # Before the take: the last segment may come between the two.
+            ended = self._reader.ended
             try:
                 taken = self._send()
                 self._collect()
@@ -101,9 +107,19 @@ class Stream:
                 time.sleep(delay)
                 delay = min(RETRY_MOST_S, 2 * delay)
                 continue
-            if self._reader.ended and not (taken or self._held or self._flying):
+            if ended and not (taken or self._held or self._flying):
                 break
-        self._tell()
+        self._await_fold()
+
+    def _await_fold(self) -> None:
+        """Show the session with its last segment: it is folded a moment after the job's end."""
+        end = time.monotonic() + FOLD_S
+        while True:
+            with suppress(QueueUnavailable):
+                self._tell()
+            if self.hurry or self._complete or not self._closed or time.monotonic() > end:
+                return
+            time.sleep(WAIT_S)
 
     def _send(self) -> bool:
         """The next segment, if there is one and few are under way."""
@@ -132,6 +148,7 @@ class Stream:
         except IdempotencyConflict as error:  # sent by an earlier process, as the last one
             job_id = error.job_id
         self._flying[job_id], self._held = segment, None
+        self._closed = segment.last
         return True
 
     def _collect(self) -> None:
@@ -152,7 +169,7 @@ class Stream:
         except NotFound:  # no segment has ended yet
             return
         if verdict.revision != self._shown:
-            self._shown = verdict.revision
+            self._shown, self._complete = verdict.revision, verdict.complete
             self._show(verdict)
 
 
