@@ -84,7 +84,7 @@ def test_a_verdict_stands_where_its_video_cannot_be_written(
         raise TooManyPixels("the whole clip is too long to draw on")
 
     monkeypatch.setattr("ralf.worker.cli.annotate.annotate", refuse)
-    monkeypatch.setattr("ralf.worker.cli.scan._failed_on", lambda policy, _: int(bool(policy)))
+    monkeypatch.setattr("ralf.worker.cli.scan.failed_on", lambda policy, _: int(bool(policy)))
     command = ["scan", str(clip_of_two), "--json", "--max-frames", "2"]
     command += ["--annotated", str(tmp_path / "out.mp4")]
 
