@@ -440,7 +440,7 @@ def test_evaluation_is_the_same_every_time(reals):
 def test_evaluation_with_every_family_and_the_one_held_out(reals):
     """Each real once, each family once for each real; the held-out family on request."""
     recipe = data(families=("inner", "mouth"), held_out="boundary")
-    everything = Examples(reals, recipe, "val", families=("inner", "boundary"), each="all")
+    everything = Examples(reals, recipe, "val", families=("inner", "boundary"), each=None)
     methods = [item.method for item in everything.items]
 
     assert {m: methods.count(m) for m in set(methods)} == {"real": 2, "inner": 2, "boundary": 2}
@@ -457,6 +457,18 @@ def test_the_look_while_training_blends_each_real_once(reals):
     assert {"real": 6, "inner": 2, "mouth": 2, "smooth": 2} == {
         name: methods.count(name) for name in set(methods)
     }
+
+
+def test_some_families_forge_each_real_face_and_each_family_equally_many(reals):
+    """A face is never forged twice by one family."""
+    row = reals.where(split="val").rows[0]
+    film = Index(reals.root, tuple(replace(row, frame=n) for n in range(6)))
+    recipe = data(families=("inner", "mouth", "smooth"), evaluation_frames=6)
+    items = [item for item in Examples(film, recipe, "val", each=2).items if item.forged]
+    methods = [item.method for item in items]
+
+    assert len({item.name for item in items}) == len(items) == 12
+    assert {name: methods.count(name) for name in methods} == dict.fromkeys(recipe.families, 4)
 
 
 def test_a_clean_real_face_is_judged_as_it_is_served(reals):

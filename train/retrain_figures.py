@@ -32,7 +32,7 @@ from ralf.train.loop.checkpoint import BEST
 from ralf.train.recipe import seen_families
 from ralf.train.residual_gate import published_folder
 from ralf.train.resumable import Facts, Step, Stopped
-from ralf.train.retrain_renderers import fitted
+from ralf.train.retrain_renderers import all_cores, fitted
 from ralf.train.retraining import Retraining
 from ralf.worker.drift import histogram
 
@@ -104,9 +104,10 @@ def calibrate_step(order: Retraining, done: Mapping[str, Facts]) -> Facts:
             "--calibrate-on a split that chose nothing is better"
         )
     try:
-        made, reals = calibrate_on_split(
-            judge, index, split, conditions=order.conditions, fitted_on=fitted_on
-        )
+        with all_cores(order.training.room):
+            made, reals = calibrate_on_split(
+                judge, index, split, conditions=order.conditions, fitted_on=fitted_on
+            )
     except CalibrationError as error:
         raise Stopped(
             f"real and forged videos in split {split}, forgeries scoring higher",
@@ -181,10 +182,11 @@ def evaluate_step(order: Retraining, done: Mapping[str, Facts]) -> Facts:
         calibration=made.calibration,
         threshold=made.scores()["fpr_0.05"],
     )
-    if order.clips:
-        figures = _card_figures(order, judge, done["clips"][split])
-    else:
-        figures = _video_figures(order, judge)
+    with all_cores(order.training.room):
+        if order.clips:
+            figures = _card_figures(order, judge, done["clips"][split])
+        else:
+            figures = _video_figures(order, judge)
     area = figures[f"{split}_auc"]
     if not area[0] > 0.5:  # NaN too: one class alone
         raise Stopped(

@@ -67,7 +67,7 @@ def _fit_step(order: Retraining, each: RendererFit) -> Step:
     out = order.run / "renderers" / f"{each.renderer}.safetensors"
 
     def work(done: Mapping[str, Facts]) -> Facts:
-        with caught() as interrupt, _all_cores(training.room):
+        with caught() as interrupt, all_cores(training.room):
             request = FitRequest(
                 each.renderer, options, out,
                 minutes=each.minutes,
@@ -94,8 +94,8 @@ def _fit_step(order: Retraining, each: RendererFit) -> Step:
 
 
 @contextmanager
-def _all_cores(room: int) -> Iterator[None]:
-    """One fit at a time, so it may have every core; after it, what the user has set."""
+def all_cores(room: int) -> Iterator[None]:
+    """Work that nothing runs beside may have every core; after it, what the user has set."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, min(room, os.cpu_count() or 1)))
     try:

@@ -10,7 +10,6 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -64,14 +63,14 @@ class Examples:
         split: str,
         *,
         families: Sequence[str] | None = None,
-        each: Literal["one", "all"] = "one",
+        each: int | None = 1,
         condition: str = CLEAN,
         batch: int = 64,
         limit: int | None = None,
         ram_bytes: int = 2 * 1024**3,
     ) -> None:
-        """`families` are blended, the recipe's own by default: for each real frame one of them in
-        turn, or all of them, as `each` says.  `limit` keeps the first videos of each class."""
+        """`families` are blended, the recipe's own by default: for each real frame so many of them
+        as `each` says, in turn, or all of them.  `limit` keeps the first videos of each class."""
         parse(condition)
         self.data, self.condition, self.batch = data, condition, batch
         if families is None:
@@ -96,11 +95,16 @@ class Examples:
         forged = [frame for video in self.pool.forged[:limit] for frame in self._spread(video)]
         items = [Example(frame) for frame in (*real, *forged)]
         for number, frame in enumerate(real):
-            # One family for each frame keeps validation short; tables ask for all of them.
-            turn = self.families[number % len(self.families) :][:1] if self.families else ()
-            families = self.families if self.each == "all" else turn
-            items += [Example(frame, family) for family in families]
+            # One family for each frame keeps validation short; tables ask for more of them.
+            items += [Example(frame, family) for family in self._turn(number)]
         return tuple(items)
+
+    def _turn(self, number: int) -> tuple[Family, ...]:
+        """The families that forge the real face of that number."""
+        if self.each is None or self.each >= len(self.families):
+            return self.families
+        begin = number * self.each % len(self.families)
+        return (self.families * 2)[begin : begin + self.each]
 
     def _spread(self, video: list[Frame]) -> list[Frame]:
         """Frames over the whole video: its first ones alone may all show the same pose."""

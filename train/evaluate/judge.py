@@ -12,9 +12,10 @@ artifact of the registry, a folder of one, or the folder of a training run.
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,8 @@ def model_of_network(
 ) -> JudgedModel:
     """A bare network as a model to judge."""
     place = pick_device(device)
-    network = network.to(place).eval()
+    # As it was trained, and as engines run it: half as fast again as channels first on a CPU.
+    network = network.to(place, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def score(crops: Tensor) -> Tensor:
@@ -122,13 +124,13 @@ def examples_for(
     split: str,
     *,
     families: Sequence[str] = (),
-    each: Literal["one", "all"] = "all",
+    each: int | None = None,
     condition: str = CLEAN,
     frames: int | None = None,
     limit: int | None = None,
 ) -> Examples:
     """The split's faces, cut as this model wants them; every family forges every real face, or
-    they take turns."""
+    `each` of them do, in turn."""
     most = frames or model.input.sampling.max_frames
     # The model's own input contract, but no family held out: judging needs that family too.
     return Examples(
@@ -155,11 +157,18 @@ def score_together(
 ) -> list[Scored]:
     """Every example's logit by each model; a crop is made once and shown to all."""
     logits: list[list[Tensor]] = [[] for _ in models]
-    for number, batch in enumerate(examples):
-        for model, own in zip(models, logits, strict=True):
-            own.append(model.score(batch.crops))
-        if on_progress is not None:
-            on_progress(number + 1, len(examples))
+    # The next crops are made while these are scored: each takes about as long as the other.
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(examples.__getitem__, 0) if len(examples) else None
+        for number in range(len(examples)):
+            assert coming is not None
+            batch = coming.result()
+            if number + 1 < len(examples):
+                coming = maker.submit(examples.__getitem__, number + 1)
+            for model, own in zip(models, logits, strict=True):
+                own.append(model.score(batch.crops))
+            if on_progress is not None:
+                on_progress(number + 1, len(examples))
     return [with_logits(examples, torch.cat(own).numpy()) for own in logits]
 
 

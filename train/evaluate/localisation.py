@@ -87,7 +87,7 @@ def _masked(
     masked = [name for name in families if name in REGISTRY and not REGISTRY[name].either_side]
     if not masked or not len(reals):
         return
-    examples = examples_for(model, reals, split, families=masked, each="one", limit=limit)
+    examples = examples_for(model, reals, split, families=masked, each=1, limit=limit)
     items = [item for item in examples.items if item.forged]
     places = np.linspace(0, len(items) - 1, min(FACES, len(items))).astype(int)
     cut = Cut(model.input)

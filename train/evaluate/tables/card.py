@@ -1,8 +1,9 @@
 """The table whose figures stand on a model's card, from one run over all of its data.
 
-    stills    every person of the split, real, forged on disk, and forged by every family: AUC over
-              the generators trained on, over the one held out, and by generator; by the size of the
-              face; reals called forged by collection and, where groups are given, by group
+    stills    every person of the split, real, forged on disk, and forged by some of the families
+              in turn: AUC over the generators trained on, over the one held out, and by generator;
+              by the size of the face; reals called forged by collection and, where groups are
+              given, by group
     damaged   the same pictures under each condition; the families then take turns
     clips     made clips (forge/clips.py) that were prepared, where the data has some: the same by
               video, pooled and calibrated as a verdict is; at each CRF, and all of them together
@@ -45,6 +46,8 @@ from ralf.train.forge.families import FAMILIES
 
 Figures = dict[str, list[float] | float]
 CONDITIONS = (CLEAN, "h264=23", "h264=40", *REQUANTISED)
+CLEAN_FAMILIES = 4
+"""How many of the blended families forge each clean picture, in turn."""
 CLIPS = "_clips"
 CHECK = "check"
 
@@ -107,7 +110,7 @@ class _Judging:
             model, stills, options.split,
             families=options.families or FAMILIES, condition=condition,
             # A thousand people forged in ten ways under five conditions would take hours.
-            each="all" if clean else "one", frames=options.frames, limit=options.limit,
+            each=CLEAN_FAMILIES if clean else 1, frames=options.frames, limit=options.limit,
         )  # fmt: skip
         scored = score_examples(model, examples, options.on_progress)
         each = evaluation_of(model, scored, condition, options.replicates)
