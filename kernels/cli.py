@@ -25,6 +25,25 @@ if TYPE_CHECKING:
 
 Run = Callable[[argparse.Namespace], int]
 FAILED, USAGE, INFRASTRUCTURE = 1, 2, 5
+SPEC = "NAME, NAME@VERSION or a folder; NAME alone is its promoted version"
+DEVICE = "where the network runs: auto, cpu, cuda or cuda:N"
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows an option's default where there is one; the library's own shows None and False too."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False
+        if says_nothing or action.default in ("", []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help, and that of all its commands, shows defaults."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": Defaults, **options})
 
 
 def commands(subparsers: "argparse._SubParsersAction[Any]") -> None:
@@ -39,53 +58,89 @@ def models_commands(subparsers: "argparse._SubParsersAction[Any]") -> None:
     verbs = models.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Run, about: str, **argument: Any) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about)
+        parser: argparse.ArgumentParser = verbs.add_parser(
+            name, help=about, description=about[0].upper() + about[1:] + "."
+        )
         if argument:
             parser.add_argument("model", **argument)
         parser.add_argument(
-            "--models", metavar="DIR", help="folder of models (default: RALF_MODELS_DIR, or ours)"
+            "--models",
+            metavar="DIR",
+            help="folder of models (default: RALF_MODELS_DIR, else the one that ships with Ralf)",
         )
-        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--json", action="store_true", help="print one JSON document")
         parser.set_defaults(run=guarded(run))
         return parser
 
-    spec = "NAME, NAME@VERSION or a path"
-    verb("list", list_models, "what is published here, and what is promoted")
-    verb("show", show_model, "one model's manifest", metavar="MODEL", help=spec)
-    verify = verb(
-        "verify", verify_model, "check hashes and golden logits", metavar="MODEL", help=spec
+    verb("list", list_models, "list all models and versions; * marks the promoted ones")
+    verb(
+        "show",
+        show_model,
+        "show a version's manifest, engines, history and card",
+        metavar="MODEL",
+        help=SPEC,
     )
-    verify.add_argument("--device", default="cpu", help="where the golden crops run (%(default)s)")
+    verify = verb(
+        "verify",
+        verify_model,
+        "check a version's hashes, and its results on the stored golden crops",
+        metavar="MODEL",
+        help=SPEC,
+    )
+    verify.add_argument("--device", default="cpu", help=DEVICE)
     promote = verb(
         "promote",
         promote_model,
-        "make a version current if it passes",
+        "make a version the one in use, if it passes the checks",
         metavar="NAME@VERSION",
+        help="the version; `ralf models list` shows all",
     )
     promote.add_argument(
-        "--force", action="store_true", help="promote although a check fails; the history keeps why"
+        "--force",
+        action="store_true",
+        help="promote although a check fails; the history records which one",
     )
-    verb("rollback", roll_back, "go back to the version promoted before", metavar="NAME")
-    old = verb("gc", collect_old, "show which old versions may go; --apply removes", metavar="NAME")
-    old.add_argument("--apply", action="store_true", help="remove what is shown")
-    old.add_argument("--keep", type=int, default=3, help="newest versions that stay (%(default)s)")
+    verb(
+        "rollback",
+        roll_back,
+        "go back to the version that was in use before",
+        metavar="NAME",
+        help="the model's name",
+    )
+    old = verb(
+        "gc",
+        collect_old,
+        "list which old versions may be removed, and why the others stay",
+        metavar="NAME",
+        help="the model's name",
+    )
+    old.add_argument("--apply", action="store_true", help="remove the versions that may go")
+    old.add_argument("--keep", type=int, default=3, metavar="N", help="keep the N newest versions")
     old.add_argument(
-        "--recent", type=int, default=5, help="last promotions that stay (%(default)s)"
+        "--recent",
+        type=int,
+        default=5,
+        metavar="N",
+        help="keep the versions of the last N promotions",
     )
     old.add_argument(
         "--spare",
         action="append",
         default=[],
         metavar="VERSION",
-        help="keep it too, repeatable",
+        help="keep this version too; may be given several times",
     )
     old.add_argument(
-        "--no-queue", action="store_true", help="do not ask Redis which versions jobs pin"
+        "--no-queue",
+        action="store_true",
+        help="do not ask Redis which versions waiting jobs need",
     )
     fresh = verb("untrained", make_untrained, "publish and promote a model with random weights")
-    fresh.add_argument("--base", type=int, default=16, help="channels (%(default)s)")
-    fresh.add_argument("--blocks", type=int, default=4, help="blocks a stack (%(default)s)")
-    fresh.add_argument("--size", type=int, default=256, help="side of a crop (%(default)s)")
+    fresh.add_argument("--base", type=int, default=16, metavar="N", help="channels of the network")
+    fresh.add_argument("--blocks", type=int, default=4, metavar="N", help="blocks in each level")
+    fresh.add_argument(
+        "--size", type=int, default=256, metavar="PX", help="side of a crop in pixels"
+    )
 
 
 def guarded(run: Run) -> Run:
@@ -300,32 +355,51 @@ def make_untrained(args: argparse.Namespace) -> int:
 # ralf build
 
 
+def _models_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models", metavar="DIR", help="take models from this folder instead of RALF_MODELS_DIR"
+    )
+
+
 def add_build(subparsers: "argparse._SubParsersAction[Any]") -> None:
     """Add `build`."""
     parser = subparsers.add_parser(
         "build",
-        help="build a model's TensorRT plan, check it, publish it",
-        description="Builds a TensorRT plan of a model, checks it against the FP32 module, and "
-        "publishes it beside the model; or refuses it and says why.",
+        help="build a model's TensorRT plan (a compiled network for GPUs)",
+        description="Builds a TensorRT plan of a model, compares its results with those of the "
+        "network in FP32, and writes it beside the model; a plan that differs too much is refused.",
     )
-    parser.add_argument("model", metavar="ARTIFACT", help="NAME, NAME@VERSION or a path")
-    parser.add_argument("--models", metavar="DIR", help="folder of models")
-    parser.add_argument("--batch", metavar="N,…", help="batches (default: 1,8,64)")
-    parser.add_argument("--precision", default="fp16", help="fp16 or fp32; bf16 on a GPU")
+    parser.add_argument("model", metavar="MODEL", help=SPEC)
+    _models_option(parser)
+    parser.add_argument(
+        "--batch", metavar="N,…", help="batch sizes of the plan, ascending (default: 1,8,64)"
+    )
+    parser.add_argument(
+        "--precision", default="fp16", help="number format of the plan: fp16, fp32, on a GPU bf16"
+    )
     parser.add_argument(
         "--builder",
         choices=["torch-tensorrt", "rtx-aot"],
-        help="torch-tensorrt needs a GPU; rtx-aot does not (default: by what is here)",
+        help="torch-tensorrt needs a GPU, rtx-aot needs none (default: torch-tensorrt where "
+        "--device is a GPU, else rtx-aot)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--crops", type=int, metavar="N", help="random crops to decide on")
-    parser.add_argument("--again", action="store_true", help="even if the plan is there")
+    parser.add_argument("--device", default="auto", help=DEVICE)
+    parser.add_argument(
+        "--crops",
+        type=int,
+        metavar="N",
+        help="compare the plan on N random crops beside the golden ones (default: 64)",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="build although such a plan is there already"
+    )
     parser.add_argument(
         "--all",
         action="store_true",
-        help="by every builder that is here; then time every engine and record the fastest",
+        help="build with every builder that this machine has, then measure all engines and record "
+        "the fastest",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=guarded(run_build))
 
 
@@ -412,49 +486,69 @@ def print_plans(
 def add_benches(what: "argparse._SubParsersAction[Any]") -> None:
     """Add `engine`, `dct` and `residual` to the verbs of `ralf bench`."""
     engine = what.add_parser(
-        "engine",
-        help="every engine of a model against the papers' way of running it",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "engine", help="compare a model's engines with the papers' way of running the network"
     )
-    engine.add_argument("model", nargs="?", metavar="MODEL", help="NAME, NAME@VERSION or a path")
-    engine.add_argument("--models", metavar="DIR", help="folder of models")
-    engine.add_argument("--fresh", choices=["ralf", "ralf-small"], help="with fresh weights")
-    engine.add_argument("--size", type=int, default=256, help="side of a crop, with --fresh")
-    engine.add_argument("--build", action="store_true", help="build plans first")
-    engine.add_argument("--compile", action="store_true", help="on a CPU, torch.compile as well")
-    engine.add_argument("--batch", type=int, help="crops a call; 64 on a GPU, 4 on a CPU")
-    engine.add_argument("--repeats", type=int, default=7)
+    engine.add_argument("model", nargs="?", metavar="MODEL", help=SPEC)
+    _models_option(engine)
+    engine.add_argument(
+        "--fresh", choices=["ralf", "ralf-small"], help="measure this network with random weights"
+    )
+    engine.add_argument(
+        "--size", type=int, default=256, metavar="PX", help="with --fresh, side of a crop in pixels"
+    )
+    engine.add_argument(
+        "--build", action="store_true", help="first build plans with every builder that is here"
+    )
+    engine.add_argument(
+        "--compile", action="store_true", help="on a CPU, measure torch.compile as well"
+    )
+    engine.add_argument(
+        "--batch", type=int, metavar="N", help="crops in a call (default: 64 on a GPU, 4 on a CPU)"
+    )
+    _repeats(engine, 7)
     _device_and_out(engine)
     engine.set_defaults(run=guarded(_engine))
-    dct = what.add_parser(
-        "dct",
-        help="the destructor, fused and by other ways",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    dct = what.add_parser("dct", help="compare the fused removal of frequencies with other ways")
+    dct.add_argument("--size", type=int, default=256, metavar="PX", help="side of a crop in pixels")
+    dct.add_argument(
+        "--batch", type=int, metavar="N", help="crops in a call (default: 64 on a GPU, 2 on a CPU)"
     )
-    dct.add_argument("--size", type=int, default=256, help="side of a crop")
-    dct.add_argument("--batch", type=int, help="crops; 64 on a GPU, 2 on a CPU")
-    dct.add_argument("--repeats", type=int, default=21)
-    dct.add_argument("--tilings", action="store_true", help="each listed tiling of the kernels")
+    _repeats(dct, 21)
+    dct.add_argument(
+        "--tilings", action="store_true", help="measure every listed tiling of the GPU kernels too"
+    )
     _device_and_out(dct)
     dct.set_defaults(run=guarded(_dct))
     residual = what.add_parser(
-        "residual",
-        help="a level of the reconstructor by the ways that might be faster",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "residual", help="compare ways of computing one level of RALF's reconstructor"
     )
-    residual.add_argument("--channels", type=int, default=32)
-    residual.add_argument("--size", type=int, default=256, help="side of a map")
-    residual.add_argument("--blocks", type=int, default=8)
-    residual.add_argument("--batch", type=int, help="maps; 64 on a GPU, 1 on a CPU")
-    residual.add_argument("--repeats", type=int, default=7)
-    residual.add_argument("--calls", type=int, default=3, help="calls a turn")
+    residual.add_argument(
+        "--channels", type=int, default=32, metavar="N", help="channels of the level"
+    )
+    residual.add_argument(
+        "--size", type=int, default=256, metavar="PX", help="side of a feature map in pixels"
+    )
+    residual.add_argument("--blocks", type=int, default=8, metavar="N", help="blocks of the level")
+    residual.add_argument(
+        "--batch", type=int, metavar="N", help="maps in a call (default: 64 on a GPU, 1 on a CPU)"
+    )
+    _repeats(residual, 7)
+    residual.add_argument(
+        "--calls", type=int, default=3, metavar="N", help="make N calls in each measurement"
+    )
     _device_and_out(residual)
     residual.set_defaults(run=guarded(_residual))
 
 
+def _repeats(parser: argparse.ArgumentParser, times: int) -> None:
+    parser.add_argument(
+        "--repeats", type=int, default=times, metavar="N", help="measure each way N times"
+    )
+
+
 def _device_and_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--out", metavar="DIR", help="keep the record there, as bench/ does")
+    parser.add_argument("--device", default="auto", help=DEVICE)
+    parser.add_argument("--out", metavar="DIR", help="write the record into this folder as well")
 
 
 def _engine(args: argparse.Namespace) -> int:
@@ -486,10 +580,10 @@ def _run_bench(run: Callable[[argparse.Namespace], int], args: argparse.Namespac
 
 
 if __name__ == "__main__":
-    alone = argparse.ArgumentParser(prog="python -m ralf.kernels.cli")
+    alone: argparse.ArgumentParser = Parser(prog="python -m ralf.kernels.cli")
     rooms = alone.add_subparsers(required=True, metavar="COMMAND")
     commands(rooms)
-    bench = rooms.add_parser("bench", help="measure this machine")
+    bench = rooms.add_parser("bench", help="measure speed, and print the record as JSON")
     add_benches(bench.add_subparsers(required=True, metavar="WHAT"))
     arguments = alone.parse_args()
     sys.exit(arguments.run(arguments))

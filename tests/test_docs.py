@@ -78,6 +78,42 @@ def test_every_command_on_a_page_exists_with_its_options(page: Path):
         assert given <= known, f"{page.name} says: ralf {' '.join(words)}"
 
 
+def all_parsers(
+    of: argparse.ArgumentParser, name: str = "ralf"
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """The parser and those of all commands in it, each with the words that lead to it."""
+    yield name, of
+    for word, inside in choices(of).items():
+        yield from all_parsers(inside, f"{name} {word}")
+
+
+def test_the_help_of_every_option_says_what_it_does_and_its_default():
+    """A reader of --help needs no other page; a default that says nothing is not printed."""
+    lacking, count = [], 0
+    for name, each in all_parsers(parser([train])):
+        for action in each._actions:
+            commands_in_it = getattr(action, "_choices_actions", [])
+            for one in commands_in_it or [action]:
+                count += 1
+                if one.help != argparse.SUPPRESS and len((one.help or "").split()) < 2:
+                    lacking.append(f"{name} {one.option_strings or one.dest}: {one.help!r}")
+        shown = each.format_help()
+        assert "default: None" not in shown and "default: False" not in shown, name
+
+    assert count > 200
+    assert lacking == []
+
+
+def test_a_default_is_printed_once():
+    """By the formatter or by the sentence, and not by both."""
+    text = {name: each.format_help() for name, each in all_parsers(parser([train]))}
+
+    assert "(default: auto)" in " ".join(text["ralf scan"].split())
+    for name, shown in text.items():
+        for line in re.split(r"\n  (?=\S)", shown):
+            assert line.count("(default") <= 1, f"{name}: {line}"
+
+
 def lines_of_code(text: str) -> Iterator[str]:
     """Each whole `ralf …` line of the text's code blocks, without comments and redirects."""
     blocks = re.findall(r"(?s:```(?:bash|sh|console)?(?: [^\n]+)?\n(.*?)```)|(?m:^ {4}(.*)$)", text)

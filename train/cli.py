@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ralf.train.data.cli import Commands, Run, add_command, data_commands, listed
+from ralf.kernels.cli import DEVICE, SPEC
+from ralf.train.data.cli import DATA, Commands, Run, add_command, data_commands, listed
 from ralf.train.evaluate.cli import evaluate_commands
 from ralf.train.forge.cli import forge_commands
 from ralf.train.training_cli import add_models_option, training_commands
@@ -69,49 +70,71 @@ def _add(subparsers: Commands, name: str, summary: str, run: Run) -> argparse.Ar
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     """What `calibrate` and `ensemble` share."""
-    parser.add_argument("--split", default="val", help="a split that chose nothing else")
+    parser.add_argument("--split", default="val",
+                        help="with --data, fit on this split; best one that chose no weights",
+                        )  # fmt: skip
     parser.add_argument(
-        "--conditions", default="clean", metavar="A,B", help="damage put on both classes alike"
-    )
-    parser.add_argument("--families", default="", metavar="A,B", help="forgeries to blend")
-    parser.add_argument("--fitted-on", default="", help="what it was fitted on, in words")
-    parser.add_argument("--no-shift", action="store_true", help="fit the temperature alone")
+        "--conditions", default="clean", metavar="A,B",
+        help="with --data, damage reals and forgeries alike in these ways, such as clean,h264=40",
+    )  # fmt: skip
+    parser.add_argument("--families", default="", metavar="A,B",
+                        help="with --data, make forgeries of the reals with these families "
+                        "(default: use those of the data)")  # fmt: skip
+    parser.add_argument("--fitted-on", default="", metavar="TEXT",
+                        help="say in words what it was fitted on; verdicts repeat it (default: the "
+                        "split or the file's name)")  # fmt: skip
+    parser.add_argument("--no-shift", action="store_true",
+                        help="fit the temperature of the scores alone, and no shift")  # fmt: skip
 
 
 # publish
 
 
 def _add_publish(subparsers: Commands) -> None:
-    parser = _add(subparsers, "publish", "make a model of a run", run_publish)
+    parser = _add(
+        subparsers, "publish", "make a version of a model from a training run", run_publish
+    )
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder that `ralf train` wrote")
-    parser.add_argument("--name", required=True, help="the model's name, as ralf-small")
+    parser.add_argument("--name", required=True,
+                        help="name of the model, such as ralf-small")  # fmt: skip
     parser.add_argument(
         "--without-residual", action="store_true",
-        help="the plain classifier inside a RALF of two streams",
+        help="publish only the plain classifier inside a RALF of two streams",
     )  # fmt: skip
     add_models_option(parser)
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="the index, for the card")
+    parser.add_argument("--data", nargs="+", metavar="PATH",
+                        help=f"data of the training, which the card lists: {DATA}")  # fmt: skip
     parser.add_argument(
-        "--golden-from", metavar="DATASET,…", help="collections whose faces may ship, of --data"
-    )
+        "--golden-from", metavar="COLLECTION,…",
+        help="put up to 32 faces of these collections of --data into the version, to check engines "
+        "with; their licence must allow it (default: patterns that show nobody)",
+    )  # fmt: skip
     parser.add_argument(
-        "--metrics", type=Path, metavar="JSON", help="figures for manifest and card"
-    )
-    parser.add_argument("--scores", type=Path, metavar="CSV", help="logit,label: to calibrate on")
-    parser.add_argument("--fitted-on", default="", help="what --scores is, in words")
+        "--metrics", type=Path, metavar="JSON",
+        help="put the figures of this file, which `ralf evaluate --table card --out` wrote, on "
+        "manifest and card",
+    )  # fmt: skip
+    parser.add_argument("--scores", type=Path, metavar="CSV",
+                        help="calibrate on this table with the columns logit and label (1: forged)",
+                        )  # fmt: skip
+    parser.add_argument("--fitted-on", default="", metavar="TEXT",
+                        help="say in words what --scores is (default: the file's name)",
+                        )  # fmt: skip
     parser.add_argument(
         "--calibration-of", type=Path, metavar="VERSION",
-        help="folder of a version of the same run that was calibrated: take that",
+        help="take the calibration of this version's folder, which must be of the same run",
     )  # fmt: skip
     parser.add_argument(
         "--aggregation", default="top_half_mean", metavar="RULE",
-        help="what stands for a track: `ralf evaluate --table aggregation` compares them",
+        help="how the scores of a person's faces become one; `ralf evaluate --table aggregation` "
+        "compares the rules",
     )  # fmt: skip
     parser.add_argument(
-        "--failure", action="append", default=[], help="a known failure, repeatable"
-    )
+        "--failure", action="append", default=[], metavar="TEXT",
+        help="write this known failure on the card; may be given several times",
+    )  # fmt: skip
     parser.add_argument(
-        "--promote", action="store_true", help="make it current if it passes the checks"
+        "--promote", action="store_true", help="make it the version in use, if it passes the checks"
     )
 
 
@@ -166,13 +189,17 @@ def run_publish(args: argparse.Namespace) -> int:
 
 def _add_calibrate(subparsers: Commands) -> None:
     parser = _add(
-        subparsers, "calibrate", "fit a model's scores and thresholds: a new version", run_calibrate
-    )
-    parser.add_argument("model", metavar="MODEL", help="name, name@version or path")
+        subparsers, "calibrate", "fit a model's scores and thresholds, as a new version of it",
+        run_calibrate,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=SPEC)
     add_models_option(parser)
-    parser.add_argument("--scores", type=Path, metavar="CSV", help="columns logit and label")
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="score this data instead")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--scores", type=Path, metavar="CSV",
+                        help="fit on this table with the columns logit and label (1: forged)",
+                        )  # fmt: skip
+    parser.add_argument("--data", nargs="+", metavar="PATH",
+                        help="score this data, and fit on that, in place of --scores")  # fmt: skip
+    parser.add_argument("--device", default="auto", help=DEVICE)
     _add_calibration_options(parser)
 
 
@@ -242,14 +269,18 @@ def _warn_if_split_chose_the_weights(artifact: "Artifact", split: str) -> None:
 
 
 def _add_ensemble(subparsers: Commands) -> None:
-    parser = _add(subparsers, "ensemble", "make one model of several: their mean", run_ensemble)
-    parser.add_argument("members", nargs="+", metavar="MODEL", help="name, name@version or path")
-    parser.add_argument("--name", required=True, help="the ensemble's own name, as trio")
+    parser = _add(subparsers, "ensemble", "make one model of several, whose score is their mean",
+                  run_ensemble)  # fmt: skip
+    parser.add_argument("members", nargs="+", metavar="MODEL", help=SPEC)
+    parser.add_argument("--name", required=True,
+                        help="name of the new model, such as trio")  # fmt: skip
     add_models_option(parser)
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="calibrate the mean on this")
+    parser.add_argument("--data", nargs="+", metavar="PATH",
+                        help="calibrate the mean on this data (default: do not calibrate)",
+                        )  # fmt: skip
     _add_calibration_options(parser)
     parser.add_argument(
-        "--promote", action="store_true", help="make it current if it passes the checks"
+        "--promote", action="store_true", help="make it the version in use, if it passes the checks"
     )
 
 

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ralf.train.data.cli import Commands, Refusing, add_command, listed
+from ralf.kernels.cli import DEVICE
+from ralf.train.data.cli import DATA, Commands, Refusing, add_command, listed
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ralf.train.retraining import Retraining
 
 OK, STOPPED, INTERRUPTED = 0, 1, 130
+RECIPE = "a recipe such as ralf_small or xception; docs/training.md lists all"
 
 
 def training_commands(subparsers: Commands, refusing: Refusing) -> None:
@@ -30,8 +32,11 @@ def training_commands(subparsers: Commands, refusing: Refusing) -> None:
 
 
 def add_models_option(parser: argparse.ArgumentParser) -> None:
-    """Where models lie."""
-    parser.add_argument("--models", type=Path, help="where models lie: RALF_MODELS_DIR, or ours")
+    """The folder of models."""
+    parser.add_argument(
+        "--models", type=Path, metavar="DIR",
+        help="folder of models (default: RALF_MODELS_DIR, else the one that ships with Ralf)",
+    )  # fmt: skip
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -39,16 +44,22 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="stop each training cleanly after so long; "
-        "a chain that says its minutes takes so many in all, by fewer steps",
+        metavar="N",
+        help="end each training after N minutes, with a checkpoint; chains that state their "
+        "minutes train fewer steps instead, to take about N minutes in all (default: no limit)",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
-        help="change a field of the recipe, repeatable; TRAINING:NAME=VALUE for one of a chain",
+        help="change a field of the recipe, or with TRAINING:NAME=VALUE of one training of a "
+        "chain; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
-    parser.add_argument("--allow-leaks", action="store_true", help="train on leaking splits")
+    parser.add_argument("--device", default="auto", help=DEVICE)
+    parser.add_argument("--workers", type=int, default=0, metavar="N",
+                        help="make batches in N processes beside the training; 0: in the training "
+                        "itself")  # fmt: skip
+    parser.add_argument("--allow-leaks", action="store_true",
+                        help="train although a person, a video or a group is in two splits",
+                        )  # fmt: skip
 
 
 def _changes(args: argparse.Namespace) -> dict[str, str]:
@@ -66,19 +77,27 @@ def _changes(args: argparse.Namespace) -> dict[str, str]:
 
 def _add_train(subparsers: Commands, refusing: Refusing) -> None:
     parser = add_command(
-        subparsers, "train", "train a detector; the same command goes on", refusing(run_train)
+        subparsers,
+        "train",
+        "train a detector; if stopped, the same command continues",
+        refusing(run_train),
     )
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="ralf_small, ralf, ralf_paper, xception, …"
-    )
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="an index or any known layout")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE)
+    parser.add_argument("--data", nargs="+", metavar="PATH", help=f"{DATA} (required)")
+    parser.add_argument("--out", type=Path, metavar="RUN",
+                        help="write checkpoints and the log into this folder (required)",
+                        )  # fmt: skip
     _add_training_options(parser)
     parser.add_argument(
-        "--crops", type=Path, metavar="DIR", help="keeps pairs of a recipe with data.variants"
-    )
-    parser.add_argument("--deterministic", action="store_true", help="same bits on CUDA too")
-    parser.add_argument("--print", action="store_true", help="print the whole recipe and stop")
+        "--crops", type=Path, metavar="DIR",
+        help="keep the pairs of crops of a recipe with data.variants in this folder (default: make "
+        "them anew each time)",
+    )  # fmt: skip
+    parser.add_argument("--deterministic", action="store_true",
+                        help="give the same weights bit for bit in each run, on a GPU too (slower)",
+                        )  # fmt: skip
+    parser.add_argument("--print", action="store_true",
+                        help="print the whole recipe, with --set applied, and stop")  # fmt: skip
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -139,33 +158,56 @@ def _own_device(asked: str) -> "torch.device":
 
 def _add_retrain(subparsers: Commands, refusing: Refusing) -> None:
     parser = add_command(
-        subparsers, "retrain", "from data to a promoted model and its engines",
-        refusing(run_retrain),
+        subparsers, "retrain", "train, calibrate, judge, publish and promote a model; if stopped, "
+        "the same command continues", refusing(run_retrain),
     )  # fmt: skip
     parser.add_argument(
         "recipe", metavar="RECIPE",
-        help="ralf_small, ralf, xception, …, or a chain: shipped makes the model that ships",
+        help=f"{RECIPE}; or a chain of trainings, such as shipped",
     )  # fmt: skip
-    parser.add_argument("--data", nargs="+", required=True, metavar="PATH")
-    parser.add_argument("--name", required=True, help="the model's name, as ralf-small")
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
+    parser.add_argument("--name", required=True,
+                        help="name of the model to publish, such as ralf-small")  # fmt: skip
     parser.add_argument(
-        "--targets", default="all", help="all that this machine builds, or cpu,rtx-aot,…"
-    )
-    parser.add_argument("--out", type=Path, metavar="RUN", help="folder (by recipe and data)")
+        "--targets", default="all", metavar="A,B",
+        help="build engines for these: cpu, rtx-aot, torch-tensorrt, or all that this machine can "
+        "build for",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="RUN",
+        help="write everything that is made on the way into this folder (default: one below runs/, "
+        "named by model, recipe and data)",
+    )  # fmt: skip
     add_models_option(parser)
     _add_training_options(parser)
-    parser.add_argument("--processes", type=int, help="of each training (the chain's own)")
-    parser.add_argument("--calibrate-on", default="val", metavar="SPLIT")
-    parser.add_argument("--conditions", default="clean", metavar="A,B", help="while calibrating")
-    parser.add_argument("--evaluate-on", default="test", metavar="SPLIT")
+    parser.add_argument("--processes", type=int, metavar="N",
+                        help="train in N processes (default: a recipe in one; a chain in one for "
+                        "each GPU, or in two on a CPU)")  # fmt: skip
+    parser.add_argument("--calibrate-on", default="val", metavar="SPLIT",
+                        help="fit scores and thresholds on this split")  # fmt: skip
+    parser.add_argument("--conditions", default="clean", metavar="A,B",
+                        help="damage the calibration faces in these ways, such as "
+                        "clean,h264=40")  # fmt: skip
+    parser.add_argument("--evaluate-on", default="test", metavar="SPLIT",
+                        help="measure the finished model on this split")  # fmt: skip
     parser.add_argument(
-        "--least-people", type=int, default=30, metavar="N", help="real people to judge by (30)"
-    )
-    parser.add_argument("--golden-from", default="", metavar="DATASET,…", help="faces may ship")
+        "--least-people", type=int, default=30, metavar="N",
+        help="stop where a split to calibrate or measure on has fewer real people",
+    )  # fmt: skip
+    parser.add_argument(
+        "--golden-from", default="", metavar="COLLECTION,…",
+        help="put up to 32 faces of these collections into the published model, to check engines "
+        "with; their licence must allow it (default: patterns that show nobody)",
+    )  # fmt: skip
     parser.add_argument("--groups", action="append", default=[], type=Path, metavar="CSV",
-                        help="file, age, gender, region: the card's errors by group")  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="promote past checks that fail")
-    parser.add_argument("--dry-run", action="store_true", help="show the steps and stop")
+                        help="count errors on the card by group of people: a CSV with the column "
+                        "file and some of age, gender, region; may be given several times",
+                        )  # fmt: skip
+    parser.add_argument("--force", action="store_true",
+                        help="promote although a check fails; the history records which one",
+                        )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true",
+                        help="list the steps, done or to do, and stop")  # fmt: skip
 
 
 def run_retrain(args: argparse.Namespace) -> int:

@@ -12,71 +12,98 @@ Refusing = Callable[[Run], Run]
 OK, NOT_FINE = 0, 1
 KEPT_FRAMES = 32
 """Frames of a video to keep for training at the least."""
+DATA = "folders in a known layout, or index files; docs/training.md lists the layouts"
+ONLY = "take only rows with these values, such as method=real,swap; may be given several times"
+WORKERS = "work in N processes beside this one; 0: in this one alone"
 
 
 def data_commands(subparsers: Commands, refusing: Refusing) -> None:
     """Register `ralf data`."""
-    parser = subparsers.add_parser("data", help="check, index and prepare datasets")
+    parser = subparsers.add_parser("data", help="check, list, split and prepare training data")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     check = add_command(
-        verbs, "check", "counts against what is published, and every leak", refusing(_check)
-    )
-    check.add_argument("data", nargs="+", metavar="PATH", help="an index or any known layout")
+        verbs, "check", "compare counts with the published ones, and list missing files and "
+        "people in two splits", refusing(_check),
+    )  # fmt: skip
+    check.add_argument("data", nargs="+", metavar="PATH", help=DATA)
     check.add_argument("--no-files", action="store_true", help="do not check that each file exists")
-    index = add_command(verbs, "index", "write the table of what is there", refusing(_index))
-    index.add_argument("data", nargs="+", metavar="PATH")
-    index.add_argument("--out", type=Path, required=True, metavar="CSV")
-    index.add_argument("--split", action="store_true", help="draw new splits by identity")
-    index.add_argument("--val", type=float, default=0.1, help="share for validation")
-    index.add_argument("--test", type=float, default=0.1, help="share for testing")
-    index.add_argument("--only", action="append", default=[], metavar="FIELD=A,B")
-    clips = add_command(verbs, "clips", "set stills in motion, real and forged, as encoded videos",
-                 refusing(_clips))  # fmt: skip
-    clips.add_argument("data", nargs="+", metavar="PATH")
-    clips.add_argument("--out", type=Path, required=True, metavar="DIR")
-    clips.add_argument("--split", default="val")
-    clips.add_argument("--families", default="", metavar="A,B",
-                       help="forgeries, in turn (all but the held-out one)")  # fmt: skip
-    clips.add_argument("--renderers", nargs="*", type=Path, default=[], metavar="FILE",
-                       help="files of `ralf forge fit`, in turn with the families")  # fmt: skip
-    clips.add_argument("--crf", default="23,40", metavar="A,B", help="H.264's rates")
-    clips.add_argument("--each", type=int, default=1, help="forged clips of a still and CRF")
-    clips.add_argument("--seconds", type=float, default=1.3)
-    clips.add_argument("--drift", action="store_true",
-                       help="forge each frame anew, on landmarks that slip")  # fmt: skip
-    clips.add_argument("--uploads", action="store_true",
-                       help="one more clip of each, encoded by phone and platform")  # fmt: skip
-    clips.add_argument("--limit", type=int, help="only so many stills")
-    clips.add_argument("--only", action="append", default=[], metavar="FIELD=A,B")
-    clips.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
-    crops = add_command(verbs, "crops", "make the pairs that a recipe with data.variants shows, "
-                        "and keep them; goes on where it stopped", refusing(_crops))  # fmt: skip
-    crops.add_argument("recipe", metavar="RECIPE")
-    crops.add_argument("--data", nargs="+", required=True, metavar="PATH")
+    index = add_command(verbs, "index", "write one table of all videos or pictures of the data",
+                        refusing(_index))  # fmt: skip
+    index.add_argument("data", nargs="+", metavar="PATH", help=DATA)
+    index.add_argument("--out", type=Path, required=True, metavar="CSV", help="write this table")
+    index.add_argument("--split", action="store_true",
+                       help="divide the people into train, val and test anew")  # fmt: skip
+    index.add_argument("--val", type=float, default=0.1, metavar="SHARE",
+                       help="with --split, share of the people for val, 0 to 1")  # fmt: skip
+    index.add_argument("--test", type=float, default=0.1, metavar="SHARE",
+                       help="with --split, share of the people for test, 0 to 1")  # fmt: skip
+    index.add_argument("--only", action="append", default=[], metavar="FIELD=A,B", help=ONLY)
+    _add_clips(verbs, refusing)
+    crops = add_command(verbs, "crops", "make and keep the pairs of crops that a recipe with "
+                        "data.variants trains on; if stopped, the same command continues",
+                        refusing(_crops))  # fmt: skip
+    crops.add_argument("recipe", metavar="RECIPE", help="name of the recipe that will train")
+    crops.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
     crops.add_argument("--out", type=Path, required=True, metavar="DIR",
-                       help="as `ralf train --crops`")  # fmt: skip
+                       help="keep them in this folder, which `ralf train --crops` takes",
+                       )  # fmt: skip
     crops.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                       help="as `ralf train --set`")  # fmt: skip
-    crops.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
-    prepare = add_command(verbs, "prepare", "cut faces out of videos; goes on where it stopped",
-                   refusing(_prepare))  # fmt: skip
-    prepare.add_argument("data", nargs="+", metavar="PATH")
-    prepare.add_argument("--out", type=Path, required=True, metavar="DIR")
-    prepare.add_argument("--recipe", default="ralf", help="whose input contract to follow")
-    prepare.add_argument("--frames", type=int, help="frames of each video (the contract's, at "
-                         f"least {KEPT_FRAMES})")  # fmt: skip
-    prepare.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
-    prepare.add_argument("--device", default="cpu", help="where faces are found")
-    prepare.add_argument("--png", action="store_true", help="store without loss")
+                       help="change a field of the recipe, as with `ralf train`; may be given "
+                       "several times")  # fmt: skip
+    crops.add_argument("--workers", type=int, default=0, metavar="N", help=WORKERS)
+    prepare = add_command(verbs, "prepare", "cut the faces out of videos or pictures; if stopped, "
+                          "the same command continues", refusing(_prepare))  # fmt: skip
+    prepare.add_argument("data", nargs="+", metavar="PATH", help=DATA)
+    prepare.add_argument("--out", type=Path, required=True, metavar="DIR",
+                         help="write faces and their index.csv into this folder")  # fmt: skip
+    prepare.add_argument("--recipe", default="ralf", metavar="NAME",
+                         help="find and cut faces as this recipe asks; name the one that you will "
+                         "train")  # fmt: skip
+    prepare.add_argument("--frames", type=int, metavar="N",
+                         help="take N frames of each video (default: as many as the recipe judges, "
+                         f"at least {KEPT_FRAMES})")  # fmt: skip
+    prepare.add_argument("--workers", type=int, default=0, metavar="N", help=WORKERS)
+    prepare.add_argument("--device", default="cpu", help="where faces are searched: auto, cpu, "
+                         "cuda or cuda:N")  # fmt: skip
+    prepare.add_argument("--png", action="store_true",
+                         help="store faces as PNG, without loss (default: JPEG of quality 98)",
+                         )  # fmt: skip
+
+
+def _add_clips(verbs: Commands, refusing: Refusing) -> None:
+    clips = add_command(verbs, "clips", "make moving videos of still pictures, real and forged, to "
+                        "calibrate and judge on", refusing(_clips))  # fmt: skip
+    clips.add_argument("data", nargs="+", metavar="PATH", help=DATA)
+    clips.add_argument("--out", type=Path, required=True, metavar="DIR",
+                       help="write clips and their index.csv into this folder")  # fmt: skip
+    clips.add_argument("--split", default="val", help="take the real pictures of this split")
+    clips.add_argument("--families", default="", metavar="A,B",
+                       help="forge with these families, in turn (default: all but the one held "
+                       "out; with --renderers, none)")  # fmt: skip
+    clips.add_argument("--renderers", nargs="*", type=Path, default=[], metavar="FILE",
+                       help="forge with these files of `ralf forge fit` as well, in turn",
+                       )  # fmt: skip
+    clips.add_argument("--crf", default="23,40", metavar="A,B",
+                       help="encode each clip at these qualities of H.264, 0 (best) to 51",
+                       )  # fmt: skip
+    clips.add_argument("--each", type=int, default=1, metavar="N",
+                       help="make N forged clips of each picture and quality")  # fmt: skip
+    clips.add_argument("--seconds", type=float, default=1.3, help="length of a clip in seconds")
+    clips.add_argument("--drift", action="store_true",
+                       help="forge each frame anew, a little beside the last one, as tools that "
+                       "work frame by frame do")  # fmt: skip
+    clips.add_argument("--uploads", action="store_true",
+                       help="make one more of each clip, encoded as by a phone and a platform",
+                       )  # fmt: skip
+    clips.add_argument("--limit", type=int, metavar="N", help="take only N pictures (default: all)")
+    clips.add_argument("--only", action="append", default=[], metavar="FIELD=A,B", help=ONLY)
+    clips.add_argument("--workers", type=int, default=0, metavar="N", help=WORKERS)
 
 
 def add_command(verbs: Commands, name: str, summary: str, run: Run) -> argparse.ArgumentParser:
-    """A command whose help shows its defaults."""
+    """A command that says the same in the list of commands and in its own help."""
     parser: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        name, help=summary, description=summary[0].upper() + summary[1:] + "."
     )
     parser.set_defaults(run=run)
     return parser

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ralf.train.data.cli import OK, Commands, Refusing, add_command, listed
+from ralf.kernels.cli import DEVICE
+from ralf.train.data.cli import DATA, OK, ONLY, Commands, Refusing, add_command, listed
 
 if TYPE_CHECKING:
     from ralf.train.data.index import Index
@@ -19,38 +20,52 @@ if TYPE_CHECKING:
 
 def evaluate_commands(subparsers: Commands, refusing: Refusing) -> None:
     """Register `ralf evaluate` and `ralf figures`."""
-    parser = add_command(subparsers, "evaluate", "judge models on data: the paper's tables",
+    parser = add_command(subparsers, "evaluate", "measure models on labelled data, print a table",
                   refusing(_evaluate))  # fmt: skip
     _add_shared(parser)
     parser.add_argument("--table", default="intra", metavar="NAME",
                         help="intra, cross, robustness, ablation, backbone, pooling, "
-                        "false_positives, aggregation, card, detectors, residual")  # fmt: skip
-    parser.add_argument("--conditions", default="", metavar="A,B", help="as blur:2,h264=40")
+                        "false_positives, aggregation, card, detectors or residual; "
+                        "docs/training.md says what each shows")  # fmt: skip
+    parser.add_argument("--conditions", default="", metavar="A,B",
+                        help="damage the pictures in these ways, such as blur:2,h264=40 (default: "
+                        "the table's own)")  # fmt: skip
     parser.add_argument("--groups", action="append", default=[], type=Path, metavar="CSV",
-                        help="file, age, gender, region: the card's errors by group")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="table.json, videos.csv")
-    figures = add_command(subparsers, "figures", "what models learnt, in pictures: a page of each",
-                  refusing(_figures))  # fmt: skip
+                        help="for the table card, count errors by group of people: a CSV with the "
+                        "column file and some of age, gender, region; may be given several times",
+                        )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="write the table (JSON, CSV) and each video's score into this folder",
+                        )  # fmt: skip
+    figures = add_command(subparsers, "figures", "show what models learnt, in pictures: one page "
+                          "for each model", refusing(_figures))  # fmt: skip
     _add_shared(figures)
     figures.add_argument("--out", type=Path, required=True, metavar="DIR",
-                         help="a page named after each model: ROC, reliability, mask, spectrum, "
-                         "Grad-CAM, embedding")  # fmt: skip
+                         help="write the pages into this folder: ROC, reliability, mask, "
+                         "spectrum, Grad-CAM, embedding")  # fmt: skip
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     """Which models are judged, and on what."""
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="name, folder, or run")
-    parser.add_argument("--data", nargs="+", required=True, metavar="PATH")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("models", nargs="+", metavar="MODEL",
+                        help="NAME, NAME@VERSION, or the folder of a version or a run",
+                        )  # fmt: skip
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
+    parser.add_argument("--split", default="test", help="judge the faces of this split")
     parser.add_argument("--families", default="", metavar="A,B",
-                        help="forgeries to blend from the reals, or all")  # fmt: skip
-    parser.add_argument("--frames", type=int, help="frames of each video (the model's own)")
-    parser.add_argument("--limit", type=int, help="only so many videos of each class")
-    parser.add_argument("--only", action="append", default=[], metavar="FIELD=A,B")
+                        help="make forgeries of the reals with these families, or with all "
+                        "(default: judge those of --data)")  # fmt: skip
+    parser.add_argument("--frames", type=int, metavar="N",
+                        help="judge N frames of each video (default: as many as the model "
+                        "judges)")  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N",
+                        help="judge only N videos of each class (default: all)")  # fmt: skip
+    parser.add_argument("--only", action="append", default=[], metavar="FIELD=A,B", help=ONLY)
     parser.add_argument(
-        "--models", dest="judged_in", type=Path, metavar="DIR", help="where models lie"
-    )
-    parser.add_argument("--device", default="cpu", help="FP32 either way")
+        "--models", dest="judged_in", type=Path, metavar="DIR",
+        help="take models from this folder instead of RALF_MODELS_DIR",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help=f"{DEVICE}; the network runs in FP32")
 
 
 def _asked(

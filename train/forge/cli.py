@@ -5,42 +5,59 @@ import json
 import sys
 from pathlib import Path
 
-from ralf.train.data.cli import Commands, Refusing, add_command
+from ralf.kernels.cli import DEVICE
+from ralf.train.data.cli import DATA, WORKERS, Commands, Refusing, add_command
 
 OK, INTERRUPTED = 0, 130
 
 
 def forge_commands(subparsers: Commands, refusing: Refusing) -> None:
     """Register `ralf forge`."""
-    parser = subparsers.add_parser("forge", help="train renderers of forged faces, and render")
+    parser = subparsers.add_parser(
+        "forge", help="train networks that draw forged faces (renderers), and let them draw"
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    fit = add_command(verbs, "fit", "train a renderer on the train split's authentic faces; "
-                      "the same command goes on", refusing(_fit))  # fmt: skip
-    fit.add_argument("name", metavar="RENDERER", help="autoencoder, restorer, reconstructor, …")
-    fit.add_argument("--data", nargs="+", required=True, metavar="PATH")
-    fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="one safetensors file")
-    fit.add_argument("--steps", type=int, help="steps in all (the renderer's)")
-    fit.add_argument("--minutes", type=float, help="time box, over all commands")
-    fit.add_argument("--size", type=int, help="side of what it draws, in pixels (the renderer's)")
-    fit.add_argument("--seed", type=int, help="of weights and batches")
+    fit = add_command(verbs, "fit", "train a renderer on the authentic faces of the split "
+                      "train; if stopped, the same command continues", refusing(_fit))  # fmt: skip
+    fit.add_argument("name", metavar="RENDERER",
+                     help="its kind: autoencoder, restorer or reconstructor")  # fmt: skip
+    fit.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
+    fit.add_argument("--out", type=Path, required=True, metavar="FILE",
+                     help="write the renderer to this safetensors file")  # fmt: skip
+    fit.add_argument("--steps", type=int, metavar="N",
+                     help="train N steps in all (default: what --print shows)")  # fmt: skip
+    fit.add_argument("--minutes", type=float, metavar="N",
+                     help="train N minutes at most, over all continuations (default: no limit)",
+                     )  # fmt: skip
+    fit.add_argument("--size", type=int, metavar="PX",
+                     help="side of the pictures that it draws, in pixels (default: what --print "
+                     "shows)")  # fmt: skip
+    fit.add_argument("--seed", type=int, metavar="N",
+                     help="seed of weights and batches (default: what --print shows)")  # fmt: skip
     fit.add_argument("--init", type=Path, metavar="PATH",
-                     help="first weights: a renderer's file, or a run for some")  # fmt: skip
+                     help="begin with the weights of this renderer's file; reconstructor also "
+                     "takes the folder of a RALF's run (default: random weights)")  # fmt: skip
     fit.add_argument("--features", type=Path, metavar="FILE",
-                     help="VGG16's weights with torchvision's names (without: none)")  # fmt: skip
+                     help="compare pictures by VGG16's features too, with the weights of this file "
+                     "in torchvision's names (default: pixels only)")  # fmt: skip
     fit.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                     help="change an option of the renderer, repeatable")  # fmt: skip
-    fit.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    fit.add_argument("--print", action="store_true", help="print the options and stop")
-    render = add_command(verbs, "render", "forge each authentic face of a split; goes on where it "
-                         "stopped", refusing(_render))  # fmt: skip
-    render.add_argument("--data", nargs="+", required=True, metavar="PATH")
+                     help="change an option that --print shows; may be given several times",
+                     )  # fmt: skip
+    fit.add_argument("--device", default="auto", help=DEVICE)
+    fit.add_argument("--print", action="store_true", help="print all options and stop")
+    render = add_command(verbs, "render", "forge each authentic face of a split; if stopped, the "
+                         "same command continues", refusing(_render))  # fmt: skip
+    render.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
     render.add_argument("--with", dest="renderer", type=Path, required=True, metavar="FILE",
-                        help="a file of `ralf forge fit`")  # fmt: skip
-    render.add_argument("--split", default="train")
-    render.add_argument("--out", type=Path, required=True, metavar="DIR")
-    render.add_argument("--variants", type=int, default=1, help="forgeries of each face")
-    render.add_argument("--limit", type=int, help="only so many authentic pictures")
-    render.add_argument("--workers", type=int, default=0, help="processes; 0 works in this one")
+                        help="draw with this file of `ralf forge fit`")  # fmt: skip
+    render.add_argument("--split", default="train", help="forge the authentic faces of this split")
+    render.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="write pictures and their index into this folder")  # fmt: skip
+    render.add_argument("--variants", type=int, default=1, metavar="N",
+                        help="make N forgeries of each face")  # fmt: skip
+    render.add_argument("--limit", type=int, metavar="N",
+                        help="take only N authentic pictures (default: all)")  # fmt: skip
+    render.add_argument("--workers", type=int, default=0, metavar="N", help=WORKERS)
 
 
 def _fit(args: argparse.Namespace) -> int:

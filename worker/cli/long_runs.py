@@ -34,35 +34,55 @@ def _backfill(subparsers: Any) -> None:
     )
     backfill.add_argument(
         "manifest",
-        help="CSV with the column uri, and id, tenant, tag, old_label, old_score, old_model if "
+        metavar="MANIFEST",
+        help="a CSV with the column uri, and id, tenant, tag, old_label, old_score, old_model if "
         "you have them",
     )
-    backfill.add_argument("--ledger", metavar="FILE", help="where ends are kept (MANIFEST.ledger)")
+    backfill.add_argument(
+        "--ledger",
+        metavar="FILE",
+        help="keep the result of every row in this file; with the same file the command continues, "
+        "with a new one it judges everything again (default: MANIFEST.ledger)",
+    )
     backfill.add_argument(
         "--in-flight",
         type=_count,
         default=64,
         metavar="N",
-        help="jobs queued at once (%(default)s)",
+        help="have at most N jobs in the queue at once",
     )
     backfill.add_argument(
         "--retry-failed",
         nargs="?",
         const="all",
         metavar="CODES",
-        help="give failed rows one more attempt: all, or codes such as fetch_failed,job_timeout",
+        help="judge failed rows once more: all of them, or those with these codes, such as "
+        "fetch_failed,job_timeout",
     )
     backfill.add_argument(
         "--old",
         metavar="FILE",
-        help="earlier verdicts to compare with: CSV with id (or uri), label, score, model, such "
-        "as --results wrote, or verdicts as JSON lines, matched by tag",
+        help="compare with these earlier verdicts: a CSV with id (or uri), label, score, model, "
+        "such as --results wrote, or verdicts as JSON lines, matched by tag",
     )
-    backfill.add_argument("--report", metavar="FILE", help="write the report as JSON too")
-    backfill.add_argument("--results", metavar="FILE", help="write every row's end as CSV")
-    backfill.add_argument("--tenant", default="default", help="of rows that name none")
-    backfill.add_argument("--model", metavar="NAME", help="name or name@version (the worker's)")
-    backfill.add_argument("--max-frames", type=_count, metavar="N")
+    backfill.add_argument(
+        "--report", metavar="FILE", help="write the report into this JSON file as well"
+    )
+    backfill.add_argument(
+        "--results", metavar="FILE", help="write the result of every row into this CSV"
+    )
+    backfill.add_argument("--tenant", default="default", help="tenant of the rows that name none")
+    backfill.add_argument(
+        "--model",
+        metavar="NAME",
+        help="judge with this model, NAME or NAME@VERSION (default: the workers' own)",
+    )
+    backfill.add_argument(
+        "--max-frames",
+        type=_count,
+        metavar="N",
+        help="judge at most N frames of each video (default: what the model says)",
+    )
     redis_option(backfill)
     backfill.set_defaults(run=answering(_run_backfill))
 
@@ -89,22 +109,28 @@ def live_options(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=6.0,
         metavar="SECONDS",
-        help="least length (%(default)g)",
+        help="least length of a segment (default: %(default)g)",
     )
     live.add_argument(
         "--lag",
         choices=("drop", "wait"),
-        help="when judging is too slow: drop the oldest segments (live sources), or let the "
-        "source wait (files)",
+        help="when judging is too slow, drop the oldest waiting segment, or let the source wait "
+        "(default: drop, for files wait)",
     )
     live.add_argument(
-        "--keep", type=_count, default=16, metavar="N", help="segments that may wait (%(default)s)"
+        "--keep", type=_count, default=16, metavar="N", help="let at most N segments wait on disk"
     )
     live.add_argument(
-        "--give-up", type=_seconds, default=300.0, metavar="SECONDS", help="without a connection"
+        "--give-up",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="end after so long without a connection (default: %(default)g)",
     )
     live.add_argument(
-        "--reencode", action="store_true", help="decode and encode, where key frames are too rare"
+        "--reencode",
+        action="store_true",
+        help="encode the video again (H.264), for streams whose key frames are too rare",
     )
 
 
@@ -115,25 +141,43 @@ def _stream(subparsers: Any) -> None:
         description="Cuts a live stream at its key frames and submits the segments as one session; "
         "prints the rolling verdict. The address is yours and not checked against private "
         "networks: never pass on one that a user gave.",
-        epilog="Ctrl-C ends the session with its final verdict, a second one at once.",
+        epilog="Ctrl-C ends the session and prints its final verdict; a second Ctrl-C does not "
+        "wait for that. Exit codes: 0 the stream ended; 5 the source could not be read.",
     )
     stream.add_argument(
-        "source", metavar="URL", help="rtsp(s), http(s) (HLS or TS), tcp, udp, a camera or a file"
+        "source",
+        metavar="URL",
+        help="the stream: rtsp(s), http(s) (HLS or MPEG-TS), tcp, udp, a camera or a file",
     )
-    stream.add_argument("--session", required=True, metavar="NAME", help="such as live-1")
-    stream.add_argument("--tenant", default="default")
     stream.add_argument(
-        "--dir", metavar="DIR", help="where segments wait (NAME.segments); workers must reach it"
+        "--session",
+        required=True,
+        metavar="NAME",
+        help="your name of the stream, such as live-1; the same name and folder continue it",
+    )
+    stream.add_argument("--tenant", default="default", help="whose session it is")
+    stream.add_argument(
+        "--dir",
+        metavar="DIR",
+        help="write segments into this folder, which the workers must reach (default: "
+        "NAME.segments)",
     )
     stream.add_argument(
         "--uri-prefix",
         metavar="URL",
-        help="where workers fetch DIR from, such as https://host/live",
+        help="let workers fetch the segments from this address, such as https://host/live "
+        "(default: as files)",
     )
     stream.add_argument(
-        "--in-flight", type=_count, default=4, metavar="N", help="jobs at once (%(default)s)"
+        "--in-flight",
+        type=_count,
+        default=4,
+        metavar="N",
+        help="have at most N segments in the queue at once",
     )
-    stream.add_argument("--json", action="store_true", help="each verdict as a line of JSON")
+    stream.add_argument(
+        "--json", action="store_true", help="print each rolling verdict as a line of JSON"
+    )
     live_options(stream)
     redis_option(stream)
     stream.set_defaults(run=answering(_run_stream))

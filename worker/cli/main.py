@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ralf import __version__, install_hint, starting
-from ralf.kernels.cli import add_benches
+from ralf.kernels.cli import DEVICE, Parser, add_benches
 from ralf.kernels.cli import commands as kernels
 from ralf.worker.cli.extras import check_libraries, why_missing
 from ralf.worker.cli.long_runs import commands as long_runs
@@ -25,16 +25,18 @@ from ralf.worker.cli.service import commands as service
 
 Register = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
 """Adds the commands of one top-level package to the parser."""
+SAMPLE_CLIP = "a video (default: demo/out/clips/six_faces.mp4, which `make demo` makes)"
 OK, FORGED, USAGE, BAD_MEDIA, INFRASTRUCTURE, INTERRUPTED = 0, 1, 2, 4, 5, 130
 
 
 def parser(more: Sequence[Register] = ()) -> argparse.ArgumentParser:
     """Every command of the worker and of kernels, then those that `more` registers."""
-    top = argparse.ArgumentParser(
+    top: argparse.ArgumentParser = Parser(
         prog="ralf",
         description="Finds forged faces in video.",
-        epilog="exit codes: 0 done, 1 forged (with --fail-on), 2 usage, 4 bad media, "
-        "5 infrastructure, 130 interrupted",
+        epilog="`ralf COMMAND --help` shows the options of a command. Exit codes: 0 done; "
+        "1 a forged verdict with --fail-on, or a check that failed; 2 a wrong option or request; "
+        "4 a file that cannot be judged; 5 the service or Ralf itself failed; 130 interrupted.",
     )
     top.set_defaults(pinned=_pinned)  # for kernels' `models gc`, which must not import the queue
     top.add_argument("--version", action="version", version=f"ralf {__version__}")
@@ -42,7 +44,7 @@ def parser(more: Sequence[Register] = ()) -> argparse.ArgumentParser:
         "--print-completion",
         action=_PrintCompletion,
         choices=["bash", "zsh", "tcsh"],
-        help="print the shell's script that completes commands, options and files",
+        help="print the script with which this shell completes commands, options and files",
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _scan(commands)
@@ -92,16 +94,17 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "scan",
         help="judge videos and images here and now, without Redis",
         description="Judges videos and images here and now: no Redis, no GPU needed.",
-        epilog="exit codes: 0 each file was judged; 1 a verdict that --fail-on names, also where "
-        "another file could not be judged; 5 an error in Ralf; 4 a file could not be judged",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Exit codes: 0 each file was judged; 1 a verdict that --fail-on names, also where "
+        "another file could not be judged; 4 a file could not be judged; 5 an error in Ralf; of 5 "
+        "and 4, 5 is returned.",
     )
     files = scan.add_argument(
         "files",
         nargs="+",
         metavar="FILE",
         help="a video (MP4, MOV, MKV, WebM, AVI, MPEG-TS), an image (JPEG, PNG, WebP, GIF), a "
-        "folder of them (subfolders too, hidden files not), an http(s), s3 or gs URL, or - (stdin)",
+        "folder of them (with subfolders, without hidden files), an http(s), s3 or gs URL, or - "
+        "for standard input",
     )
     # shtab.FILE, without the import: how each shell completes a path.
     by_shell = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
@@ -109,48 +112,71 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     scan.add_argument(
         "--json",
         action="store_true",
-        help="one line of JSON for each file on stdout: a verdict, or why there is none",
+        help="print one line of JSON for each file: its verdict, or why there is none",
     )
     scan.add_argument(
         "--report",
         metavar="PAGE",
-        help="write the verdict as an HTML page; with several files, a folder",
+        help="write the verdict to this HTML page; with several files, name a folder",
     )
     scan.add_argument(
         "--output-dir",
         metavar="DIR",
-        help="write each verdict as FILE.json and FILE.html into this folder",
+        help="write each verdict into this folder, as FILE.json and FILE.html",
     )
     scan.add_argument(
         "--annotated",
         metavar="VIDEO",
-        help="write the video again, as MP4 with boxes and scores; with several files, a folder",
+        help="write the video again, as MP4 with boxes and scores; with several files, name a "
+        "folder",
     )
-    scan.add_argument("--max-frames", type=int, metavar="N", help="frames looked at (model's own)")
+    scan.add_argument(
+        "--max-frames",
+        type=int,
+        metavar="N",
+        help="judge at most N frames of each file (default: what the model says)",
+    )
     scan.add_argument(
         "--sampling",
         metavar="MODE",
-        help="uniform, keyframes, or fps:2 for two frames a second (model's own)",
+        help="choose the frames: uniform, keyframes, or fps:2 for two a second (default: what the "
+        "model says)",
     )
-    scan.add_argument("--min-face", type=int, metavar="PX", help="smallest face (model's own)")
-    scan.add_argument("--model", metavar="NAME", help="name, name@version or folder")
-    scan.add_argument("--models", metavar="DIR", help="where models lie")
-    scan.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
+    scan.add_argument(
+        "--min-face",
+        type=int,
+        metavar="PX",
+        help="search faces of at least PX pixels, 12 to 2000 (default: what the model says)",
+    )
+    _model_option(scan)
+    scan.add_argument(
+        "--models", metavar="DIR", help="take models from this folder instead of RALF_MODELS_DIR"
+    )
+    scan.add_argument("--device", type=device, default="auto", help=DEVICE)
     scan.add_argument(
         "--fail-on",
         choices=["forged", "inconclusive"],
-        help="exit 1 when a verdict is likely_forged (or, the second, not likely_authentic)",
+        help="exit with 1 when a verdict is likely_forged (forged), or is not likely_authentic "
+        "(inconclusive)",
     )
-    scan.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    scan.add_argument("--quiet", action="store_true", help="show no progress on stderr")
     scan.add_argument(
         "--live",
         action="store_true",
-        help="FILE is a stream (rtsp(s), http(s), tcp, udp) or a camera (/dev/video0): judge it as "
-        "it comes, with a rolling verdict, until Ctrl-C. The address is yours and not checked "
-        "against private networks",
+        help="read FILE as a stream (rtsp(s), http(s), tcp, udp) or a camera (/dev/video0) and "
+        "judge it as it comes, until Ctrl-C; the address is not checked, so name none that a user "
+        "gave you",
     )
     live_options(scan)
     scan.set_defaults(run=_run_scan)
+
+
+def _model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="judge with this model: NAME, NAME@VERSION or a folder (default: RALF_MODEL)",
+    )
 
 
 def _run_scan(args: argparse.Namespace) -> int:
@@ -186,72 +212,79 @@ def _announced(*, quiet: bool) -> Iterator[None]:
 
 
 def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    bench = commands.add_parser("bench", help="measure, side by side, and print the record")
+    bench = commands.add_parser("bench", help="measure speed, and print the record as JSON")
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
-    scan = what.add_parser(
-        "scan",
-        help="the walk against the plain way on one clip",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    scan.add_argument("clip", nargs="?", metavar="CLIP", help="a video; the samples' crowd if none")
-    scan.add_argument("--frames", type=int, default=16)
-    scan.add_argument("--repeats", type=int, default=3)
-    scan.add_argument("--model", metavar="NAME", help="name, name@version or folder")
+    scan = what.add_parser("scan", help="compare `ralf scan` with the plain way, on one clip")
+    scan.add_argument("clip", nargs="?", metavar="CLIP", help=SAMPLE_CLIP)
+    _amounts(scan, frames=16, repeats=3)
+    _model_option(scan)
     scan.set_defaults(run=_run_bench_scan)
-    find = what.add_parser(
-        "find",
-        help="the face finder against facenet-pytorch's own",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    find.add_argument("clip", nargs="?", metavar="CLIP", help="a video; the samples' crowd if none")
-    find.add_argument("--frames", type=int, default=8)
-    find.add_argument("--repeats", type=int, default=5)
-    find.add_argument("--device", type=device, default="cpu", help="auto, cpu, cuda or cuda:N")
+    find = what.add_parser("find", help="compare the face finder with facenet-pytorch's MTCNN")
+    find.add_argument("clip", nargs="?", metavar="CLIP", help=SAMPLE_CLIP)
+    _amounts(find, frames=8, repeats=5)
+    find.add_argument("--device", type=device, default="cpu", help=DEVICE)
     find.set_defaults(run=_run_bench_find)
-    decode = what.add_parser(
-        "decode",
-        help="DALI against PyAV, clip by clip",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    decode = what.add_parser("decode", help="compare the GPU decoder (DALI) with PyAV, by clip")
+    decode.add_argument("clips", nargs="+", metavar="CLIP", help="videos to decode")
+    _amounts(decode, frames=32, repeats=3)
+    decode.add_argument(
+        "--at-once", type=int, default=8, metavar="N", help="let DALI decode N clips together"
     )
-    decode.add_argument("clips", nargs="+", metavar="CLIP")
-    decode.add_argument("--frames", type=int, default=32, help="frames wanted of each clip")
-    decode.add_argument("--at-once", type=int, default=8, help="clips that DALI decodes together")
-    decode.add_argument("--repeats", type=int, default=3)
-    decode.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
+    decode.add_argument("--device", type=device, default="auto", help=DEVICE)
     decode.set_defaults(run=_run_bench_decode)
     pipeline = what.add_parser(
-        "pipeline",
-        help="whole clips a second, stage by stage, against the plain way on the same device",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "pipeline", help="measure whole clips a second, stage by stage, against the plain way"
     )
-    pipeline.add_argument("clips", nargs="+", metavar="CLIP")
-    pipeline.add_argument("--frames", type=int, default=32, help="frames wanted of each clip")
-    pipeline.add_argument("--at-once", type=int, default=8, help="clips walked together")
-    pipeline.add_argument("--repeats", type=int, default=3)
-    pipeline.add_argument("--model", metavar="NAME", help="name, name@version or folder")
-    pipeline.add_argument("--device", type=device, default=None, help="auto, cpu, cuda or cuda:N")
-    pipeline.add_argument("--stride", action="store_true", help="what seeking less often changes")
-    pipeline.add_argument("--soak", type=int, default=0, metavar="N", help="then N clips: slopes")
-    pipeline.add_argument("--soak-seconds", type=float, default=3600.0, help="its longest time")
+    pipeline.add_argument("clips", nargs="+", metavar="CLIP", help="videos to judge")
+    _amounts(pipeline, frames=32, repeats=3)
+    pipeline.add_argument(
+        "--at-once", type=int, default=8, metavar="N", help="judge N clips at the same time"
+    )
+    _model_option(pipeline)
+    pipeline.add_argument("--device", type=device, help=f"{DEVICE} (default: RALF_DEVICE)")
+    pipeline.add_argument(
+        "--stride",
+        action="store_true",
+        help="measure also what changes when faces are searched in every fourth frame only",
+    )
+    pipeline.add_argument(
+        "--soak",
+        type=int,
+        default=0,
+        metavar="N",
+        help="then judge N clips in a row, and print how time and memory grow; 0: none",
+    )
+    pipeline.add_argument(
+        "--soak-seconds",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="end --soak after this time (default: %(default)g)",
+    )
     pipeline.set_defaults(run=_run_bench_pipeline)
-    queue = what.add_parser(
-        "queue",
-        help="the queue against RQ's own workers",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    queue.add_argument("--jobs", type=int, default=300)
+    queue = what.add_parser("queue", help="compare the queue with RQ's own workers")
+    queue.add_argument("--jobs", type=int, default=300, metavar="N", help="run N jobs in each turn")
     queue.set_defaults(run=_run_bench_queue)
-    scale = what.add_parser(
-        "scale",
-        help="what a second worker adds, and a fourth",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    scale = what.add_parser("scale", help="measure how much faster two and four workers are")
+    scale.add_argument(
+        "--jobs", type=int, default=400, metavar="N", help="run N jobs that do nothing in each turn"
     )
-    scale.add_argument("--jobs", type=int, default=400, help="jobs a turn that do nothing")
-    scale.add_argument("--waits", type=int, default=80, help="jobs a turn that wait")
-    scale.add_argument("--turns", type=int, default=5)
-    scale.add_argument("--out", metavar="DIR", help="keep the record there, as bench/ does")
+    scale.add_argument(
+        "--waits", type=int, default=80, metavar="N", help="run N jobs that wait in each turn"
+    )
+    scale.add_argument("--turns", type=int, default=5, metavar="N", help="measure N turns")
+    scale.add_argument("--out", metavar="DIR", help="write the record into this folder as well")
     scale.set_defaults(run=_run_bench_scale)
     add_benches(what)
+
+
+def _amounts(parser: argparse.ArgumentParser, *, frames: int, repeats: int) -> None:
+    parser.add_argument(
+        "--frames", type=int, default=frames, metavar="N", help="take N frames of each clip"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, metavar="N", help="measure each way N times"
+    )
 
 
 def _run_bench_scan(args: argparse.Namespace) -> int:
@@ -291,8 +324,10 @@ def _run_bench_scale(args: argparse.Namespace) -> int:
 
 
 def _doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    doctor = commands.add_parser("doctor", help="what this machine can do, and what is missing")
-    doctor.add_argument("--json", action="store_true")
+    doctor = commands.add_parser(
+        "doctor", help="show what this machine can do, and what is missing"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON document")
     doctor.set_defaults(run=_run_doctor)
 
 

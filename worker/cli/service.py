@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from ralf.worker.settings import Settings
 
 
+CLIENT_CODES = (
+    "Exit codes: 0 done; 2 a wrong request, no such job, or a job that has not ended; 4 the job "
+    "ended without a verdict; 5 another try may succeed: Redis does not answer, the time of --wait "
+    "is over, or what the job needed was out of reach."
+)
+
+
 def commands(subparsers: Any) -> None:
     """Add them all."""
     for add in (_submit, _ask, _worker, _serve, _deliver, _janitor, _quarantine, _chaos, _fuzz):
@@ -108,7 +115,9 @@ def _address(args: argparse.Namespace) -> str | None:
 
 
 def redis_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--redis", metavar="URL", help="instead of RALF_REDIS_URL")
+    parser.add_argument(
+        "--redis", metavar="URL", help="use the Redis at this address instead of RALF_REDIS_URL"
+    )
 
 
 def _print(document: Any) -> None:
@@ -116,21 +125,58 @@ def _print(document: Any) -> None:
 
 
 def _submit(subparsers: Any) -> None:
-    submit = subparsers.add_parser("submit", help="queue uploads and print their jobs")
-    submit.add_argument("uris", nargs="+", metavar="URI", help="https, s3, gs or file URI, or path")
-    submit.add_argument(
-        "--token", help="request token; with several URIs, a prefix (made from the URI)"
+    submit = subparsers.add_parser(
+        "submit",
+        help="put videos into the queue; print their jobs, or with --wait their verdicts",
+        epilog=CLIENT_CODES,
     )
-    submit.add_argument("--tag")
-    submit.add_argument("--tenant", default="default")
-    submit.add_argument("--priority", choices=("high", "default", "backfill"), default="default")
-    submit.add_argument("--max-frames", type=int, metavar="N")
     submit.add_argument(
-        "--stop-early", type=float, metavar="SCORE", help="stop once a face's score is this high"
+        "uris",
+        nargs="+",
+        metavar="URI",
+        help="an http(s), s3, gs or file URI, or a path, that the workers can read",
     )
-    submit.add_argument("--callback", metavar="URL", help="where the verdict is pushed")
-    submit.add_argument("--secret-id", default="default", help="which secret signs the push")
-    submit.add_argument("--wait", type=float, metavar="SECONDS", help="wait, print the verdicts")
+    submit.add_argument(
+        "--token",
+        help="your own id of the upload: sent again, it finds the same job; with several URIs it "
+        "is the beginning of each token (default: made from the URI)",
+    )
+    submit.add_argument("--tag", help="your own text, which the verdict repeats")
+    submit.add_argument("--tenant", default="default", help="whose job it is; tenants take turns")
+    submit.add_argument(
+        "--priority",
+        choices=("high", "default", "backfill"),
+        default="default",
+        help="high has workers of its own; backfill waits until no other job does",
+    )
+    submit.add_argument(
+        "--max-frames",
+        type=int,
+        metavar="N",
+        help="judge at most N frames of each video (default: what the model says)",
+    )
+    submit.add_argument(
+        "--stop-early",
+        type=float,
+        metavar="SCORE",
+        help="stop once one person's score over 8 faces is SCORE (0 to 1) or more (default: judge "
+        "the whole video)",
+    )
+    submit.add_argument(
+        "--callback", metavar="URL", help="push the end of the job to this address as a webhook"
+    )
+    submit.add_argument(
+        "--secret-id",
+        default="default",
+        metavar="ID",
+        help="which secret of RALF_WEBHOOK_SECRETS signs the webhook",
+    )
+    submit.add_argument(
+        "--wait",
+        type=float,
+        metavar="SECONDS",
+        help="wait up to so many seconds for each job, and print its verdict",
+    )
     redis_option(submit)
     submit.set_defaults(run=answering(_run_submit))
 
@@ -192,18 +238,31 @@ def _tokens(token: str | None, uris: list[str]) -> list[str]:
 def _ask(subparsers: Any) -> None:
     """status, result, cancel, watch: one job each."""
     table: list[tuple[str, str, Callable[[argparse.Namespace], int]]] = [
-        ("status", "where a job stands", _run_status),
-        ("result", "a job's verdict", _run_result),
-        ("cancel", "stop a job", _run_cancel),
-        ("watch", "follow a job to its end", _run_watch),
+        ("status", "print a job's state, progress and failure", _run_status),
+        ("result", "print a job's verdict", _run_result),
+        ("cancel", "cancel a job that has not ended", _run_cancel),
+        ("watch", "print a job's state at each change, until it ends", _run_watch),
     ]
     for name, help_text, run in table:
-        parser = subparsers.add_parser(name, help=help_text)
-        parser.add_argument("job", metavar="JOB")
-        if name in ("result", "watch"):
-            parser.add_argument("--wait", type=float, metavar="SECONDS", help="at most so long")
+        parser = subparsers.add_parser(name, help=help_text, epilog=CLIENT_CODES)
+        parser.add_argument("job", metavar="JOB", help="the job's id, which `ralf submit` printed")
         if name == "result":
-            parser.add_argument("--report", metavar="PAGE", help="write the HTML page as well")
+            parser.add_argument(
+                "--wait",
+                type=float,
+                metavar="SECONDS",
+                help="wait up to so many seconds for the verdict (default: do not wait)",
+            )
+            parser.add_argument(
+                "--report", metavar="PAGE", help="write the verdict to this HTML page as well"
+            )
+        if name == "watch":
+            parser.add_argument(
+                "--wait",
+                type=float,
+                metavar="SECONDS",
+                help="give up after so many seconds (default: never)",
+            )
         redis_option(parser)
         parser.set_defaults(run=answering(run))
 
@@ -256,28 +315,62 @@ def _settings(args: argparse.Namespace) -> Any:
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help="instead of RALF_MODEL")
-    parser.add_argument("--models", metavar="DIR", help="instead of RALF_MODELS_DIR")
+    parser.add_argument(
+        "--model", metavar="NAME", help="serve this model instead of RALF_MODEL: NAME, NAME@VERSION"
+    )
+    parser.add_argument(
+        "--models", metavar="DIR", help="take models from this folder instead of RALF_MODELS_DIR"
+    )
 
 
 def _worker(subparsers: Any) -> None:
-    worker = subparsers.add_parser("worker", help="take jobs from Redis until told to stop")
-    worker.add_argument("--priority", choices=("high", "default", "backfill"), default="default")
+    worker = subparsers.add_parser(
+        "worker",
+        help="take jobs from Redis and judge them, until SIGTERM or Ctrl-C",
+        description="Takes jobs from Redis and judges them. A worker process fetches the upload; "
+        "a child process, which holds the model and no credentials, judges it.",
+    )
+    worker.add_argument(
+        "--priority",
+        choices=("high", "default", "backfill"),
+        default="default",
+        help="take jobs of this priority; default takes backfill too when it has nothing else",
+    )
     worker.add_argument("--burst", action="store_true", help="stop when the queue is empty")
-    worker.add_argument("--max-jobs", type=int, metavar="N", help="stop after so many")
+    worker.add_argument("--max-jobs", type=int, metavar="N", help="stop after N jobs")
     worker.add_argument(
-        "--shared", type=Path, metavar="DIR", help="workers with the same folder share one child"
+        "--shared",
+        type=Path,
+        metavar="DIR",
+        help="share one child process with all workers that name the same folder",
     )
-    worker.add_argument("--capacity", type=int, metavar="N", help="jobs at once in a shared child")
     worker.add_argument(
-        "--parents", type=int, metavar="N", help="N workers around one child, as for a GPU"
+        "--capacity",
+        type=int,
+        metavar="N",
+        help="how many jobs the shared child process judges at once (default: 1 with --shared, "
+        "all with --parents)",
     )
     worker.add_argument(
-        "--high", type=int, default=0, metavar="N", help="so many of --parents take priority high"
+        "--parents",
+        type=int,
+        metavar="N",
+        help="start N worker processes that share one child process, as one GPU needs",
     )
-    worker.add_argument("--shadow", metavar="VERSION", help="instead of RALF_SHADOW")
     worker.add_argument(
-        "--shadow-share", type=float, metavar="SHARE", help="instead of RALF_SHADOW_SHARE"
+        "--high", type=int, default=0, metavar="N", help="N of --parents take priority high"
+    )
+    worker.add_argument(
+        "--shadow",
+        metavar="VERSION",
+        help="score some jobs with this version too, without effect on verdicts (default: "
+        "RALF_SHADOW)",
+    )
+    worker.add_argument(
+        "--shadow-share",
+        type=float,
+        metavar="SHARE",
+        help="share of the jobs for --shadow, 0 to 1 (default: RALF_SHADOW_SHARE)",
     )
     # For chaos, benches and tests: functions that crash or hang on purpose instead of the model.
     worker.add_argument(
@@ -323,15 +416,24 @@ def _run_parents(args: argparse.Namespace) -> int:
 def _serve(subparsers: Any) -> None:
     serve = subparsers.add_parser(
         "serve",
-        help="workers and a deliverer; with --embedded a Redis of its own; with --http an upload "
-        "page and REST",
-    )
-    serve.add_argument("--embedded", action="store_true", help="run a real Redis beside them")
-    serve.add_argument(
-        "--data", type=Path, metavar="DIR", help="keep the embedded queue in this folder"
+        help="run workers and a deliverer on this machine; on request Redis and an upload page too",
+        description="Runs workers and a deliverer on this machine until SIGTERM or Ctrl-C. It "
+        "prints `serving` when it is ready.",
     )
     serve.add_argument(
-        "--http", metavar="ADDRESS:PORT", help="take uploads over HTTP, such as at 127.0.0.1:8080"
+        "--embedded", action="store_true", help="start a Redis for this machine alone as well"
+    )
+    serve.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="keep the jobs and verdicts of --embedded in this folder (default: forget them at the "
+        "end)",
+    )
+    serve.add_argument(
+        "--http",
+        metavar="ADDRESS:PORT",
+        help="serve an upload page and REST there, for example at 127.0.0.1:8080",
     )
     redis_option(serve)
     _model(serve)
@@ -423,13 +525,27 @@ def _ping(settings: "Settings") -> None:
 
 
 def _deliver(subparsers: Any) -> None:
-    deliver = subparsers.add_parser("deliver", help="push verdicts; list or retry dead letters")
+    deliver = subparsers.add_parser(
+        "deliver",
+        help="push webhooks until SIGTERM or Ctrl-C; or list, retry and drop those that failed",
+        description="Without an option: pushes webhooks until SIGTERM or Ctrl-C. A webhook that "
+        "was given up is a dead letter.",
+    )
     what = deliver.add_mutually_exclusive_group()
-    what.add_argument("--dead", action="store_true", help="list dead letters")
-    what.add_argument("--redeliver", metavar="ID", help="try a dead letter again (all: every one)")
-    what.add_argument("--drop", metavar="ID", help="forget a dead letter")
-    what.add_argument("--disabled", action="store_true", help="list endpoints that said 410 Gone")
-    what.add_argument("--enable", nargs=2, metavar=("TENANT", "URL"), help="use one again")
+    what.add_argument("--dead", action="store_true", help="list dead letters with their reasons")
+    what.add_argument(
+        "--redeliver", metavar="ID", help="try this dead letter again, or all of them"
+    )
+    what.add_argument("--drop", metavar="ID", help="delete this dead letter")
+    what.add_argument(
+        "--disabled", action="store_true", help="list the addresses that answered 410 Gone"
+    )
+    what.add_argument(
+        "--enable",
+        nargs=2,
+        metavar=("TENANT", "URL"),
+        help="push to this address of this tenant again",
+    )
     redis_option(deliver)
     deliver.set_defaults(run=reaching(_run_deliver))
 
@@ -488,8 +604,15 @@ def _store(args: argparse.Namespace) -> Iterator["Store"]:
 
 
 def _janitor(subparsers: Any) -> None:
-    janitor = subparsers.add_parser("janitor", help="put lost jobs back, until told to stop")
-    janitor.add_argument("--once", action="store_true", help="one sweep, and say what it found")
+    janitor = subparsers.add_parser(
+        "janitor",
+        help="return jobs whose worker is gone to the queue, until SIGTERM or Ctrl-C",
+        description="Returns jobs whose worker is gone to the queue. Every worker has a janitor of "
+        "its own; this command runs one where there is no worker.",
+    )
+    janitor.add_argument(
+        "--once", action="store_true", help="look once, print what was found, and end"
+    )
     redis_option(janitor)
     janitor.set_defaults(run=reaching(_run_janitor))
 
@@ -506,17 +629,19 @@ def _run_janitor(args: argparse.Namespace) -> int:
 
 
 def _quarantine(subparsers: Any) -> None:
-    quarantine = subparsers.add_parser("quarantine", help="jobs that crashed twice")
+    quarantine = subparsers.add_parser(
+        "quarantine", help="list, retry or drop the jobs that crashed their child process twice"
+    )
     what = quarantine.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, help_text in (
-        ("list", "one line a job"),
-        ("show", "everything known about one"),
-        ("retry", "run it once more and clear its crashes"),
-        ("drop", "remove it"),
+        ("list", "print one line for each job"),
+        ("show", "print all that is known about a job, with its child's last output"),
+        ("retry", "run a job once more, and forget its crashes"),
+        ("drop", "remove a job from the quarantine"),
     ):
         one = what.add_parser(name, help=help_text)
         if name != "list":
-            one.add_argument("job", metavar="JOB")
+            one.add_argument("job", metavar="JOB", help="the job's id, from `quarantine list`")
         redis_option(one)
     quarantine.set_defaults(run=reaching(_run_quarantine))
 
@@ -547,17 +672,36 @@ def _run_quarantine(args: argparse.Namespace) -> int:
 
 def _chaos(subparsers: Any) -> None:
     chaos = subparsers.add_parser(
-        "chaos", help="kill things at random under load and prove that nothing was lost"
+        "chaos",
+        help="test: kill processes of a service of its own at random, and prove that no job is "
+        "lost",
     )
-    chaos.add_argument("--jobs", type=int, default=300)
+    chaos.add_argument("--jobs", type=int, default=300, metavar="N", help="submit N jobs")
     chaos.add_argument(
-        "--workers", type=int, default=3, help="two or more; the last serves the high pool"
+        "--workers",
+        type=int,
+        default=3,
+        metavar="N",
+        help="start N workers, two or more; the last takes priority high",
     )
-    chaos.add_argument("--share", action="store_true", help="the default workers share one child")
-    chaos.add_argument("--seed", type=int, default=0)
-    chaos.add_argument("--minutes", type=float, help="give up after so long (10, or 60)")
     chaos.add_argument(
-        "--default-timings", action="store_true", help="leases and delays as in production"
+        "--share",
+        action="store_true",
+        help="let the workers of priority default share one child process",
+    )
+    chaos.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="choose another mix of jobs and faults"
+    )
+    chaos.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="give up after N minutes (default: 10, with --default-timings 60)",
+    )
+    chaos.add_argument(
+        "--default-timings",
+        action="store_true",
+        help="use the leases and delays of production, which takes longer",
     )
     chaos.set_defaults(run=_run_chaos)
 
@@ -570,18 +714,34 @@ def _run_chaos(args: argparse.Namespace) -> int:
 
 def _fuzz(subparsers: Any) -> None:
     fuzz = subparsers.add_parser(
-        "fuzz", help="judge damaged media in the real child process; every end must have a name"
+        "fuzz",
+        help="test: judge damaged files, and report each that ends without a named error",
     )
-    fuzz.add_argument("--mutants", type=int, default=10_000, help="in all (%(default)s)")
-    fuzz.add_argument("--minutes", type=float, default=30.0, help="then stop (%(default)g)")
-    fuzz.add_argument("--seed", type=int, default=0)
-    fuzz.add_argument("--children", type=int, default=2, help="child processes (%(default)s)")
+    fuzz.add_argument(
+        "--mutants", type=int, default=10_000, metavar="N", help="judge N damaged files in all"
+    )
+    fuzz.add_argument(
+        "--minutes",
+        type=float,
+        default=30.0,
+        metavar="N",
+        help="stop after N minutes (default: %(default)g)",
+    )
+    fuzz.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="choose another series of damaged files"
+    )
+    fuzz.add_argument(
+        "--children", type=int, default=2, metavar="N", help="judge in N child processes"
+    )
     fuzz.add_argument(
         "--folder",
         default="fuzz",
-        help="outcomes and kept mutants; run it again to go on (%(default)s)",
+        metavar="DIR",
+        help="write results and the reported files there; the same folder continues a run",
     )
-    fuzz.add_argument("--only", type=int, help="write and judge the mutant of this number")
+    fuzz.add_argument(
+        "--only", type=int, metavar="NUMBER", help="make and judge this one damaged file again"
+    )
     fuzz.set_defaults(run=_run_fuzz)
 
 
