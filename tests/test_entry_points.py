@@ -12,7 +12,7 @@ from ralf.train import losses
 from ralf.train.loop.checkpoint import LAST, load
 from ralf.train.loop.initial_weights import make_network
 from ralf.train.loop.loop import Options, train
-from ralf.train.losses.objective import objective
+from ralf.train.loop.step import objective
 from ralf.train.recipe import Data, Init, InputContract, Optimiser, Recipe, Schedule
 from ralf.train.recipe_text import RecipeError, from_json, override, to_json
 from ralf.train.recipes import named

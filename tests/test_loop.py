@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ralf.kernels.artifact import ArtifactError
 from ralf.kernels.networks.backbones import NetworkError
 from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, load
-from ralf.train.loop.distributed import ALONE
+from ralf.train.loop.distributed import ALONE, Compute
 from ralf.train.loop.initial_weights import make_network
 from ralf.train.loop.loop import Options, TrainingOutcome, train
 from ralf.train.loop.optimise import MovingAverage, computed_in, optimiser, rate
@@ -403,9 +403,7 @@ def test_a_validation_is_scikit_learns_figure():
     forged = torch.cat([b.forged for b in batches]).numpy()
     family = torch.cat([b.family for b in batches]).numpy()
 
-    said = judge_validation(
-        network, None, batches, device=torch.device("cpu"), dtype=torch.float32, ranks=ALONE
-    )
+    said = judge_validation(network, None, batches, Compute(torch.device("cpu")))
 
     logit = network(crops).detach().double().numpy()
     assert said.auc == pytest.approx(roc_auc_score(forged, logit))
@@ -423,10 +421,7 @@ def test_a_validation_of_one_class_is_refused():
     batch = dataclasses.replace(MadeBatches()[0], forged=torch.zeros(8, dtype=torch.bool))
 
     with pytest.raises(ValueError, match="real and forged"):
-        judge_validation(
-            StubRalf(), None, [batch],
-            device=torch.device("cpu"), dtype=torch.float32, ranks=ALONE,
-        )  # fmt: skip
+        judge_validation(StubRalf(), None, [batch], Compute(torch.device("cpu")))
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine():

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ralf.kernels.networks import build
+from ralf.train.loop.step import objective
 from ralf.train.losses.fdfl import (
     FdflLoss,
     FdflObjective,
@@ -15,7 +16,7 @@ from ralf.train.losses.fdfl import (
     single_centre_loss,
     triplet_loss,
 )
-from ralf.train.losses.objective import Moment, OneClass, objective
+from ralf.train.losses.objective import Moment, OneClass
 from tests.training import MadeBatches, tiny
 
 MOMENT = Moment(step=0, epoch=0, epochs=1, progress=0.0)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ralf.kernels.dct import dct2
 from ralf.kernels.networks import build
-from ralf.train.losses.objective import Moment, cross_entropy, objective
+from ralf.train.loop.step import objective
+from ralf.train.losses.objective import Moment, cross_entropy
 from ralf.train.losses.perceptual import CONVS, ENDS, perceptual
 from ralf.train.losses.ralf import (
     PERCEPTUAL_WEIGHTS,

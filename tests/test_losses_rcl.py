@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ralf.kernels.networks import build
 from ralf.train.loop.initial_weights import make_network
-from ralf.train.losses.objective import Moment, OneClass, objective
+from ralf.train.loop.step import objective
+from ralf.train.losses.objective import Moment, OneClass
 from ralf.train.losses.rcl import (
     Draws,
     ProjectionCentre,

@@ -11,9 +11,10 @@ from ralf.kernels.dct import destruct_reference
 from ralf.kernels.networks.bands import EDGES, levels
 from ralf.train.data.batches import Batches
 from ralf.train.loop.checkpoint import load
-from ralf.train.loop.distributed import ALONE
+from ralf.train.loop.distributed import Compute
 from ralf.train.loop.initial_weights import make_network
-from ralf.train.losses.objective import Moment, objective
+from ralf.train.loop.step import objective
+from ralf.train.losses.objective import Moment
 from ralf.train.losses.reconstruct import (
     ReconstructObjective,
     destroyed_by,
@@ -27,7 +28,7 @@ from tests.training import MadeBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATCH = {"loss.patch": "32"}
-CPU = {"device": torch.device("cpu"), "dtype": torch.float32, "ranks": ALONE}
+CPU = Compute(torch.device("cpu"))
 
 
 def made(**changes: str) -> ReconstructObjective:
@@ -117,7 +118,7 @@ def test_validation_reports_the_energy_restored_of_each_band():
     reconstructor = loss.network.reconstructor
     for parameter in reconstructor.leave.parameters():
         torch.nn.init.zeros_(parameter)
-    nothing = loss.judge(None, batches, **CPU)
+    nothing = loss.judge(None, batches, CPU)
 
     class Doubled(torch.nn.Module):
         def forward(self, destroyed: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,7 @@ def test_validation_reports_the_energy_restored_of_each_band():
             return type("Rebuilt", (), {"image": 2 * destroyed - low})()
 
     loss.network.reconstructor = Doubled()
-    everything = loss.judge(None, batches, **CPU)
+    everything = loss.judge(None, batches, CPU)
 
     assert nothing is not None and everything is not None
     np.testing.assert_allclose(nothing.by_mask, 0, atol=1e-5)

@@ -22,10 +22,11 @@ from ralf.train.evaluate.tables import table
 from ralf.train.evaluate.tables.residual import ResidualFigures, residual_figures
 from ralf.train.evaluate.tables.table import TableOptions
 from ralf.train.loop.checkpoint import load
-from ralf.train.loop.distributed import ALONE
+from ralf.train.loop.distributed import Compute
 from ralf.train.loop.initial_weights import make_network
 from ralf.train.loop.loop import Options, train
-from ralf.train.losses.objective import Moment, objective
+from ralf.train.loop.step import objective
+from ralf.train.losses.objective import Moment
 from ralf.train.publish import publish_run, without_residual
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import RecipeError
@@ -273,7 +274,7 @@ def test_the_residual_alone_is_what_its_own_training_is_judged_by(tmp_path: Path
     nn.init.constant_(network.residual_head.weight, 0)
     nn.init.constant_(network.residual_head.bias, 0.5)
     judged = objective(chosen, network).judge(
-        None, [MadeBatches()[100]], device=torch.device("cpu"), dtype=torch.float32, ranks=ALONE
+        None, [MadeBatches()[100]], Compute(torch.device("cpu"))
     )
 
     assert judged is not None and judged.facts()["auc"] == 0.5

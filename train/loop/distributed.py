@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -67,6 +68,24 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how this process computes its share."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    """Of products; weights stay FP32."""
+    ranks: Ranks = ALONE
+
+    def share(self, whole: Iterable[T]) -> Iterator[T]:
+        """Every n-th, this process's own: together the processes take each once."""
+        return islice(whole, self.ranks.rank, None, self.ranks.world)
+
+    def autocast(self) -> torch.autocast:
+        """Products in the dtype; does nothing in FP32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def here() -> Ranks:

@@ -336,13 +336,10 @@ class _Training:
         assert self.validation_batches is not None
         began_s = time.monotonic()
         stepper, batches = self.stepper, self.validation_batches
-        how: dict[str, Any] = {
-            "device": stepper.device, "dtype": stepper.dtype, "ranks": self.ranks,
-        }  # fmt: skip
-        weights = stepper.judged_weights
+        weights, compute = stepper.judged_weights, stepper.compute
         found = self.validation = stepper.objective.judge(
-            weights, batches, **how
-        ) or judge_validation(stepper.network, weights, batches, **how)
+            weights, batches, compute
+        ) or judge_validation(stepper.network, weights, batches, compute)
         self.validation_s = time.monotonic() - began_s
         select = self.recipe.schedule.select
         figure, step, best = found.figure(select), self.state.step, self.state.best

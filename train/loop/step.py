@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ralf.train import losses
 from ralf.train.loop.checkpoint import pack_optimiser, unpack_optimiser
 from ralf.train.loop.cpu_speed import QuickDepthwise
-from ralf.train.loop.distributed import Ranks
+from ralf.train.loop.distributed import Compute, Ranks
 from ralf.train.loop.optimise import (
     MovingAverage,
     RunningBatchNorms,
@@ -30,7 +31,7 @@ from ralf.train.loop.optimise import (
     optimiser,
     rate,
 )
-from ralf.train.losses.objective import Batch, Moment, objective
+from ralf.train.losses.objective import Batch, Moment, Objective
 from ralf.train.recipe import Recipe
 
 
@@ -58,6 +59,12 @@ def on_device(batch: Batch, device: torch.device) -> OnDevice:
     )
 
 
+def objective(recipe: Recipe, network: nn.Module) -> Objective:
+    """The objective that the recipe's loss names."""
+    found: Objective = losses.find(recipe.loss.kind)(recipe, network)
+    return found
+
+
 class Stepper:
     """Network, loss, optimisers and averages of a run, and one step of all of them."""
 
@@ -66,6 +73,7 @@ class Stepper:
     ) -> None:
         self.recipe, self.device, self.ranks, self.run = recipe, device, ranks, run
         self.dtype = computed_in(recipe, device)
+        self.compute = Compute(device, self.dtype, ranks)
         self.quick = QuickDepthwise() if device.type == "cpu" else nullcontext()
         if ranks.world > 1 and device.type == "cuda":
             # SyncBatchNorm works on GPUs alone; on CPUs the statistics are averaged after the step.
@@ -132,7 +140,7 @@ class Stepper:
         self, batch: OnDevice, moment: Moment, share: float, *, alone: bool
     ) -> dict[str, Tensor]:
         """Forward and both backward passes of one batch; its terms, detached."""
-        with self._cast(), self.quick:
+        with self.compute.autocast(), self.quick:
             seen = self.objective.run(batch.crops)
             rival = self.objective.rival(seen, batch)
         parts: dict[str, Tensor] = {}
@@ -145,16 +153,11 @@ class Stepper:
             parts["rival"] = rival.detach().float()
             if alone:
                 self._move_rival()
-        with self._cast():
+        with self.compute.autocast():
             terms = self.objective.terms(seen, batch, moment)
         self.scaler.scale(terms.total * share).backward()  # type: ignore[no-untyped-call]
         parts |= {name: part.detach().float() for name, part in terms.parts.items()}
         return {"total": terms.total.detach().float(), **parts}
-
-    def _cast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, self.dtype, enabled=self.dtype != torch.float32
-        )  # fmt: skip
 
     def _gradients(self, chosen: torch.optim.Optimizer) -> list[Tensor]:
         # Of the optimiser's groups and not of the network: what a loss learns itself (its centre,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ralf.train.evaluate.metrics import auc
-from ralf.train.loop.distributed import Ranks
+from ralf.train.loop.distributed import Compute
 from ralf.train.losses.objective import Batch
 
 
@@ -49,21 +49,15 @@ def judge_validation(
     network: nn.Module,
     weights: dict[str, Tensor] | None,
     batches: Iterable[Batch],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    ranks: Ranks,
+    compute: Compute,
 ) -> Validation:
     """Judge the network on the split, with `weights` in place of its own where they are given."""
     rows: list[np.ndarray] = []
     was_training = network.training
     network.eval()
-    for number, batch in enumerate(batches):
-        if number % ranks.world != ranks.rank:
-            continue
-        # Each process judges every n-th batch: the split is judged once, whatever their number.
-        crops = batch.crops.to(device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    for batch in compute.share(batches):
+        crops = batch.crops.to(compute.device).contiguous(memory_format=torch.channels_last)
+        with compute.autocast():
             # Averaged weights are judged in place of the network's own, and not copied into it.
             logit = functional_call(network, weights or {}, (crops,))
         columns = (logit.float().cpu(), batch.forged.cpu(), batch.family.cpu())
@@ -71,7 +65,7 @@ def judge_validation(
     network.train(was_training)
     mine = np.concatenate(rows) if rows else np.zeros((0, 3))
     names = getattr(batches, "names", ())
-    return _judge(np.concatenate(ranks.gather(mine)), names)
+    return _judge(np.concatenate(compute.ranks.gather(mine)), names)
 
 
 def _judge(rows: np.ndarray[Any, np.dtype[np.float64]], names: Sequence[str]) -> Validation:

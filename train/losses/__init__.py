@@ -12,10 +12,7 @@ A loss's file is imported when a recipe names it, so reading one recipe imports 
 
 import importlib
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ralf.train.losses.objective import Objective
+from typing import Any
 
 GROUP = "ralf.losses"
 OURS = {
@@ -33,16 +30,14 @@ def kinds() -> list[str]:
     return [*OURS, *sorted(entry_points(group=GROUP).names - OURS.keys())]
 
 
-def find(kind: Any) -> "type[Objective]":
-    """The Objective of that kind."""
-    found: type[Objective]
+def find(kind: Any) -> Any:
+    """The Objective of that kind, a class; its type has no name here, since ralf.train.recipe
+    imports this file and Objective's imports the recipe."""
     # Ours come first, so that no installed package changes what a stored recipe means.
     if kind in OURS:
         # Imported here and not above: the loss files import ralf.train.recipe, which imports this.
         module, name = OURS[kind]
-        found = getattr(importlib.import_module(module), name)
-        return found
+        return getattr(importlib.import_module(module), name)
     for entry in entry_points(group=GROUP, name=str(kind)):
-        found = entry.load()
-        return found
+        return entry.load()
     raise ValueError(f"loss.kind should be one of {', '.join(kinds())}, not {kind!r}")

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ralf.train import losses
-from ralf.train.loop.distributed import Ranks
+from ralf.kernels.networks.ralf import Ralf
+from ralf.train.loop.distributed import Compute
 from ralf.train.recipe import Loss, Recipe
 from ralf.train.recipe_text import RecipeError
 
@@ -131,13 +131,7 @@ class Objective(nn.Module):
         """Called after the last step of each epoch."""
 
     def judge(
-        self,
-        weights: dict[str, Tensor] | None,
-        batches: Iterable[Batch],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        ranks: Ranks,
+        self, weights: dict[str, Tensor] | None, batches: Iterable[Batch], compute: Compute
     ) -> Judgement | None:
         """Judge the validation split in the loss's own way; None: as a detector, by its logits."""
         return None
@@ -207,6 +201,8 @@ def feature_width(network: Any) -> int:
     return width
 
 
-def objective(recipe: Recipe, network: nn.Module) -> Objective:
-    """The objective that the recipe's loss names."""
-    return losses.find(recipe.loss.kind)(recipe, network)
+def with_bands(network: nn.Module, kind: str) -> Ralf:
+    """The network; refused where it has no residual by bands, which that kind of loss trains."""
+    if not isinstance(network, Ralf) or network.bands is None:
+        raise RecipeError(f"loss.kind={kind} needs network.build=ralf with network.sees=bands")
+    return network

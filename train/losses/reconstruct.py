@@ -23,15 +23,14 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from ralf.kernels.dct import CENTRE, dct2, idct2
 from ralf.kernels.networks.backbones import unit
 from ralf.kernels.networks.bands import EDGES, bands, fixed_mask, in_fp32, levels
-from ralf.kernels.networks.ralf import Ralf
-from ralf.train.loop.distributed import Ranks
-from ralf.train.losses.objective import Batch, Judgement, Moment, Objective, Terms
+from ralf.train.loop.distributed import Compute
+from ralf.train.losses.objective import Batch, Judgement, Moment, Objective, Terms, with_bands
 from ralf.train.recipe import Count, Loss, Recipe, Share
 from ralf.train.recipe_text import RecipeError
 
@@ -112,17 +111,13 @@ class ReconstructObjective(Objective):
     groups: Tensor
     mask: Tensor
 
-    def __init__(self, recipe: Recipe, network: Ralf) -> None:
+    def __init__(self, recipe: Recipe, network: nn.Module) -> None:
         super().__init__(recipe, network)
         assert isinstance(recipe.loss, ReconstructLoss)
         self.loss = recipe.loss
-        if not isinstance(network, Ralf) or network.bands is None:
-            raise RecipeError(
-                "loss.kind=reconstruct needs network.build=ralf with network.sees=bands"
-            )
-        side = self.loss.patch
-        if side > network.size:
-            raise RecipeError(f"loss.patch {side} should be at most network.size {network.size}")
+        side, size = self.loss.patch, with_bands(network, self.loss.kind).size
+        if side > size:
+            raise RecipeError(f"loss.patch {side} should be at most network.size {size}")
         dimensions = recipe.network.dimensions
         mask = fixed_mask(side, dimensions.get("keeps", 0.0), dimensions.get("leaves", 0.5))
         level, own = levels(side), bands(side)
@@ -194,13 +189,7 @@ class ReconstructObjective(Objective):
 
     @torch.no_grad()
     def judge(
-        self,
-        weights: dict[str, Tensor] | None,
-        batches: Iterable[Batch],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        ranks: Ranks,
+        self, weights: dict[str, Tensor] | None, batches: Iterable[Batch], compute: Compute
     ) -> Judgement:
         """The share of removed energy that is given back to the middle of each real face."""
         prefix, network = "reconstructor.", self.network
@@ -208,24 +197,24 @@ class ReconstructObjective(Objective):
         own = {k.removeprefix(prefix): x for k, x in named if k.startswith(prefix)}
         masks = torch.cat((self.mask[None], 1 - self.groups[1:]))
         # Per mask and band, removed and left; and the faces.
-        sums = torch.zeros(2, len(masks), len(EDGES), device=device, dtype=torch.float64)
-        faces = torch.zeros((), device=device)
-        for number, batch in enumerate(batches):
-            if number % ranks.world != ranks.rank or bool(batch.forged.all()):
+        sums = torch.zeros(2, len(masks), len(EDGES), device=compute.device, dtype=torch.float64)
+        faces = torch.zeros((), device=compute.device)
+        for batch in compute.share(batches):
+            if bool(batch.forged.all()):
                 continue
-            image = unit(_middle(batch.crops[~batch.forged].to(device), self.loss.patch))
+            image = unit(_middle(batch.crops[~batch.forged].to(compute.device), self.loss.patch))
             faces += len(image)
             for row, mask in enumerate(masks):
                 destroyed = destroyed_by(image, mask.expand(len(image), -1, -1))
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with compute.autocast():
                     rebuilt = functional_call(network.reconstructor, own, (destroyed,)).image
                 for place, picture in enumerate((destroyed, rebuilt.float())):
                     power = dct2(picture - image).double().square().sum((0, 1))
                     sums[place, row] += torch.einsum("gvu,vu->g", self.groups[1:].double(), power)
-        removed, left = ranks.total(sums)
+        removed, left = compute.ranks.total(sums)
         share = (1 - left / removed.clamp(min=1e-12)).cpu()
         rings = tuple(float(share[band + 1, band]) for band in range(len(EDGES)))
-        return Restored(int(ranks.total(faces)), tuple(map(float, share[0])), rings)
+        return Restored(int(compute.ranks.total(faces)), tuple(map(float, share[0])), rings)
 
 
 def _middle(crops: Tensor, side: int) -> Tensor:

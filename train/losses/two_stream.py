@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ralf.kernels.networks.bands import bands
 from ralf.kernels.networks.ralf import Ralf, Streams
-from ralf.train.loop.distributed import Ranks
+from ralf.train.loop.distributed import Compute
 from ralf.train.loop.validate import judge_validation
 from ralf.train.losses.objective import (
     Batch,
@@ -31,9 +31,9 @@ from ralf.train.losses.objective import (
     Objective,
     Terms,
     cross_entropy,
+    with_bands,
 )
 from ralf.train.recipe import Loss, Recipe, Share
-from ralf.train.recipe_text import RecipeError
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -72,15 +72,12 @@ class TwoStreamObjective(Objective):
     options = TwoStreamLoss
     bands: Tensor
 
-    def __init__(self, recipe: Recipe, network: Ralf) -> None:
+    def __init__(self, recipe: Recipe, network: nn.Module) -> None:
         super().__init__(recipe, network)
         assert isinstance(recipe.loss, TwoStreamLoss)
         self.loss = recipe.loss
-        if not isinstance(network, Ralf) or network.bands is None:
-            raise RecipeError(
-                "loss.kind=two_stream needs network.build=ralf with network.sees=bands"
-            )
-        self.register_buffer("bands", bands(network.size), persistent=False)
+        size = with_bands(network, self.loss.kind).size
+        self.register_buffer("bands", bands(size), persistent=False)
 
     def run(self, crops: Tensor) -> Streams:
         """Both logits; of the residual alone, one twice."""
@@ -112,18 +109,10 @@ class TwoStreamObjective(Objective):
         return each.mean()
 
     def judge(
-        self,
-        weights: dict[str, Tensor] | None,
-        batches: Iterable[Batch],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        ranks: Ranks,
+        self, weights: dict[str, Tensor] | None, batches: Iterable[Batch], compute: Compute
     ) -> Judgement | None:
         """Where the residual alone is trained, the residual alone is judged."""
         if self.loss.streams == "both":
             return None
         named: dict[str, Any] = {f"network.{name}": x for name, x in (weights or {}).items()}
-        return judge_validation(
-            ResidualAlone(self.network), named, batches, device=device, dtype=dtype, ranks=ranks
-        )
+        return judge_validation(ResidualAlone(self.network), named, batches, compute)
