@@ -37,7 +37,8 @@ from ralf.worker.errors import (
 from ralf.worker.service import child as child_module
 from ralf.worker.service import jobs, messages, sandbox
 from ralf.worker.service.child import ChildJob, ParentConnection
-from ralf.worker.service.child_process import ChildProcess, ChildSupervisor
+from ralf.worker.service.child_process import ChildProcess
+from ralf.worker.service.child_supervisor import ChildSupervisor
 from ralf.worker.settings import Settings
 from tests import waiting
 from tests.documents import a_verdict

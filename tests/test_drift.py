@@ -13,7 +13,7 @@ from ralf.kernels.manifest import Reference
 from ralf.worker import telemetry
 from ralf.worker.drift import EDGES, KINDS, LEAST, WINDOW, Drift, Window, histogram, psi
 from ralf.worker.service import messages
-from ralf.worker.service.child_process import ChildSupervisor
+from ralf.worker.service.child_supervisor import ChildSupervisor
 from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.telemetry import Metrics
 from tests.documents import a_track, a_verdict

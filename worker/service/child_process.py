@@ -1,7 +1,6 @@
-"""The parent's end of its child process: start it, exchange messages, end it, replace it.
+"""The parent's end of its child process: start it, exchange messages, end it.
 
-    ChildProcess      one parent's connection to a child, and later to the child that replaces it
-    ChildSupervisor   before each job: checks that the child is there, ready, and fit for the job
+Whether the child is fit for the next job, and when it is replaced, is in child_supervisor.py.
 
 An exclusive child has a private folder and dies with its parent.  A shared child has a named
 folder: the first parent spawns it under a lock, the others connect, and it exits when nobody has
@@ -22,7 +21,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,15 +31,12 @@ from pydantic import ValidationError
 
 import ralf
 from ralf.worker import telemetry
-from ralf.worker.errors import ModelUnavailable
 from ralf.worker.service import messages, sandbox
 from ralf.worker.service.jobs import Bodies
 from ralf.worker.service.messages import EngineFacts
 from ralf.worker.service.shadow import Comparison
-from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.service.work_dir import WorkDir
 from ralf.worker.settings import Settings
-from ralf.worker.telemetry import Metrics
 
 log = structlog.get_logger()
 
@@ -56,8 +51,6 @@ TAIL_LINES = 40
 LINGER_S = 10.0
 READ_OUT_S = 5.0
 """A dead child's stderr is read to its end; only a grandchild could keep it open for longer."""
-LOAD_TRIES = 5
-LONGEST_PAUSE_S = 30.0
 # Shared children outlive the object that spawned them.  Without waitpid() one that has ended stays
 # a zombie until this process ends.
 _LEFT_RUNNING: list[int] = []
@@ -402,98 +395,3 @@ class ChildProcess:
                 _LEFT_RUNNING.append(self._process.pid)
                 self._process.returncode = 0  # or Popen warns that it was not waited for
             self._process = None
-
-
-class ChildSupervisor:
-    """Makes sure that a fit child is ready before each job.
-
-    A child that does not load is tried again with growing pauses, since the reason may pass (a
-    full device, a model that is being published).  After some tries the worker gives up, and
-    whoever supervises the worker takes over.
-    """
-
-    def __init__(self, child: ChildProcess, wakeup: Wakeup, metrics: Metrics) -> None:
-        self._child, self._wakeup, self._metrics = child, wakeup, metrics
-        self._published: messages.Ready | None = None
-
-    def start(self) -> None:
-        """The first child; a model that cannot be loaded is reported at once."""
-        why = self._load()
-        if why:
-            raise ModelUnavailable(f"the child could not load its model: {why}")
-
-    def ensure_ready(self) -> None:
-        """Before a job is taken; raises ModelUnavailable after the last try."""
-        child = self._child
-        if child.alive and child.wait(0) is None:  # it may die between jobs as well
-            log.warning("child.died", how=child.detach())
-            self._metrics.restarts.labels("died").inc()
-        self._publish_facts()
-        reason = child.recycle_reason() if child.ready is not None else ""
-        if child.ready is not None and not reason:
-            return
-        if reason:
-            log.info("child.recycled", reason=reason, jobs=child.jobs_done, rss=child.rss())
-            self._metrics.restarts.labels(reason).inc()
-            # Asked and not killed: a shared child first ends the running jobs of other parents.
-            child.retire()
-        self._load_with_retries()
-
-    def after_job(self, reason: str) -> None:
-        """Show the child's memory, or count a child that did not survive the job."""
-        if self._child.alive:
-            self._metrics.child_rss.set(self._child.rss())
-        else:
-            self._metrics.restarts.labels(reason or "died").inc()
-
-    def _load_with_retries(self) -> None:
-        self._metrics.ready.set(0)
-        why = ""
-        for tried in range(1, LOAD_TRIES + 1):
-            why = self._load()
-            if not why or self._wakeup.stopping:
-                return
-            log.error("child.unready", tried=tried, error=why)
-            self._metrics.restarts.labels("load").inc()
-            self._pause(min(2.0**tried, LONGEST_PAUSE_S) if tried < LOAD_TRIES else 0.0)
-        raise ModelUnavailable(f"the child could not load its model {LOAD_TRIES} times: {why}")
-
-    def _load(self) -> str:
-        """Start the child and wait until it is ready; says why it is not."""
-        child = self._child
-        child.open()
-        allowed = child.settings.start_allowed()
-        end = time.monotonic() + allowed
-        while child.ready is None and not self._wakeup.stopping:
-            # In short waits: a load may take minutes, in which signals and /healthz need the loop.
-            received = child.wait(min(0.5, end - time.monotonic()))
-            self._wakeup.pulse = time.monotonic()
-            if received is None or child.load_error:
-                why, how = child.load_error, child.detach()
-                return why or f"it {how}: {child.last_output()[-300:]}"
-            if time.monotonic() > end:
-                child.kill()
-                child.detach()
-                return f"it was not ready after {allowed:g} s"
-        self._publish_facts()
-        return ""
-
-    def _publish_facts(self) -> None:
-        """Show the child's facts when they are new: a new child, or another model in it."""
-        ready = self._child.ready
-        if ready is None or ready is self._published:
-            return
-        self._published = ready
-        for model, reference in ready.facts.references.items():
-            self._metrics.drift.set_reference(model, reference.edges, reference.counts)
-        facts = ready.facts.model_dump(exclude={"references"})
-        self._metrics.engine_is(facts)
-        self._metrics.ready.set(1)
-        self._metrics.child_rss.set(self._child.rss())
-        log.info("child.ready", pid=self._child.pid, rss=self._child.rss(), **facts)
-
-    def _pause(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._wakeup.stopping:
-            self._wakeup.pulse = time.monotonic()
-            time.sleep(0.1)

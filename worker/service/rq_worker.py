@@ -54,7 +54,8 @@ from rq.worker import WorkerStatus
 from ralf.worker import telemetry
 from ralf.worker.contract import Failure, Priority, State
 from ralf.worker.errors import ModelUnavailable
-from ralf.worker.service.child_process import ChildProcess, ChildSupervisor
+from ralf.worker.service.child_process import ChildProcess
+from ralf.worker.service.child_supervisor import ChildSupervisor
 from ralf.worker.service.heartbeat import Heartbeat
 from ralf.worker.service.job_run import WORKER_IO, JobRun, RunResult
 from ralf.worker.service.jobs import Body
