@@ -5,7 +5,8 @@ Whether the child is fit for the next job, and when it is replaced, is in child_
 An exclusive child has a private folder and dies with its parent.  A shared child has a named
 folder: the first parent spawns it under a lock, the others connect, and it exits when nobody has
 been connected for a while.  The socket is bound and listens before the child starts, so connecting
-never polls.
+never polls.  A second child may load beside the first (`start_next`) and then take its place
+(`switch`), so that jobs go on meanwhile.
 
 The process that may be killed is the one that the parent spawned or found by the pid file, never
 one that the child names.  Nothing here judges a job.
@@ -24,6 +25,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import structlog
@@ -40,7 +42,6 @@ from ralf.worker.settings import Settings
 
 log = structlog.get_logger()
 
-EAGER = "torch-eager"
 SLOW = (
     "SLOW: it computes without a plan and without compiled kernels; build a plan on this GPU "
     "(ralf build --all), see docs/operations.md"
@@ -49,6 +50,8 @@ CHILD_MODULE = "ralf.worker.service.child"
 JOB_PREFIX = "job-"
 TAIL_LINES = 40
 LINGER_S = 10.0
+NEXT = ".next"
+"""Ends the names of the files of a child that loads beside another."""
 READ_OUT_S = 5.0
 """A dead child's stderr is read to its end; only a grandchild could keep it open for longer."""
 # Shared children outlive the object that spawned them.  Without waitpid() one that has ended stays
@@ -75,12 +78,18 @@ class ChildProcess:
         bodies: Bodies = "moderate",
         shared: Path | None = None,
         capacity: int = 1,
+        beside: "ChildProcess | None" = None,
     ) -> None:
+        """beside: load next to that child, for the same parent's jobs; see start_next()."""
         self.settings = settings
         self.bodies: Bodies = bodies
         self.shared = shared is not None
         self.capacity = capacity
-        self._work_dir = WorkDir(settings.work_dir)
+        self.next: ChildProcess | None = None
+        """The child that loads beside this one."""
+        self._claim: TextIO | None = None
+        self._suffix = NEXT if beside is not None else ""
+        self._work_dir = beside._work_dir if beside is not None else WorkDir(settings.work_dir)
         self.uploads = self._work_dir.path
         """Files of this parent's jobs are fetched into it; the child cannot read them there."""
         self.folder = shared or self._work_dir.path
@@ -88,7 +97,8 @@ class ChildProcess:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in (sandbox.INBOX, sandbox.SCRATCH):
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
-        self._sweep_inbox()
+        if beside is None:
+            self._sweep_inbox()
         self.ready: messages.Ready | None = None
         self.load_error = ""
         """Why the last child could not load its model."""
@@ -133,7 +143,8 @@ class ChildProcess:
         self._inbox = messages.Inbox()
         self._tail.clear()
         with self._locked():
-            self._connection = self._connected() or self._spawned()
+            # A socket that another parent's next child has left is nobody's to connect to.
+            self._connection = (None if self._suffix else self._connected()) or self._spawned()
         self.send(messages.Hello())
 
     @contextlib.contextmanager
@@ -157,7 +168,7 @@ class ChildProcess:
 
     def _spawned(self) -> socket.socket:
         _reap()
-        path = self.folder / "socket"
+        path = self.folder / f"socket{self._suffix}"
         path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as listener:
             # bind() creates the file with the umask's mode.  A chmod() after it would leave a
@@ -184,7 +195,7 @@ class ChildProcess:
             self._info = psutil.Process(self.pid)
             # In one step, since processes.py reads the file without the lock.
             (self.folder / "pid.new").write_text(str(self.pid))
-            (self.folder / "pid.new").replace(self.folder / "pid")
+            (self.folder / "pid.new").replace(self.folder / f"pid{self._suffix}")
             connection = socket.socket(socket.AF_UNIX)
             connection.connect(str(path))
         if self._process.stderr is not None:
@@ -298,7 +309,7 @@ class ChildProcess:
     def remarks(self) -> str:
         """What an operator should know of the ready child: what slows it, and what confines it."""
         facts = self.ready.facts if self.ready is not None else EngineFacts()
-        slow = SLOW if facts.engine == EAGER and facts.device.startswith("cuda") else ""
+        slow = SLOW if facts.slow else ""
         return "; ".join(filter(None, (slow, self.confinement())))
 
     def wait(self, seconds: float) -> list[messages.Message] | None:
@@ -329,7 +340,79 @@ class ChildProcess:
             return "jobs"
         if self.jobs_done and self.rss() > settings.child_max_rss_ratio * self.first_rss > 0:
             return "rss"
+        # Another parent of this child has started one that compiled: this parent connects to it.
+        if self.shared and self.uncompiled and self._pid_of_newest() != self.pid:
+            return "uncompiled"
         return ""
+
+    @property
+    def uncompiled(self) -> bool:
+        """Whether it follows a version that a new child would run faster, with a compiler."""
+        facts = self.ready.facts if self.ready is not None else EngineFacts()
+        return facts.slow and facts.loaded_late
+
+    def _pid_of_newest(self) -> int:
+        try:
+            return int((self.folder / "pid").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def start_next(self) -> bool:
+        """Start a child beside this one, to switch() to when it is ready.
+
+        False where another parent of a shared child is doing so, or has done so.
+        """
+        claim = (self.folder / f"lock{NEXT}").open("w")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = self._pid_of_newest() == self.pid  # else it has done so already
+        except OSError:
+            mine = False
+        if not mine:
+            claim.close()
+            return False
+        self._claim = claim
+        self.next = ChildProcess(
+            self.settings,
+            bodies=self.bodies,
+            shared=self.folder if self.shared else None,
+            capacity=self.capacity,
+            beside=self,
+        )
+        self.next.open()
+        return True
+
+    def switch(self) -> None:
+        """Go on with the next child, which is ready; this one is asked to exit.
+
+        A shared child first ends the running jobs of its other parents.
+        """
+        fresh = self.next
+        assert fresh is not None and fresh.ready is not None
+        with self._locked():
+            for name in ("socket", "pid"):
+                (self.folder / f"{name}{NEXT}").replace(self.folder / name)
+        self.retire()
+        self.ready, self.pid, self.first_rss = fresh.ready, fresh.pid, fresh.first_rss
+        self.jobs_done = self.served = 0
+        self._process, self._info, self._reader = fresh._process, fresh._info, fresh._reader
+        self._connection, self._inbox, self._tail = fresh._connection, fresh._inbox, fresh._tail
+        self._release_next()
+
+    def drop_next(self) -> str:
+        """End the next child; says how it ended."""
+        if self.next is None:
+            return ""
+        self.next.kill()
+        how = self.next.detach()
+        self._release_next()
+        return how
+
+    def _release_next(self) -> None:
+        self.next = None
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def kill(self) -> None:
         """End the child now, whatever native code it is in. Does nothing when it is gone."""
@@ -382,6 +465,7 @@ class ChildProcess:
 
     def close(self) -> None:
         """At the parent's exit: an exclusive child is killed, its folder removed."""
+        self.drop_next()
         if not self.shared:
             self.kill()
         self.detach()

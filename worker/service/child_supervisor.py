@@ -3,6 +3,10 @@
 A child that does not load is tried again with growing pauses, since the reason may pass (a full
 device, a model that is being published).  After some tries the worker gives up, and whoever
 supervises the worker takes over.
+
+A version that is promoted while the child runs is loaded by a confined child, which can start no
+compiler: on a GPU without a plan it runs uncompiled.  Then another child loads beside it, which
+takes minutes, and takes its place between two jobs.
 """
 
 import time
@@ -19,6 +23,8 @@ log = structlog.get_logger()
 
 LOAD_TRIES = 5
 LONGEST_PAUSE_S = 30.0
+RETRY_NEXT_S = 300.0
+"""A child beside the first that did not load is tried again after this time."""
 
 
 class ChildSupervisor:
@@ -27,6 +33,9 @@ class ChildSupervisor:
     def __init__(self, child: ChildProcess, wakeup: Wakeup, metrics: Metrics) -> None:
         self._child, self._wakeup, self._metrics = child, wakeup, metrics
         self._published: messages.Ready | None = None
+        self._next_end = 0.0
+        """time.monotonic() by which the next child must be ready."""
+        self._next_not_before = 0.0
 
     def start(self) -> None:
         """The first child; a model that cannot be loaded is reported at once."""
@@ -40,6 +49,7 @@ class ChildSupervisor:
         if child.alive and child.wait(0) is None:  # it may die between jobs as well
             log.warning("child.died", how=child.detach())
             self._metrics.restarts.labels("died").inc()
+        self._replace_uncompiled()
         self._publish_facts()
         reason = child.recycle_reason() if child.ready is not None else ""
         if child.ready is not None and not reason:
@@ -50,6 +60,26 @@ class ChildSupervisor:
             # Asked and not killed: a shared child first ends the running jobs of other parents.
             child.retire()
         self._load_with_retries()
+
+    def _replace_uncompiled(self) -> None:
+        """Start a child that may compile beside one that may not; switch when it is ready."""
+        child, now = self._child, time.monotonic()
+        if child.next is None:
+            if child.uncompiled and now >= self._next_not_before and child.start_next():
+                self._next_end = now + child.settings.start_allowed()
+            return
+        said = child.next.wait(0)
+        if not child.uncompiled:  # it died or was replaced, and its successor did compile
+            child.drop_next()
+        elif child.next.ready is not None:
+            log.info("child.recycled", reason="uncompiled", jobs=child.jobs_done, rss=child.rss())
+            self._metrics.restarts.labels("uncompiled").inc()
+            child.switch()
+        elif said is None or child.next.load_error or now > self._next_end:
+            why = child.next.load_error
+            how = child.drop_next()
+            self._next_not_before = now + RETRY_NEXT_S
+            log.error("child.next_unready", error=why or f"it {how}", stays="uncompiled")
 
     def after_job(self, reason: str) -> None:
         """Show the child's memory, or count a child that did not survive the job."""

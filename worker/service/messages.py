@@ -26,11 +26,13 @@ from ralf.kernels.manifest import Reference
 
 # A parent of a newer release may connect to a shared child that still runs.  With another version
 # in its Hello it is refused at once, and not at a field in the middle of a job.
-VERSION = 4
+VERSION = 5
 # The length comes from the other side, which may be a child that a file has taken over.  Without a
 # bound four bytes would make the parent allocate 4 GiB.
 MAX_FRAME = 64 * 1024**2
 _LENGTH = struct.Struct(">I")
+EAGER = "torch-eager"
+"""The engine that computes without a plan and without compiled kernels."""
 
 
 class ProtocolError(Exception):
@@ -70,6 +72,13 @@ class EngineFacts(_Frozen):
     protections: tuple[Protection, ...] = ()
     references: dict[str, Reference] = {}
     """By NAME@VERSION: the scores that drift is measured against."""
+    loaded_late: bool = False
+    """Loaded by a child that was confined already, and so could start no compiler."""
+
+    @property
+    def slow(self) -> bool:
+        """Whether a GPU runs the network without a plan and without compiled kernels."""
+        return self.engine == EAGER and self.device.startswith("cuda")
 
 
 class Hello(_Frozen):

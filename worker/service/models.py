@@ -248,6 +248,8 @@ class LoadedModels:
         self._rollout = Rollout.of(settings)
         self._follows = "@" not in settings.model and os.sep not in settings.model
         self._own: Parts | None = None
+        self._switched = False
+        """Whether `_own` is another version than the one that open() loaded."""
         self._pinned: tuple[str, Parts] | None = None
         self._next = BackgroundLoad("promoted", self._loaded, start)
         self._canary = BackgroundLoad("canary", self._loaded, start)
@@ -298,7 +300,7 @@ class LoadedModels:
             was, version = self._own.artifact.version, fresh.artifact.version
             # None: `current` cannot be read now, and this version was the last that it named.
             if self._current() in {version, None}:
-                self._own = fresh
+                self._own, self._switched = fresh, True
                 log.info("model.switched", version=version, was=was)
             else:  # another was promoted while this one loaded; the next check requests that one
                 log.info("model.overtaken", version=version, stays=was)
@@ -375,6 +377,7 @@ class LoadedModels:
         }
         return engine_facts(self._own).model_copy(
             update={
+                "loaded_late": self._switched,
                 "refused": tuple(
                     RefusedModel(role=each.role, model=each.model, why=each.why[:500])
                     for each in failures
