@@ -285,6 +285,16 @@ def test_the_proof_finds_the_harm(world: World, harm: Callable[[World], None], f
     assert any(found in sentence for sentence in wrong), wrong
 
 
+@pytest.mark.parametrize("left_ms", [200, 60_000])
+def test_what_rq_forgets_by_itself_is_not_left_behind(world: World, left_ms: int):
+    """The execution of a killed worker has a time to live, and is none of ours without one."""
+    world.redis.zadd("rq:executions:j1", {"e1": 1.0})
+    assert world.wrong() == ["rq:executions:j1 is left behind: e1"]
+    world.redis.pexpire("rq:executions:j1", left_ms)
+
+    assert world.wrong() == []
+
+
 def test_a_crash_that_the_run_caused_is_no_blame(world: World):
     """The worker's pid is among the hit."""
     _blame(world)

@@ -266,6 +266,18 @@ def test_dead_workers_are_forgotten_and_living_ones_counted(janitor, redis):
     assert redis.zrange("rq:wip:ralf-default", 0, -1) == [b"j2:e2"]
 
 
+def test_a_worker_that_would_be_listed_for_ever_gets_a_lease(janitor, redis):
+    """RQ wrote its record after the old one had expired, and it was killed before it could beat."""
+    redis.sadd("rq:workers:ralf-default", "rq:worker:killed", "rq:worker:beating")
+    redis.hset("rq:worker:killed", "state", "busy")
+    redis.hset("rq:worker:beating", "state", "busy")
+    redis.pexpire("rq:worker:beating", 5_000)
+    janitor.run_once()
+
+    assert 25_000 < redis.pttl("rq:worker:killed") <= 30_000
+    assert redis.pttl("rq:worker:beating") <= 5_000
+
+
 def test_a_session_left_unfolded_is_folded(store, janitor, redis):
     """Its worker died between the end and the fold."""
     store.submit([a_job(session=SessionPart(session_id="s", number=0, offset_ms=0))], now=0.0)

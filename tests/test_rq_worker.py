@@ -552,6 +552,35 @@ def test_a_worker_killed_in_the_middle_of_a_job_loses_nothing(make: Callable[...
     until(lambda: not Path(f"/proc/{child}").exists())
 
 
+def test_rqs_record_of_a_worker_that_never_beats_expires_with_its_lease(redis_server, monkeypatch):
+    """Else it would count as a worker for a minute more, or for ever where it had expired."""
+    service = Service(redis_server.url, QUICK)
+    child = ChildProcess(service.settings, bodies="test")
+    worker = RalfWorker(service.store, child, priority="default", table=jobs.table("test"))
+    monkeypatch.setattr(worker.beats, "start", lambda: None)
+    left = []
+    try:
+        worker.supervisor.start()
+        worker.bootstrap()
+        left.append(service.redis.ttl(worker.key))
+        for body in ("trivial", "no_such_body"):
+            service.submit(body)
+            service.redis.delete(worker.key)
+            job, queue = worker.dequeue_job_and_maintain_ttl(None)
+            worker.execute_job(job, queue)
+            left.append(service.redis.ttl(worker.key))
+        service.redis.delete(worker.key)
+        worker.set_state("suspended")
+        left.append(service.redis.ttl(worker.key))
+    finally:
+        worker.unsubscribe()
+        child.close()
+        worker.wakeup.close()
+        service.close()
+
+    assert all(0 < seconds <= QUICK.heartbeat_ttl_s for seconds in left), left
+
+
 def test_a_hang_is_ended_though_it_hears_nothing(make: Callable[..., Service]):
     """No progress for hang_s: killed, counted, quarantined at the second."""
     service = make(hang_s=0.6)

@@ -9,7 +9,8 @@ Every check gives sentences about what is wrong; none means proven.
     blame        a well-behaved job has no crash of its own except those that the run caused
     deliveries   for each callback at least one push that was taken, under the id that follows from
                  the end, one body for each id, each signature right; no push without a callback
-    leftovers    every list, registry and lease is empty, and no worker is registered
+    leftovers    every list, registry and lease is empty, and no worker is registered; what RQ
+                 wrote of a killed worker or its job may wait for its time to live
 
 Only reads, with a store of its own, after the service has stopped.
 """
@@ -254,7 +255,8 @@ def leftovers(store: Store) -> list[str]:
         wrong += [
             f"{decoded(key)} is left behind: {_content(store, key)}"
             for key in _keys(store, pattern)
-            if not (key.startswith(b"rq:") and store.redis.ttl(key) > 0)  # RQ forgets it soon
+            # -1: it never expires.  TTL would round the last half second to 0.
+            if not key.startswith(b"rq:") or store.redis.pttl(key) == -1
         ]
     return wrong
 

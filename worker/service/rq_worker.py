@@ -251,12 +251,26 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
     def bootstrap(self, *_: Any, **__: Any) -> None:
         """RQ's own, without its log handlers: structlog logs here."""
         self.register_birth()
-        self.subscribe()
         self.set_state(WorkerStatus.STARTED)
+        self.subscribe()
         # After the birth: a beat before it would create the worker's key, and RQ refuses to
         # register a name whose key exists.
         self.beats.start()
         log.info("worker.started", worker=self.name, queue=self.queue.name, pid=os.getpid())
+
+    def set_state(self, state: str, pipeline: Any = None) -> None:
+        """RQ's own; and RQ's record of this worker expires a lease later.
+
+        RQ gives it a minute more at birth, and no time to live where it writes a record that has
+        expired: that of a worker killed before its next heartbeat would stay for ever.
+        """
+        if pipeline is None:
+            with self.connection.pipeline() as pipe:
+                self.set_state(state, pipe)
+                pipe.execute()
+            return
+        super().set_state(state, pipeline)
+        pipeline.expire(self.key, self._ttl)
 
     @property
     def should_run_maintenance_tasks(self) -> bool:
@@ -471,6 +485,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             popped = Queue(job.origin, connection=self.connection).intermediate_queue_key
             pipe.lrem(popped, 0, job.id)
             self.increment_failed_job_count(pipe)
+            pipe.expire(self.key, self._ttl)  # as in set_state()
             pipe.execute()
 
     def _store(self, claim: Claim, result: RunResult) -> str:
@@ -581,6 +596,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
             self.last_heartbeat = utc_now()
             with redis.pipeline() as pipe:
                 pipe.hset(self.key, mapping=self.serialize())
+                pipe.expire(self.key, self._ttl)
                 worker_registration.register(self, pipe)
                 pipe.execute()
 

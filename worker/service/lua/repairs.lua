@@ -103,12 +103,16 @@ function op.expire(now)
   return expired
 end
 
--- RQ forgets dead workers only when another of its own kind cleans up.
+-- RQ forgets dead workers only when another of its own kind cleans up. Each worker renews its record's
+-- time to live with every heartbeat; a record without one gets a lease, or it would count for ever.
 function op.workers(now, priority)
   local gone = 0
   local all = 'rq:workers:' .. C.queue .. priority
   for _, key in ipairs(redis.call('SMEMBERS', all)) do
-    if redis.call('EXISTS', key) == 0 then
+    local left = redis.call('PTTL', key)
+    if left == -1 then
+      redis.call('PEXPIRE', key, math.ceil(1000 * C.lease))
+    elseif left == -2 then
       redis.call('SREM', all, key)
       redis.call('SREM', 'rq:workers', key)
       gone = gone + 1
