@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ralf.kernels.cli import DEVICE, SPEC
-from ralf.train.data.cli import DATA, Commands, Run, add_command, data_commands, listed
+from ralf.train.command_line import DATA, OK, Commands, add_command, add_models_option, listed
+from ralf.train.data.cli import data_commands
 from ralf.train.evaluate.cli import evaluate_commands
 from ralf.train.forge.cli import forge_commands
-from ralf.train.training_cli import add_models_option, training_commands
+from ralf.train.training_cli import training_commands
 
 if TYPE_CHECKING:
     from ralf.kernels.artifact import Artifact
@@ -25,47 +26,16 @@ if TYPE_CHECKING:
     from ralf.train.calibrate import Calibrated
     from ralf.train.evaluate.judge import JudgedModel
 
-OK, DIVERGED, USAGE = 0, 1, 2
-
 
 def commands(subparsers: Commands) -> None:
     """Register every command of this room."""
-    training_commands(subparsers, refusing)
+    training_commands(subparsers)
     _add_publish(subparsers)
     _add_calibrate(subparsers)
     _add_ensemble(subparsers)
-    data_commands(subparsers, refusing)
-    forge_commands(subparsers, refusing)
-    evaluate_commands(subparsers, refusing)
-
-
-def refusing(run: Run) -> Run:
-    """The command, with its refusals as one line on stderr and an exit code."""
-
-    def run_and_refuse(args: argparse.Namespace) -> int:
-        from ralf.kernels.artifact import ArtifactError
-        from ralf.kernels.engine import EngineError
-        from ralf.train.loop.checkpoint import CheckpointError
-        from ralf.train.loop.cpu_speed import keep_freed
-        from ralf.train.loop.step import Diverged
-
-        # Here and not where the package is imported: a worker, whose memory is bounded, must not.
-        keep_freed()
-        try:
-            return run(args)
-        except Diverged as error:
-            print(f"ralf: {error}", file=sys.stderr)
-            return DIVERGED
-        # Recipes, indexes, networks and calibration refuse with subclasses of ValueError.
-        except (ValueError, CheckpointError, ArtifactError, EngineError) as error:
-            print(f"ralf: {error}", file=sys.stderr)
-            return USAGE
-
-    return run_and_refuse
-
-
-def _add(subparsers: Commands, name: str, summary: str, run: Run) -> argparse.ArgumentParser:
-    return add_command(subparsers, name, summary, refusing(run))
+    data_commands(subparsers)
+    forge_commands(subparsers)
+    evaluate_commands(subparsers)
 
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +61,7 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_publish(subparsers: Commands) -> None:
-    parser = _add(
+    parser = add_command(
         subparsers, "publish", "make a version of a model from a training run", run_publish
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder that `ralf train` wrote")
@@ -188,7 +158,7 @@ def run_publish(args: argparse.Namespace) -> int:
 
 
 def _add_calibrate(subparsers: Commands) -> None:
-    parser = _add(
+    parser = add_command(
         subparsers, "calibrate", "fit a model's scores and thresholds, as a new version of it",
         run_calibrate,
     )  # fmt: skip
@@ -269,8 +239,9 @@ def _warn_if_split_chose_the_weights(artifact: "Artifact", split: str) -> None:
 
 
 def _add_ensemble(subparsers: Commands) -> None:
-    parser = _add(subparsers, "ensemble", "make one model of several, whose score is their mean",
-                  run_ensemble)  # fmt: skip
+    parser = add_command(
+        subparsers, "ensemble", "make one model of several, whose score is their mean", run_ensemble
+    )
     parser.add_argument("members", nargs="+", metavar="MODEL", help=SPEC)
     parser.add_argument("--name", required=True,
                         help="name of the new model, such as trio")  # fmt: skip

@@ -14,29 +14,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ralf.kernels.cli import DEVICE
-from ralf.train.data.cli import DATA, Commands, Refusing, add_command, listed
+from ralf.train.command_line import (
+    DATA,
+    INTERRUPTED,
+    OK,
+    Commands,
+    add_command,
+    add_models_option,
+    changes_of,
+    listed,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from ralf.train.retraining import Retraining
 
-OK, STOPPED, INTERRUPTED = 0, 1, 130
+STOPPED = 1
 RECIPE = "a recipe such as ralf_small or xception; docs/training.md lists all"
 
 
-def training_commands(subparsers: Commands, refusing: Refusing) -> None:
+def training_commands(subparsers: Commands) -> None:
     """Register `ralf train` and `ralf retrain`."""
-    _add_train(subparsers, refusing)
-    _add_retrain(subparsers, refusing)
-
-
-def add_models_option(parser: argparse.ArgumentParser) -> None:
-    """The folder of models."""
-    parser.add_argument(
-        "--models", type=Path, metavar="DIR",
-        help="folder of models (default: RALF_MODELS_DIR, else the one that ships with Ralf)",
-    )  # fmt: skip
+    _add_train(subparsers)
+    _add_retrain(subparsers)
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -62,25 +63,15 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
                         )  # fmt: skip
 
 
-def _changes(args: argparse.Namespace) -> dict[str, str]:
-    """What --set asks for."""
-    from ralf.train.recipe_text import RecipeError
-
-    pairs = [change.partition("=") for change in args.set]
-    if bad := [name for name, equals, _ in pairs if not equals]:
-        raise RecipeError(f"--set takes NAME=VALUE, not {bad[0]!r}")
-    return {name: text for name, _, text in pairs}
-
-
 # train
 
 
-def _add_train(subparsers: Commands, refusing: Refusing) -> None:
+def _add_train(subparsers: Commands) -> None:
     parser = add_command(
         subparsers,
         "train",
         "train a detector; if stopped, the same command continues",
-        refusing(run_train),
+        run_train,
     )
     parser.add_argument("recipe", metavar="RECIPE", help=RECIPE)
     parser.add_argument("--data", nargs="+", metavar="PATH", help=f"{DATA} (required)")
@@ -107,7 +98,7 @@ def run_train(args: argparse.Namespace) -> int:
     from ralf.train.recipe_text import RecipeError, override, to_json
     from ralf.train.recipes import named
 
-    recipe = override(named(args.recipe), _changes(args))
+    recipe = override(named(args.recipe), changes_of(args.set))
     if args.print:
         print(to_json(recipe))
         return OK
@@ -156,10 +147,10 @@ def _own_device(asked: str) -> "torch.device":
 # retrain
 
 
-def _add_retrain(subparsers: Commands, refusing: Refusing) -> None:
+def _add_retrain(subparsers: Commands) -> None:
     parser = add_command(
         subparsers, "retrain", "train, calibrate, judge, publish and promote a model; if stopped, "
-        "the same command continues", refusing(run_retrain),
+        "the same command continues", run_retrain,
     )  # fmt: skip
     parser.add_argument(
         "recipe", metavar="RECIPE",
@@ -250,7 +241,7 @@ def _retraining(args: argparse.Namespace) -> "Retraining":
     from ralf.train.retraining import Retraining, default_run
     from ralf.train.trainings import ChainRun
 
-    chain, changes = chain_of(args.recipe).scaled(args.minutes), _changes(args)
+    chain, changes = chain_of(args.recipe).scaled(args.minutes), changes_of(args.set)
     # A chain that knows its minutes has shared them out among its steps.
     box = args.minutes if chain.minutes is None else None
     index = read_all(args.data)

@@ -20,6 +20,7 @@ import torch
 
 from ralf.kernels.engine import pick_device
 from ralf.train.chain import Chain, Training
+from ralf.train.command_line import INTERRUPTED
 from ralf.train.data.batches import Batches
 from ralf.train.data.evaluation_set import validation_batches
 from ralf.train.data.index import Index
@@ -29,9 +30,6 @@ from ralf.train.recipe import Recipe
 
 # Of Linux's <sys/prctl.h>; Python's library has no name for it.
 _PR_SET_PDEATHSIG = 1
-INTERRUPTED = 130
-"""Exit code of a `ralf train` that was asked to stop and saved a whole checkpoint: 128 + SIGINT, as
-shells report an interrupted command."""
 Facts = dict[str, Any]
 
 

@@ -2,33 +2,37 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Run = Callable[[argparse.Namespace], int]
-Refusing = Callable[[Run], Run]
-OK, NOT_FINE = 0, 1
+from ralf.train.command_line import (
+    DATA,
+    OK,
+    ONLY,
+    WORKERS,
+    Commands,
+    add_command,
+    changes_of,
+    listed,
+    progress,
+)
+
+NOT_FINE = 1
 KEPT_FRAMES = 32
 """Frames of a video to keep for training at the least."""
-DATA = "folders in a known layout, or index files; docs/training.md lists the layouts"
-ONLY = "take only rows with these values, such as method=real,swap; may be given several times"
-WORKERS = "work in N processes beside this one; 0: in this one alone"
 
 
-def data_commands(subparsers: Commands, refusing: Refusing) -> None:
+def data_commands(subparsers: Commands) -> None:
     """Register `ralf data`."""
     parser = subparsers.add_parser("data", help="check, list, split and prepare training data")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     check = add_command(
         verbs, "check", "compare counts with the published ones, and list missing files and "
-        "people in two splits", refusing(_check),
+        "people in two splits", _check,
     )  # fmt: skip
     check.add_argument("data", nargs="+", metavar="PATH", help=DATA)
     check.add_argument("--no-files", action="store_true", help="do not check that each file exists")
     index = add_command(verbs, "index", "write one table of all videos or pictures of the data",
-                        refusing(_index))  # fmt: skip
+                        _index)  # fmt: skip
     index.add_argument("data", nargs="+", metavar="PATH", help=DATA)
     index.add_argument("--out", type=Path, required=True, metavar="CSV", help="write this table")
     index.add_argument("--split", action="store_true",
@@ -38,10 +42,10 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
     index.add_argument("--test", type=float, default=0.1, metavar="SHARE",
                        help="with --split, share of the people for test, 0 to 1")  # fmt: skip
     index.add_argument("--only", action="append", default=[], metavar="FIELD=A,B", help=ONLY)
-    _add_clips(verbs, refusing)
+    _add_clips(verbs)
     crops = add_command(verbs, "crops", "make and keep the pairs of crops that a recipe with "
                         "data.variants trains on; if stopped, the same command continues",
-                        refusing(_crops))  # fmt: skip
+                        _crops)  # fmt: skip
     crops.add_argument("recipe", metavar="RECIPE", help="name of the recipe that will train")
     crops.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
     crops.add_argument("--out", type=Path, required=True, metavar="DIR",
@@ -52,7 +56,7 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
                        "several times")  # fmt: skip
     crops.add_argument("--workers", type=int, default=0, metavar="N", help=WORKERS)
     prepare = add_command(verbs, "prepare", "cut the faces out of videos or pictures; if stopped, "
-                          "the same command continues", refusing(_prepare))  # fmt: skip
+                          "the same command continues", _prepare)  # fmt: skip
     prepare.add_argument("data", nargs="+", metavar="PATH", help=DATA)
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR",
                          help="write faces and their index.csv into this folder")  # fmt: skip
@@ -70,9 +74,9 @@ def data_commands(subparsers: Commands, refusing: Refusing) -> None:
                          )  # fmt: skip
 
 
-def _add_clips(verbs: Commands, refusing: Refusing) -> None:
+def _add_clips(verbs: Commands) -> None:
     clips = add_command(verbs, "clips", "make moving videos of still pictures, real and forged, to "
-                        "calibrate and judge on", refusing(_clips))  # fmt: skip
+                        "calibrate and judge on", _clips)  # fmt: skip
     clips.add_argument("data", nargs="+", metavar="PATH", help=DATA)
     clips.add_argument("--out", type=Path, required=True, metavar="DIR",
                        help="write clips and their index.csv into this folder")  # fmt: skip
@@ -98,15 +102,6 @@ def _add_clips(verbs: Commands, refusing: Refusing) -> None:
     clips.add_argument("--limit", type=int, metavar="N", help="take only N pictures (default: all)")
     clips.add_argument("--only", action="append", default=[], metavar="FIELD=A,B", help=ONLY)
     clips.add_argument("--workers", type=int, default=0, metavar="N", help=WORKERS)
-
-
-def add_command(verbs: Commands, name: str, summary: str, run: Run) -> argparse.ArgumentParser:
-    """A command that says the same in the list of commands and in its own help."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=summary, description=summary[0].upper() + summary[1:] + "."
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -141,7 +136,6 @@ def _clips(args: argparse.Namespace) -> int:
     from ralf.train.data.layouts import read_all
     from ralf.train.forge.clips import INDEX, ClipOptions, make_clips
     from ralf.train.forge.families import FAMILIES
-    from ralf.train.progress import progress
     from ralf.train.recipe import HELD_OUT
 
     seen = tuple(family for family in FAMILIES if family != HELD_OUT)
@@ -173,14 +167,10 @@ def _clips(args: argparse.Namespace) -> int:
 def _crops(args: argparse.Namespace) -> int:
     from ralf.train.data.fill_crops import fill
     from ralf.train.data.layouts import read_all
-    from ralf.train.progress import progress
-    from ralf.train.recipe_text import RecipeError, override
+    from ralf.train.recipe_text import override
     from ralf.train.recipes import named
 
-    pairs = [change.partition("=") for change in args.set]
-    if bad := [name for name, equals, _ in pairs if not equals]:
-        raise RecipeError(f"--set takes NAME=VALUE, not {bad[0]!r}")
-    recipe = override(named(args.recipe), {name: text for name, _, text in pairs})
+    recipe = override(named(args.recipe), changes_of(args.set))
     with progress() as move:
         folder = fill(read_all(args.data), recipe.data, args.out, args.workers, move)
     print(folder)
@@ -190,7 +180,6 @@ def _crops(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from ralf.train.data.layouts import read_all
     from ralf.train.data.prepare import INDEX, VIDEOS, prepare
-    from ralf.train.progress import progress
     from ralf.train.recipes import named
 
     contract = named(args.recipe).data.input
@@ -211,8 +200,3 @@ def _prepare(args: argparse.Namespace) -> int:
     )
     print(args.out / INDEX)
     return OK
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """A,B as a tuple."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -9,19 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ralf.kernels.cli import DEVICE
-from ralf.train.data.cli import DATA, OK, ONLY, Commands, Refusing, add_command, listed
+from ralf.train.command_line import (
+    DATA,
+    OK,
+    ONLY,
+    Commands,
+    Move,
+    add_command,
+    listed,
+    progress,
+)
 
 if TYPE_CHECKING:
     from ralf.train.data.index import Index
     from ralf.train.evaluate.judge import JudgedModel
     from ralf.train.evaluate.tables.table import TableOptions
-    from ralf.train.progress import Move
 
 
-def evaluate_commands(subparsers: Commands, refusing: Refusing) -> None:
+def evaluate_commands(subparsers: Commands) -> None:
     """Register `ralf evaluate` and `ralf figures`."""
     parser = add_command(subparsers, "evaluate", "measure models on labelled data, print a table",
-                  refusing(_evaluate))  # fmt: skip
+                  _evaluate)  # fmt: skip
     _add_shared(parser)
     parser.add_argument("--table", default="intra", metavar="NAME",
                         help="intra, cross, robustness, ablation, backbone, pooling, "
@@ -38,7 +46,7 @@ def evaluate_commands(subparsers: Commands, refusing: Refusing) -> None:
                         help="write the table (JSON, CSV) and each video's score into this folder",
                         )  # fmt: skip
     figures = add_command(subparsers, "figures", "show what models learnt, in pictures: one page "
-                          "for each model", refusing(_figures))  # fmt: skip
+                          "for each model", _figures)  # fmt: skip
     _add_shared(figures)
     figures.add_argument("--out", type=Path, required=True, metavar="DIR",
                          help="write the pages into this folder: ROC, reliability, mask, "
@@ -68,9 +76,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help=f"{DEVICE}; the network runs in FP32")
 
 
-def _asked(
-    args: argparse.Namespace, move: "Move"
-) -> "tuple[list[JudgedModel], Index, TableOptions]":
+def _asked(args: argparse.Namespace, move: Move) -> "tuple[list[JudgedModel], Index, TableOptions]":
     """The models, the data, and what is judged of it."""
     from ralf.kernels.artifact import models_folder
     from ralf.train.data.layouts import read_all
@@ -95,7 +101,6 @@ def _asked(
 def _evaluate(args: argparse.Namespace) -> int:
     from ralf.train.evaluate.tables import table
     from ralf.train.evaluate.tables.table import write_table
-    from ralf.train.progress import progress
 
     with progress() as move:
         models, index, options = _asked(args, move)
@@ -108,7 +113,6 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _figures(args: argparse.Namespace) -> int:
     from ralf.train.evaluate.page import write_pages
-    from ralf.train.progress import progress
 
     with progress() as move:
         models, index, options = _asked(args, move)

@@ -6,19 +6,26 @@ import sys
 from pathlib import Path
 
 from ralf.kernels.cli import DEVICE
-from ralf.train.data.cli import DATA, WORKERS, Commands, Refusing, add_command
+from ralf.train.command_line import (
+    DATA,
+    INTERRUPTED,
+    OK,
+    WORKERS,
+    Commands,
+    add_command,
+    changes_of,
+    progress,
+)
 
-OK, INTERRUPTED = 0, 130
 
-
-def forge_commands(subparsers: Commands, refusing: Refusing) -> None:
+def forge_commands(subparsers: Commands) -> None:
     """Register `ralf forge`."""
     parser = subparsers.add_parser(
         "forge", help="train networks that draw forged faces (renderers), and let them draw"
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     fit = add_command(verbs, "fit", "train a renderer on the authentic faces of the split "
-                      "train; if stopped, the same command continues", refusing(_fit))  # fmt: skip
+                      "train; if stopped, the same command continues", _fit)  # fmt: skip
     fit.add_argument("name", metavar="RENDERER",
                      help="its kind: autoencoder, restorer or reconstructor")  # fmt: skip
     fit.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
@@ -46,7 +53,7 @@ def forge_commands(subparsers: Commands, refusing: Refusing) -> None:
     fit.add_argument("--device", default="auto", help=DEVICE)
     fit.add_argument("--print", action="store_true", help="print all options and stop")
     render = add_command(verbs, "render", "forge each authentic face of a split; if stopped, the "
-                         "same command continues", refusing(_render))  # fmt: skip
+                         "same command continues", _render)  # fmt: skip
     render.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
     render.add_argument("--with", dest="renderer", type=Path, required=True, metavar="FILE",
                         help="draw with this file of `ralf forge fit`")  # fmt: skip
@@ -67,13 +74,9 @@ def _fit(args: argparse.Namespace) -> int:
     from ralf.train.forge.renderers.stored import kind
     from ralf.train.loop.loop import caught
     from ralf.train.losses.perceptual import perceptual
-    from ralf.train.recipe_text import RecipeError, override, to_json
+    from ralf.train.recipe_text import override, to_json
 
-    pairs = [change.partition("=") for change in args.set]
-    if bad := [name for name, equals, _ in pairs if not equals]:
-        raise RecipeError(f"--set takes NAME=VALUE, not {bad[0]!r}")
-    changes = {name: text for name, _, text in pairs}
-    changes |= {
+    changes = changes_of(args.set) | {
         name: str(value)
         for name in ("steps", "size", "seed")
         if (value := getattr(args, name)) is not None
@@ -105,7 +108,6 @@ def _fit(args: argparse.Namespace) -> int:
 def _render(args: argparse.Namespace) -> int:
     from ralf.train.data.layouts import read_all
     from ralf.train.forge.renderers.render import RenderRequest, render
-    from ralf.train.progress import progress
 
     request = RenderRequest(
         renderer=args.renderer,
