@@ -15,7 +15,7 @@ from PIL import Image
 from ralf.__main__ import main
 from ralf.kernels import artifact as models
 from ralf.train import chain as chains
-from ralf.train import retrain_figures, retrain_renderers, trainings
+from ralf.train import trainings
 from ralf.train.chain import CHAINS, Chain, MadeClips, RendererFit, Training, chain_of
 from ralf.train.data.index import Index, Row
 from ralf.train.data.index import load as load_index
@@ -25,7 +25,8 @@ from ralf.train.loop import loop
 from ralf.train.loop.checkpoint import LAST, load
 from ralf.train.recipe import BLENDS
 from ralf.train.recipe_text import RecipeError
-from ralf.train.retraining import Retraining
+from ralf.train.retrain import judging, renderers
+from ralf.train.retrain.order import Retraining
 from tests.faces_on_disk import faces
 from tests.test_retrain import Killed, killing_at
 from tests.test_train_cli import TINY
@@ -82,7 +83,7 @@ def _tiny_chain() -> Iterator[None]:
         patch.setitem(chains.CHAINS, "tiny", TINY_CHAIN)
         patch.setitem(chains.CHAINS, "rendering", RENDERING_CHAIN)
         patch.setattr(loop, "commit", lambda: "c" * 40)
-        patch.setattr(retrain_figures, "TableOptions", partial(TableOptions, replicates=10))
+        patch.setattr(judging, "TableOptions", partial(TableOptions, replicates=10))
         patch.setattr(Pool, "forgery", lambda self, frame, image, *_: red(image))
         yield
 
@@ -211,7 +212,7 @@ def test_a_chain_fits_renderers_and_keeps_one_whole_generator_for_the_test(
     """Killed while it renders, it fits none again; its figures say each generator; all is timed."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(retrain_renderers, "render", _killing_render())
+        patch.setattr(renderers, "render", _killing_render())
         with pytest.raises(Killed):
             retrain_tiny(stills, tmp_path, chain="rendering")
     assert RENDERING_STEPS[:3] == did(capsys.readouterr().err, RENDERING_STEPS)
@@ -246,7 +247,7 @@ def test_a_chain_fits_renderers_and_keeps_one_whole_generator_for_the_test(
 
 def _killing_render() -> Any:
     """Rendering that ends the process at the second split."""
-    real, asked = retrain_renderers.render, []
+    real, asked = renderers.render, []
 
     def render(index: Index, request: Any) -> Any:
         asked.append(request)
@@ -266,11 +267,11 @@ def test_so_many_stills_are_taken_from_each_collection_alike():
         for n in range(count)
     )  # fmt: skip
     index = Index(Path("nowhere"), rows)
-    kept = retrain_figures.evenly(index, 10)
+    kept = judging.evenly(index, 10)
 
     assert [7, 3] == [len(kept.where(dataset=name)) for name in ("large", "little")]
     assert [row for row in rows if row in set(kept)] == list(kept)
-    assert index is retrain_figures.evenly(index, None) is retrain_figures.evenly(index, 53)
+    assert index is judging.evenly(index, None) is judging.evenly(index, 53)
 
 
 def test_clips_show_the_held_out_family_in_the_test_alone():
@@ -281,7 +282,7 @@ def test_clips_show_the_held_out_family_in_the_test_alone():
     order = Retraining(
         trainings.ChainRun(shipped, (), index, Path("runs/x"), asked), "x", Path("models")
     )
-    families = retrain_figures.clips_step(order).asks["families"]
+    families = judging.clips_step(order).asks["families"]
 
     assert {*BLENDS} - {"swap"} == {*families["val"]}
     assert ("swap",) * 3 == families["test"][len(families["val"]) :]

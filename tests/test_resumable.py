@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ralf.kernels.atomic_files import hold
-from ralf.train import resumable
-from ralf.train.resumable import Step, StepsDone, Stopped, do_steps, outlook
+from ralf.train.retrain import resumable
+from ralf.train.retrain.resumable import Step, StepsDone, Stopped, do_steps, outlook
 
 
 class Killed(BaseException):

@@ -14,10 +14,11 @@ from PIL import Image
 from ralf.__main__ import main
 from ralf.kernels import artifact as models
 from ralf.kernels import registry
-from ralf.train import retrain, trainings
+from ralf.train import trainings
 from ralf.train.loop import loop
 from ralf.train.publish import targets_of
-from ralf.train.resumable import Step
+from ralf.train.retrain import steps
+from ralf.train.retrain.resumable import Step
 from tests.test_train_cli import TINY
 from tests.training import MadeBatches
 
@@ -144,7 +145,7 @@ def test_killed_inside_and_after_each_step_it_comes_to_the_same_bits(
     for number, name in enumerate(STEPS):
         for when in ("inside", "after"):
             with monkeypatch.context() as patch:
-                patch.setattr(retrain, "steps", killed_at_step(name, when))
+                patch.setattr(steps, "all_steps", killed_at_step(name, when))
                 with pytest.raises(Killed):
                     typed.type()
             # A step that was killed after its work but before its record is done once more.
@@ -176,9 +177,9 @@ def killing_at(number: int) -> Any:
 
 def killed_at_step(name: str, when: str) -> Any:
     """The steps, of which one is killed before its work, or between its work and its record."""
-    real = retrain.steps
+    real = steps.all_steps
 
-    def steps(order: Any) -> list[Step]:
+    def killing(order: Any) -> list[Step]:
         return [replace(s, work=work(s)) if s.name == name else s for s in real(order)]
 
     def work(step: Step) -> Any:
@@ -189,7 +190,7 @@ def killed_at_step(name: str, when: str) -> Any:
 
         return die
 
-    return steps
+    return killing
 
 
 def test_a_condition_that_does_not_hold_says_what_was_asked_what_came_and_how_to_go_on(

@@ -15,7 +15,6 @@ from ralf.kernels.networks import build
 from ralf.kernels.networks.backbones import NetworkError
 from ralf.kernels.networks.bands import EDGES, ResidualBands, bands, fixed_mask, levels
 from ralf.kernels.networks.ralf import GATE, Ralf
-from ralf.train import residual_gate
 from ralf.train.chain import CHAINS, Chain, Training
 from ralf.train.evaluate.judge import model_of_run
 from ralf.train.evaluate.tables import table
@@ -30,7 +29,8 @@ from ralf.train.losses.objective import Moment
 from ralf.train.publish import publish_run, without_residual
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import RecipeError
-from ralf.train.retraining import Retraining
+from ralf.train.retrain import judging
+from ralf.train.retrain.order import Retraining
 from ralf.train.trainings import ChainRun
 from tests.faces_on_disk import faces
 from tests.training import MadeBatches, tiny
@@ -350,8 +350,8 @@ def test_a_residual_that_is_not_at_work_publishes_the_classifier_under_its_own_n
         asked.extend((model.name, options.split, control.name))
         return ResidualFigures({"closed": {"costs held out": list(cost)}})
 
-    monkeypatch.setattr(residual_gate, "residual_figures", measured)
-    step = residual_gate.residual_step(
+    monkeypatch.setattr(judging, "residual_figures", measured)
+    step = judging.residual_step(
         Retraining(training, "ralf-mine", Path("models"), say=lambda text: None)
     )
     assert step is not None
@@ -366,7 +366,7 @@ def test_a_residual_that_is_not_at_work_publishes_the_classifier_under_its_own_n
         assert (False, "small-classifier", "classifier") == (facts["earned"], facts["name"], inside)
     plain = Chain("plain", ((Training("train", "small_classifier"),),))
     other = ChainRun(plain, (), index, tmp_path)
-    assert residual_gate.residual_step(Retraining(other, "x", Path("models"))) is None
+    assert judging.residual_step(Retraining(other, "x", Path("models"))) is None
 
 
 def test_the_chain_trains_the_residual_before_the_crop_and_a_control_beside_it():

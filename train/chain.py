@@ -9,7 +9,7 @@ begins with.
 
 Any recipe's name is a chain of one training.  Trainings of one stage do not depend on each other,
 so they run at the same time.  ralf.train.trainings runs them; what follows the last one
-(calibration, figures, publishing) is in ralf.train.retrain.
+(calibration, figures, publishing) is in ralf.train.retrain.steps.
 """
 
 from collections.abc import Mapping

@@ -28,7 +28,7 @@ from ralf.train.command_line import (
 if TYPE_CHECKING:
     import torch
 
-    from ralf.train.retraining import Retraining
+    from ralf.train.retrain.order import Retraining
 
 STOPPED = 1
 RECIPE = "a recipe such as ralf_small or xception; docs/training.md lists all"
@@ -203,12 +203,12 @@ def _add_retrain(subparsers: Commands) -> None:
 
 def run_retrain(args: argparse.Namespace) -> int:
     """Do the steps that are left; one JSON line on stdout at the end."""
-    from ralf.train import retrain
-    from ralf.train.resumable import Stopped, do_steps, outlook
+    from ralf.train.retrain import steps
+    from ralf.train.retrain.resumable import Stopped, do_steps, outlook
     from ralf.train.trainings import Interrupted
 
     order = _retraining(args)
-    todo = retrain.steps(order)
+    todo = steps.all_steps(order)
     if args.dry_run:
         width = max(len(step.name) for step in todo)
         for step, done_before in outlook(todo, order.run):
@@ -238,7 +238,7 @@ def _retraining(args: argparse.Namespace) -> "Retraining":
     from ralf.train.data.layouts import read_all
     from ralf.train.loop.loop import Options
     from ralf.train.publish import targets_of
-    from ralf.train.retraining import Retraining, default_run
+    from ralf.train.retrain.order import Retraining, default_run
     from ralf.train.trainings import ChainRun
 
     chain, changes = chain_of(args.recipe).scaled(args.minutes), changes_of(args.set)

@@ -23,8 +23,8 @@ from ralf.train.forge.renderers.render import RenderRequest, render
 from ralf.train.forge.renderers.stored import kind
 from ralf.train.loop.loop import caught
 from ralf.train.recipe_text import override, to_json
-from ralf.train.resumable import Facts, Step, Stopped
-from ralf.train.retraining import RENDER, Retraining
+from ralf.train.retrain.order import RENDER, Retraining
+from ralf.train.retrain.resumable import Facts, Step, Stopped
 from ralf.train.trainings import Interrupted
 
 

@@ -5,9 +5,9 @@ fit         (a chain that asks for them) learned renderers of forged faces, each
 render      their forgeries beside the data, as one index
 train       the recipe to its end, or until --minutes with weights that validation has judged; a
             chain of trainings one stage after another, each to its end
-clips       (a chain that asks for them) videos made of the data's stills, and faces cut from them
 residual    (RALF of two streams) closing it costs AUC, or the plain classifier inside goes on,
-            under its own name (ralf.train.residual_gate)
+            under its own name
+clips       (a chain that asks for them) videos made of the data's stills, and faces cut from them
 calibrate   forgeries score above reals on the calibration split
 evaluate    video AUC above chance on the test split
 publish     weights, golden crops, calibration, figures and targets as one version
@@ -15,8 +15,8 @@ build       a plan for each target that needs one, within the manifest's error b
 verify      golden.npz through the torch engine, and through every plan that this machine runs
 promote     if the checks of ralf.kernels.registry pass
 
-Which trainings there are is declared in ralf.train.chain; ralf.train.resumable does each step once;
-fitting and judging are in ralf.train.retrain_renderers and ralf.train.retrain_figures.
+Which trainings there are is declared in ralf.train.chain.  The files beside this one do each step
+once (resumable.py), fit and render (renderers.py), and judge (judging.py).
 """
 
 import dataclasses
@@ -39,11 +39,17 @@ from ralf.train.publish import (
     publish_run,
 )
 from ralf.train.recipe_text import to_json
-from ralf.train.residual_gate import published_folder, residual_step
-from ralf.train.resumable import Facts, Step, Stopped
-from ralf.train.retrain_figures import calibrate_step, calibrated_of, clips_step, evaluate_step
-from ralf.train.retrain_renderers import renderer_steps
-from ralf.train.retraining import Retraining
+from ralf.train.retrain.judging import (
+    calibrate_step,
+    calibrated_of,
+    clips_step,
+    evaluate_step,
+    published_folder,
+    residual_step,
+)
+from ralf.train.retrain.order import Retraining
+from ralf.train.retrain.renderers import renderer_steps
+from ralf.train.retrain.resumable import Facts, Step, Stopped
 from ralf.train.trainings import TrainingFailed
 from ralf.worker.drift import EDGES
 
@@ -51,7 +57,7 @@ if TYPE_CHECKING:
     from ralf.kernels.build import Builder
 
 
-def steps(order: Retraining) -> list[Step]:
+def all_steps(order: Retraining) -> list[Step]:
     """All steps, in order."""
     on = "made clips of " if order.clips else ""
     gate = residual_step(order)

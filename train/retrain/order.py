@@ -11,7 +11,7 @@ from ralf.train.data.index import Index
 from ralf.train.data.layouts import read_all
 from ralf.train.publish import Target
 from ralf.train.recipe_text import to_json
-from ralf.train.resumable import Facts, Say
+from ralf.train.retrain.resumable import Facts, Say
 from ralf.train.trainings import ChainRun
 
 LEAST_PEOPLE = 30

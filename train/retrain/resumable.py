@@ -8,7 +8,7 @@ starts anew when it was interrupted, and gives the same result; a training goes 
 checkpoint.  The file is replaced in one move after each step.
 
 Each step ends at a condition.  Where it does not hold, the step raises Stopped, and no later step
-is begun.  What the steps of `ralf retrain` do is in ralf.train.retrain.
+is begun.  What the steps of `ralf retrain` do is in ralf.train.retrain.steps.
 """
 
 import hashlib

@@ -1,5 +1,10 @@
-"""How `ralf retrain` judges what it trained: made clips, calibration, and the figures of the card.
+"""How `ralf retrain` judges what it trained: the residual, made clips, calibration, the figures.
 
+residual    a RALF of two streams is published as RALF only where its residual is at work: closing
+            it must cost AUC on the family held out, with a 95 % interval over people above 0.  Else
+            the plain classifier inside goes on, under its own name: the two are never called by one
+            another's.  Beside it stand the figures of a control, a classifier trained for about the
+            same minutes that never had a residual
 clips       videos made of the data's stills, and faces cut from them by the worker's face finder
 calibrate   forgeries score above reals on the calibration split
 evaluate    AUC above chance on the test split, with the threshold that the version is served with
@@ -25,16 +30,71 @@ from ralf.train.data.layouts import read_all
 from ralf.train.data.prepare import prepare
 from ralf.train.evaluate.judge import JudgedModel, evaluate, model_of_run
 from ralf.train.evaluate.tables import table
+from ralf.train.evaluate.tables.residual import residual_figures
 from ralf.train.evaluate.tables.table import TableOptions, read_groups
 from ralf.train.forge.clips import INDEX, ClipOptions, make_clips
 from ralf.train.forge.families import FAMILIES
-from ralf.train.loop.checkpoint import BEST
+from ralf.train.loop.checkpoint import BEST, has_checkpoint
+from ralf.train.publish import without_residual
 from ralf.train.recipe import seen_families
-from ralf.train.residual_gate import published_folder
-from ralf.train.resumable import Facts, Step, Stopped
-from ralf.train.retrain_renderers import all_cores, fitted
-from ralf.train.retraining import Retraining
+from ralf.train.retrain.order import Retraining
+from ralf.train.retrain.renderers import all_cores, fitted
+from ralf.train.retrain.resumable import Facts, Step, Stopped
+from ralf.train.trainings import ChainRun
 from ralf.worker.drift import histogram
+
+CLOSED = "without_residual"
+"""The folder of the plain classifier inside, in the run's folder."""
+
+
+# residual
+
+
+def residual_step(order: Retraining) -> Step | None:
+    """The step that decides what is published; None where the chain trains no second stream."""
+    training, name, split = order.training, order.name, order.calibrate_on
+    network, chain = training.last_recipe.network, training.chain
+    if network.build != "ralf" or network.dimensions.get("sees") != "bands":
+        return None
+    return Step(
+        "residual",
+        {"split": split, "control": chain.control, "name": name, "otherwise": chain.classifier},
+        lambda done: _residual(order.with_forgeries(done)),
+        f"closing it costs AUC on the family held out, or {chain.classifier} is published",
+        still_there=lambda facts: has_checkpoint(Path(facts["folder"])),
+    )
+
+
+def _residual(order: Retraining) -> Facts:
+    """What each part of the network is worth on the split's people; which run is published."""
+    training, name, split, say = order.training, order.name, order.calibrate_on, order.say
+    chain, folder, device = training.chain, training.last_folder, order.torch_device
+    named = [each for each in chain.trainings if each.name == chain.control]
+    control = model_of_run(training.folder(named[0]), device=device) if named else None
+    found = residual_figures(
+        model_of_run(folder, device=device), training.index, TableOptions(split=split), control
+    )
+    value, low, high = found.views["closed"]["costs held out"]
+    said = f"{value:+.4f} [{low:+.4f}, {high:+.4f}] of the AUC on the family held out"
+    say(f"residual: closing it costs {said}")
+    if not found.earned:
+        why = f"Trained as RALF. Closing the residual costs {said}: this is the classifier alone."
+        folder = without_residual(folder, training.run / CLOSED, why)
+        say(f"residual: not at work, so the classifier is published, as {chain.classifier}")
+    return {
+        "folder": str(folder),
+        "earned": found.earned,
+        "name": name if found.earned else chain.classifier,
+        "views": found.as_json(),
+    }
+
+
+def published_folder(training: ChainRun, done: Mapping[str, Facts]) -> Path:
+    """The run that is published."""
+    return Path(done["residual"]["folder"]) if "residual" in done else training.last_folder
+
+
+# clips
 
 
 def clips_step(order: Retraining) -> Step:
@@ -83,6 +143,9 @@ def _clips(
         order.say(f"clips: {len(clips)} of split {split}")
         found[split] = str(folder / INDEX)
     return found
+
+
+# calibrate
 
 
 def calibrate_step(order: Retraining, done: Mapping[str, Facts]) -> Facts:
@@ -169,6 +232,9 @@ def calibrated_of(facts: Facts) -> Calibrated:
     before, after = facts["nll"]
     found = {"thresholds": facts["thresholds"], "nll_before": before, "nll_after": after}
     return restored(Calibration(**facts["calibration"]), found)
+
+
+# evaluate
 
 
 def evaluate_step(order: Retraining, done: Mapping[str, Facts]) -> Facts:
