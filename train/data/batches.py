@@ -10,7 +10,6 @@ are cut by the worker's own function.  The frames of a video are used equally of
 from an endless series of shuffles.  Batches to judge by are in ralf.train.data.evaluation_set.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,7 +24,7 @@ from ralf.train.data.check import refuse_leaks
 from ralf.train.data.crop import Cut, region
 from ralf.train.data.crop_cache import CropCache, CropPair
 from ralf.train.data.index import Index, IndexFault
-from ralf.train.data.pictures import Frame
+from ralf.train.data.pictures import Frame, seeded_by
 from ralf.train.data.pool import Pool
 from ralf.train.forge.families import FAMILIES, Family
 from ralf.train.forge.identity import as_another_person
@@ -172,8 +171,7 @@ class Batches:
         place, which = divmod(number, self.data.variants or 1)
         video = int(np.searchsorted(self._first, place, side="right")) - 1
         real = self.pool.real[video][place - int(self._first[video])]
-        digest = hashlib.sha256(f"{real.name} variant {which}".encode()).digest()[:8]
-        rng = np.random.default_rng(int.from_bytes(digest, "big"))
+        rng = seeded_by(f"{real.name} variant {which}")
         made = self._pair(real, rng, rng)
         if self.cache:
             self.cache.put(number, made)
@@ -250,18 +248,14 @@ class Batches:
     ) -> CropPair:
         """`shown` is the face to forge: the real face itself, or another."""
         family = self._family(how)
-        image, face = self._open(shown)
-        if face is None:
-            raise IndexFault(
-                f"{shown.path} has no box and five points, so nothing can be blended into it: "
-                "`ralf data prepare` finds them"
-            )
+        pictures = self.pool.pictures
+        image, face = pictures.picture(shown), pictures.face_to_forge(shown)
         # One damage and one cut for both faces of the pair: quality must not give the label away.
         damage = draw_damage(self.data.augment, rng, face_px=_longer(face))
         cut = self._cut(rng, flip=damage.flip)
         # Changed before the forging, so that an unusual face is met among the reals, too.
         part, moved = as_another_person(*region(image, face, cut), damage.identity_seed)
-        fake = self.pool.forgery(shown, part, moved, family, rng)
+        fake = self.pool.forgery(shown, part, moved, family, rng)[0]
         forged = self._crop(fake, moved, damage, cut, rng)
         if shown is real:
             genuine = self._crop(part, moved, damage, cut, rng)
@@ -289,14 +283,11 @@ class Batches:
         number = self.pool.number(forged.row.method)
         return CropPair(crops[0], crops[1], forged.name, number, same_face)
 
-    def _open(self, frame: Frame) -> tuple[Image, FaceGeometry | None]:
-        return self.pool.pictures.picture(frame), self.pool.pictures.face(frame)
-
     def _frame_crop(
         self, frame: Frame, damage: UploadDamage, cut: Cut, rng: np.random.Generator
     ) -> Tensor:
         """A frame from disk, damaged and cut."""
-        image, face = self._open(frame)
+        image, face = self.pool.pictures.picture(frame), self.pool.pictures.face(frame)
         if face is not None:
             image, face = as_another_person(*region(image, face, cut), damage.identity_seed)
         return self._crop(image, face, damage, cut, rng)

@@ -6,7 +6,6 @@ randomness is seeded by the name of the frame, so that one more video changes no
 condition (evaluate/conditions.py) changes real and forged alike, before the crop is cut.
 """
 
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from ralf.train.data.batches import REAL, Batch
 from ralf.train.data.crop import Cut, region
 from ralf.train.data.index import Index, IndexFault
-from ralf.train.data.pictures import Frame
+from ralf.train.data.pictures import Frame, seeded_by
 from ralf.train.data.pool import Pool
 from ralf.train.evaluate.conditions import CLEAN, on_crop, parse, perturb
 from ralf.train.forge.families import FAMILIES, Family
@@ -136,24 +135,20 @@ class Examples:
 
     def crop(self, item: Example) -> Tensor:
         """u8 [3, s, s]."""
-        seed = hashlib.sha256(f"{item.name} {self.condition}".encode()).digest()[:8]
-        image, face = self.pool.pictures.picture(item.frame), self.pool.pictures.face(item.frame)
-        cut = Cut(self.data.input)
-        if item.family is None and self.condition == CLEAN:
-            return cut.take(image, face)  # what serving would cut, to the bit
-        if face is not None:
-            image, face = region(image, face, cut)
-        if item.family is not None:
-            if face is None:
-                raise IndexFault(
-                    f"{item.frame.path} has no box and five points, so nothing can be blended "
-                    "into it: `ralf data prepare` finds them"
-                )
+        pictures, cut = self.pool.pictures, Cut(self.data.input)
+        image = pictures.picture(item.frame)
+        if item.family is None:
+            face = pictures.face(item.frame)
+            if self.condition == CLEAN:
+                return cut.take(image, face)  # what serving would cut, to the bit
+            if face is not None:
+                image, face = region(image, face, cut)
+        else:
+            image, face = region(image, pictures.face_to_forge(item.frame), cut)
             # The same forgery under every condition: only the condition differs.
-            own = hashlib.sha256(item.name.encode()).digest()[:8]
-            rng = np.random.default_rng(int.from_bytes(own, "big"))
-            image = self.pool.forgery(item.frame, image, face, item.family, rng)
-        rng = np.random.default_rng(int.from_bytes(seed, "big"))
+            rng = seeded_by(item.name)
+            image, _ = self.pool.forgery(item.frame, image, face, item.family, rng)
+        rng = seeded_by(f"{item.name} {self.condition}")
         if not on_crop(self.condition):
             return cut.take(perturb(image, self.condition, rng), face)
         crop = np.ascontiguousarray(cut.take(image, face).numpy().transpose(1, 2, 0))

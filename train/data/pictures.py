@@ -6,6 +6,7 @@ processes read the same bytes.  Files beyond the memory budget are read from dis
 picture that cannot be read is an error that names it; it is never replaced by another one.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ class Frame:
     def name(self) -> str:
         """Dataset, method, compression, video and frame: identifies a score."""
         return "/".join((*self.row.key, str(self.number)))
+
+
+def seeded_by(name: str) -> np.random.Generator:
+    """The generator of that name: the same in every process, whatever else is drawn."""
+    digest = hashlib.sha256(name.encode()).digest()[:8]
+    return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
 def frames_of(index: Index) -> dict[tuple[str, str, str, str], list[Frame]]:
@@ -105,6 +112,16 @@ class Pictures:
         if face is not None and not face.consistent:
             face = FaceGeometry(face.box, face.five)
         return face.by_mesh() if face is not None and self._by_mesh else face
+
+    def face_to_forge(self, frame: Frame) -> FaceGeometry:
+        """Where the face is; an error where that is not known."""
+        face = self.face(frame)
+        if face is None:
+            raise IndexFault(
+                f"{frame.path} has no box and five points, so nothing can be blended into it: "
+                "`ralf data prepare` finds them"
+            )
+        return face
 
     def _stored_face(self, frame: Frame) -> FaceGeometry | None:
         """DeepfakeBench's landmarks; its crops are 1.3 times the face, so the box follows."""

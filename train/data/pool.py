@@ -139,19 +139,11 @@ class Pool:
         face: FaceGeometry,
         family: Family | ForgeryFamily,
         rng: np.random.Generator,
-    ) -> Image:
-        """A pseudo-forgery of the region; with nobody to swap with, of the face itself."""
-        return self.forgery_and_mask(frame, image, face, family, rng)[0]
-
-    def forgery_and_mask(
-        self,
-        frame: Frame,
-        image: Image,
-        face: FaceGeometry,
-        family: Family | ForgeryFamily,
-        rng: np.random.Generator,
     ) -> tuple[Image, Pixels]:
-        """The same, and how much of each pixel is forged: f32 [h, w], 0 to 1."""
+        """A pseudo-forgery of the region, and how much of each pixel is forged: f32 [h, w], 0 to 1.
+
+        With nobody to swap with, it is made of the face itself.
+        """
         return next(self.forgeries(frame, image, (face,), family, rng))
 
     def forgeries(

@@ -6,7 +6,6 @@ detail than cheeks and background, so the residual may be larger inside the mask
 forgery: beside the figure stands the same AUC on the untouched face under the same mask.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from ralf.kernels.manifest import RESIDUAL_INSIDE
 from ralf.train.data.crop import Cut, region
-from ralf.train.data.evaluation_set import Example
 from ralf.train.data.index import Index
+from ralf.train.data.pictures import seeded_by
 from ralf.train.evaluate.judge import JudgedModel, examples_for
 from ralf.train.evaluate.metrics import auc, middle_95
 from ralf.train.forge.families import FAMILIES, REGISTRY
@@ -98,9 +97,9 @@ def _masked(
             continue
         part, moved = region(image, face, cut)
         assert item.family is not None
-        fake, mask = examples.pool.forgery_and_mask(
-            item.frame, part, moved, item.family, _generator(item)
-        )
+        # By the generator that the examples themselves use, so that both show the same forgery.
+        rng = seeded_by(item.name)
+        fake, mask = examples.pool.forgery(item.frame, part, moved, item.family, rng)
         grey = np.repeat((mask * 255).astype(np.uint8)[..., None], 3, axis=-1)
         share = cut.take(grey, moved)[0].numpy() / 255
         found = _Masked(
@@ -108,9 +107,3 @@ def _masked(
         )
         if min(found.inside.mean(), found.outside.mean()) >= LEAST_SHARE:
             yield found
-
-
-def _generator(item: Example) -> np.random.Generator:
-    """As the examples themselves are made, so that both show the same forgery."""
-    own = hashlib.sha256(item.name.encode()).digest()[:8]
-    return np.random.default_rng(int.from_bytes(own, "big"))

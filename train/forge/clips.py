@@ -16,18 +16,17 @@ are drawn by the still's name.  Made clips cannot show real reenactment.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from ralf.train.data.index import REAL, Index, IndexFault, Row
-from ralf.train.data.pictures import Frame
+from ralf.train.data.pictures import Frame, seeded_by
 from ralf.train.data.pool import Pool
+from ralf.train.data.processes import results
 from ralf.train.forge.drift import Drift, joined
 from ralf.train.forge.families import FAMILIES, Family, ForgeryFamily, of
 from ralf.train.forge.landmarks import FaceGeometry
@@ -45,6 +44,8 @@ CODECS = ("libx264", "libx265", "libvpx-vp9")
 SIZES = ((480, 480), (640, 480), (480, 640), (720, 576))
 TALL = (0.5, 1.15)
 """Least and greatest height of the portrait over that of the frame: faces of 120 to 330 pixels."""
+SHARE = 8
+"""Stills that a process takes at a time."""
 OnProgress = Callable[[int, int, str], None]
 
 
@@ -107,10 +108,10 @@ def make_clips(
     if not stills:
         raise IndexFault(f"split {split!r} has no real pictures to set in motion")
     _record(out, options)
-    make = partial(_make_all, index, split, options, out)
+    make, opened = partial(_clips, pool, out), partial(_opened, index, split, out)
     tasks = [_StillTask(still, number, options) for number, still in enumerate(stills)]
     rows: list[Row] = []
-    for done, made in enumerate(_run(make, tasks, workers), 1):
+    for done, made in enumerate(results(make, opened, tasks, workers, share=SHARE), 1):
         rows += made
         if on_progress is not None:
             on_progress(done, len(tasks), made[0].path)
@@ -150,40 +151,14 @@ class _StillTask:
         return tuple(ways[(start + turn) % len(ways)] for turn in range(each))
 
 
-def _run(
-    make: Callable[[Sequence[_StillTask]], list[list[Row]]], tasks: list[_StillTask], workers: int
-) -> Iterator[list[Row]]:
-    """The rows of each still, in order."""
-    if workers == 0:
-        yield from (make([task])[0] for task in tasks)
-        return
-    shares = [tasks[place : place + 8] for place in range(0, len(tasks), 8)]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
-        for made in processes.map(make, shares):
-            yield from made
+def _opened(index: Index, split: str, out: Path) -> Callable[[_StillTask], list[Row]]:
+    return partial(_clips, Pool(index, Data(), split, ram_bytes=0), out)
 
 
-_pool: tuple[tuple[Path, str], Pool] | None = None
-
-
-def _make_all(
-    index: Index, split: str, options: ClipOptions, out: Path, tasks: Sequence[_StillTask]
-) -> list[list[Row]]:
-    """The clips of some stills; each process opens the pool of donors once."""
-    global _pool
-    if _pool is None or _pool[0] != (index.root, split):
-        _pool = ((index.root, split), Pool(index, Data(), split, ram_bytes=0))
-    return [_clips(task, _pool[1], out) for task in tasks]
-
-
-def _clips(task: _StillTask, pool: Pool, out: Path) -> list[Row]:
+def _clips(pool: Pool, out: Path, task: _StillTask) -> list[Row]:
+    """The rows of a still's clips, which are made where they are missing."""
     still = task.still
-    face = pool.pictures.face(still)
-    if face is None:
-        raise IndexFault(
-            f"{still.path} has no box and five points, so nothing can be blended into it: "
-            "`ralf data prepare` finds them"
-        )
+    face = pool.pictures.face_to_forge(still)
     rows = []
     for way in (None, *task.ways):
         name = way.name if way else REAL
@@ -210,11 +185,11 @@ def _forged(
 ) -> list[Image]:
     """The forged still; with drift, one for each frame of the clip."""
     still, options = task.still, task.options
-    rng = _seeded(f"{still.name}+{way.name}")
+    rng = seeded_by(f"{still.name}+{way.name}")
     if not options.drift:
-        return [pool.forgery(still, image, face, way, rng)]
+        return [pool.forgery(still, image, face, way, rng)[0]]
     # The first face is the one that the donor is chosen by; it is not shown.
-    drift = Drift(_seeded(f"{still.name}+{way.name} drifts"), FPS)
+    drift = Drift(seeded_by(f"{still.name}+{way.name} drifts"), FPS)
     slips = list(drift.slips(face, round(options.seconds * FPS)))
     made = pool.forgeries(still, image, (face, *(slip.face for slip in slips)), way, rng)
     next(made)
@@ -226,9 +201,9 @@ def _write(
 ) -> None:
     """The clip, written whole or not at all; its motion depends on the still's name alone."""
     # A generator of its own, so that the family changes nothing about the motion.
-    rng, compression = _seeded(f"{still.name} moves"), path.relative_to(path.parents[2]).parts[0]
+    rng, compression = seeded_by(f"{still.name} moves"), path.relative_to(path.parents[2]).parts[0]
     size = SIZES[rng.integers(len(SIZES))]
-    upload = _seeded(f"{still.name} upload") if compression == UPLOAD else None
+    upload = seeded_by(f"{still.name} upload") if compression == UPLOAD else None
     frames = animate(
         portraits,
         background=surroundings(real, *size) if len(portraits) > 1 else None,
@@ -294,7 +269,3 @@ def _row(still: Frame, method: str, compression: str, path: str) -> Row:
 
 def _stem(still: Frame) -> str:
     return f"{Path(still.path).stem}-{hashlib.sha256(still.name.encode()).hexdigest()[:6]}"
-
-
-def _seeded(name: str) -> np.random.Generator:
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))

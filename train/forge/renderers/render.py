@@ -15,20 +15,18 @@ name, person, compression and split, and training pairs each real with a forgery
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image as Picture
 
 from ralf.kernels.atomic_files import replace_text
 from ralf.train.data.index import Index, IndexFault, Row
-from ralf.train.data.pictures import Frame
+from ralf.train.data.pictures import Frame, seeded_by
 from ralf.train.data.pool import VARIANT, Pool
+from ralf.train.data.processes import results
 from ralf.train.forge.pixels import Image
 from ralf.train.forge.renderers.stored import load
 from ralf.train.recipe import Data
@@ -72,7 +70,8 @@ def render(
     rows: list[Row] = []
     tasks = [_Task(still, variant) for variant in range(request.variants) for still in stills]
     setup = _Setup(index, request.split, request.renderer, folder)
-    for done, row in enumerate(_run(tasks, request.workers, setup), 1):
+    make, opened = _Forger(setup, pool).make, partial(_opened, setup)
+    for done, row in enumerate(results(make, opened, tasks, request.workers, share=SHARE), 1):
         rows.append(row)
         if on_progress is not None:
             on_progress(done, len(tasks), row.path)
@@ -115,19 +114,6 @@ class _Task:
         return f"{Path(self.still.path).stem[:40]}-{digest}"
 
 
-def _run(tasks: list[_Task], workers: int, setup: "_Setup") -> Iterator[Row]:
-    """The row of each task, in order."""
-    if workers == 0:
-        forger = _Forger(setup)
-        yield from (forger.make(task) for task in tasks)
-        return
-    shares = [tasks[place : place + SHARE] for place in range(0, len(tasks), SHARE)]
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_start, initargs=(setup,)) as processes:
-        for made in processes.map(_make_all, shares):
-            yield from made
-
-
 @dataclass(frozen=True)
 class _Setup:
     """What a process needs to render any task."""
@@ -138,26 +124,15 @@ class _Setup:
     folder: Path
 
 
-_forger: "_Forger | None" = None
-
-
-def _start(setup: _Setup) -> None:
-    global _forger
-    torch.set_num_threads(1)
-    _forger = _Forger(setup)
-
-
-def _make_all(tasks: Sequence[_Task]) -> list[Row]:
-    assert _forger is not None
-    return [_forger.make(task) for task in tasks]
+def _opened(setup: _Setup) -> Callable[[_Task], Row]:
+    return _Forger(setup, _authentic(setup.index, setup.split)).make
 
 
 class _Forger:
     """The faces, the renderer and the folder of one process."""
 
-    def __init__(self, setup: _Setup) -> None:
-        self.setup = setup
-        self.pool = _authentic(setup.index, setup.split)
+    def __init__(self, setup: _Setup, pool: Pool) -> None:
+        self.setup, self.pool = setup, pool
         self.family = load(setup.renderer).renderer.as_family()
 
     def make(self, task: _Task) -> Row:
@@ -167,10 +142,9 @@ class _Forger:
         face = self.pool.pictures.face(still)
         assert face is not None  # `render` has looked
         if not path.exists():
-            digest = hashlib.sha256(f"{task.name}+{self.family.name}".encode()).digest()[:8]
-            rng = np.random.default_rng(int.from_bytes(digest, "big"))
+            rng = seeded_by(f"{task.name}+{self.family.name}")
             image = self.pool.pictures.picture(still)
-            _store(self.pool.forgery(still, image, face, self.family, rng), path)
+            _store(self.pool.forgery(still, image, face, self.family, rng)[0], path)
         real = self.setup.index.anywhere(still.row)
         return replace(
             real,
