@@ -1,11 +1,13 @@
 """Made clips: twins that differ in the forgery alone, as a dataset that can be prepared."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from ralf.kernels.manifest import InputContract
+from ralf.kernels.manifest import Finder, InputContract
 from ralf.train.data.index import Index, IndexFault, load
 from ralf.train.data.pool import Pool
 from ralf.train.data.prepare import prepare
@@ -91,6 +93,23 @@ def test_a_broken_off_run_goes_on_and_ends_the_same(stills, made, tmp_path):
         if path != remade
     )
     assert not list(tmp_path.rglob("*.part.mp4"))
+
+
+def test_clips_are_forged_as_the_recipe_says_that_they_judge(stills, tmp_path):
+    """Of faces found by its contract, on pictures that end at the face; not mixed with others."""
+    data = Data(input=InputContract(finder=Finder(min_face=32)), tight_pictures=True)
+    prepared = replace(stills, root=tmp_path / "stills")
+    shutil.copytree(stills.root, prepared.root)
+    contract = {"contract": data.input.model_dump(mode="json")}
+    (prepared.root / "prepare.json").write_text(json.dumps(contract))
+    quick = replace(QUICK, crfs=(40,))
+    made = make_clips(prepared, tmp_path / "made", quick, split="val", data=data, limit=1)
+
+    assert 2 == len(made)
+    with pytest.raises(IndexFault, match="finder"):
+        make_clips(prepared, tmp_path / "others", quick, split="val", limit=1)
+    with pytest.raises(IndexFault, match=r"begun with .*tight_pictures"):
+        make_clips(stills, tmp_path / "made", quick, split="val", limit=1)
 
 
 def test_the_worker_finds_the_faces_in_them(made, tmp_path):

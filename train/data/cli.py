@@ -87,6 +87,9 @@ def _add_clips(verbs: Commands) -> None:
     clips.add_argument("--renderers", nargs="*", type=Path, default=[], metavar="FILE",
                        help="forge with these files of `ralf forge fit` as well, in turn",
                        )  # fmt: skip
+    clips.add_argument("--recipe", metavar="RECIPE",
+                       help="find and forge faces as this recipe's data part says (default: as a "
+                       "recipe does that changes nothing)")  # fmt: skip
     clips.add_argument("--crf", default="23,40", metavar="A,B",
                        help="encode each clip at these qualities of H.264, 0 (best) to 51",
                        )  # fmt: skip
@@ -137,6 +140,7 @@ def _clips(args: argparse.Namespace) -> int:
     from ralf.train.forge.clips import INDEX, ClipOptions, make_clips
     from ralf.train.forge.families import FAMILIES
     from ralf.train.recipe import HELD_OUT
+    from ralf.train.recipes import named
 
     seen = tuple(family for family in FAMILIES if family != HELD_OUT)
     options = ClipOptions(
@@ -155,6 +159,7 @@ def _clips(args: argparse.Namespace) -> int:
             args.out,
             options,
             split=args.split,
+            data=named(args.recipe).data if args.recipe else None,
             limit=args.limit,
             workers=args.workers,
             on_progress=move,

@@ -98,17 +98,22 @@ def make_clips(
     options: ClipOptions,
     *,
     split: str,
+    data: Data | None = None,
     limit: int | None = None,
     workers: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Index:
-    """The clips of a split's real stills, and the index of them, also written to OUT/index.csv."""
-    pool = Pool(index, Data(), split, ram_bytes=0)
+    """The clips of a split's real stills, and the index of them, also written to OUT/index.csv.
+
+    `data` says how faces are found and forged: the part of the recipe that is to be judged by them.
+    """
+    data = data or Data()
+    pool = Pool(index, data, split, ram_bytes=0)
     stills = [video[0] for video in pool.real][:limit]
     if not stills:
         raise IndexFault(f"split {split!r} has no real pictures to set in motion")
-    _record(out, options)
-    make, opened = partial(_clips, pool, out), partial(_opened, index, split, out)
+    _record(out, options, tight=data.tight_pictures)
+    make, opened = partial(_clips, pool, out), partial(_opened, index, split, data, out)
     tasks = [_StillTask(still, number, options) for number, still in enumerate(stills)]
     rows: list[Row] = []
     for done, made in enumerate(results(make, opened, tasks, workers, share=SHARE), 1):
@@ -122,9 +127,11 @@ def make_clips(
     return found
 
 
-def _record(out: Path, options: ClipOptions) -> None:
+def _record(out: Path, options: ClipOptions, *, tight: bool) -> None:
     """Write down what makes the same clip another one; a folder begun otherwise is refused."""
     facts = {"seconds": options.seconds, "drift": options.drift}
+    # Said only where it is so: folders of earlier versions do not have it.
+    facts |= {"tight_pictures": True} if tight else {}
     path = out / OPTIONS
     if path.exists() and (before := json.loads(path.read_text())) != facts:
         raise IndexFault(
@@ -151,8 +158,8 @@ class _StillTask:
         return tuple(ways[(start + turn) % len(ways)] for turn in range(each))
 
 
-def _opened(index: Index, split: str, out: Path) -> Callable[[_StillTask], list[Row]]:
-    return partial(_clips, Pool(index, Data(), split, ram_bytes=0), out)
+def _opened(index: Index, split: str, data: Data, out: Path) -> Callable[[_StillTask], list[Row]]:
+    return partial(_clips, Pool(index, data, split, ram_bytes=0), out)
 
 
 def _clips(pool: Pool, out: Path, task: _StillTask) -> list[Row]:

@@ -122,7 +122,7 @@ def _clips(
     order: Retraining, families: Mapping[str, tuple[Any, ...]], done: Mapping[str, Facts]
 ) -> Facts:
     """Faces cut from clips of the calibration split and of the test split: their indexes."""
-    how = order.clips
+    how, data = order.clips, order.training.last_recipe.data
     assert how is not None
     found: Facts = {}
     for split, drawn in families.items():
@@ -135,11 +135,10 @@ def _clips(
         stills = evenly(order.index.where(split=split, label=0), how.stills)
         workers = order.training.room if order.training.room > 1 else 0
         clips = make_clips(
-            stills, order.run / "clips" / split, options, split=split, workers=workers
+            stills, order.run / "clips" / split, options, split=split, data=data, workers=workers
         )
         folder = order.run / "crops" / split
-        contract = order.training.last_recipe.data.input
-        prepare(clips, folder, contract, frames=how.frames, device=order.training.device)
+        prepare(clips, folder, data.input, frames=how.frames, device=order.training.device)
         order.say(f"clips: {len(clips)} of split {split}")
         found[split] = str(folder / INDEX)
     return found
