@@ -33,7 +33,6 @@ convolutions are not padded and lose a border; later strides round up, which res
 m: faces   s: side of a crop
 """
 
-from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -50,6 +49,7 @@ from ralf.kernels.networks.backbones import (
     lower_backbone,
     unit,
 )
+from ralf.kernels.networks.bands import in_fp32
 
 BLOCK = 8
 CHANNELS = 3 * BLOCK * BLOCK
@@ -92,12 +92,9 @@ class Spectrum(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Images of 0..1."""
-        device, kernels = image.device.type, self.kernels
-        # Autocast would run it in bf16, whose steps near white are as large as fine detail.
-        # torch.autocast raises for device types without autocast, such as meta.
-        known = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if known else nullcontext():
-            return F.conv2d(image.to(kernels.dtype) - LEVEL, kernels, stride=BLOCK)
+        # Near white bf16's steps are as large as fine detail.
+        with in_fp32(image.device.type):
+            return F.conv2d(image.to(self.kernels.dtype) - LEVEL, self.kernels, stride=BLOCK)
 
 
 class ChannelAttention(nn.Module):

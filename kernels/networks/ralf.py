@@ -41,7 +41,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ralf.kernels.dct import destruct_reference
 from ralf.kernels.destructor import split
 from ralf.kernels.networks.backbones import (
     Backbone,
@@ -157,11 +156,6 @@ class Ralf(nn.Module):
     def destroy(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         """The crops without what the mask takes away, FP32, and |x − that|."""
         mask = self.mask.float().sigmoid()
-        if torch.compiler.is_exporting():
-            # Plain products: our op exists only in torch, and torch 2.11 cannot decompose it after
-            # the export (SpecViolationError: the basis is a constant that the program lacks).
-            destroyed = destruct_reference(crops, mask)
-            return destroyed, (unit(crops) - destroyed).abs()
         made: tuple[Tensor, Tensor]
         made = split(crops, mask, self.filters_in_half(crops.device))
         return made
