@@ -15,11 +15,10 @@ from torch import Tensor
 from ralf.kernels.manifest import InputContract, Sampling
 from ralf.kernels.networks import build
 from ralf.train.data.index import Index
-from ralf.train.evaluate.cost import cost
 from ralf.train.evaluate.judge import JudgedModel, evaluate, model_of_network
 from ralf.train.evaluate.metrics import Scored, auc, bootstrap_interval, paired_bootstrap_interval
 from ralf.train.evaluate.tables import table
-from ralf.train.evaluate.tables.detectors import CANNOT, score_all
+from ralf.train.evaluate.tables.detectors import CANNOT, cost, score_all
 from ralf.train.evaluate.tables.table import TableOptions
 from ralf.train.recipe import HELD_OUT, Recipe
 from ralf.train.recipe_text import override, to_json
