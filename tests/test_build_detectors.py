@@ -8,7 +8,7 @@ import pytest
 from ralf.kernels import plans
 from ralf.kernels.artifact import Artifact
 from ralf.kernels.build import BuildRequest, build
-from ralf.train.ensemble import publish_ensemble
+from ralf.train.publish.ensemble import publish_ensemble
 from tests.test_ensemble import member
 
 if os.environ.get("REQUIRE_RTX") != "1":

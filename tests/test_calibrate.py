@@ -13,8 +13,12 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
 from ralf.kernels.manifest import Calibration, CompressionPoint, InputContract, Manifest
-from ralf.train import calibrate as calibrate_module
-from ralf.train.calibrate import (
+from ralf.train.data.index import Index, Row
+from ralf.train.data.pool import Pool
+from ralf.train.evaluate.judge import JudgedModel, score_examples
+from ralf.train.evaluate.metrics import at_even_odds, ece, share_interval
+from ralf.train.publish import calibrate as calibrate_module
+from ralf.train.publish.calibrate import (
     CalibrationError,
     calibrate,
     calibrate_on_split,
@@ -22,11 +26,7 @@ from ralf.train.calibrate import (
     nll,
     probability,
 )
-from ralf.train.data.index import Index, Row
-from ralf.train.data.pool import Pool
-from ralf.train.evaluate.judge import JudgedModel, score_examples
-from ralf.train.evaluate.metrics import at_even_odds, ece, share_interval
-from ralf.train.thresholds import SMALL, at_false_positives, at_misses
+from ralf.train.publish.thresholds import SMALL, at_false_positives, at_misses
 from tests.faces_on_disk import faces
 
 

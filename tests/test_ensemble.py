@@ -21,7 +21,7 @@ from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Manif
 from ralf.kernels.networks import build
 from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import patterns, settle
-from ralf.train.ensemble import EnsembleError, publish_ensemble
+from ralf.train.publish.ensemble import EnsembleError, publish_ensemble
 from ralf.worker.ensemble import FaceScorer
 from ralf.worker.scores import Scores, video_score
 from ralf.worker.verdict import judge

@@ -31,7 +31,7 @@ from ralf.train.loop.run_log import RunLog
 from ralf.train.loop.step import Diverged, Stepper
 from ralf.train.loop.validate import judge_validation
 from ralf.train.losses.objective import Moment, Objective
-from ralf.train.publish import publish_run
+from ralf.train.publish.version import publish_run
 from ralf.train.recipe import Optimiser, Recipe, Schedule
 from ralf.train.recipe_text import RecipeError
 from tests.training import Halves, MadeBatch, MadeBatches, StubRalf, environment, tiny

@@ -14,11 +14,11 @@ from ralf.kernels.manifest import Reference, held_out_family
 from ralf.kernels.networks import build
 from ralf.kernels.registry import point_to
 from ralf.kernels.untrained import patterns
-from ralf.train.calibrate import calibrate, restored
-from ralf.train.card import Portion, defects, portions, without_places
 from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, judged, load, weights
 from ralf.train.loop.loop import Options, train
-from ralf.train.publish import GOLDEN_CROPS, PublishDetails, publish_run, recalibrate
+from ralf.train.publish.calibrate import calibrate, restored
+from ralf.train.publish.card import Portion, defects, portions, without_places
+from ralf.train.publish.version import GOLDEN_CROPS, PublishDetails, publish_run, recalibrate
 from ralf.train.recipes import named
 from tests.training import MadeBatches, tiny
 

@@ -16,7 +16,7 @@ from ralf.kernels.networks import build
 from ralf.kernels.registry import point_to
 from ralf.train.loop.checkpoint import LAST, judged, load, weights
 from ralf.train.loop.loop import Options, train
-from ralf.train.publish import publish_run
+from ralf.train.publish.version import publish_run
 from ralf.train.recipe import Recipe
 from ralf.train.recipes import RECIPES
 from ralf.worker.contract import Sampling

@@ -16,7 +16,7 @@ from ralf.kernels import artifact as models
 from ralf.kernels import registry
 from ralf.train import trainings
 from ralf.train.loop import loop
-from ralf.train.publish import targets_of
+from ralf.train.publish.version import targets_of
 from ralf.train.retrain import steps
 from ralf.train.retrain.resumable import Step
 from tests.test_train_cli import TINY

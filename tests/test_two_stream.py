@@ -26,7 +26,7 @@ from ralf.train.loop.initial_weights import make_network
 from ralf.train.loop.loop import Options, train
 from ralf.train.loop.step import objective
 from ralf.train.losses.objective import Moment
-from ralf.train.publish import publish_run, without_residual
+from ralf.train.publish.version import publish_run, without_residual
 from ralf.train.recipe import Recipe
 from ralf.train.recipe_text import RecipeError
 from ralf.train.retrain import judging

@@ -1,277 +1,301 @@
-"""`ralf publish | calibrate | ensemble`: their options, and what they print.
+"""The commands of this room: `ralf train` and `ralf retrain`; the others are in their folders'
+cli.py.
 
 Each command imports what it needs when it runs, so that `--help` is instant.  Results go to stdout,
-one JSON line or a path; progress and refusals go to stderr.  `ralf train` and `ralf retrain` are in
-ralf.train.training_cli; `ralf data`, `ralf forge` and `ralf evaluate` in cli.py of their folders.
-
-Exit codes: 0 done, 1 training diverged or a condition of retraining does not hold, 2 cannot be done
-as asked, 130 interrupted (the same command goes on).
+one JSON line or a path; progress and refusals go to stderr.
 """
 
 import argparse
+import json
+import os
+import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ralf.kernels.cli import DEVICE, SPEC
-from ralf.train.command_line import DATA, OK, Commands, add_command, add_models_option, listed
+from ralf.kernels.cli import DEVICE
+from ralf.train.command_line import (
+    DATA,
+    INTERRUPTED,
+    OK,
+    Commands,
+    add_command,
+    add_models_option,
+    changes_of,
+    listed,
+)
 from ralf.train.data.cli import data_commands
 from ralf.train.evaluate.cli import evaluate_commands
 from ralf.train.forge.cli import forge_commands
-from ralf.train.training_cli import training_commands
+from ralf.train.publish.cli import publish_commands
 
 if TYPE_CHECKING:
-    from ralf.kernels.artifact import Artifact
-    from ralf.kernels.manifest import Reference
-    from ralf.train.calibrate import Calibrated
-    from ralf.train.evaluate.judge import JudgedModel
+    import torch
+
+    from ralf.train.retrain.order import Retraining
+
+STOPPED = 1
+RECIPE = "a recipe such as ralf_small or xception; docs/training.md lists all"
 
 
 def commands(subparsers: Commands) -> None:
     """Register every command of this room."""
-    training_commands(subparsers)
-    _add_publish(subparsers)
-    _add_calibrate(subparsers)
-    _add_ensemble(subparsers)
+    _add_train(subparsers)
+    _add_retrain(subparsers)
+    publish_commands(subparsers)
     data_commands(subparsers)
     forge_commands(subparsers)
     evaluate_commands(subparsers)
 
 
-def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
-    """What `calibrate` and `ensemble` share."""
-    parser.add_argument("--split", default="val",
-                        help="with --data, fit on this split; best one that chose no weights",
-                        )  # fmt: skip
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    """What `train` and `retrain` share."""
     parser.add_argument(
-        "--conditions", default="clean", metavar="A,B",
-        help="with --data, damage reals and forgeries alike in these ways, such as clean,h264=40",
-    )  # fmt: skip
-    parser.add_argument("--families", default="", metavar="A,B",
-                        help="with --data, make forgeries of the reals with these families "
-                        "(default: use those of the data)")  # fmt: skip
-    parser.add_argument("--fitted-on", default="", metavar="TEXT",
-                        help="say in words what it was fitted on; verdicts repeat it (default: the "
-                        "split or the file's name)")  # fmt: skip
-    parser.add_argument("--no-shift", action="store_true",
-                        help="fit the temperature of the scores alone, and no shift")  # fmt: skip
-
-
-# publish
-
-
-def _add_publish(subparsers: Commands) -> None:
-    parser = add_command(
-        subparsers, "publish", "make a version of a model from a training run", run_publish
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="end each training after N minutes, with a checkpoint; chains that state their "
+        "minutes train fewer steps instead, to take about N minutes in all (default: no limit)",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder that `ralf train` wrote")
-    parser.add_argument("--name", required=True,
-                        help="name of the model, such as ralf-small")  # fmt: skip
     parser.add_argument(
-        "--without-residual", action="store_true",
-        help="publish only the plain classifier inside a RALF of two streams",
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="change a field of the recipe, or with TRAINING:NAME=VALUE of one training of a "
+        "chain; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help=DEVICE)
+    parser.add_argument("--workers", type=int, default=0, metavar="N",
+                        help="make batches in N processes beside the training; 0: in the training "
+                        "itself")  # fmt: skip
+    parser.add_argument("--allow-leaks", action="store_true",
+                        help="train although a person, a video or a group is in two splits",
+                        )  # fmt: skip
+
+
+# train
+
+
+def _add_train(subparsers: Commands) -> None:
+    parser = add_command(
+        subparsers,
+        "train",
+        "train a detector; if stopped, the same command continues",
+        run_train,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE)
+    parser.add_argument("--data", nargs="+", metavar="PATH", help=f"{DATA} (required)")
+    parser.add_argument("--out", type=Path, metavar="RUN",
+                        help="write checkpoints and the log into this folder (required)",
+                        )  # fmt: skip
+    _add_training_options(parser)
+    parser.add_argument(
+        "--crops", type=Path, metavar="DIR",
+        help="keep the pairs of crops of a recipe with data.variants in this folder (default: make "
+        "them anew each time)",
+    )  # fmt: skip
+    parser.add_argument("--deterministic", action="store_true",
+                        help="give the same weights bit for bit in each run, on a GPU too (slower)",
+                        )  # fmt: skip
+    parser.add_argument("--print", action="store_true",
+                        help="print the whole recipe, with --set applied, and stop")  # fmt: skip
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train, or go on training."""
+    # Before torch is imported and the data is read: --minutes counts that time too.
+    started_s = time.monotonic()
+    from ralf.train.recipe_text import RecipeError, override, to_json
+    from ralf.train.recipes import named
+
+    recipe = override(named(args.recipe), changes_of(args.set))
+    if args.print:
+        print(to_json(recipe))
+        return OK
+    if not args.data or args.out is None:
+        raise RecipeError("train needs --data PATH and --out RUN")
+
+    from ralf.train.data.layouts import read_all
+    from ralf.train.loop.distributed import joined
+    from ralf.train.loop.loop import Options
+    from ralf.train.trainings import outcome_facts, train_on
+
+    device = _own_device(args.device)
+    index = read_all(args.data)
+    options = Options(
+        minutes=args.minutes,
+        workers=args.workers,
+        deterministic=args.deterministic,
+        started_s=started_s,
+    )
+    with joined(device) as ranks:
+        outcome = train_on(
+            index, recipe, args.out,
+            device=device, ranks=ranks, options=options, allow_leaks=args.allow_leaks,
+            crops=args.crops,
+        )  # fmt: skip
+        # One line, however many processes there are: `ralf retrain` reads the last one as JSON.
+        if ranks.first:
+            print(json.dumps(outcome_facts(outcome, args.out)))
+    return INTERRUPTED if outcome.ending == "interrupted" else OK
+
+
+def _own_device(asked: str) -> "torch.device":
+    """The device asked for; under torchrun each process takes the GPU of its own number."""
+    import torch
+
+    from ralf.kernels.engine import pick_device
+
+    device = pick_device(asked)
+    # Without this all processes would share the first GPU.
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+# retrain
+
+
+def _add_retrain(subparsers: Commands) -> None:
+    parser = add_command(
+        subparsers, "retrain", "train, calibrate, judge, publish and promote a model; if stopped, "
+        "the same command continues", run_retrain,
+    )  # fmt: skip
+    parser.add_argument(
+        "recipe", metavar="RECIPE",
+        help=f"{RECIPE}; or a chain of trainings, such as shipped",
+    )  # fmt: skip
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
+    parser.add_argument("--name", required=True,
+                        help="name of the model to publish, such as ralf-small")  # fmt: skip
+    parser.add_argument(
+        "--targets", default="all", metavar="A,B",
+        help="build engines for these: cpu, rtx-aot, torch-tensorrt, or all that this machine can "
+        "build for",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="RUN",
+        help="write everything that is made on the way into this folder (default: one below runs/, "
+        "named by model, recipe and data)",
     )  # fmt: skip
     add_models_option(parser)
-    parser.add_argument("--data", nargs="+", metavar="PATH",
-                        help=f"data of the training, which the card lists: {DATA}")  # fmt: skip
+    _add_training_options(parser)
+    parser.add_argument("--processes", type=int, metavar="N",
+                        help="train in N processes (default: a recipe in one; a chain in one for "
+                        "each GPU, or in two on a CPU)")  # fmt: skip
+    parser.add_argument("--calibrate-on", default="val", metavar="SPLIT",
+                        help="fit scores and thresholds on this split")  # fmt: skip
+    parser.add_argument("--conditions", default="clean", metavar="A,B",
+                        help="damage the calibration faces in these ways, such as "
+                        "clean,h264=40")  # fmt: skip
+    parser.add_argument("--evaluate-on", default="test", metavar="SPLIT",
+                        help="measure the finished model on this split")  # fmt: skip
     parser.add_argument(
-        "--golden-from", metavar="COLLECTION,…",
-        help="put up to 32 faces of these collections of --data into the version, to check engines "
+        "--least-people", type=int, default=30, metavar="N",
+        help="stop where a split to calibrate or measure on has fewer real people",
+    )  # fmt: skip
+    parser.add_argument(
+        "--golden-from", default="", metavar="COLLECTION,…",
+        help="put up to 32 faces of these collections into the published model, to check engines "
         "with; their licence must allow it (default: patterns that show nobody)",
     )  # fmt: skip
-    parser.add_argument(
-        "--metrics", type=Path, metavar="JSON",
-        help="put the figures of this file, which `ralf evaluate --table card --out` wrote, on "
-        "manifest and card",
-    )  # fmt: skip
-    parser.add_argument("--scores", type=Path, metavar="CSV",
-                        help="calibrate on this table with the columns logit and label (1: forged)",
+    parser.add_argument("--groups", action="append", default=[], type=Path, metavar="CSV",
+                        help="count errors on the card by group of people: a CSV with the column "
+                        "file and some of age, gender, region; may be given several times",
                         )  # fmt: skip
-    parser.add_argument("--fitted-on", default="", metavar="TEXT",
-                        help="say in words what --scores is (default: the file's name)",
+    parser.add_argument("--force", action="store_true",
+                        help="promote although a check fails; the history records which one",
                         )  # fmt: skip
-    parser.add_argument(
-        "--calibration-of", type=Path, metavar="VERSION",
-        help="take the calibration of this version's folder, which must be of the same run",
-    )  # fmt: skip
-    parser.add_argument(
-        "--aggregation", default="top_half_mean", metavar="RULE",
-        help="how the scores of a person's faces become one; `ralf evaluate --table aggregation` "
-        "compares the rules",
-    )  # fmt: skip
-    parser.add_argument(
-        "--failure", action="append", default=[], metavar="TEXT",
-        help="write this known failure on the card; may be given several times",
-    )  # fmt: skip
-    parser.add_argument(
-        "--promote", action="store_true", help="make it the version in use, if it passes the checks"
-    )
+    parser.add_argument("--dry-run", action="store_true",
+                        help="list the steps, done or to do, and stop")  # fmt: skip
 
 
-def run_publish(args: argparse.Namespace) -> int:
-    """A run as a new version of a model; its folder on stdout."""
+def run_retrain(args: argparse.Namespace) -> int:
+    """Do the steps that are left; one JSON line on stdout at the end."""
+    from ralf.train.retrain import steps
+    from ralf.train.retrain.resumable import Stopped, do_steps, outlook
+    from ralf.train.trainings import Interrupted
+
+    order = _retraining(args)
+    todo = steps.all_steps(order)
+    if args.dry_run:
+        width = max(len(step.name) for step in todo)
+        for step, done_before in outlook(todo, order.run):
+            state = "done " if done_before else "to do"
+            print(f"{state}  {step.name:<{width}}  {step.condition}")
+        print(f"in {order.run}; models in {order.models}", file=sys.stderr)
+        return OK
+    try:
+        done = do_steps(todo, order.run, order.say)
+    except Stopped as stop:
+        print(f"ralf: stopped, nothing was promoted\n  {stop}", file=sys.stderr)
+        print(f"  the same command: {_same_command(args)}", file=sys.stderr)
+        return STOPPED
+    except Interrupted as stop:
+        print(f"ralf: {stop}; the same command goes on: {_same_command(args)}", file=sys.stderr)
+        return INTERRUPTED
+    facts = {"name": order.name, "run": str(order.run), "plans": done["build"]["plans"]}
+    print(json.dumps(facts | done["publish"] | {"metrics": done["evaluate"]}))
+    return OK
+
+
+def _retraining(args: argparse.Namespace) -> "Retraining":
+    """What was typed."""
+    started_s = time.monotonic()
     from ralf.kernels.artifact import models_folder
-    from ralf.kernels.manifest import Aggregation
-    from ralf.kernels.registry import promote
-    from ralf.train.calibrate import calibrate_on_table
-    from ralf.train.card import portions
+    from ralf.train.chain import chain_of
     from ralf.train.data.layouts import read_all
-    from ralf.train.publish import (
-        PATTERNS,
-        PublishDetails,
-        calibration_of,
-        figures_in,
-        golden_faces,
-        publish_run,
-        without_residual,
+    from ralf.train.loop.loop import Options
+    from ralf.train.publish.version import targets_of
+    from ralf.train.retrain.order import Retraining, default_run
+    from ralf.train.trainings import ChainRun
+
+    chain, changes = chain_of(args.recipe).scaled(args.minutes), changes_of(args.set)
+    # A chain that knows its minutes has shared them out among its steps.
+    box = args.minutes if chain.minutes is None else None
+    index = read_all(args.data)
+    training = ChainRun(
+        chain=chain,
+        data=tuple(map(str, args.data)),
+        index=index,
+        run=args.out or default_run(chain, changes, index, args.name),
+        changes=changes,
+        device=args.device,
+        processes=args.processes,
+        options=Options(minutes=box, workers=args.workers, started_s=started_s),
+        allow_leaks=args.allow_leaks,
     )
-
-    models, run = models_folder(args.models), args.folder
-    if args.without_residual:
-        run = without_residual(run, run / "without_residual", "The classifier inside a RALF.")
-    index = read_all(args.data) if args.data else None
-    golden, source = None, PATTERNS
-    if args.golden_from:
-        if index is None:
-            raise ValueError("--golden-from needs --data")
-        golden, source = golden_faces(run, index, args.golden_from.split(","))
-    if args.scores and args.calibration_of:
-        raise ValueError("publish takes --scores or --calibration-of, not both")
-    calibrated = calibrate_on_table(args.scores, args.fitted_on) if args.scores else None
-    details = PublishDetails(
-        calibrated=calibration_of(args.calibration_of) if args.calibration_of else calibrated,
-        aggregation=Aggregation.model_validate({"track": args.aggregation}),
-        metrics=figures_in(args.metrics) if args.metrics else {},
-        data=portions(index) if index is not None else (),
-        failures=tuple(args.failure),
-        golden=golden,
-        golden_source=source,
-    )
-    artifact = publish_run(run, args.name, models, details)
-    if args.promote:
-        promote(models, artifact.name, artifact.version)
-    print(artifact.path)
-    return OK
-
-
-# calibrate
-
-
-def _add_calibrate(subparsers: Commands) -> None:
-    parser = add_command(
-        subparsers, "calibrate", "fit a model's scores and thresholds, as a new version of it",
-        run_calibrate,
-    )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", help=SPEC)
-    add_models_option(parser)
-    parser.add_argument("--scores", type=Path, metavar="CSV",
-                        help="fit on this table with the columns logit and label (1: forged)",
-                        )  # fmt: skip
-    parser.add_argument("--data", nargs="+", metavar="PATH",
-                        help="score this data, and fit on that, in place of --scores")  # fmt: skip
-    parser.add_argument("--device", default="auto", help=DEVICE)
-    _add_calibration_options(parser)
-
-
-def run_calibrate(args: argparse.Namespace) -> int:
-    """Publish the same weights with new calibration; the new version's folder on stdout."""
-    from ralf.kernels.artifact import models_folder, resolve
-    from ralf.kernels.choose_engine import load
-    from ralf.train.calibrate import calibrate_on_table
-    from ralf.train.evaluate.judge import model_of_manifest
-    from ralf.train.publish import recalibrate
-
-    if (args.scores is None) == (args.data is None):
-        raise ValueError("calibrate needs either --scores CSV or --data PATH")
-    models = models_folder(args.models)
-    artifact = resolve(models, args.model)
-    if args.scores:
-        found = calibrate_on_table(args.scores, args.fitted_on, shift=not args.no_shift)
-        reference = None
-    else:
-        _warn_if_split_chose_the_weights(artifact, args.split)
-        # In the precision that serves, unlike tables, since these very scores are thresholded.
-        engine = load(artifact, args.device)
-        judge = model_of_manifest(artifact.label, engine, artifact.manifest)
-        found, reference = _calibrated(judge, args)
-    for name, each in found.thresholds.items():
-        low, high = each.interval
-        support = "" if each.supported else "  (too few faces to support it)"
-        print(
-            f"{name}: {each.score:.4f}  rate {each.rate:.3f} [{low:.3f}, {high:.3f}]{support}",
-            file=sys.stderr,
-        )
-    print(recalibrate(artifact, models, found, reference).path)
-    return OK
-
-
-def _calibrated(judge: "JudgedModel", args: argparse.Namespace) -> "tuple[Calibrated, Reference]":
-    """What was fitted, and how real videos score under it."""
-    from ralf.kernels.manifest import Reference
-    from ralf.train.calibrate import calibrate_on_split
-    from ralf.train.data.layouts import read_all
-    from ralf.worker.drift import EDGES, histogram
-
-    found, reals = calibrate_on_split(
-        judge,
-        read_all(args.data),
-        args.split,
-        families=listed(args.families),
-        conditions=listed(args.conditions),
-        fitted_on=args.fitted_on,
-        shift=not args.no_shift,
-    )
-    counts = tuple(histogram([float(score) for score in reals]))
-    return found, Reference(edges=EDGES, counts=counts, of=f"real videos of split {args.split}")
-
-
-def _warn_if_split_chose_the_weights(artifact: "Artifact", split: str) -> None:
-    last = artifact.manifest.trained.get("chosen_by") == "last"  # then validation chose nothing
-    if split == "val" and "validation" in artifact.manifest.metrics and not last:
-        print(
-            "ralf: the split val chose these weights, so scores fitted on it are a little too "
-            "sure; --split with faces that chose nothing is better",
-            file=sys.stderr,
-        )
-
-
-# ensemble
-
-
-def _add_ensemble(subparsers: Commands) -> None:
-    parser = add_command(
-        subparsers, "ensemble", "make one model of several, whose score is their mean", run_ensemble
-    )
-    parser.add_argument("members", nargs="+", metavar="MODEL", help=SPEC)
-    parser.add_argument("--name", required=True,
-                        help="name of the new model, such as trio")  # fmt: skip
-    add_models_option(parser)
-    parser.add_argument("--data", nargs="+", metavar="PATH",
-                        help="calibrate the mean on this data (default: do not calibrate)",
-                        )  # fmt: skip
-    _add_calibration_options(parser)
-    parser.add_argument(
-        "--promote", action="store_true", help="make it the version in use, if it passes the checks"
+    return Retraining(
+        training=training,
+        name=args.name,
+        models=models_folder(args.models),
+        targets=targets_of(args.targets, args.device),
+        calibrate_on=args.calibrate_on,
+        evaluate_on=args.evaluate_on,
+        conditions=listed(args.conditions) or ("clean",),
+        golden_from=listed(args.golden_from),
+        least_people=args.least_people,
+        groups=tuple(args.groups),
+        force=args.force,
+        say=lambda text: print(f"ralf: {text}", file=sys.stderr, flush=True),
     )
 
 
-def run_ensemble(args: argparse.Namespace) -> int:
-    """Publish the ensemble; its folder on stdout."""
-    from ralf.kernels.artifact import models_folder, resolve
-    from ralf.kernels.registry import promote
-    from ralf.train.ensemble import judge_of_members, publish_ensemble
-
-    models = models_folder(args.models)
-    members = [resolve(models, spec) for spec in args.members]
-    for member in members:
-        if member.manifest.calibration.fitted_on == "nothing":
-            print(
-                f"ralf: {member.label} is not calibrated: its bare logits enter the mean",
-                file=sys.stderr,
-            )
-    calibrated = _calibrated(judge_of_members(members, args.name), args)[0] if args.data else None
-    artifact = publish_ensemble(members, args.name, models, calibrated)
-    if args.promote:
-        promote(models, artifact.name, artifact.version)
-    print(artifact.path)
-    return OK
+def _same_command(args: argparse.Namespace) -> str:
+    """The command that goes on."""
+    words = ["ralf", "retrain", args.recipe, "--data", *map(str, args.data), "--name", args.name]
+    words += ["--targets", args.targets]
+    for option in ("out", "models", "minutes", "workers", "processes", "calibrate_on",
+                   "evaluate_on", "least_people", "conditions", "golden_from",
+                   "device"):  # fmt: skip
+        value = getattr(args, option)
+        if value not in (None, ""):
+            words += [f"--{option.replace('_', '-')}", str(value)]
+    for change in args.set:
+        words += ["--set", change]
+    for table in args.groups:
+        words += ["--groups", str(table)]
+    words += [
+        f"--{flag.replace('_', '-')}" for flag in ("allow_leaks", "force") if getattr(args, flag)
+    ]
+    return shlex.join(words)

@@ -18,13 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from ralf.kernels.manifest import Calibration
-from ralf.train.calibrate import (
-    Calibrated,
-    CalibrationError,
-    calibrate_on_split,
-    families_to_blend,
-    restored,
-)
 from ralf.train.data.index import Index
 from ralf.train.data.layouts import read_all
 from ralf.train.data.prepare import prepare
@@ -35,7 +28,14 @@ from ralf.train.evaluate.tables.table import TableOptions, read_groups
 from ralf.train.forge.clips import INDEX, ClipOptions, make_clips
 from ralf.train.forge.families import FAMILIES
 from ralf.train.loop.checkpoint import BEST, has_checkpoint
-from ralf.train.publish import without_residual
+from ralf.train.publish.calibrate import (
+    Calibrated,
+    CalibrationError,
+    calibrate_on_split,
+    families_to_blend,
+    restored,
+)
+from ralf.train.publish.version import without_residual
 from ralf.train.recipe import seen_families
 from ralf.train.retrain.order import Retraining
 from ralf.train.retrain.renderers import all_cores, fitted

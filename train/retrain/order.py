@@ -9,7 +9,7 @@ from ralf.kernels.engine import pick_device
 from ralf.train.chain import Chain, MadeClips
 from ralf.train.data.index import Index
 from ralf.train.data.layouts import read_all
-from ralf.train.publish import Target
+from ralf.train.publish.version import Target
 from ralf.train.recipe_text import to_json
 from ralf.train.retrain.resumable import Facts, Say
 from ralf.train.trainings import ChainRun

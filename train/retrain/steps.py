@@ -29,10 +29,10 @@ from ralf.kernels import plans, registry
 from ralf.kernels.artifact import Artifact, ArtifactError, open_artifact
 from ralf.kernels.engine import EngineError, pick_device
 from ralf.kernels.manifest import Reference
-from ralf.train.card import portions
 from ralf.train.chain import Training
 from ralf.train.loop.checkpoint import BEST, has_checkpoint
-from ralf.train.publish import (
+from ralf.train.publish.card import portions
+from ralf.train.publish.version import (
     PublishDetails,
     declared_targets,
     golden_faces,

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ralf.kernels.manifest import held_out_family
 from ralf.kernels.networks.ralf import Ablation, Ralf
-from ralf.train.calibrate import person_of
 from ralf.train.data.index import Index
 from ralf.train.evaluate.judge import JudgedModel, examples_for, score_together
 from ralf.train.evaluate.metrics import Scored, auc, paired_bootstrap_interval
 from ralf.train.evaluate.tables.table import Table, TableOptions, percent
+from ralf.train.publish.calibrate import person_of
 from ralf.train.recipe import seen_families
 
 WHOLE = "whole"

@@ -10,11 +10,11 @@ forgeries.  The targets are Platt's, (n + 1) / (n + 2) in place of 1, so that a 
 are perfectly separated do not make certainty.
 
 `fpr_0.05` is the threshold at which at most 5 % of the real videos are called forged:
-ralf.train.thresholds says of which.  Below `low` lie 5 % of the split's forgeries: a video below it
-is called authentic, and one between the two thresholds is inconclusive.
+thresholds.py says of which.  Below `low` lie 5 % of the split's forgeries: a video below it is
+called authentic, and one between the two thresholds is inconclusive.
 
 `calibrate_on_split` scores a split as a verdict does, one pooled logit a video, and counts people.
-Nothing here writes a model: ralf.train.publish does.
+Nothing here writes a model: ralf.train.publish.version does.
 """
 
 import csv
@@ -34,8 +34,8 @@ from ralf.train.data.evaluation_set import Example
 from ralf.train.data.index import Index
 from ralf.train.evaluate.judge import JudgedModel, examples_for, score_examples
 from ralf.train.evaluate.metrics import Scored, at_even_odds, concatenated
+from ralf.train.publish.thresholds import Threshold, at_misses, everywhere
 from ralf.train.recipe import seen_families
-from ralf.train.thresholds import Threshold, at_misses, everywhere
 
 Floats = NDArray[np.float64]
 FALSE_POSITIVE_RATES = (0.01, 0.05)

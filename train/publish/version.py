@@ -28,12 +28,12 @@ from ralf.kernels.manifest import Aggregation, Manifest, Network, Reference
 from ralf.kernels.networks import build
 from ralf.kernels.untrained import patterns
 from ralf.train import losses
-from ralf.train.calibrate import Calibrated, CalibrationError, restored
-from ralf.train.card import Portion, by_compression, card
 from ralf.train.data.evaluation_set import Examples
 from ralf.train.data.index import Index, IndexFault
 from ralf.train.loop.checkpoint import BEST, judged, load, save, weights
 from ralf.train.losses.objective import BceLoss
+from ralf.train.publish.calibrate import Calibrated, CalibrationError, restored
+from ralf.train.publish.card import Portion, by_compression, card
 
 GOLDEN_CROPS = 32
 PATTERNS = "made patterns, no person"

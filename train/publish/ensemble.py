@@ -19,9 +19,9 @@ from ralf.kernels.artifact import publish as write_version
 from ralf.kernels.engine_torch import pack, restore
 from ralf.kernels.manifest import Manifest, Network, held_out_family
 from ralf.kernels.networks import build
-from ralf.train.calibrate import Calibrated
 from ralf.train.evaluate.judge import JudgedModel, model_of_network
-from ralf.train.publish import with_calibration
+from ralf.train.publish.calibrate import Calibrated
+from ralf.train.publish.version import with_calibration
 from ralf.train.recipe import seen_families
 from ralf.train.recipe_text import differences
 
