@@ -87,6 +87,14 @@ class Row:
         return (self.dataset, self.method, self.compression, self.video)
 
     @property
+    def person(self) -> str | tuple[str, str]:
+        """Whose face it shows; the video, where the data names nobody.
+
+        Compression and method are left out: one video encoded twice shows the same person.
+        """
+        return self.target or (self.dataset, self.video)
+
+    @property
     def identities(self) -> frozenset[str]:
         """Everyone whose face is in it."""
         return frozenset({self.target, self.source} - {""})

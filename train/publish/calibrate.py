@@ -30,7 +30,6 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from ralf.kernels.manifest import Calibration, CompressionPoint, never_trained_on
-from ralf.train.data.evaluation_set import Example
 from ralf.train.data.index import Index
 from ralf.train.evaluate.judge import JudgedModel, examples_for, score_examples
 from ralf.train.evaluate.metrics import Scored, at_even_odds, concatenated
@@ -194,7 +193,7 @@ def calibrate_on_split(
     for condition in conditions:
         examples = examples_for(judge, index, split, families=families, condition=condition)
         videos = score_examples(judge, examples).pooled(judge.aggregation)
-        who = {item.video: person_of(item) for item in examples.items}
+        who = {item.video: item.frame.row.person for item in examples.items}
         parts.append(videos)
         people += [who[video] for video in videos.video]
     every = concatenated(parts)
@@ -214,15 +213,6 @@ def calibrate_on_split(
     of_fit = np.array([video[0] in forged_too for video in parts[0].video], bool)
     first = parts[0].where(of_fit & ~parts[0].forged)
     return found, probability(first.logit, found.calibration, first.bits_per_pixel)
-
-
-def person_of(item: Example) -> Hashable:
-    """Whose face it shows; the video, where the data names nobody.
-
-    Compression and method are left out: one video encoded twice shows the same person.
-    """
-    row = item.frame.row
-    return row.target or (row.dataset, row.video)
 
 
 def families_to_blend(judge: JudgedModel, index: Index, split: str) -> tuple[str, ...]:

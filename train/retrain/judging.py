@@ -202,7 +202,7 @@ def _refuse_empty(index: Index, split: str, option: str) -> None:
 def _refuse_few(order: Retraining, split: str, option: str) -> None:
     """Figures of a handful of people say nothing about others."""
     real = order.index.where(split=split, label=0)
-    people = len({row.target or (row.dataset, row.video) for row in real})
+    people = len({row.person for row in real})
     if people < order.least_people:
         raise Stopped(
             f"at least {order.least_people} real people in split {split}",

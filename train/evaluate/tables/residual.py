@@ -25,7 +25,6 @@ from ralf.train.data.index import Index
 from ralf.train.evaluate.judge import JudgedModel, examples_for, score_together
 from ralf.train.evaluate.metrics import Scored, auc, paired_bootstrap_interval
 from ralf.train.evaluate.tables.table import Table, TableOptions, percent
-from ralf.train.publish.calibrate import person_of
 from ralf.train.recipe import seen_families
 
 WHOLE = "whole"
@@ -96,7 +95,7 @@ def residual_figures(
         model, index, options.split,
         families=families, frames=options.frames, limit=options.limit,
     )  # fmt: skip
-    people = tuple(person_of(item) for item in examples.items)
+    people = tuple(item.frame.row.person for item in examples.items)
     scored = [
         replace(each, cluster=people)
         for each in score_together(judges, examples, options.on_progress)
