@@ -11,7 +11,6 @@ from scipy.interpolate import RBFInterpolator
 
 from ralf.train.forge.landmarks import LOWER_LIP, MOUTH_CORNERS, UPPER_LIP, FaceGeometry, Points
 from ralf.train.forge.pixels import (
-    LUMA,
     Kernel,
     Pixels,
     blur,
@@ -19,6 +18,7 @@ from ralf.train.forge.pixels import (
     jpeg,
     remap,
     resize,
+    saturated,
     smooth_field,
     spread,
 )
@@ -32,9 +32,7 @@ def tint(image: Pixels, rng: np.random.Generator) -> Pixels:
     contrast, saturation = np.exp(rng.normal(0, 0.1, 2)).astype(np.float32)
     level = np.float32(image.mean())
     out = (image * gain - level) * contrast + level + np.float32(rng.normal(0, 6))
-    luma = (out @ LUMA)[..., None]
-    coloured: Pixels = np.clip(luma + (out - luma) * saturation, 0, 255)
-    return coloured
+    return np.clip(saturated(out, saturation), 0, 255)
 
 
 def change_texture(image: Pixels, rng: np.random.Generator) -> Pixels:
