@@ -618,6 +618,17 @@ def test_a_moved_copy_draws_no_streaks_at_the_edge_of_a_tight_picture(two_collec
     assert longer[0] < 0.01 < longer[1]
 
 
+def test_a_video_of_nobody_named_takes_another_video_as_donor(reals):
+    """As everywhere else: where the data names nobody, each video is a person."""
+    unnamed = replace(reals, rows=tuple(replace(row, target="") for row in reals))
+    pool = Batches(unnamed, data(families=("swap",))).pool
+    frame = pool.real[0][0]
+    face = pool.pictures.face(frame)
+    assert face is not None
+
+    assert any(pool.donor(frame, face, np.random.default_rng(seed)) for seed in range(5))
+
+
 def test_donors_show_their_whole_face_where_pictures_are_tight(two_collections):
     """Those that their picture cuts are taken only when there is no other."""
     for tight in (True, False):

@@ -116,7 +116,7 @@ class Pool:
         best, least = None, (True, np.inf)
         for place in rng.integers(0, len(self.real), 12):
             other = self.real[place][0]
-            if other.row.target == real.row.target or other.row.video == real.row.video:
+            if other.row.person == real.row.person or other.row.video == real.row.video:
                 continue
             # Only the geometry is read for the dozen; the picture of the best alone is decoded.
             shape = self.pictures.face(other)
