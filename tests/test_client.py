@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
@@ -50,12 +50,6 @@ def client(redis_url):
     client = connect(redis_url, settings=Settings())
     yield client
     client.close()
-
-
-@pytest.fixture
-def store(redis) -> Store:
-    """The worker's side."""
-    return Store(redis, Settings())
 
 
 def rewrite(store: Store, redis: Redis, job_id: str, change: Callable[[str], str]) -> None:
@@ -328,15 +322,6 @@ def test_without_redis_it_says_what_to_check(tmp_path):
     client = connect(f"unix://{tmp_path}/none.sock", settings=Settings())
     with pytest.raises(QueueUnavailable, match=r"RALF_REDIS_URL.*never stored twice"):
         client.submit(URI, token="u")
-
-
-@pytest.fixture
-def own_redis() -> Iterator[RedisServer]:
-    """One that a test may break."""
-    server = RedisServer()
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from ralf.worker.settings import Settings
 from tests.documents import a_job, a_verdict
 from tests.redis_server import RedisServer, executable, program_of
 from tests.test_failover import free_port
-from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.test_store import claim
 from tests.waiting import until
+from tests.workers import QUICK, a_worker, ended
 
 NAME = "queue"
 """What the Sentinels call the primary."""

@@ -63,11 +63,6 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def store(redis) -> Store:
-    return Store(redis, Settings())
-
-
 def end_one(store: Store, url: str, name: str = "1", *, now: float | None = None, **fields) -> None:
     """A job that ends with a verdict (or the given outcome), and wants it pushed."""
     outcome = fields.pop("outcome", a_verdict())

@@ -28,8 +28,9 @@ from tests.deploy_tools import DEPLOY, ROOT
 from tests.documents import a_job, a_track, a_verdict
 from tests.test_deliver import OLD
 from tests.test_redis_access import popped
-from tests.test_rq_worker import QUICK, TESTS, until
+from tests.waiting import until
 from tests.web import reply, serving
+from tests.workers import QUICK, TESTS
 
 pytestmark = pytest.mark.each_redis
 ROLES = ("producer", "worker", "janitor", "deliverer", "reader")

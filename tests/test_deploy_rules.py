@@ -22,9 +22,10 @@ from ralf.worker.service.store import Store
 from tests.deploy_tools import DEPLOY, ROOT, run
 from tests.documents import a_job
 from tests.redis_server import RedisServer
-from tests.test_rq_worker import QUICK, TESTS, until
 from tests.test_worker_group import two_ports
+from tests.waiting import until
 from tests.web import get
+from tests.workers import QUICK, TESTS
 
 RULES = yaml.safe_load((DEPLOY / "prometheus" / "rules.yaml").read_text())["groups"]
 ALERTS = [rule for group in RULES for rule in group["rules"] if "alert" in rule]

@@ -13,9 +13,9 @@ from ralf.worker.service.connection import connect
 from ralf.worker.service.store import Store
 from tests.documents import a_job, a_verdict
 from tests.redis_server import RedisServer, program_of
-from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.test_store import claim
 from tests.waiting import until
+from tests.workers import QUICK, a_worker, ended
 
 
 def free_port() -> int:

@@ -14,10 +14,10 @@ from ralf.worker.service.janitor import Janitor
 from ralf.worker.service.store import Store
 from tests.documents import a_job
 from tests.test_deliver import deliverer, end_one
-from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.test_store import claim
 from tests.waiting import until
 from tests.web import reply, serving
+from tests.workers import QUICK, a_worker, ended
 
 pytestmark = pytest.mark.each_redis
 

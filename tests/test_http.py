@@ -38,10 +38,10 @@ from ralf.worker.service.processes import as_environment
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings, SettingsError
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
-from tests.test_rq_worker import QUICK
 from tests.test_store import claim
 from tests.waiting import PATIENCE_S, until
 from tests.web import free_port
+from tests.workers import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = b"a clip " * 1000
@@ -138,12 +138,6 @@ def opened(redis_url: str, tmp_path: Path) -> Iterator[Callable[..., Caller]]:
 def call(opened: Callable[..., Caller]) -> Caller:
     """A server with settings as they come."""
     return opened()
-
-
-@pytest.fixture
-def store(redis: Any) -> Store:
-    """The worker's side."""
-    return Store(redis, Settings())
 
 
 class TestSubmitting:

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ralf.worker.contract import Progress
 from ralf.worker.service.store import Store
-from ralf.worker.settings import Settings
 from tests.browser import Tab, tab
 from tests.documents import a_failure, a_track, a_verdict, an_evidence
 from tests.test_http import TOKEN, Caller, opened
@@ -24,12 +22,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     """One for all tests here: it takes seconds to start."""
     with tab(tmp_path_factory.mktemp("profile")) as one:
         yield one
-
-
-@pytest.fixture
-def store(redis: Any) -> Store:
-    """The worker's side."""
-    return Store(redis, Settings())
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from ralf.worker.service.quarantine import Quarantine
 from ralf.worker.service.store import Store
 from tests.documents import a_job
 from tests.test_deliver import OLD
-from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.waiting import until
 from tests.web import reply, serving
+from tests.workers import QUICK, a_worker, ended
 
 pytestmark = pytest.mark.each_redis
 ROOT = Path(__file__).resolve().parent.parent

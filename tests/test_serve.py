@@ -31,9 +31,9 @@ from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from ralf.worker.telemetry import Metrics
 from tests.documents import a_job
-from tests.test_rq_worker import QUICK, a_worker, ended
 from tests.waiting import LONG_S, until
 from tests.web import Piece, Request, free_port, get, reply, serving
+from tests.workers import QUICK, a_worker, ended
 
 ROOT = Path(__file__).resolve().parent.parent
 

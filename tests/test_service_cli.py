@@ -25,22 +25,15 @@ from ralf.worker.service import serving_here
 from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.processes import embedded
 from ralf.worker.service.records import Status
-from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict, an_evidence
 from tests.test_deliver import OLD
-from tests.test_rq_worker import ended
 from tests.test_store import claim
 from tests.web import Request, Web, reply, serving
+from tests.workers import ended
 
 ROOT = Path(__file__).resolve().parent.parent
 URI = "https://media.example/1.mp4"
-
-
-@pytest.fixture
-def store(redis) -> Store:
-    """The worker's side."""
-    return Store(redis, Settings())
 
 
 @dataclass

@@ -33,11 +33,6 @@ LEFT, RIGHT = (0.1, 0.2, 0.3, 0.6), (0.6, 0.2, 0.8, 0.6)
 CALLBACK = Callback(url="https://hooks.example/ralf")
 
 
-@pytest.fixture
-def store(redis) -> Store:
-    return Store(redis, Settings())
-
-
 def part(number: int, **fields) -> SessionPart:
     return SessionPart(session_id="live", number=number, offset_ms=number * LENGTH_MS, **fields)
 

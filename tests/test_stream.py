@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,21 +17,8 @@ from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.documents import a_verdict
 from tests.test_live import a_clip, sending
-from tests.test_rq_worker import QUICK, ROOT, a_worker, as_environment, ended
 from tests.waiting import until
-
-
-@pytest.fixture
-def settings(redis_url, monkeypatch) -> Settings:
-    """Of the suite's Redis, in this process' environment too."""
-    monkeypatch.setenv("RALF_REDIS_URL", redis_url)
-    return replace(QUICK, redis_url=redis_url)
-
-
-@pytest.fixture
-def store(settings, redis) -> Store:
-    """The worker's side."""
-    return Store(redis, settings)
+from tests.workers import ROOT, a_worker, as_environment, ended
 
 
 def start(source: str, settings: Settings, folder: Path, *options: str) -> "subprocess.Popen[str]":

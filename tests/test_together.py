@@ -18,7 +18,7 @@ from ralf.worker.service.models import LoadedModels, load
 from ralf.worker.settings import Settings
 from tests.clips import face_clip
 from tests.redis_server import RedisServer
-from tests.test_rq_worker import QUICK, Service
+from tests.workers import QUICK, Service
 
 JOBS = 2
 FRAMES = 120

@@ -20,9 +20,9 @@ from ralf.worker.service.store import Store
 from ralf.worker.service.worker_group import healthy
 from ralf.worker.settings import Settings
 from tests.documents import a_job
-from tests.test_rq_worker import QUICK, ended
 from tests.waiting import LONG_S, until
 from tests.web import get
+from tests.workers import QUICK, ended
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (
