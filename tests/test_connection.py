@@ -20,7 +20,7 @@ from ralf.worker.service.store import NotReplicated, Store
 from ralf.worker.settings import Settings
 from tests.documents import a_job, a_verdict
 from tests.redis_server import RedisServer, executable, program_of
-from tests.test_failover import free_port
+from tests.test_failover import ends_over, free_port
 from tests.test_store import claim
 from tests.waiting import until
 from tests.workers import QUICK, a_worker, ended
@@ -183,26 +183,12 @@ def test_all_jobs_end_when_the_primary_dies_behind_sentinel(watched: Watched):
     """kill -9 during a job: clients and workers ask the Sentinels who is primary, and go on."""
     settings = replace(QUICK, redis_url=watched.url, redis_wait_replicas=1)
     store = Store(connect(watched.url, attempts=40), settings)
-    worker = a_worker(settings)
-    try:
-        until(lambda: store.counts().workers["default"] == 1)
-        jobs = [a_job(str(n), tag="sleep:0.5") for n in range(6)]
-        store.submit(jobs[:4], function=bodies.PREFIX + "sleep")
-        until(lambda: store.counts().running["default"] == 1)
-        watched.primary.kill()
-        later = Store(store.redis, replace(settings, redis_wait_replicas=0))
-        later.submit(jobs[4:], function=bodies.PREFIX + "sleep")
-        until(lambda: later.redis.xlen("ralf:verdicts") >= len(jobs), later.counts)
-        worker.terminate()
-        code = ended(worker)
-    finally:
-        worker.kill()
-        worker.wait()
-    states = [store.status(job.job_id).state for job in jobs]  # type: ignore[union-attr]
-    ends = store.redis.xlen("ralf:verdicts")
-    store.redis.close()
 
-    assert (states, ends, code) == (["succeeded"] * len(jobs), len(jobs), 0)
+    def fail_over() -> Store:
+        watched.primary.kill()
+        return Store(store.redis, replace(settings, redis_wait_replicas=0))
+
+    assert ends_over(fail_over, store, 6) == (0, 6)
     with Redis.from_url(watched.replica.url) as new:
         assert new.hget("ralf:job:j5", "state") == b"succeeded"
 
