@@ -23,7 +23,10 @@ from tests.clips import face_clip
 ROOT = Path(__file__).resolve().parent.parent
 
 
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+def pip(*words: str) -> None:
+    """Run pip, quietly."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*command, *words], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source / name)
     wheels = tmp_path_factory.mktemp("wheels")
-    build = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source))
-    subprocess.run([*PIP, *build], check=True)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source))
     (built,) = wheels.glob("*.whl")
     return built
 
@@ -46,8 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the unpacked wheel."""
     site = tmp_path_factory.mktemp("site")
-    install = ("install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
-    subprocess.run([*PIP, *install], check=True)
+    pip("install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
     return site
 
 
@@ -55,8 +56,7 @@ def environment(folder: Path, wheel: Path) -> Path:
     """A fresh virtual environment with the wheel and no other library; its folder of packages."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
-    install = ("--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
-    subprocess.run([*PIP, *install], check=True)
+    pip("--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
     (site,) = folder.glob("lib/python*/site-packages")
     return site
 
