@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 import structlog
@@ -160,108 +161,78 @@ def trace_id(traceparent: str | None) -> str | None:
 
 
 _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_ENGINE_LABELS = ("model", "version", "engine", "precision", "device", "decoder")
 
 
 class Metrics:
     """Every metric of one process, in its own registry."""
 
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        timer = partial(histogram, buckets=_SECONDS)
+        model = ("model", "version")
         self._queue: Collector | None = None
-        self.jobs = Counter(
-            "ralf_jobs", "Jobs that ended or went back.", ["outcome", "code"], registry=registry
+        self.jobs = counter("ralf_jobs", "Jobs that ended or went back.", ["outcome", "code"])
+        self.job_seconds = timer(
+            "ralf_job_seconds", "From a job's start in this worker to its end."
         )
-        self.job_seconds = Histogram(
-            "ralf_job_seconds",
-            "From a job's start in this worker to its end.",
-            buckets=_SECONDS,
-            registry=registry,
+        self.wait_seconds = timer("ralf_job_wait_seconds", "From a job's submission to its start.")
+        self.stage_seconds = timer(
+            "ralf_stage_seconds", "Time spent in one stage of a job.", ["stage"]
         )
-        self.wait_seconds = Histogram(
-            "ralf_job_wait_seconds",
-            "From a job's submission to its start.",
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.stage_seconds = Histogram(
-            "ralf_stage_seconds",
-            "Time spent in one stage of a job.",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.frames = Counter("ralf_frames", "Frames decoded.", ["decoder"], registry=registry)
-        self.faces = Counter("ralf_faces", "Faces scored.", registry=registry)
-        self.video_seconds = Counter(
-            "ralf_video_seconds", "Length of the videos judged.", registry=registry
-        )
-        self.verdicts = Counter(
-            "ralf_verdicts",
-            "Verdicts by label.",
-            ["label", "model", "version"],
-            registry=registry,
-        )
-        self.score = Histogram(
+        self.frames = counter("ralf_frames", "Frames decoded.", ["decoder"])
+        self.faces = counter("ralf_faces", "Faces scored.")
+        self.video_seconds = counter("ralf_video_seconds", "Length of the videos judged.")
+        self.verdicts = counter("ralf_verdicts", "Verdicts by label.", ["label", *model])
+        self.score = histogram(
             "ralf_score",
             "Scores of videos with a face, for drift.",
-            ["model", "version"],
+            model,
             buckets=[step / 20 for step in range(1, 21)],
-            registry=registry,
         )
         self.drift = Drift()
-        self.psi = Gauge(
+        self.psi = gauge(
             "ralf_score_psi",
             "How far late scores have moved from the reference: above 0.25 look into it.",
-            ["model", "version", "engine"],
-            registry=registry,
+            [*model, "engine"],
         )
-        self.shadow_jobs = Counter(
+        self.shadow_jobs = counter(
             "ralf_shadow_jobs",
             "Jobs seen by the shadow too, by whether its label was the same.",
             ["shadow", "result"],
-            registry=registry,
         )
-        self.shadow_difference = Histogram(
+        self.shadow_difference = histogram(
             "ralf_shadow_score_difference",
             "How far the shadow's score lay from the verdict's.",
             ["shadow"],
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0),
-            registry=registry,
         )
-        self.model_refused = Gauge(
+        self.model_refused = gauge(
             "ralf_model_refused",
             "1 for a version that should be served and did not load, the one before it goes on; "
             "role plan: its TensorRT plan is not signed, torch runs instead.",
             ["role", "model"],
-            registry=registry,
         )
-        self.running = Gauge("ralf_running_jobs", "Jobs in this worker.", registry=registry)
-        self.ready = Gauge("ralf_ready", "1 once the model is checked.", registry=registry)
-        self.engine = Gauge(
+        self.running = gauge("ralf_running_jobs", "Jobs in this worker.")
+        self.ready = gauge("ralf_ready", "1 once the model is checked.")
+        self.engine = gauge(
             "ralf_engine_info",
             "What this worker scores with; always 1.",
-            ["model", "version", "engine", "precision", "device", "decoder"],
-            registry=registry,
+            _ENGINE_LABELS,
         )
-        self.restarts = Counter(
-            "ralf_child_restarts", "Children replaced, by reason.", ["reason"], registry=registry
-        )
-        self.child_rss = Gauge(
-            "ralf_child_rss_bytes", "Resident memory of the child.", registry=registry
-        )
-        self.refused = Counter(
-            "ralf_refused_jobs", "Queue entries that were not ours.", registry=registry
-        )
-        self.deliveries = Counter(
-            "ralf_deliveries", "Webhook attempts by result.", ["result"], registry=registry
-        )
+        self.restarts = counter("ralf_child_restarts", "Children replaced, by reason.", ["reason"])
+        self.child_rss = gauge("ralf_child_rss_bytes", "Resident memory of the child.")
+        self.refused = counter("ralf_refused_jobs", "Queue entries that were not ours.")
+        self.deliveries = counter("ralf_deliveries", "Webhook attempts by result.", ["result"])
 
     def engine_is(self, facts: Mapping[str, object]) -> None:
         """Show what the child loaded, and only that."""
         # Otherwise the engine before a reload would still be shown with 1.
         self.engine.clear()
-        names = ("model", "version", "engine", "precision", "device", "decoder")
-        self.engine.labels(*(str(facts.get(name, "")) for name in names)).set(1)
+        self.engine.labels(*(str(facts.get(name, "")) for name in _ENGINE_LABELS)).set(1)
         self.model_refused.clear()
         refused: Any = facts.get("refused", ())
         for each in refused:
