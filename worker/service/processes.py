@@ -80,6 +80,8 @@ class Process:
     """It is not started again before this moment."""
     stopping: bool = False
     """We stopped or killed it: its end is expected."""
+    noted: bool = False
+    """Its unexpected end is in the supervisor's list, and it is not started again yet."""
     starts: int = 0
     started: float = 0.0
     quick_deaths: int = 0
@@ -157,7 +159,7 @@ class Supervisor:
             if process.popen is not None:
                 if not process.restart:
                     continue
-                if not process.stopping:
+                if not (process.stopping or process.noted):
                     self._note_end(process, process.popen.returncode)
                     if time.monotonic() < process.not_before:
                         continue
@@ -165,7 +167,7 @@ class Supervisor:
 
     def _note_end(self, process: Process, status: int) -> None:
         self.unexpected.append(UnexpectedEnd(process.name, status, _tail(process.log)))
-        process.stopping = True  # noted once, also when it is not started again at once
+        process.noted = True
         # A worker that starts while our Redis is down ends at once, and works when Redis is back.
         waits = process.role != "redis" and not all(each.pid for each in self.of("redis"))
         if time.monotonic() - process.started > START_S:
@@ -195,7 +197,7 @@ class Supervisor:
             # The child has its own copy of the descriptor.
             if output is not None:
                 output.close()
-        process.stopping = False
+        process.stopping = process.noted = False
         process.starts += 1
         process.started = time.monotonic()
 
