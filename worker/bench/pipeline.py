@@ -14,7 +14,7 @@ waited for in score.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -79,21 +79,16 @@ def measured(clips: list[Path], parts: Parts, args: argparse.Namespace) -> Recor
             k: round(v / len(clips), 1) for k, v in plain.stages_ms.items()
         }
 
-    ways = {"ralf": one_by_one, f"ralf, {args.at_once} at once": at_once, "plain": theirs}
+    several_at_once = f"ralf, {args.at_once} at once"
+    ways = {"ralf": one_by_one, several_at_once: at_once, "plain": theirs}
     with Gauges(parts.engine.device) as gauges:
         timings = interleave(ways, repeats=args.repeats)
     # Once more alone: the gauges above are a mean over all ways.
     with Gauges(parts.engine.device) as busy:
         at_once()
-    seconds = [probe(clip, parts.settings).duration_s for clip in clips]
-    video = {"ralf": sum(seconds), "plain": sum(seconds)}
-    video[f"ralf, {args.at_once} at once"] = sum(seconds) * len(several) / len(clips)
-    number = {name: len(several) if "at once" in name else len(clips) for name in ways}
+    lengths = {clip: probe(clip, parts.settings).duration_s for clip in clips}
     facts["rates"] = {
-        name: {
-            "clips_s": round(number[name] / timing.median_s, 3),
-            "video_s_per_s": round(video[name] / timing.median_s, 2),
-        }
+        name: rates(several if name == several_at_once else clips, timing.median_s, lengths)
         for name, timing in timings.items()
     }
     facts["used"] = {"all ways": gauges.used, "at once": busy.used}
@@ -103,19 +98,29 @@ def measured(clips: list[Path], parts: Parts, args: argparse.Namespace) -> Recor
         facts["stride"] = stride_effect(clips, parts)
     if args.soak:
         facts["soak"] = soak_slopes(clips, shared, ask, args)
-    rates = {name: rate["clips_s"] for name, rate in facts["rates"].items()}
+    clips_s = {name: rate["clips_s"] for name, rate in facts["rates"].items()}
     return Record(
         theme="pipeline",
         machine=machine(),
         conditions=conditions(clips, parts, args),
         timings=timings,
         ratios={
-            f"{name} / plain, clips a second": round(rate / rates["plain"], 2)
-            for name, rate in rates.items()
+            f"{name} / plain, clips a second": round(rate / clips_s["plain"], 2)
+            for name, rate in clips_s.items()
             if name != "plain"
         },
         facts=facts,
     )
+
+
+def rates(
+    walked: Sequence[Path], seconds: float, lengths: Mapping[Path, float]
+) -> dict[str, float]:
+    """Clips, and seconds of video, in each second."""
+    return {
+        "clips_s": round(len(walked) / seconds, 3),
+        "video_s_per_s": round(sum(lengths[clip] for clip in walked) / seconds, 2),
+    }
 
 
 def conditions(clips: Sequence[Path], parts: Parts, args: argparse.Namespace) -> dict[str, Any]:
