@@ -13,9 +13,8 @@ import torch
 from ralf.worker.contract import Sampling, Span
 from ralf.worker.errors import BadRequest, CorruptMedia
 from ralf.worker.media import decode_dali
-from ralf.worker.media.decode_dali import DaliDecoder, reason, upright
+from ralf.worker.media.decode_dali import DaliDecoder, FrameRequest, reason, upright
 from ralf.worker.media.decode_pyav import PyavDecoder, range_in_stream
-from ralf.worker.media.decode_queue import FrameRequest
 from ralf.worker.media.probe import probe
 from ralf.worker.media.sampling import plan
 from ralf.worker.media.types import Clip, Decoder, Frames

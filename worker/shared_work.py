@@ -3,7 +3,7 @@
 Each thread waits for its own answer.  While no thread is working, one of those that wait takes the
 next batch, whether or not its own requests are in it.  Requests that arrive meanwhile become the
 batch after it.  So a busy machine works in large batches, and an idle one starts at once.  The
-scorer (batcher.py) and the GPU's decoder (media/decode_queue.py) work this way.
+scorer (batcher.py) and the GPU's decoder (media/decode_dali.py) work this way.
 """
 
 import threading
