@@ -15,7 +15,7 @@ import torch
 from ralf.__main__ import main
 from ralf.worker.bench import gauges
 from ralf.worker.bench.gauges import Gauges, held
-from ralf.worker.bench.soak import Slope, slope, soak
+from ralf.worker.bench.pipeline import Slope, slope, soak
 from ralf.worker.contract import Sampling
 from ralf.worker.media.stride import StridedFinder, searched_rows
 from ralf.worker.media.types import Faces, Frames

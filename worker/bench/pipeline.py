@@ -6,28 +6,37 @@ frame by frame at full resolution, the network in FP32 eager, one frame's faces 
 look at the same frames and run the same weights.
 
 strides: the same clips with faces sought in each Nth frame only, every frame sampled, and whether
-the verdicts change.  soak: thousands of clips, and the slopes of what the process holds (soak.py).
+the verdicts change.
+
+soak: thousands of clips through one process.  Does its memory, the device's, the number of open
+files or the time per clip grow?  A leak is a slope whose 95 % interval is above zero and whose size
+matters.
 
 A stage's time is the wall time its caller waited: on a GPU, cutting is queued, and its work is
 waited for in score.
 """
 
 import argparse
+import itertools
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import stats
 
 from ralf.kernels.bench.record import Record, interleave, machine
 from ralf.worker import telemetry
 from ralf.worker.batcher import Batcher
-from ralf.worker.bench.gauges import Gauges
+from ralf.worker.bench.gauges import Gauges, held
 from ralf.worker.bench.scan import PlainWay
-from ralf.worker.bench.soak import slope, soak
 from ralf.worker.contract import EvidencePolicy, Sampling, Verdict
 from ralf.worker.media.probe import probe
 from ralf.worker.media.stride import StridedFinder
@@ -38,6 +47,8 @@ from ralf.worker.settings import Settings
 QUIET = EvidencePolicy(thumbnails=False)  # as scan --json
 STRIDE, DENSE_FPS = 4, 20.0
 """The rate is high, because frames that are far apart are all searched (stride.py)."""
+WARM_UP = 0.1
+BLOCKS = 20
 
 
 def run_pipeline(args: argparse.Namespace) -> int:
@@ -203,3 +214,75 @@ def soak_slopes(
         "per_thousand_clips": {name: asdict(slope(values)) for name, values in noted.items()},
         "used": gauges.used,
     }
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Growth per thousand clips, with its 95 % interval, and the level it starts from."""
+
+    per_thousand: float
+    low: float
+    high: float
+    mean: float
+
+
+def slope(values: Sequence[float] | NDArray[np.float64]) -> Slope:
+    """The slope of one quantity, recorded after each clip.
+
+    The first tenth is left out, while caches fill and libraries choose their kernels.  The rest is
+    cut into BLOCKS and a line is fitted through the blocks' means, because neighbouring clips are
+    not independent.
+    """
+    later = np.asarray(values, np.float64)[int(len(values) * WARM_UP) :]
+    blocks = [block for block in np.array_split(later, BLOCKS) if len(block)]
+    # A line through two points has no error, and so no interval.
+    if len(blocks) < 3:
+        raise ValueError(f"a slope needs at least 3 clips after the warm-up, got {len(blocks)}")
+    ends = np.cumsum([len(block) for block in blocks])
+    middles = ends - np.array([len(block) for block in blocks]) / 2
+    means = np.array([block.mean() for block in blocks])
+    grown, reach = 0.0, 0.0
+    if np.ptp(means) > 0:  # SciPy has no error (NaN) for a line that is flat
+        line = stats.linregress(middles, means)
+        grown = float(line.slope)
+        reach = float(stats.t.ppf(0.975, len(blocks) - 2)) * float(line.stderr)
+    figures = (1000 * grown, 1000 * (grown - reach), 1000 * (grown + reach), float(later.mean()))
+    return Slope(*(round(figure, 3) for figure in figures))
+
+
+def soak(
+    clips: Sequence[Path],
+    parts: Parts,
+    ask: Ask,
+    *,
+    count: int,
+    at_once: int,
+    most_s: float = 3600.0,
+) -> dict[str, list[float]]:
+    """`count` walks over the clips in turn, `at_once` at a time; what was held after each.
+
+    No walk starts after most_s.
+    """
+    recorded: dict[str, list[float]] = {}
+    lock, numbers = threading.Lock(), itertools.count()
+    end = time.monotonic() + most_s
+
+    def walks() -> None:
+        while time.monotonic() < end:
+            with lock:
+                number = next(numbers)
+            if number >= count:
+                return
+            start = time.perf_counter()
+            analyze(clips[number % len(clips)], parts, ask=ask)
+            spent = time.perf_counter() - start
+            with lock:
+                # Under the lock, so that the same place of each list is the same clip.
+                for name, value in {**held(parts.engine.device), "clip_s": spent}.items():
+                    recorded.setdefault(name, []).append(value)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for walk in [pool.submit(walks) for _ in range(at_once)]:
+            # Raises what the walk raised; leaving the pool does not.
+            walk.result()
+    return recorded
