@@ -18,10 +18,10 @@ from standardwebhooks import Webhook
 
 from ralf.__main__ import main
 from ralf.worker.chaos import bodies
+from ralf.worker.cli import queue
 from ralf.worker.cli import service as commands
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Media, SessionPart, Verdict
-from ralf.worker.service import serving_here
 from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.processes import embedded
 from ralf.worker.service.records import Status
@@ -325,19 +325,19 @@ def test_an_address_is_announced_as_long_as_its_socket_is_served(
 ):
     """Not one that nobody serves, nor after the end, nor through a link that somebody planted."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    before = serving_here.address()
+    before = queue.served_here()
     (tmp_path / "other").write_text(redis_url)
-    with serving_here.announced(redis_url):
-        during = serving_here.address()
+    with queue.announced(redis_url):
+        during = queue.served_here()
         (file,) = tmp_path.glob("ralf-serving-*")
-        with serving_here.announced("unix:///nowhere/redis.sock"):
-            dead = serving_here.address()
+        with queue.announced("unix:///nowhere/redis.sock"):
+            dead = queue.served_here()
         file.unlink()
         file.symlink_to(tmp_path / "other")
-        planted = serving_here.address()
+        planted = queue.served_here()
         file.unlink()
         file.write_text(redis_url)
-    after = serving_here.address()
+    after = queue.served_here()
 
     assert (before, during, dead, planted, after) == (None, redis_url, None, None, None)
 

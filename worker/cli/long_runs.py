@@ -1,18 +1,21 @@
-"""The commands that run for hours: backfill, stream.
+"""The commands that run for hours: backfill, stream; chaos, fuzz.
 
 Nothing heavy is imported until a command runs.
 """
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ralf.worker.cli.service import answering, client_at, redis_option
+from ralf.worker.cli.queue import answering, redis_option
+
+if TYPE_CHECKING:
+    from ralf.worker.client import Client
 
 
 def commands(subparsers: Any) -> None:
     """Add them all."""
-    _backfill(subparsers)
-    _stream(subparsers)
+    for add in (_backfill, _stream, _chaos, _fuzz):
+        add(subparsers)
 
 
 def _count(text: str) -> int:
@@ -87,11 +90,10 @@ def _backfill(subparsers: Any) -> None:
     backfill.set_defaults(run=answering(_run_backfill))
 
 
-def _run_backfill(args: argparse.Namespace) -> int:
+def _run_backfill(client: "Client", args: argparse.Namespace) -> int:
     from ralf.worker.cli.backfill import run
 
-    with client_at(args) as client:
-        return run(client, args)
+    return run(client, args)
 
 
 def _seconds(text: str) -> float:
@@ -183,8 +185,88 @@ def _stream(subparsers: Any) -> None:
     stream.set_defaults(run=answering(_run_stream))
 
 
-def _run_stream(args: argparse.Namespace) -> int:
+def _run_stream(client: "Client", args: argparse.Namespace) -> int:
     from ralf.worker.cli.stream import run
 
-    with client_at(args) as client:
-        return run(client, args)
+    return run(client, args)
+
+
+def _chaos(subparsers: Any) -> None:
+    chaos = subparsers.add_parser(
+        "chaos",
+        help="test: kill processes of a service of its own at random, and prove that no job is "
+        "lost",
+    )
+    chaos.add_argument("--jobs", type=int, default=300, metavar="N", help="submit N jobs")
+    chaos.add_argument(
+        "--workers",
+        type=int,
+        default=3,
+        metavar="N",
+        help="start N workers, two or more; the last takes priority high",
+    )
+    chaos.add_argument(
+        "--share",
+        action="store_true",
+        help="let the workers of priority default share one child process",
+    )
+    chaos.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="choose another mix of jobs and faults"
+    )
+    chaos.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="give up after N minutes (default: 10, with --default-timings 60)",
+    )
+    chaos.add_argument(
+        "--default-timings",
+        action="store_true",
+        help="use the leases and delays of production, which takes longer",
+    )
+    chaos.set_defaults(run=_run_chaos)
+
+
+def _run_chaos(args: argparse.Namespace) -> int:
+    from ralf.worker.chaos.run import run
+
+    return run(args)
+
+
+def _fuzz(subparsers: Any) -> None:
+    fuzz = subparsers.add_parser(
+        "fuzz",
+        help="test: judge damaged files, and report each that ends without a named error",
+    )
+    fuzz.add_argument(
+        "--mutants", type=int, default=10_000, metavar="N", help="judge N damaged files in all"
+    )
+    fuzz.add_argument(
+        "--minutes",
+        type=float,
+        default=30.0,
+        metavar="N",
+        help="stop after N minutes (default: %(default)g)",
+    )
+    fuzz.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="choose another series of damaged files"
+    )
+    fuzz.add_argument(
+        "--children", type=int, default=2, metavar="N", help="judge in N child processes"
+    )
+    fuzz.add_argument(
+        "--folder",
+        default="fuzz",
+        metavar="DIR",
+        help="write results and the reported files there; the same folder continues a run",
+    )
+    fuzz.add_argument(
+        "--only", type=int, metavar="NUMBER", help="make and judge this one damaged file again"
+    )
+    fuzz.set_defaults(run=_run_fuzz)
+
+
+def _run_fuzz(args: argparse.Namespace) -> int:
+    from ralf.worker.chaos.fuzz import run
+
+    return run(args)

@@ -21,6 +21,7 @@ from ralf.kernels.cli import commands as kernels
 from ralf.worker.cli.extras import check_libraries, why_missing
 from ralf.worker.cli.long_runs import commands as long_runs
 from ralf.worker.cli.long_runs import live_options
+from ralf.worker.cli.queue import commands as queue
 from ralf.worker.cli.service import commands as service
 
 Register = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
@@ -48,6 +49,7 @@ def parser(more: Sequence[Register] = ()) -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _scan(commands)
+    queue(commands)
     service(commands)
     long_runs(commands)
     _bench(commands)

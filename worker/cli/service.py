@@ -1,13 +1,10 @@
-"""The commands of the service: submit, status, result, cancel, watch; worker, serve, deliver,
-janitor, quarantine, chaos, fuzz.  Answers are JSON on stdout, one document a line.  Exit codes: 2
-for a wrong request, 4 for a job that ended without a verdict, 5 where it may be tried again.
+"""The operator's commands: worker, serve, deliver, janitor, quarantine.  Answers are JSON on
+stdout, one document a line.  Exit code 2 for a wrong request.
 
 Nothing heavy is imported until a command runs.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,22 +12,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ralf.worker.cli.queue import address_of, announced, print_document, redis_option
+
 if TYPE_CHECKING:
-    from ralf.worker.client import Client
     from ralf.worker.service.store import Store
     from ralf.worker.settings import Settings
 
 
-CLIENT_CODES = (
-    "Exit codes: 0 done; 2 a wrong request, no such job, or a job that has not ended; 4 the job "
-    "ended without a verdict; 5 another try may succeed: Redis does not answer, the time of --wait "
-    "is over, or what the job needed was out of reach."
-)
-
-
 def commands(subparsers: Any) -> None:
     """Add them all."""
-    for add in (_submit, _ask, _worker, _serve, _deliver, _janitor, _quarantine, _chaos, _fuzz):
+    for add in (_worker, _serve, _deliver, _janitor, _quarantine):
         add(subparsers)
 
 
@@ -50,256 +41,6 @@ def reaching(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
             ) from error
 
     return reach
-
-
-def answering(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Wrap a client's command: exit 2 for a wrong request, 4 for a job that has no verdict and
-    would have none if it ran again, else what other errors give."""
-
-    def answer(args: argparse.Namespace) -> int:
-        from pydantic import ValidationError
-
-        from ralf.worker import client
-        from ralf.worker.errors import Interrupted, by_code
-
-        try:
-            return run(args)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            print(f"ralf: {where}: {first['msg']}", file=sys.stderr)
-            return 2
-        # Before NotFinished, its base: this one may be tried again, so it exits with 5.
-        except client.TimedOut:
-            raise
-        except client.JobFailed as error:
-            # Another run may succeed: 5, not 4.
-            if issubclass(by_code().get(error.code, object), Interrupted):
-                raise
-            print(f"ralf: {error}", file=sys.stderr)
-            return 4
-        except (
-            client.InvalidRequest,
-            client.IdempotencyConflict,
-            client.NotFound,
-            client.NotFinished,
-        ) as error:
-            print(f"ralf: {error}", file=sys.stderr)
-            return 2
-
-    return answer
-
-
-@contextmanager
-def client_at(args: argparse.Namespace) -> Iterator["Client"]:
-    """The client at --redis or RALF_REDIS_URL, closed at the end."""
-    from ralf.worker.client import connect
-
-    client = connect(_address(args))
-    try:
-        yield client
-    finally:
-        client.close()
-
-
-def _address(args: argparse.Namespace) -> str | None:
-    """--redis; or, where RALF_REDIS_URL names none, the service that runs here; else None."""
-    import os
-
-    from ralf.worker.service import serving_here
-    from ralf.worker.settings import values_of
-
-    if args.redis or "RALF_REDIS_URL" in values_of(os.environ):
-        return str(args.redis) if args.redis else None
-    return serving_here.address()
-
-
-def redis_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--redis", metavar="URL", help="use the Redis at this address instead of RALF_REDIS_URL"
-    )
-
-
-def _print(document: Any) -> None:
-    print(json.dumps(document, default=str), flush=True)
-
-
-def _submit(subparsers: Any) -> None:
-    submit = subparsers.add_parser(
-        "submit",
-        help="put videos into the queue; print their jobs, or with --wait their verdicts",
-        epilog=CLIENT_CODES,
-    )
-    submit.add_argument(
-        "uris",
-        nargs="+",
-        metavar="URI",
-        help="an http(s), s3, gs or file URI, or a path, that the workers can read",
-    )
-    submit.add_argument(
-        "--token",
-        help="your own id of the upload: sent again, it finds the same job; with several URIs it "
-        "is the beginning of each token (default: made from the URI)",
-    )
-    submit.add_argument("--tag", help="your own text, which the verdict repeats")
-    submit.add_argument("--tenant", default="default", help="whose job it is; tenants take turns")
-    submit.add_argument(
-        "--priority",
-        choices=("high", "default", "backfill"),
-        default="default",
-        help="high has workers of its own; backfill waits until no other job does",
-    )
-    submit.add_argument(
-        "--max-frames",
-        type=int,
-        metavar="N",
-        help="judge at most N frames of each video (default: what the model says)",
-    )
-    submit.add_argument(
-        "--stop-early",
-        type=float,
-        metavar="SCORE",
-        help="stop once one person's score over 8 faces is SCORE (0 to 1) or more (default: judge "
-        "the whole video)",
-    )
-    submit.add_argument(
-        "--callback", metavar="URL", help="push the end of the job to this address as a webhook"
-    )
-    submit.add_argument(
-        "--secret-id",
-        default="default",
-        metavar="ID",
-        help="which secret of RALF_WEBHOOK_SECRETS signs the webhook",
-    )
-    submit.add_argument(
-        "--wait",
-        type=float,
-        metavar="SECONDS",
-        help="wait up to so many seconds for each job, and print its verdict",
-    )
-    redis_option(submit)
-    submit.set_defaults(run=answering(_run_submit))
-
-
-def _run_submit(args: argparse.Namespace) -> int:
-    from ralf.worker.client import request
-    from ralf.worker.contract import Callback, EarlyStop, Sampling, dump
-
-    uris = [_uri(name) for name in args.uris]
-    tokens = _tokens(args.token, uris)
-    sampling = None if args.max_frames is None else Sampling(max_frames=args.max_frames)
-    stop_early = None if args.stop_early is None else EarlyStop(score=args.stop_early)
-    callback = Callback(url=args.callback, secret_id=args.secret_id) if args.callback else None
-    asked = [
-        request(
-            uri,
-            token=token,
-            tag=args.tag,
-            tenant=args.tenant,
-            priority=args.priority,
-            sampling=sampling,
-            stop_early=stop_early,
-            callback=callback,
-        )
-        for uri, token in zip(uris, tokens, strict=True)
-    ]
-    # Every request was checked above, so that none is sent when one of them is wrong.
-    with client_at(args) as client:
-        submissions = client.submit_many(asked)
-        if args.wait is None:
-            for uri, made in zip(uris, submissions, strict=True):
-                _print(
-                    {
-                        "job_id": made.job_id,
-                        "state": made.state,
-                        "existing": made.existing,
-                        "uri": uri,
-                    }
-                )
-            return 0
-        for made in submissions:
-            print(dump(client.result(made.job_id, timeout=args.wait)), flush=True)
-    return 0
-
-
-def _uri(name: str) -> str:
-    """Make a path a file: URI; anything with a scheme stays as it is."""
-    return name if "://" in name else Path(name).resolve().as_uri()
-
-
-def _tokens(token: str | None, uris: list[str]) -> list[str]:
-    """One for each; from the URI's hash, since a URI may be long, and signed: a credential."""
-    if token is not None and len(uris) == 1:
-        return [token]
-    prefix = token or "uri"
-    return [f"{prefix}:{hashlib.sha256(uri.encode()).hexdigest()[:32]}" for uri in uris]
-
-
-def _ask(subparsers: Any) -> None:
-    """status, result, cancel, watch: one job each."""
-    table: list[tuple[str, str, Callable[[argparse.Namespace], int]]] = [
-        ("status", "print a job's state, progress and failure", _run_status),
-        ("result", "print a job's verdict", _run_result),
-        ("cancel", "cancel a job that has not ended", _run_cancel),
-        ("watch", "print a job's state at each change, until it ends", _run_watch),
-    ]
-    for name, help_text, run in table:
-        parser = subparsers.add_parser(name, help=help_text, epilog=CLIENT_CODES)
-        parser.add_argument("job", metavar="JOB", help="the job's id, which `ralf submit` printed")
-        if name == "result":
-            parser.add_argument(
-                "--wait",
-                type=float,
-                metavar="SECONDS",
-                help="wait up to so many seconds for the verdict (default: do not wait)",
-            )
-            parser.add_argument(
-                "--report", metavar="PAGE", help="write the verdict to this HTML page as well"
-            )
-        if name == "watch":
-            parser.add_argument(
-                "--wait",
-                type=float,
-                metavar="SECONDS",
-                help="give up after so many seconds (default: never)",
-            )
-        redis_option(parser)
-        parser.set_defaults(run=answering(run))
-
-
-def _run_status(args: argparse.Namespace) -> int:
-    with client_at(args) as client:
-        _print(client.status(args.job).model_dump(mode="json"))
-    return 0
-
-
-def _run_result(args: argparse.Namespace) -> int:
-    from ralf.worker.contract import Evidence, dump
-
-    with client_at(args) as client:
-        verdict = client.result(args.job, timeout=args.wait)
-        print(dump(verdict), flush=True)
-        if args.report:
-            from ralf.kernels.atomic_files import replace_text
-            from ralf.worker.page.page import page  # Jinja2: a backend may not have it
-
-            # Not client.evidence(), which raises where none is kept: the page needs no pictures.
-            kept = client.store.evidence(args.job)
-            replace_text(Path(args.report), page(verdict, kept or Evidence()))
-    return 0
-
-
-def _run_cancel(args: argparse.Namespace) -> int:
-    with client_at(args) as client:
-        _print({"job_id": args.job, "state": client.cancel(args.job)})
-    return 0
-
-
-def _run_watch(args: argparse.Namespace) -> int:
-    with client_at(args) as client:
-        for status in client.watch(args.job, timeout=args.wait):
-            _print(status.model_dump(mode="json"))
-    return 0
 
 
 def _settings(args: argparse.Namespace) -> Any:
@@ -447,7 +188,6 @@ def _run_serve(args: argparse.Namespace) -> int:
     from ralf.worker.errors import Infrastructure
     from ralf.worker.service.processes import embedded, on_redis
     from ralf.worker.service.sandbox import refuse_inspection
-    from ralf.worker.service.serving_here import announced
 
     if args.data is not None and not args.embedded:
         print("ralf: --data is for the Redis of --embedded", file=sys.stderr)
@@ -558,10 +298,10 @@ def _run_deliver(args: argparse.Namespace) -> int:
         outbox = Outbox(store)
         if args.dead:
             for letter in outbox.dead():
-                _print(asdict(letter))
+                print_document(asdict(letter))
         elif args.disabled:
             for tenant, url in outbox.disabled_endpoints():
-                _print({"tenant": tenant, "url": url})
+                print_document({"tenant": tenant, "url": url})
         elif args.redeliver:
             letters = outbox.dead()
             wanted = [x.id for x in letters] if args.redeliver == "all" else [args.redeliver]
@@ -594,7 +334,7 @@ def _store(args: argparse.Namespace) -> Iterator["Store"]:
     from ralf.worker.service.store import Store
 
     settings = _settings(args)
-    url = _address(args) or settings.redis_url
+    url = address_of(args) or settings.redis_url
     # Not connect()'s ten: a person waits for the answer.
     redis = connect(url, attempts=3, ca_file=settings.redis_ca_file)
     try:
@@ -624,7 +364,7 @@ def _run_janitor(args: argparse.Namespace) -> int:
     if not args.once:
         return run_janitor(_settings(args))
     with _store(args) as store:
-        _print(vars(Janitor(store, store.settings).run_once()))
+        print_document(vars(Janitor(store, store.settings).run_once()))
     return 0
 
 
@@ -654,7 +394,7 @@ def _run_quarantine(args: argparse.Namespace) -> int:
         quarantine = Quarantine(store)
         if args.what == "list":
             for one in quarantine.list():
-                _print(
+                print_document(
                     {"job_id": one.job.job_id, "code": one.code, "at": one.at, "why": one.message}
                 )
             return 0
@@ -663,89 +403,10 @@ def _run_quarantine(args: argparse.Namespace) -> int:
             if found is None:
                 print(f"ralf: {missing.format(args.job)}", file=sys.stderr)
                 return 2
-            _print({**asdict(found), "job": found.job.model_dump(mode="json", by_alias=True)})
+            print_document(
+                {**asdict(found), "job": found.job.model_dump(mode="json", by_alias=True)}
+            )
             return 0
         return _each(
             [args.job], quarantine.retry if args.what == "retry" else quarantine.drop, missing
         )
-
-
-def _chaos(subparsers: Any) -> None:
-    chaos = subparsers.add_parser(
-        "chaos",
-        help="test: kill processes of a service of its own at random, and prove that no job is "
-        "lost",
-    )
-    chaos.add_argument("--jobs", type=int, default=300, metavar="N", help="submit N jobs")
-    chaos.add_argument(
-        "--workers",
-        type=int,
-        default=3,
-        metavar="N",
-        help="start N workers, two or more; the last takes priority high",
-    )
-    chaos.add_argument(
-        "--share",
-        action="store_true",
-        help="let the workers of priority default share one child process",
-    )
-    chaos.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="choose another mix of jobs and faults"
-    )
-    chaos.add_argument(
-        "--minutes",
-        type=float,
-        metavar="N",
-        help="give up after N minutes (default: 10, with --default-timings 60)",
-    )
-    chaos.add_argument(
-        "--default-timings",
-        action="store_true",
-        help="use the leases and delays of production, which takes longer",
-    )
-    chaos.set_defaults(run=_run_chaos)
-
-
-def _run_chaos(args: argparse.Namespace) -> int:
-    from ralf.worker.chaos.run import run
-
-    return run(args)
-
-
-def _fuzz(subparsers: Any) -> None:
-    fuzz = subparsers.add_parser(
-        "fuzz",
-        help="test: judge damaged files, and report each that ends without a named error",
-    )
-    fuzz.add_argument(
-        "--mutants", type=int, default=10_000, metavar="N", help="judge N damaged files in all"
-    )
-    fuzz.add_argument(
-        "--minutes",
-        type=float,
-        default=30.0,
-        metavar="N",
-        help="stop after N minutes (default: %(default)g)",
-    )
-    fuzz.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="choose another series of damaged files"
-    )
-    fuzz.add_argument(
-        "--children", type=int, default=2, metavar="N", help="judge in N child processes"
-    )
-    fuzz.add_argument(
-        "--folder",
-        default="fuzz",
-        metavar="DIR",
-        help="write results and the reported files there; the same folder continues a run",
-    )
-    fuzz.add_argument(
-        "--only", type=int, metavar="NUMBER", help="make and judge this one damaged file again"
-    )
-    fuzz.set_defaults(run=_run_fuzz)
-
-
-def _run_fuzz(args: argparse.Namespace) -> int:
-    from ralf.worker.chaos.fuzz import run
-
-    return run(args)
