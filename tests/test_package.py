@@ -16,8 +16,7 @@ from packaging.utils import canonicalize_name
 
 from ralf.kernels.artifact import SHIPPED, resolve
 from ralf.train.cli import commands as train
-from ralf.worker.cli.extras import LIBRARIES, NEEDS
-from ralf.worker.cli.main import parser
+from ralf.worker.cli.main import LIBRARIES, NEEDS, parser
 from tests.clips import face_clip
 
 ROOT = Path(__file__).resolve().parent.parent

