@@ -13,6 +13,7 @@ import pytest
 from ralf.__main__ import main
 from ralf.worker.cli import scan as scan_module
 from ralf.worker.contract import Verdict
+from tests.documents import a_track, a_verdict
 from tests.hostile import REFUSED
 
 
@@ -47,6 +48,24 @@ def test_scan_prints_a_table_for_people(clip_of_two: Path, capsys: pytest.Captur
     assert "t1" in out
     assert "t2" in out
     assert "untrained_model" in out
+
+
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [
+        (0.93123, "score 0.93  (forged at 0.80, 5 % false-alarm threshold)"),
+        (0.7996, "score 0.7996  (forged at 0.8000, 5 % false-alarm threshold)"),
+    ],
+)
+def test_scores_and_threshold_are_printed_as_the_page_has_them(
+    score: float, shown: str, capsys: pytest.CaptureFixture[str]
+):
+    """Two digits, or as many as tell the side; the threshold in words, in place of its name."""
+    scan_module._show("a.mp4", a_verdict([a_track([score] * 3)], score=score), as_json=False)
+    first, _, _, track, *_ = capsys.readouterr().out.splitlines()
+
+    assert first.endswith(shown)
+    assert shown.split()[1] in track.split()
 
 
 def test_fail_on_forged_turns_the_verdict_into_the_exit_code(clip_of_two: Path, eager_models: Path):

@@ -2,7 +2,7 @@
 
 import re
 
-from ralf.worker.contract import Label, Threshold
+from ralf.worker.contract import Label, Threshold, Verdict
 
 LABEL_WORDS: dict[Label, str] = {
     "likely_forged": "Likely forged",
@@ -27,6 +27,13 @@ def digits_for(threshold: Threshold, *scores: float) -> int:
         ):
             return digits
     return SCORE_DIGITS
+
+
+def digits_of(verdict: Verdict) -> int:
+    """In how many digits to show a verdict's scores: the same for all, and none on a wrong side."""
+    levels = [verdict.score, *(track.score for track in verdict.tracks)]
+    levels += [segment.score for segment in verdict.segments]
+    return digits_for(verdict.threshold, *(level for level in levels if level is not None))
 
 
 def score_text(score: float, digits: int = USUAL_DIGITS) -> str:

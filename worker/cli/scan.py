@@ -31,7 +31,7 @@ from ralf.worker.local import for_file
 from ralf.worker.pipeline import Ask, Partial, analyze
 from ralf.worker.runtime import Parts, load
 from ralf.worker.settings import Settings
-from ralf.worker.wording import LABEL_WORDS, clock
+from ralf.worker.wording import LABEL_WORDS, clock, digits_of, policy_text, score_text
 
 STYLES = {
     "likely_forged": "bold red",
@@ -244,13 +244,14 @@ def _show(name: str, verdict: Verdict, *, as_json: bool) -> None:
     on_terminal = sys.stdout.isatty()
     console = Console(highlight=False, width=None if on_terminal else ENDLESS)
     word, style = LABEL_WORDS[verdict.label].lower(), STYLES[verdict.label]
-    score = "" if verdict.score is None else f"  score {verdict.score:.3f}"
+    digits, threshold = digits_of(verdict), verdict.threshold
+    score = "" if verdict.score is None else f"  score {score_text(verdict.score, digits)}"
     line = Text.assemble(f"{name}: ", (word, style), score)
-    line.append(f"  (forged at {verdict.threshold.forged_at:.3f}, {verdict.threshold.policy})")
+    line.append(f"  (forged at {threshold.forged_at:.{digits}f}, {policy_text(threshold.policy)})")
     console.print(line)
     console.print(Text(f"  {verdict.reason}"))
     if verdict.tracks:
-        console.print(_tracks(verdict))
+        console.print(_tracks(verdict, digits))
     for warning in verdict.warnings:
         console.print(Text(f"  ! {warning}"))
     made, media = verdict.made, verdict.media
@@ -265,7 +266,7 @@ def _show(name: str, verdict: Verdict, *, as_json: bool) -> None:
     )
 
 
-def _tracks(verdict: Verdict) -> Table:
+def _tracks(verdict: Verdict, digits: int) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     for name in ("  face", "from", "to", "samples", "score", "strongest", ""):
         table.add_column(name, justify="left" if name in ("  face", "") else "right")
@@ -275,8 +276,8 @@ def _tracks(verdict: Verdict) -> Table:
             clock(track.start_ms),
             clock(track.end_ms),
             str(track.faces),
-            "–" if track.score is None else f"{track.score:.3f}",
-            f"{track.score_max:.3f}",
+            "–" if track.score is None else score_text(track.score, digits),
+            score_text(track.score_max, digits),
             track.reason or "",
         )
     return table

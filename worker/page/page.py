@@ -38,7 +38,7 @@ from ralf.worker.contract import (
     WholeFrame,
 )
 from ralf.worker.page import charts, words
-from ralf.worker.wording import LABEL_WORDS, clock, digits_for, policy_text, score_text
+from ralf.worker.wording import LABEL_WORDS, clock, digits_of, policy_text, score_text
 
 NOTICE = (
     "This is an automated assessment, not proof. It says how much the faces look like forgeries "
@@ -58,7 +58,7 @@ UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
 def page(verdict: Verdict, evidence: Evidence) -> str:
     """The whole page."""
     style, script = _asset("page.css"), _asset("page.js")
-    digits = _digits(verdict)
+    digits = digits_of(verdict)
     pictures = _usable(evidence.pictures, residuals=_residuals_point(verdict))
     return (
         environment()
@@ -165,13 +165,6 @@ def _split_warning(warning: str) -> tuple[str, str]:
     if colon and re.fullmatch(r"[a-z0-9_]+", code):
         return code, said
     return "", warning
-
-
-def _digits(verdict: Verdict) -> int:
-    """In how many digits the page shows scores: the same for all, and none on a wrong side."""
-    levels = [verdict.score, *(track.score for track in verdict.tracks)]
-    levels += [segment.score for segment in verdict.segments]
-    return digits_for(verdict.threshold, *(level for level in levels if level is not None))
 
 
 def _residuals_point(verdict: Verdict) -> bool:
