@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,29 @@ from typing import Any
 import structlog
 from aiohttp import BodyPartReader, StreamReader, web
 from aiohttp.multipart import MultipartReader
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from ralf.worker import client as queue
-from ralf.worker.contract import Evidence, Media, Verdict, dump
-from ralf.worker.errors import FetchFailed, HashMismatch, TooLarge
+from ralf.worker.contract import Evidence, Media, Verdict
+from ralf.worker.errors import HashMismatch, TooLarge
 from ralf.worker.http.access import Access, Address, Refused
-from ralf.worker.http.documents import AS_JSON, Accepted, JobAnswer, Links, NewJob, Problem, openapi
-from ralf.worker.http.pages import asset, upload_page, waiting_page
+from ralf.worker.http.answers import (
+    HEADERS,
+    NOTHING,
+    UPLOAD_PAGE,
+    VERDICT_PAGE,
+    Handler,
+    asset,
+    document,
+    fixed,
+    html,
+    problem,
+    refusal,
+    upload_page,
+    waiting_page,
+)
+from ralf.worker.http.documents import AS_JSON, Accepted, JobAnswer, Links, NewJob, openapi
 from ralf.worker.http.uploads import TENANT, Uploads
 from ralf.worker.page.page import page
 from ralf.worker.service.download import Fetched, receiving
@@ -51,25 +65,6 @@ SWEEP_S = 2.0
 WAIT_MOST_S = 60.0
 LOOK_S = 0.25
 START_S = 30.0
-HEADERS: Mapping[str, str] = {
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Server": "ralf",
-}
-NOTHING = "default-src 'none'; frame-ancestors 'none'"
-UPLOAD_PAGE = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
-# An origin of its own: a script in it, if there were one, could not call this server. The page's
-# own meta element says the rest.
-VERDICT_PAGE = (
-    "sandbox allow-scripts allow-forms allow-downloads; base-uri 'none'; frame-ancestors 'none'"
-)
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
@@ -86,7 +81,7 @@ class Server:
         """All routes, and the sweep of uploads."""
         app = web.Application(middlewares=[self._guarded])
         style = asset("upload.css", shared="page.css")
-        document = json.dumps(openapi(token_needed=bool(self.settings.http_token)))
+        described = json.dumps(openapi(token_needed=bool(self.settings.http_token)))
         app.add_routes(
             [
                 web.post("/jobs", self.submit),
@@ -94,10 +89,10 @@ class Server:
                 web.delete("/jobs/{job_id}", self.cancel),
                 web.get("/jobs/{job_id}/page", self.page),
                 web.get("/healthz", self.health),
-                web.get("/openapi.json", _fixed(document, "application/json")),
-                web.get("/", _fixed(upload_page(self.settings), "text/html", UPLOAD_PAGE)),
-                web.get("/upload.css", _fixed(style, "text/css")),
-                web.get("/upload.js", _fixed(asset("upload.js"), "text/javascript")),
+                web.get("/openapi.json", fixed(described, "application/json")),
+                web.get("/", fixed(upload_page(self.settings), "text/html", UPLOAD_PAGE)),
+                web.get("/upload.css", fixed(style, "text/css")),
+                web.get("/upload.js", fixed(asset("upload.js"), "text/javascript")),
             ]
         )
         app.cleanup_ctx.append(self._sweeping)
@@ -112,12 +107,12 @@ class Server:
         except web.HTTPException as error:
             # Of routes: "Not Found" becomes not_found.
             code = error.reason.lower().replace(" ", "_")
-            answer = _problem(Refused(error.status, code, f"{request.method}: {error.reason}"))
+            answer = problem(Refused(error.status, code, f"{request.method}: {error.reason}"))
             if "Allow" in error.headers:
                 answer.headers["Allow"] = error.headers["Allow"]
         # The border: whatever a handler raises becomes an answer.
         except Exception as error:  # noqa: BLE001
-            answer = _problem(_refusal(error), getattr(error, "token", None))
+            answer = problem(refusal(error), getattr(error, "token", None))
         for name, value in ({"Content-Security-Policy": NOTHING} | dict(HEADERS)).items():
             answer.headers.setdefault(name, value)
         log.info("http.request", method=request.method, path=request.path, status=answer.status)
@@ -149,7 +144,7 @@ class Server:
             existing=made.existing,
             links=links,
         )
-        return _document(body, status=202, headers={"Location": links.self})
+        return document(body, status=202, headers={"Location": links.self})
 
     async def _room(self, coming: int) -> None:
         """Refuse before anything is read: the queue or the folder is full, or it is too large."""
@@ -157,7 +152,7 @@ class Server:
             raise TooLarge(
                 f"the upload has {coming} bytes; at most {self.settings.max_bytes} are taken"
             )
-        with _reaching():
+        with self.client.reaching():
             counts = await asyncio.to_thread(self.client.store.counts)
         # A backfill's jobs wait behind all others, however many there are.
         waiting = sum(n for name, n in counts.waiting.items() if name != "backfill")
@@ -297,8 +292,8 @@ class Server:
             verdict = await self._verdict(status)
             kept = await asyncio.to_thread(self.client.store.evidence, status.job_id)
             text = await asyncio.to_thread(page, verdict, kept or Evidence())
-            return _page(text, VERDICT_PAGE)
-        return _page(waiting_page(status), UPLOAD_PAGE, status=409 if status.ended else 202)
+            return html(text, VERDICT_PAGE)
+        return html(waiting_page(status), UPLOAD_PAGE, status=409 if status.ended else 202)
 
     async def health(self, _: web.Request) -> web.Response:
         """Whether the queue answers and has workers."""
@@ -322,7 +317,7 @@ class Server:
 
     async def _answer(self, status: Status) -> web.Response:
         verdict = await self._verdict(status) if status.state == "succeeded" else None
-        return _document(JobAnswer.of(status, verdict, self._links(status.job_id)))
+        return document(JobAnswer.of(status, verdict, self._links(status.job_id)))
 
     def _links(self, job_id: str) -> Links:
         path = f"/jobs/{job_id}/page"
@@ -459,76 +454,3 @@ def _invalid(error: ValidationError) -> Refused:
     where = ".".join(str(part) for part in first["loc"]) or "the request"
     # Without the value: a signed URL is a credential.
     return Refused(400, "bad_request", f"{where}: {first['msg']}; see /openapi.json")
-
-
-@contextmanager
-def _reaching() -> Iterator[None]:
-    try:
-        yield
-    except RedisError as error:
-        raise queue.QueueUnavailable(f"Redis does not answer ({error})") from error
-
-
-STATUSES: Mapping[type[Exception], tuple[int, str, int]] = {
-    queue.NotFound: (404, "not_found", 0),
-    queue.JobFailed: (409, "no_verdict", 0),
-    queue.IdempotencyConflict: (409, "token_conflict", 0),
-    queue.InvalidRequest: (400, "bad_request", 0),
-    TooLarge: (413, TooLarge.code, 0),
-    HashMismatch: (422, HashMismatch.code, 0),
-    FetchFailed: (408, "too_slow", 0),
-    queue.ClientError: (503, "queue_unavailable", 5),
-}
-"""Status, code and Retry-After of each error; of two that fit, the first."""
-
-
-def _refusal(error: Exception) -> Refused:
-    """The answer to an error."""
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, FetchFailed) and isinstance(error.__cause__, OSError):
-        log.error("http.not_written", error=str(error))
-        return Refused(507, "not_written", str(error))
-    for kind, (status, code, retry_after) in STATUSES.items():
-        if isinstance(error, kind):
-            return Refused(status, code, str(error), retry_after)
-    log.error("http.broke", exc_info=error)
-    return Refused(500, "internal_error", "an error in Ralf; its log has the details")
-
-
-def _problem(refused: Refused, token: str | None = None) -> web.Response:
-    body = Problem(code=refused.code, message=refused.message, token=token)
-    headers = {"Retry-After": str(refused.retry_after)} if refused.retry_after else {}
-    if refused.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return _document(body, status=refused.status, headers=headers)
-
-
-def _document(
-    body: BaseModel, *, status: int = 200, headers: Mapping[str, str] | None = None
-) -> web.Response:
-    return web.Response(
-        status=status, text=dump(body), content_type="application/json", headers=headers
-    )
-
-
-def _page(text: str, policy: str, *, status: int = 200) -> web.Response:
-    return web.Response(
-        status=status,
-        text=text,
-        content_type="text/html",
-        charset="utf-8",
-        headers={"Content-Security-Policy": policy},
-    )
-
-
-def _fixed(text: str, kind: str, policy: str = NOTHING) -> Handler:
-    async def answer(_: web.Request) -> web.StreamResponse:
-        return web.Response(
-            text=text,
-            content_type=kind,
-            charset="utf-8",
-            headers={"Content-Security-Policy": policy},
-        )
-
-    return answer
