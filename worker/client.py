@@ -38,6 +38,7 @@ from ralf.worker.contract import (
     SessionVerdict,
     State,
     Verdict,
+    first_fault,
 )
 from ralf.worker.errors import RalfError
 from ralf.worker.service.connection import connect as connect_redis
@@ -169,11 +170,10 @@ def request(
             submitted_at=datetime.now(UTC),
         )
     except ValidationError as fault:
-        first = fault.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        given = _shown(fault.errors()[0]["input"])
         # from None: pydantic's own text quotes the input, and a signed URL is a credential.
         raise InvalidRequest(
-            f"{where}: {first['msg']}, got {_shown(first['input'])}; see docs/job.schema.json"
+            f"{first_fault(fault)}, got {given}; see docs/job.schema.json"
         ) from None
 
 
@@ -355,10 +355,8 @@ class Client:
         try:
             yield
         except ValidationError as fault:
-            first = fault.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
             raise UnreadableDocument(
-                f"the stored {fault.title} cannot be read ({where}: {first['msg']}): a version of "
+                f"the stored {fault.title} cannot be read ({first_fault(fault)}): a version of "
                 "Ralf that does not fit this client wrote it; use the workers' version here"
             ) from fault
         except exceptions.ResponseError as fault:

@@ -25,6 +25,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     model_validator,
 )
 
@@ -666,6 +667,13 @@ class SessionVerdict(Output):
 def dump(document: BaseModel) -> str:
     """The document as JSON, its schema name included, no spaces."""
     return document.model_dump_json(by_alias=True)
+
+
+def first_fault(error: ValidationError) -> str:
+    """The field that does not fit, and why; without its value: a signed URL is a credential."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the document"
+    return f"{where}: {first['msg']}"
 
 
 DOCUMENTS: dict[str, type[BaseModel]] = {

@@ -48,15 +48,14 @@ def answering(run: Run) -> Callable[[argparse.Namespace], int]:
         from pydantic import ValidationError
 
         from ralf.worker import client
+        from ralf.worker.contract import first_fault
         from ralf.worker.errors import Interrupted, by_code
 
         try:
             with _client_at(args) as connected:
                 return run(connected, args)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            print(f"ralf: {where}: {first['msg']}", file=sys.stderr)
+            print(f"ralf: {first_fault(error)}", file=sys.stderr)
             return 2
         # Before NotFinished, its base: this one may be tried again, so it exits with 5.
         except client.TimedOut:

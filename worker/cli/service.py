@@ -235,14 +235,14 @@ class _Http:
         try:
             from ralf.worker.http import server
             from ralf.worker.http.access import Address
-            from ralf.worker.http.uploads import Uploads
+            from ralf.worker.http.uploads import Uploads, upload_folder
         except ImportError as error:
             hint = install_hint("http")
             raise Infrastructure(f"--http needs {error.name}, which is missing: {hint}") from error
         self._address = Address.read(text)
         self._address.check(settings)
         telemetry.configure(settings)
-        folder = stack.enter_context(server.upload_folder(settings, data))
+        folder = stack.enter_context(upload_folder(settings, data))
         self._uploads = stack.enter_context(Uploads.opened(folder))
         self.for_workers = self._uploads.for_workers(settings)
         self._serving, self._settings, self._stack = server.serving, settings, stack

@@ -12,13 +12,10 @@ worker's own cap and least rate, and becomes a `file:` URI under a root of this 
 
 import asyncio
 import json
-import shutil
-import tempfile
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -28,7 +25,7 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from ralf.worker import client as queue
-from ralf.worker.contract import Evidence, Media, Verdict
+from ralf.worker.contract import Evidence, Media, Verdict, first_fault
 from ralf.worker.errors import HashMismatch, TooLarge
 from ralf.worker.http.access import Access, Address, Refused
 from ralf.worker.http.answers import (
@@ -386,21 +383,6 @@ def serving(settings: Settings, uploads: Uploads, address: Address) -> Iterator[
         client.close()
 
 
-@contextmanager
-def upload_folder(settings: Settings, data: Path | None) -> Iterator[Path]:
-    """RALF_HTTP_UPLOADS, else inside --data, else a private folder that is removed at the end."""
-    if settings.http_uploads:
-        yield Path(settings.http_uploads)
-    elif data is not None:
-        yield data / "uploads"
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="ralf-uploads-"))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 async def _pieces(source: StreamReader | BodyPartReader, most: int = 0) -> AsyncIterator[bytes]:
     """The bytes as they come; `most` bounds them, where it is not 0."""
     size = 0
@@ -450,7 +432,4 @@ def _seconds(text: str) -> float:
 
 
 def _invalid(error: ValidationError) -> Refused:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the request"
-    # Without the value: a signed URL is a credential.
-    return Refused(400, "bad_request", f"{where}: {first['msg']}; see /openapi.json")
+    return Refused(400, "bad_request", f"{first_fault(error)}; see /openapi.json")

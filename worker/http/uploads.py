@@ -11,6 +11,8 @@ sweep() removes an upload once its job has ended, and after `http_upload_ttl_s` 
 import fcntl
 import hashlib
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -106,3 +108,18 @@ class Uploads:
             note.unlink(missing_ok=True)
             removed += 1
         return removed
+
+
+@contextmanager
+def upload_folder(settings: Settings, data: Path | None) -> Iterator[Path]:
+    """RALF_HTTP_UPLOADS, else inside --data, else a private folder that is removed at the end."""
+    if settings.http_uploads:
+        yield Path(settings.http_uploads)
+    elif data is not None:
+        yield data / "uploads"
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="ralf-uploads-"))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
