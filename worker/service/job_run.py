@@ -402,13 +402,8 @@ class JobRun:
             # A job that hangs never acts on a Cancel, and one above the memory bound must not grow.
             grace = 0.0 if result.kind == "crash" else self.settings.cancel_grace_s
             self._plan(result, grace=grace)
-        elif self._planned is None and self._must_drain(now):
+        elif self._planned is None and self.wakeup.must_leave(self.settings.grace_s):
             self._plan(RunResult("hand_back", "drained", "the worker is stopping"), grace=0.0)
-
-    def _must_drain(self, now: float) -> bool:
-        since = self.wakeup.drain_since
-        over = since is not None and now - since > self.settings.grace_s
-        return over or self.wakeup.hand_back_now
 
     def _plan(self, result: RunResult, *, grace: float) -> None:
         self._planned = result

@@ -513,10 +513,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
 
     @property
     def _must_exit(self) -> bool:
-        """Whether the grace of a drain is over."""
-        since = self.wakeup.drain_since
-        over = since is not None and time.monotonic() - since > self.settings.grace_s
-        return over or self.wakeup.hand_back_now
+        return self.wakeup.must_leave(self.settings.grace_s)
 
     def _register(self, job: RqJob) -> None:
         """In RQ's registries; an outage is no reason not to run a job that we have claimed."""

@@ -29,6 +29,12 @@ class Wakeup:
         os.set_blocking(self._read, False)
         os.set_blocking(self.write, False)
 
+    def must_leave(self, grace_s: float) -> bool:
+        """Whether the grace of a drain is over, or a second signal came."""
+        since = self.drain_since
+        over = since is not None and time.monotonic() - since > grace_s
+        return over or self.hand_back_now
+
     def fileno(self) -> int:
         """For select()."""
         return self._read
