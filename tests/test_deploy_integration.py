@@ -16,7 +16,7 @@ from redis import Redis
 from standardwebhooks import Webhook
 
 from ralf.worker.service.connection import connect
-from ralf.worker.service.rq_worker import check_entry
+from ralf.worker.service.rq_entry import check_entry
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from tests.deploy_tools import ROOT, tool

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from ralf.worker.contract import Failure
 from ralf.worker.service import job_run
-from ralf.worker.service.job_run import RunResult
-from ralf.worker.service.rq_worker import store_result
+from ralf.worker.service.run_result import RunResult, store_result
 from ralf.worker.settings import Settings
 
 

@@ -15,17 +15,17 @@ child and for signals, and judges the run at each turn.  It ends a run early for
 A work folder that takes no file, and any other OSError of this process, is no fault of the job: it
 is handed back without a charge, and the worker takes no other job until the folder takes files.
 
-run() always returns a RunResult; rq_worker.py writes it to the store.
+run() always returns a RunResult; run_result.py writes it to the store.
 """
 
 import select
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 from pydantic import ValidationError
@@ -33,11 +33,9 @@ from pydantic import ValidationError
 from ralf.worker.contract import Evidence, Progress, Verdict
 from ralf.worker.errors import (
     Cancelled,
-    Crashed,
     DeadlinePassed,
     DecoderCrashed,
     Hung,
-    Interrupted,
     JobError,
     by_code,
 )
@@ -47,6 +45,7 @@ from ralf.worker.service.fetch import FetchThread
 from ralf.worker.service.heartbeat import Heartbeat
 from ralf.worker.service.jobs import Body
 from ralf.worker.service.records import Claim
+from ralf.worker.service.run_result import RunResult
 from ralf.worker.service.sandbox import memory_allowed
 from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.service.work_dir import why_unusable
@@ -61,42 +60,6 @@ WORKER_IO = "worker_io"
 BUSY_FACTOR = 5
 BUSY_SHARE = 0.05
 """Of one core, over the silence."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How one run of a job ended; the store decides what becomes of the job.
-
-    verdict     succeeded, with its evidence
-    failure     a named end: never retried, cancelled, or past its deadline
-    retry       interrupted: delayed, charged
-    crash       counted when the job was alone in its child; retried alone, or quarantined
-    hand_back   queued again, uncharged: a drain, or a child that left
-    lost        another worker has the job: nothing is written
-    """
-
-    kind: Literal["verdict", "failure", "retry", "crash", "hand_back", "lost"]
-    code: str = ""
-    message: str = ""
-    detail: str = ""
-    alone: bool = True
-    verdict: Verdict | None = field(default=None, repr=False)
-    evidence: Evidence | None = field(default=None, repr=False)
-    blame_file: bool = True
-    """A crash may be due to the file's bytes, and not only to this worker or its machine."""
-    file_sha: str | None = None
-    fetch_s: float = 0.0
-    total_s: float = 0.0
-
-    @classmethod
-    def of(cls, error: JobError, *, detail: str = "", alone: bool = True) -> "RunResult":
-        """What this error's class means for the job."""
-        kind: Literal["crash", "retry", "failure"] = "failure"
-        if isinstance(error, Crashed):
-            kind = "crash"
-        elif isinstance(error, Interrupted):
-            kind = "retry"
-        return cls(kind, error.code, str(error), detail, alone)
 
 
 @dataclass

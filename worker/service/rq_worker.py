@@ -6,14 +6,10 @@ registries, so that `rq info`, `rq suspend` and stop-job work, and overrides wha
 override: dequeue, execute_job, heartbeats, kill_horse, request_stop.
 
     dequeue    BLMOVE into RQ's intermediate list: the job of a worker that dies is found there
-    check      the function must be on our list, the payload JSON, the argument the job's own id
+    check      it must name one of our functions and its own id: see rq_entry.py
     claim      the store's begin, RQ's registries in one pipeline
     run        fetch, child, result: see job_run.py
-    store      one script of the store, then RQ's registries again
-
-Write access to Redis is not the right to run code: an entry that says anything but one of our
-functions and its own id is never run and never unpickled.  It is marked as failed, so that RQ's
-tools show why.
+    store      one script of the store, then RQ's registries again: see run_result.py
 
 Heartbeats come from a thread of their own: see heartbeat.py.  No signal handler touches Redis or
 the child's socket: it sets a flag and wakes the loop.  RQ knows one queue per process, as its safe
@@ -30,12 +26,10 @@ import socket
 import threading
 import time
 import uuid
-import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from types import FrameType
-from typing import Any, assert_never
+from typing import Any
 
 import structlog
 from redis.client import PubSub, PubSubWorkerThread
@@ -44,23 +38,23 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from rq import Queue, Worker, worker_registration
 from rq.executions import Execution
 from rq.job import Job as RqJob
-from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 from rq.suspension import is_suspended
 from rq.utils import now as utc_now
 from rq.utils import utcformat
 from rq.worker import WorkerStatus
 
-from ralf.worker import telemetry
 from ralf.worker.contract import Failure, Priority, State
 from ralf.worker.errors import ModelUnavailable
 from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.child_supervisor import ChildSupervisor
 from ralf.worker.service.heartbeat import Heartbeat
-from ralf.worker.service.job_run import WORKER_IO, JobRun, RunResult
+from ralf.worker.service.job_run import WORKER_IO, JobRun
 from ralf.worker.service.jobs import Body
 from ralf.worker.service.records import Claim
-from ralf.worker.service.store import END_BY_CODE, Store
+from ralf.worker.service.rq_entry import JOB_ID, check_entry, write_refused
+from ralf.worker.service.run_result import RunResult, log_finished, store_result
+from ralf.worker.service.store import Store
 from ralf.worker.service.wakeup import Wakeup
 from ralf.worker.service.work_dir import why_unusable
 from ralf.worker.telemetry import METRICS, Metrics
@@ -71,123 +65,6 @@ POP_S = 1
 """An idle worker blocks in Redis for so long, then checks signals, the child and the queue."""
 LISTENER_END_S = 5.0
 """RQ's listening thread has so long to end; it is a daemon, so nothing depends on it."""
-# One of ours is a function's name and an id.  Without a bound a few compressed kilobytes, which
-# anybody who may write to the queue can send, would fill the worker's memory.
-PAYLOAD_BYTES = 65536
-REFUSED_TTL_S = 86400
-_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-def check_entry(raw: bytes | None, job_id: str, functions: Collection[str]) -> tuple[str, str]:
-    """The function's name, and what is wrong with RQ's entry, if anything is."""
-    if raw is None:
-        return "", "its entry in Redis has no data"
-    try:
-        function, instance, arguments, keywords = json.loads(_inflate(raw))
-    # JSON that is nested too deep raises RecursionError; uncaught it would end every worker that
-    # takes the entry.
-    except (ValueError, TypeError, zlib.error, RecursionError):
-        return "", "its payload is not RQ's JSON of function, instance, arguments, keywords"
-    # The type first: `in` raises TypeError for a list or an object of JSON.
-    if not isinstance(function, str) or function not in functions:
-        listed = ", ".join(sorted(functions))
-        return "", f"its function is {str(function)[:80]!r}; this worker runs only {listed}"
-    if instance is not None or arguments != [job_id] or keywords != {}:
-        return "", "its arguments should be its own id and nothing else"
-    return function, ""
-
-
-def _inflate(raw: bytes) -> bytes:
-    """RQ compresses its payloads; our script does not. At most PAYLOAD_BYTES are inflated."""
-    # A zlib stream with the usual window begins with 0x78, a JSON list does not.
-    if raw[:1] != b"\x78":
-        if len(raw) > PAYLOAD_BYTES:
-            raise ValueError("the payload is larger than any of ours")
-        return raw
-    # zlib.decompress() has no bound on what it returns.
-    inflater = zlib.decompressobj()
-    data = inflater.decompress(raw, PAYLOAD_BYTES)
-    if inflater.unconsumed_tail:
-        raise ValueError("the payload is larger than any of ours")
-    return data
-
-
-def write_refused(pipe: Any, job: RqJob, fault: str, *, worker: str) -> None:
-    """Replace the entry by one that RQ shows as failed and that names nothing to run."""
-    # HSET alone would keep fields such as callbacks, and fails when the key holds another type.
-    pipe.delete(job.key)
-    pipe.hset(
-        job.key,
-        mapping={
-            "status": JobStatus.FAILED.value,
-            "origin": job.origin,
-            "data": zlib.compress(b'["refused", null, [], {}]'),
-            "description": "refused",
-            "exc_info": zlib.compress(f"refused: {fault}".encode()),
-            "created_at": utcformat(utc_now()),
-            "ended_at": utcformat(utc_now()),
-            "worker_name": worker,
-        },
-    )
-    pipe.expire(job.key, REFUSED_TTL_S)
-    pipe.zadd(job.failed_job_registry.key, {job.id: int(time.time()) + REFUSED_TTL_S})
-
-
-def store_result(store: Store, claim: Claim, result: RunResult) -> str:
-    """Write a run's result; what became of the job: a state, or retried, crashed, handed_back.
-
-    Each is one script of the store; sent twice, it changes nothing the second time.
-    """
-    # Clients read the message and operators the detail; a library may quote a signed URL in both.
-    message, detail = telemetry.redact(result.message), telemetry.redact(result.detail)
-    failure = Failure(code=result.code or "none", message=message, attempts=claim.attempt)
-    match result.kind:
-        case "verdict":
-            assert result.verdict is not None
-            ended = store.end(
-                claim, result.verdict, evidence=result.evidence, file_sha=result.file_sha
-            )
-            return "succeeded" if ended else "lost"
-        case "failure":
-            return END_BY_CODE.get(result.code, "failed") if store.end(claim, failure) else "lost"
-        case "retry":
-            return store.retry(claim, failure)
-        case "crash":
-            outcome = store.crashed(
-                claim,
-                code=result.code,
-                message=message,
-                detail=detail,
-                alone=result.alone,
-                file_sha=result.file_sha,
-                blame_file=result.blame_file,
-            )
-            return "crashed" if outcome == "retried" else outcome
-        case "hand_back":
-            outcome = store.hand_back(claim)
-            return "handed_back" if outcome == "retried" else outcome
-        case "lost":
-            return "lost"
-    assert_never(result.kind)
-
-
-def log_finished(claim: Claim, result: RunResult, outcome: str) -> None:
-    """The one canonical log line of a run, and its metrics."""
-    since = (datetime.now(UTC) - claim.job.submitted_at).total_seconds()
-    telemetry.job_finished(
-        telemetry.Finish(
-            job=claim.job,
-            outcome=outcome,
-            attempt=claim.attempt,
-            total_s=result.total_s,
-            # submitted_at is the clock of the client's machine, which may be ahead of ours.
-            wait_s=max(0.0, since - result.total_s),
-            fetch_s=result.fetch_s,
-            code=result.code,
-            message=result.message,
-            verdict=result.verdict,
-        )
-    )
 
 
 class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
@@ -371,7 +248,7 @@ class RalfWorker(Worker):  # type: ignore[misc]  # rq is untyped
         """RQ's job of that id; of its entry only `data` is ever read. Nonsense is thrown away."""
         queue = self._rq_queues[priority]
         text = job_id.decode(errors="replace")
-        if not _JOB_ID.fullmatch(text):  # match() with $ takes a newline at the end
+        if not JOB_ID.fullmatch(text):  # match() with $ takes a newline at the end
             log.error("job.refused", job_id=text[:80], reason="not an id that Ralf gives")
             self.metrics.refused.inc()
             self.connection.lrem(queue.intermediate_queue_key, 0, job_id)
