@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ralf.worker.client import Client, connect
-from ralf.worker.service.processes import as_environment, embedded
+from ralf.worker.service.embedded import embedded
+from ralf.worker.service.processes import as_environment
 from ralf.worker.settings import Settings
 
 

@@ -28,7 +28,7 @@ from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Verdict
 from ralf.worker.page.page import page
 from ralf.worker.runtime import models_dir
-from ralf.worker.service.processes import embedded
+from ralf.worker.service.embedded import embedded
 from ralf.worker.settings import Settings
 
 HERE = Path(__file__).resolve().parent

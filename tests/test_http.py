@@ -32,7 +32,7 @@ from ralf.worker.http import server
 from ralf.worker.http.access import OPEN, Access, Address, Refused
 from ralf.worker.http.documents import openapi
 from ralf.worker.http.uploads import Uploads
-from ralf.worker.service import download, processes, sandbox
+from ralf.worker.service import download, embedded, processes, sandbox
 from ralf.worker.service.connection import connect
 from ralf.worker.service.processes import as_environment
 from ralf.worker.service.store import Store
@@ -667,15 +667,15 @@ class TestServing:
         seen: list[Settings] = []
 
         @contextlib.contextmanager
-        def on_redis(settings: Settings) -> Iterator[processes.Embedded]:
+        def on_redis(settings: Settings) -> Iterator[embedded.Embedded]:
             seen.append(settings)
             supervisor = processes.Supervisor(settings, Path())
             gone = supervisor.add("worker", restart=False)
             gone.popen = subprocess.Popen(["false"])
             gone.popen.wait()
-            yield processes.Embedded(settings, supervisor)
+            yield embedded.Embedded(settings, supervisor)
 
-        monkeypatch.setattr(processes, "on_redis", on_redis)
+        monkeypatch.setattr(embedded, "on_redis", on_redis)
         code = main(["serve", "--redis", redis_url, "--http", "127.0.0.1:0"])
 
         said = capsys.readouterr().err
@@ -688,7 +688,7 @@ class TestServing:
         self, redis_url: str, store: Store
     ):
         """And are gone afterwards; the Redis is not."""
-        with processes.on_redis(replace(QUICK, redis_url=redis_url), bodies="test"):
+        with embedded.on_redis(replace(QUICK, redis_url=redis_url), bodies="test"):
             asked = [a_job("1"), a_job("2", priority="high")]
             store.submit(asked, function=bodies.PREFIX + "trivial")
             until(lambda: all(store.verdict(job.job_id) for job in asked))

@@ -19,14 +19,9 @@ from ralf.worker.chaos import bodies
 from ralf.worker.contract import Media
 from ralf.worker.service import processes
 from ralf.worker.service.connection import connect
+from ralf.worker.service.embedded import embedded
 from ralf.worker.service.health import Health, queue_counts, serving_at
-from ralf.worker.service.processes import (
-    QUICK_DEATHS,
-    ProcessFailed,
-    Supervisor,
-    as_environment,
-    embedded,
-)
+from ralf.worker.service.processes import QUICK_DEATHS, ProcessFailed, Supervisor, as_environment
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
 from ralf.worker.telemetry import Metrics

@@ -23,7 +23,7 @@ from ralf.worker.cli import service as commands
 from ralf.worker.client import Client, connect
 from ralf.worker.contract import Callback, Media, SessionPart, Verdict
 from ralf.worker.service.deliver import Outbox
-from ralf.worker.service.processes import embedded
+from ralf.worker.service.embedded import embedded
 from ralf.worker.service.records import Status
 from ralf.worker.settings import Settings
 from tests.documents import a_failure, a_job, a_verdict, an_evidence

@@ -35,7 +35,8 @@ from ralf.worker.contract import Failure, Job
 from ralf.worker.service import jobs
 from ralf.worker.service.child_process import ChildProcess
 from ralf.worker.service.connection import connect
-from ralf.worker.service.processes import Supervisor, redis_alone
+from ralf.worker.service.embedded import redis_alone
+from ralf.worker.service.processes import Supervisor
 from ralf.worker.service.rq_worker import RalfWorker
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings

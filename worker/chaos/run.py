@@ -38,7 +38,8 @@ from ralf.worker.chaos.uploader import Uploader, priorities
 from ralf.worker.client import Client
 from ralf.worker.contract import Priority
 from ralf.worker.service.connection import connect
-from ralf.worker.service.processes import Supervisor, redis_alone
+from ralf.worker.service.embedded import redis_alone
+from ralf.worker.service.processes import Supervisor
 from ralf.worker.service.store import PRIORITIES, Store
 from ralf.worker.settings import Settings
 

@@ -186,7 +186,7 @@ def _run_serve(args: argparse.Namespace) -> int:
     import threading
 
     from ralf.worker.errors import Infrastructure
-    from ralf.worker.service.processes import embedded, on_redis
+    from ralf.worker.service.embedded import embedded, on_redis
     from ralf.worker.service.sandbox import refuse_inspection
 
     if args.data is not None and not args.embedded:
