@@ -35,7 +35,6 @@ from ralf.kernels.manifest import (
     FORGERIES_CAUGHT,
     RESIDUAL_INSIDE,
     STRANGERS_FLAGGED,
-    Calibration,
     Manifest,
 )
 from ralf.worker.batcher import engine_behind
@@ -52,7 +51,7 @@ from ralf.worker.contract import (
     Verdict,
 )
 from ralf.worker.ensemble import FaceScorer
-from ralf.worker.errors import BadRequest, TooManyPixels
+from ralf.worker.errors import BadRequest
 from ralf.worker.evidence import StrongestFaces, pictures
 from ralf.worker.media.crops import cut
 from ralf.worker.media.cuts import Signatures, signatures
@@ -62,6 +61,7 @@ from ralf.worker.media.sampling import (
     for_long_clip,
     pixels_read,
     plan,
+    refuse_work,
     second_look,
     thinning,
 )
@@ -69,8 +69,7 @@ from ralf.worker.media.tracks import Tracker
 from ralf.worker.media.types import Clip, Faces, Frames, Probe
 from ralf.worker.media.views import views_of
 from ralf.worker.runtime import Parts
-from ralf.worker.settings import Settings
-from ralf.worker.verdict import Judgement, Scores, calibrated, judge
+from ralf.worker.verdict import Judgement, Scores, calibrated, judge, suspicious, without_decision
 
 
 @dataclass(frozen=True)
@@ -520,51 +519,6 @@ class _Walk:
             stages_ms=dict(self.stages_ms),
             host=platform.node(),
             attempt=self.ask.attempt,
-        )
-
-
-def suspicious(
-    scores: Scores, judgement: Judgement, calibration: Calibration, manifest: Manifest
-) -> NDArray[np.float64]:
-    """Times of counted faces that are not clearly authentic, the highest score first.
-
-    None where the clip is called forged already, and none within a segment, which is known.
-    """
-    if judgement.label == "likely_forged":
-        return np.zeros(0)
-    high = calibrated(scores.logit, calibration) >= judgement.threshold.authentic_below
-    high &= scores.face_px >= manifest.aggregation.min_face_px
-    for segment in judgement.segments:
-        inside = scores.time_s * 1000 >= segment.start_ms
-        high &= ~(inside & (scores.time_s * 1000 <= segment.end_ms))
-    rows = np.flatnonzero(high)
-    order = np.lexsort((scores.time_s[rows], -scores.logit[rows]))
-    return np.asarray(scores.time_s[rows[order]], np.float64)
-
-
-def without_decision(judgement: Judgement) -> Judgement:
-    """The same scores, but no track decides: the model was never trained."""
-    # The finder says that there is no face, and it is trained.
-    if judgement.label == "no_faces":
-        return judgement
-    why = {"decisive": False, "reason": "the model was never trained"}
-    return replace(
-        judgement,
-        label="inconclusive",
-        reason="The model was never trained, so its score decides nothing.",
-        tracks=tuple(track.model_copy(update=why) for track in judgement.tracks),
-        # A segment would call a stretch of time forged.
-        segments=(),
-    )
-
-
-def refuse_work(pixels: float, settings: Settings) -> None:
-    """Refuse a clip whose sampled frames cost too much to decode, before decoding begins."""
-    if pixels > settings.max_decode_pixels:
-        raise TooManyPixels(
-            f"{pixels:.2g} pixels would have to be decoded for the sampled frames; at most "
-            f"{settings.max_decode_pixels:.2g} are taken (RALF_MAX_DECODE_PIXELS); sample fewer "
-            "frames, or encode the clip with more keyframes or smaller pictures"
         )
 
 

@@ -32,7 +32,16 @@ from ralf.worker.scores import NO_TIMES, Ints, Reals, Scores, calibrated, for_le
 from ralf.worker.segments import ScoredFrames, segments_of, timeline_of
 from ralf.worker.wording import clock, digits_for, score_text, side_text
 
-__all__ = ["Judgement", "Scores", "calibrated", "judge", "judge_by", "threshold_for"]
+__all__ = [
+    "Judgement",
+    "Scores",
+    "calibrated",
+    "judge",
+    "judge_by",
+    "suspicious",
+    "threshold_for",
+    "without_decision",
+]
 
 VIEWS: tuple[Literal["clear", "occluded", "unusual_pose"], ...] = get_args(
     Sample.model_fields["view"].annotation
@@ -384,3 +393,38 @@ def _bound_warnings(what: str, listed: int, found: int) -> list[str]:
     if listed == found:
         return []
     return [f"{what}_omitted: the {listed} strongest of {found} {what} are listed; all were judged"]
+
+
+def without_decision(judgement: Judgement) -> Judgement:
+    """The same scores, but no track decides: the model was never trained."""
+    # The finder says that there is no face, and it is trained.
+    if judgement.label == "no_faces":
+        return judgement
+    why = {"decisive": False, "reason": "the model was never trained"}
+    return replace(
+        judgement,
+        label="inconclusive",
+        reason="The model was never trained, so its score decides nothing.",
+        tracks=tuple(track.model_copy(update=why) for track in judgement.tracks),
+        # A segment would call a stretch of time forged.
+        segments=(),
+    )
+
+
+def suspicious(
+    scores: Scores, judgement: Judgement, calibration: Calibration, manifest: Manifest
+) -> NDArray[np.float64]:
+    """Times of counted faces that are not clearly authentic, the highest score first.
+
+    None where the clip is called forged already, and none within a segment, which is known.
+    """
+    if judgement.label == "likely_forged":
+        return np.zeros(0)
+    high = calibrated(scores.logit, calibration) >= judgement.threshold.authentic_below
+    high &= scores.face_px >= manifest.aggregation.min_face_px
+    for segment in judgement.segments:
+        inside = scores.time_s * 1000 >= segment.start_ms
+        high &= ~(inside & (scores.time_s * 1000 <= segment.end_ms))
+    rows = np.flatnonzero(high)
+    order = np.lexsort((scores.time_s[rows], -scores.logit[rows]))
+    return np.asarray(scores.time_s[rows[order]], np.float64)

@@ -20,10 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ralf.worker.contract import Sample, Track, Verdict
 from ralf.worker.media.decode_pyav import PyavDecoder
 from ralf.worker.media.probe import probe
-from ralf.worker.media.sampling import pixels_read
+from ralf.worker.media.sampling import pixels_read, refuse_work
 from ralf.worker.media.still import ImageDecoder
 from ralf.worker.media.types import Clip, Frames, Probe
-from ralf.worker.pipeline import refuse_work
 from ralf.worker.settings import Settings
 from ralf.worker.wording import LABEL_WORDS
 

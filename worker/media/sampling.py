@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ralf.worker.contract import Sampling, Span
-from ralf.worker.errors import BadRequest
+from ralf.worker.errors import BadRequest, TooManyPixels
 from ralf.worker.media.types import Clip, Probe
+from ralf.worker.settings import Settings
 
 GAP_S = 10.0
 """A long clip is sampled so often, because a forgery of this length matters to people."""
@@ -121,6 +122,16 @@ def frames_read(probe: Probe, wanted: NDArray[np.int64]) -> int:
 def pixels_read(probe: Probe, wanted: NDArray[np.int64]) -> float:
     """The pixels of these frames: what decoding them costs, known before it begins."""
     return float(frames_read(probe, wanted)) * probe.coded_width * probe.coded_height
+
+
+def refuse_work(pixels: float, settings: Settings) -> None:
+    """Refuse a clip whose sampled frames cost too much to decode, before decoding begins."""
+    if pixels > settings.max_decode_pixels:
+        raise TooManyPixels(
+            f"{pixels:.2g} pixels would have to be decoded for the sampled frames; at most "
+            f"{settings.max_decode_pixels:.2g} are taken (RALF_MAX_DECODE_PIXELS); sample fewer "
+            "frames, or encode the clip with more keyframes or smaller pictures"
+        )
 
 
 def thinning(clip: Clip) -> str | None:
