@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -229,86 +230,37 @@ def serve_a_job(images: Images, clip: Path, folder: Path) -> dict[str, object]:
     """Run a worker from `cpu`, submit from `client`, check the health, drain."""
     from make_secrets import write_secrets
 
-    models = folder / "models"
+    models, uploads, secrets = (folder / name for name in ("models", "uploads", "secrets"))
     models.mkdir()
-    uploads = folder / "uploads"
     uploads.mkdir(mode=0o755)
     shutil.copy(clip, uploads / "clip.mp4")
-    secrets = folder / "secrets"
-    port = free_port()
     with a_redis(folder, write_secrets(secrets, host="127.0.0.1") / "users.acl") as redis_port:
-        urls = {
-            role: (secrets / f"{role}.env")
-            .read_text()
-            .split("=", 1)[1]
-            .strip()
-            .replace(":6379/", f":{redis_port}/")
-            for role in ("worker", "producer")
-        }
-        small = ["--models", "/models", "--base", "4", "--blocks", "1", "--size", "64"]
-        say("publishing an untrained model from the image")
-        subprocess.run(
-            images.container(
-                "cpu",
-                images.entry("cpu", "models", "untrained", *small),
-                environment={},
-                mounts={"/models": f"{models}:rw"},
-                root=True,
-            ),
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+
+        def redis_url(role: str) -> str:
+            url = (secrets / f"{role}.env").read_text().split("=", 1)[1].strip()
+            return url.replace(":6379/", f":{redis_port}/")
+
+        publish_untrained(images, models)
         environment = {
-            "RALF_REDIS_URL": urls["worker"],
+            "RALF_REDIS_URL": redis_url("worker"),
             "RALF_MODEL": "untrained",
             "RALF_FILE_ROOTS": "/uploads",
-            "RALF_HTTP_PORT": str(port),
+            "RALF_HTTP_PORT": str(free_port()),
             "RALF_LOG_LEVEL": "warning",
         }
         mounts = {"/models": str(models), "/uploads": str(uploads)}
         say("a worker from `cpu`, on a read-only root, with compose.yaml's command")
-        arguments = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]["worker-cpu"]
-        began = time.monotonic()
-        worker = subprocess.Popen(
-            images.container(
-                "cpu",
-                images.entry("cpu", *arguments["command"]),
-                environment=environment,
-                mounts=mounts,
-            )
+        service = yaml.safe_load((HERE / "compose.yaml").read_text())["services"]["worker-cpu"]
+        health = dockerfile.health_command(dockerfile.last(images.stages, "cpu", "HEALTHCHECK"))
+        run, check = (
+            images.container("cpu", command, environment=environment, mounts=mounts)
+            for command in (images.entry("cpu", *service["command"]), health)
         )
+        worker = subprocess.Popen(run)
         try:
-            health = dockerfile.last(images.stages, "cpu", "HEALTHCHECK")
-            check = images.container(
-                "cpu",
-                dockerfile.health_command(health),
-                environment=environment,
-                mounts=mounts,
-            )
-            while subprocess.run(check, capture_output=True).returncode:  # noqa: PLW1510
-                if worker.poll() is not None or time.monotonic() - began > PATIENCE_S:
-                    raise SystemExit(f"the worker was not healthy; it ended: {worker.poll()}")
-                time.sleep(1.0)
-            healthy_s = time.monotonic() - began
-            say("a submission from `client`")
-            submit = images.entry(
-                "client", "submit", "file:///uploads/clip.mp4", "--wait", str(PATIENCE_S)
-            )
+            healthy_s = healthy_after(worker, check)
             asked = time.monotonic()
-            ran = subprocess.run(
-                images.container(
-                    "client",
-                    submit,
-                    environment={"RALF_REDIS_URL": urls["producer"]},
-                    mounts={},
-                ),
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if ran.returncode:
-                raise SystemExit(f"submit exited {ran.returncode}: {ran.stderr[-2000:]}")
-            verdict = json.loads(ran.stdout)
+            verdict = submitted(images, redis_url("producer"))
             verdict_s = time.monotonic() - asked
         finally:
             exit_code = drain(worker)
@@ -319,6 +271,47 @@ def serve_a_job(images: Images, clip: Path, folder: Path) -> dict[str, object]:
         "faces": verdict["made"]["faces"],
         "exit_after_sigterm": exit_code,
     }
+
+
+def publish_untrained(images: Images, models: Path) -> None:
+    """Publish a small model from the image `cpu`."""
+    say("publishing an untrained model from the image")
+    small = ["--models", "/models", "--base", "4", "--blocks", "1", "--size", "64"]
+    publish = images.container(
+        "cpu",
+        images.entry("cpu", "models", "untrained", *small),
+        environment={},
+        mounts={"/models": f"{models}:rw"},
+        root=True,
+    )
+    subprocess.run(publish, check=True, stdout=subprocess.DEVNULL)
+
+
+def healthy_after(worker: "subprocess.Popen[bytes]", check: list[str]) -> float:
+    """Seconds until the image's health check succeeds."""
+    began = time.monotonic()
+    while subprocess.run(check, capture_output=True).returncode:  # noqa: PLW1510
+        if worker.poll() is not None or time.monotonic() - began > PATIENCE_S:
+            raise SystemExit(f"the worker was not healthy; it ended: {worker.poll()}")
+        time.sleep(1.0)
+    return time.monotonic() - began
+
+
+def submitted(images: Images, redis_url: str) -> dict[str, Any]:
+    """The verdict on the clip, submitted from the image `client`."""
+    say("a submission from `client`")
+    wanted = ("submit", "file:///uploads/clip.mp4", "--wait", str(PATIENCE_S))
+    submit = images.container(
+        "client",
+        images.entry("client", *wanted),
+        environment={"RALF_REDIS_URL": redis_url},
+        mounts={},
+    )
+    ran = subprocess.run(submit, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SystemExit(f"submit exited {ran.returncode}: {ran.stderr[-2000:]}")
+    verdict: dict[str, Any] = json.loads(ran.stdout)
+    return verdict
 
 
 def drain(worker: "subprocess.Popen[bytes]") -> int:
