@@ -62,18 +62,7 @@ def _backfill(subparsers: Any) -> None:
         help="judge failed rows once more: all of them, or those with these codes, such as "
         "fetch_failed,job_timeout",
     )
-    backfill.add_argument(
-        "--old",
-        metavar="FILE",
-        help="compare with these earlier verdicts: a CSV with id (or uri), label, score, model, "
-        "such as --results wrote, or verdicts as JSON lines, matched by tag",
-    )
-    backfill.add_argument(
-        "--report", metavar="FILE", help="write the report into this JSON file as well"
-    )
-    backfill.add_argument(
-        "--results", metavar="FILE", help="write the result of every row into this CSV"
-    )
+    _file_options(backfill)
     backfill.add_argument("--tenant", default="default", help="tenant of the rows that name none")
     backfill.add_argument(
         "--model",
@@ -88,6 +77,22 @@ def _backfill(subparsers: Any) -> None:
     )
     redis_option(backfill)
     backfill.set_defaults(run=answering(_run_backfill))
+
+
+def _file_options(backfill: argparse.ArgumentParser) -> None:
+    """What `backfill` compares with, and what it writes."""
+    backfill.add_argument(
+        "--old",
+        metavar="FILE",
+        help="compare with these earlier verdicts: a CSV with id (or uri), label, score, model, "
+        "such as --results wrote, or verdicts as JSON lines, matched by tag",
+    )
+    backfill.add_argument(
+        "--report", metavar="FILE", help="write the report into this JSON file as well"
+    )
+    backfill.add_argument(
+        "--results", metavar="FILE", help="write the result of every row into this CSV"
+    )
 
 
 def _run_backfill(client: "Client", args: argparse.Namespace) -> int:

@@ -133,27 +133,7 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     # shtab.FILE, without the import: how each shell completes a path.
     by_shell = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
     vars(files)["complete"] = by_shell
-    scan.add_argument(
-        "--json",
-        action="store_true",
-        help="print one line of JSON for each file: its verdict, or why there is none",
-    )
-    scan.add_argument(
-        "--report",
-        metavar="PAGE",
-        help="write the verdict to this HTML page; with several files, name a folder",
-    )
-    scan.add_argument(
-        "--output-dir",
-        metavar="DIR",
-        help="write each verdict into this folder, as FILE.json and FILE.html",
-    )
-    scan.add_argument(
-        "--annotated",
-        metavar="VIDEO",
-        help="write the video again, as MP4 with boxes and scores; with several files, name a "
-        "folder",
-    )
+    _output_options(scan)
     scan.add_argument(
         "--max-frames",
         type=int,
@@ -193,6 +173,31 @@ def _scan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     live_options(scan)
     scan.set_defaults(run=_run_scan)
+
+
+def _output_options(scan: argparse.ArgumentParser) -> None:
+    """What `scan` writes, and where."""
+    scan.add_argument(
+        "--json",
+        action="store_true",
+        help="print one line of JSON for each file: its verdict, or why there is none",
+    )
+    scan.add_argument(
+        "--report",
+        metavar="PAGE",
+        help="write the verdict to this HTML page; with several files, name a folder",
+    )
+    scan.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        help="write each verdict into this folder, as FILE.json and FILE.html",
+    )
+    scan.add_argument(
+        "--annotated",
+        metavar="VIDEO",
+        help="write the video again, as MP4 with boxes and scores; with several files, name a "
+        "folder",
+    )
 
 
 def _model_option(parser: argparse.ArgumentParser) -> None:
@@ -256,6 +261,24 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     decode.add_argument("--device", type=device, default="auto", help=DEVICE)
     decode.set_defaults(run=_run_bench_decode)
+    _bench_pipeline(what)
+    queue = what.add_parser("queue", help="compare the queue with RQ's own workers")
+    queue.add_argument("--jobs", type=int, default=300, metavar="N", help="run N jobs in each turn")
+    queue.set_defaults(run=_run_bench_queue)
+    scale = what.add_parser("scale", help="measure how much faster two and four workers are")
+    scale.add_argument(
+        "--jobs", type=int, default=400, metavar="N", help="run N jobs that do nothing in each turn"
+    )
+    scale.add_argument(
+        "--waits", type=int, default=80, metavar="N", help="run N jobs that wait in each turn"
+    )
+    scale.add_argument("--turns", type=int, default=5, metavar="N", help="measure N turns")
+    scale.add_argument("--out", metavar="DIR", help="write the record into this folder as well")
+    scale.set_defaults(run=_run_bench_scale)
+    add_benches(what)
+
+
+def _bench_pipeline(what: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     pipeline = what.add_parser(
         "pipeline", help="measure whole clips a second, stage by stage, against the plain way"
     )
@@ -286,20 +309,6 @@ def _bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="end --soak after this time (default: %(default)g)",
     )
     pipeline.set_defaults(run=_run_bench_pipeline)
-    queue = what.add_parser("queue", help="compare the queue with RQ's own workers")
-    queue.add_argument("--jobs", type=int, default=300, metavar="N", help="run N jobs in each turn")
-    queue.set_defaults(run=_run_bench_queue)
-    scale = what.add_parser("scale", help="measure how much faster two and four workers are")
-    scale.add_argument(
-        "--jobs", type=int, default=400, metavar="N", help="run N jobs that do nothing in each turn"
-    )
-    scale.add_argument(
-        "--waits", type=int, default=80, metavar="N", help="run N jobs that wait in each turn"
-    )
-    scale.add_argument("--turns", type=int, default=5, metavar="N", help="measure N turns")
-    scale.add_argument("--out", metavar="DIR", help="write the record into this folder as well")
-    scale.set_defaults(run=_run_bench_scale)
-    add_benches(what)
 
 
 def _amounts(parser: argparse.ArgumentParser, *, frames: int, repeats: int) -> None:
