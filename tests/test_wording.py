@@ -70,6 +70,7 @@ def test_what_is_shown_is_on_the_side_that_decided(score: float, marks: tuple[fl
         ("fpr_0.05", "5 % false-alarm threshold"),
         ("fpr_0.001", "0.1 % false-alarm threshold"),
         ("house", "threshold house"),
+        ("none", "the model sets no threshold"),
         ("fpr_high", "threshold fpr_high"),
     ],
 )

@@ -30,7 +30,7 @@ from ralf.kernels.manifest import Aggregation, Calibration, Manifest
 from ralf.worker.contract import Box, Label, Sample, Segment, Threshold, Timeline, Track
 from ralf.worker.scores import NO_TIMES, Ints, Reals, Scores, calibrated, for_level, level
 from ralf.worker.segments import ScoredFrames, segments_of, timeline_of
-from ralf.worker.wording import clock, digits_for, score_text, side_text
+from ralf.worker.wording import NO_POLICY, clock, digits_for, score_text, side_text
 
 __all__ = [
     "Judgement",
@@ -76,7 +76,7 @@ class Judgement:
 def threshold_for(thresholds: Mapping[str, float], policy: str) -> Threshold:
     """The manifest's threshold of that policy; 0.5 where the model brings none at all."""
     if not thresholds:
-        return Threshold(policy="none", forged_at=0.5, authentic_below=0.5)
+        return Threshold(policy=NO_POLICY, forged_at=0.5, authentic_below=0.5)
     # `low` is the lower end of the grey band, and no policy to decide by.
     if policy not in thresholds or policy == "low":
         have = ", ".join(sorted(set(thresholds) - {"low"})) or "none"

@@ -13,6 +13,8 @@ LABEL_WORDS: dict[Label, str] = {
 SCORE_DIGITS = 6
 """Scores are rounded before they are compared, so that the score shown is the one that decided."""
 USUAL_DIGITS = 2
+NO_POLICY = "none"
+"""The policy of a model whose manifest has no thresholds."""
 
 
 def digits_for(threshold: Threshold, *scores: float) -> int:
@@ -61,6 +63,8 @@ def policy_text(policy: str) -> str:
     """A threshold's name in words: fpr_0.05 promises at most 5 % false alarms."""
     if rate := re.fullmatch(r"fpr_(0\.[0-9]{1,6})", policy):
         return f"{100 * float(rate[1]):g} % false-alarm threshold"
+    if policy == NO_POLICY:
+        return "the model sets no threshold"
     return f"threshold {policy}"
 
 
