@@ -89,7 +89,7 @@ class ChildProcess:
         """The child that loads beside this one."""
         self._claim: TextIO | None = None
         self._suffix = NEXT if beside is not None else ""
-        self._work_dir = beside._work_dir if beside is not None else WorkDir(settings.work_dir)
+        self._work_dir: WorkDir = beside._work_dir if beside else WorkDir(settings.work_dir)
         self.uploads = self._work_dir.path
         """Files of this parent's jobs are fetched into it; the child cannot read them there."""
         self.folder = shared or self._work_dir.path
