@@ -373,7 +373,7 @@ def _count(verdict: Verdict, metrics: Metrics) -> None:
 
 
 def shadow_compared(found: "Comparison", settings: Settings, metrics: Metrics = METRICS) -> None:
-    """Write the line of a shadowed job, and count it; the child's word for the name is not used."""
+    """Write the line of a shadowed job, and count it under the settings' name of the shadow."""
     # The child decodes untrusted files, so its word must not become a metric's label.
     shadow = settings.shadow or "none"
     structlog.get_logger().info(

@@ -32,7 +32,7 @@ def digits_for(threshold: Threshold, *scores: float) -> int:
 
 
 def digits_of(verdict: Verdict) -> int:
-    """In how many digits to show a verdict's scores: the same for all, and none on a wrong side."""
+    """In how many digits to show all scores of a verdict, so that each is on its side."""
     levels = [verdict.score, *(track.score for track in verdict.tracks)]
     levels += [segment.score for segment in verdict.segments]
     return digits_for(verdict.threshold, *(level for level in levels if level is not None))

@@ -261,7 +261,7 @@ def _latency(supervisor: Supervisor, count: int) -> list[float]:
 
 
 def _fairness(settings: Settings, crowd: int) -> int:
-    """Jobs served until the last of the few has ended; they came when all the crowd was there."""
+    """How many jobs are served until those of a tenant with few, sent last, have ended."""
     store = Store(connect(settings.redis_url), settings, function=TRIVIAL)
     queue = f"rq:queue:{store.queue('default')}"
     client = Client(store.redis, settings)

@@ -113,7 +113,7 @@ def run_find(args: argparse.Namespace) -> int:
 
 
 def agreement(ours: Faces, theirs: list[Any], zoom: float) -> dict[str, float]:
-    """How many of the large enough faces of stock, found on reduced copies, ours has in place."""
+    """The share of facenet-pytorch's faces, of those large enough, that our finder finds too."""
     wanted = matched = 0
     for row, boxes in enumerate(theirs):
         mine = ours.boxes[ours.frame == row].astype(np.float64)

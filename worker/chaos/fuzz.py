@@ -220,7 +220,7 @@ class Judge:
                 raise RuntimeError(f"{name}, not damaged, ends as {found.outcome}: {found.detail}")
 
     def judge(self, made: mutants.Mutant) -> Outcome:
-        """What the child makes of it."""
+        """The outcome of one mutant in the child."""
         if self._child.alive and self._child.recycle_reason() == "jobs":
             self._child.retire()
         if not self._child.alive:

@@ -218,7 +218,7 @@ class Uploader:
                 self.facts["conflicts_refused"] += 1
 
     def _wait(self, seconds: float) -> None:
-        """Until then; meanwhile what is due is cancelled."""
+        """Wait so long; jobs that are to be cancelled meanwhile are cancelled in time."""
         end = time.monotonic() + seconds
         while not self._stop.is_set() and (left := end - time.monotonic()) > 0:
             now = time.monotonic()
@@ -234,7 +234,7 @@ class Uploader:
             self.seen_ends.append(SeenEnd(job_id, state))  # type: ignore[arg-type]
 
     def _reach(self, do: Callable[[], T]) -> T:
-        """The same again for as long as the queue does not answer."""
+        """Call it; while the queue does not answer, call it again."""
         while True:
             try:
                 return do()
@@ -246,7 +246,7 @@ class Uploader:
 
 
 def _anew(job: Job) -> Job:
-    """As client.request() would make it again: all the same but the id and the moment."""
+    """The same request once more: as client.request() makes it, with a new id and moment."""
     return job.model_copy(update={"job_id": uuid.uuid4().hex, "submitted_at": datetime.now(UTC)})
 
 

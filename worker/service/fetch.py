@@ -209,7 +209,10 @@ def _inside(uri: str, tenant: str, settings: Settings) -> tuple[Path, Path]:
 
 
 def _opened(path: Path, root: Path) -> int:
-    """Open it from the root down, no link followed: what realpath saw is what is read."""
+    """Open each folder below the root, then the file, and follow no link.
+
+    So the file that was checked is the one that is read, even when somebody changes a link.
+    """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not block
     at = os.open(root, flags | os.O_DIRECTORY)
     parts = path.relative_to(root).parts

@@ -57,7 +57,7 @@ class Body:
 
 
 def moderate(task: Task, parts: "Parts | None") -> tuple[Verdict, Evidence]:
-    """Walk the clip; out of device memory means once more with half the batch."""
+    """Judge the clip; when the device's memory is full, once more with half the batch."""
     if parts is None:
         raise RalfError("moderate needs a model; the child was started without one")
     try:

@@ -48,7 +48,8 @@ class RunResult:
 
 
 def store_result(store: Store, claim: Claim, result: RunResult) -> str:
-    """Write a run's result; what became of the job: a state, or retried, crashed, handed_back.
+    """Write a run's result; gives what became of the job: its state, or retried, crashed,
+    handed_back, lost.
 
     Each is one script of the store; sent twice, it changes nothing the second time.
     """
