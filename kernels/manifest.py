@@ -197,7 +197,7 @@ class Manifest(Strict):
     below the promoted version's."""
     limits: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: {
-            "other people clean false positives": 0.10,
+            STRANGERS_FLAGGED: 0.10,
             "crop jpeg=* auc lost": 0.15,
         }
     )
