@@ -3,10 +3,12 @@
     models/NAME/current    the promoted version, one line, replaced atomically
     models/NAME/history    one line an event, oldest first: version, time, event, remark
 
-`promote` runs three checks, and each reports what was asked and what was found:
+`promote` runs these checks, and each reports what was asked and what was found:
 
     engines   every target that the manifest declares has its engine
     metrics   no figure falls below the promoted version's by more than the manifest's margin
+    limits    no figure is above the manifest's limit
+    residual  (RALF with two streams) AUC falls when the residual is closed
     golden    the torch engine's logits on golden.npz are the reference's, within the budget
 
 `force` overrides a check that fails; the history then keeps what it reported.  If another process

@@ -1,4 +1,4 @@
-"""Ralf finds forged faces in video.  Two doors for those who use it as a library:
+"""Ralf finds forged faces in video.  Two ways to use it as a library:
 
     from ralf import analyze
     verdict = analyze("clip.mp4")           # in this process; needs the extra `cpu`

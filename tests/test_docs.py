@@ -7,12 +7,15 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from ralf.__main__ import main
 from ralf.train.cli import commands as train
 from ralf.worker.cli.main import parser
+from ralf.worker.contract import Label
+from ralf.worker.errors import by_code
 from ralf.worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +193,27 @@ def test_every_test_that_the_table_of_threats_names_exists():
         for file, test in named:
             code = (ROOT / "tests" / file).read_text()
             assert re.search(rf"^ *def {test}\(", code, re.MULTILINE), f"{file} has no {test}"
+
+
+def test_the_table_of_failures_names_every_code_once_and_no_other():
+    """A backend meets each of them; a new one needs a line that says what to do."""
+    page = (ROOT / "docs/integration.md").read_text()
+    table = page.split("## When there is no verdict\n")[1].split("\n## ")[0]
+    named = [
+        code
+        for line in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+        for code in re.findall(r"`(\w+)`", line)
+    ]
+
+    assert sorted(named) == sorted([*by_code(), "cancelled"])
+
+
+def test_the_table_of_labels_names_every_label():
+    """In the words of the contract."""
+    page = (ROOT / "docs/integration.md").read_text()
+    table = page.split("## What a verdict means\n")[1].split("\n## ")[0]
+
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(get_args(Label))
 
 
 def section(title: str) -> str:

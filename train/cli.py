@@ -232,7 +232,7 @@ def run_retrain(args: argparse.Namespace) -> int:
         print(f"  the same command: {_same_command(args)}", file=sys.stderr)
         return STOPPED
     except Interrupted as stop:
-        print(f"ralf: {stop}; the same command goes on: {_same_command(args)}", file=sys.stderr)
+        print(f"ralf: {stop}; the same command continues: {_same_command(args)}", file=sys.stderr)
         return INTERRUPTED
     facts = {"name": order.name, "run": str(order.run), "plans": done["build"]["plans"]}
     print(json.dumps(facts | done["publish"] | {"metrics": done["evaluate"]}))

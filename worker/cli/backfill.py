@@ -361,6 +361,6 @@ def run(client: Client, args: Any) -> int:
             replace_text(Path(args.report), json.dumps(report, indent=1) + "\n")
         print(json.dumps(report), flush=True)
         if not complete:
-            print("ralf: stopped; the same command goes on from here", file=sys.stderr)
+            print("ralf: stopped; the same command continues from here", file=sys.stderr)
             return 130
         return 4 if report["failed"] else 0

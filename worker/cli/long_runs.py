@@ -31,7 +31,7 @@ def _backfill(subparsers: Any) -> None:
         help="judge an archive again, behind all uploads",
         description="Judges every row of a manifest again through the queue, with the priority "
         "backfill: workers take such a job only when no upload waits. Stop it at any time; the "
-        "same command goes on. The report is one JSON document on stdout.",
+        "same command continues. The report is one JSON document on stdout.",
         epilog="exit codes: 0 every row has a verdict; 4 some rows failed; 5 the ledger or the "
         "manifest cannot be used; 130 stopped",
     )
