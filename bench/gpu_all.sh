@@ -14,7 +14,7 @@
 #     bench/gpu_all.sh pack           here, with a registry: makes .gpu/{0,r1,r2,d1,d2,d3}
 #     bench/gpu_all.sh sizes          the checkout and each part against 64 MiB
 #   there, with the checkout and the named part beside it, one after the other:
-#     bench/gpu_all.sh torch  FOLDER .gpu/0     600 s   smoke, levers, engine, destructor, block
+#     bench/gpu_all.sh torch  FOLDER .gpu/0     600 s   smoke, engine, destructor, blocks, levers
 #     bench/gpu_all.sh find   FOLDER .gpu/r1    240 s   the face finder
 #     bench/gpu_all.sh rtx    FOLDER .gpu/r2    420 s   plans by TensorRT-RTX, engines timed
 #     bench/gpu_all.sh stash  FOLDER .gpu/d1    120 s   only keeps the part
@@ -191,15 +191,18 @@ marked() { # NAME SECONDS MARKS FILE…   the tests that need a device
 run_torch() { # torch and triton alone; what decides the engine's design comes first
   { nvidia-smi; nvidia-smi -q -d CLOCK,POWER; "$python" -m pip list; } >"$folder/records/machine.txt" 2>&1
   phase smoke 75 "$python" bench/gpu/smoke.py --device $device
-  phase levers 75 "$python" bench/gpu/levers.py --device $device
   # shellcheck disable=SC2046
-  phase engine_full 250 $(bench) engine --fresh "$(pick ralf-small ralf)" --device $device --out "$folder/records" \
+  phase engine_full 260 $(bench) engine --fresh "$(pick ralf-small ralf)" --device $device --out "$folder/records" \
     $(pick "--size 64 --repeats 1 --batch 1" "")
   # shellcheck disable=SC2046
   phase dct 50 $(bench) dct --tilings --device $device --out "$folder/records" $(pick "--size 64 --repeats 1" "")
-  # shellcheck disable=SC2046
-  phase residual 110 $(bench) residual --device $device --out "$folder/records" \
-    $(pick "--channels 16 --size 32 --blocks 1 --repeats 1" "")
+  local level
+  for level in "32 256" "64 128"; do
+    # shellcheck disable=SC2046
+    phase "residual_${level% *}_gpu_$month" 90 $(bench) residual --device $device \
+      $(pick "--channels 16 --size 32 --blocks 1 --repeats 1" "--channels ${level% *} --size ${level#* }")
+  done
+  phase levers 30 "$python" bench/gpu/levers.py --device $device
   make_clips
 }
 run_find() {

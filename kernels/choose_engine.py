@@ -10,7 +10,7 @@ version the machine counts as another device, for which nothing was measured.  A
 signed where keys are set (ralf.kernels.plan_signature) is not loaded, and torch runs in its place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -22,7 +22,7 @@ from ralf.kernels.artifact import Artifact, ArtifactError
 from ralf.kernels.batching import default_batch
 from ralf.kernels.bench.record import interleave
 from ralf.kernels.engine import Engine, EngineError, check_golden, check_precision, pick_device
-from ralf.kernels.engine_torch import TorchEngine, offers
+from ralf.kernels.engine_torch import KINDS, TorchEngine, offers
 from ralf.kernels.engine_trt import load_plan
 from ralf.kernels.machine import describe
 from ralf.kernels.manifest import Precision
@@ -74,15 +74,29 @@ def load(
 
 
 def make(
-    artifact: Artifact, device: torch.device, name: str, *, plan_public_key: str | None = None
+    artifact: Artifact,
+    device: torch.device,
+    name: str,
+    *,
+    plan_public_key: str | None = None,
+    buckets: Sequence[int] | None = None,
 ) -> Engine:
-    """The engine of that name, not checked: torch-PRECISION, torch-eager-PRECISION, or a plan."""
+    """The engine of that name, not checked: torch-PRECISION, torch-eager-PRECISION, or a plan.
+
+    Between `torch` or `torch-eager` and the precision may stand how the residual blocks are
+    computed: torch-fused-fp16.  `buckets` are the batches that torch compiles for.
+    """
     kind, _, precision = name.rpartition("-")
-    if kind not in {"torch", "torch-eager"}:
+    if kind not in KINDS:
         return load_plan(artifact, device, name, public_key=plan_public_key)
     check_precision(precision)
-    compiled = kind == "torch"
-    return TorchEngine.of(artifact, device, cast("Precision", precision), compiled=compiled)
+    compiled, blocks = KINDS[kind]
+    return TorchEngine.of(
+        *(artifact, device, cast("Precision", precision)),
+        compiled=compiled,
+        blocks=blocks,
+        buckets=buckets,
+    )
 
 
 def _measured_fastest(artifact: Artifact, device: torch.device) -> str | None:

@@ -17,7 +17,7 @@ CPU seconds a face, one thread of a busy AVX-512 machine, all in one run:
 Fusing ReLU and sum into oneDNN's convolutions was tried and gained nothing: arithmetic dominates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, cast
@@ -39,6 +39,7 @@ from ralf.kernels.machine import cpu_has_bf16
 from ralf.kernels.manifest import Manifest, Precision
 from ralf.kernels.networks import build
 from ralf.kernels.networks.ralf import Explanation
+from ralf.kernels.residual_blocks import BLOCKS, Blocks, use
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -46,6 +47,12 @@ DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
 }
 EXPLAIN_BATCH = 8
+KINDS: dict[str, tuple[bool, Blocks]] = {
+    kind + ("" if blocks == "plain" else f"-{blocks}"): (kind == "torch", blocks)
+    for blocks in BLOCKS
+    for kind in ("torch", "torch-eager")
+}
+"""An engine's name without its precision: is it compiled, and how does it compute the blocks."""
 
 
 class Detector(Protocol):
@@ -89,10 +96,14 @@ class TorchEngine:
         max_batch: int | None = None,
         *,
         compiled: bool = True,
+        blocks: Blocks = "plain",
+        buckets: Sequence[int] | None = None,
     ) -> "TorchEngine":
         """Read, check and place the weights; the caller checks the golden crops.
 
-        compiled is for CUDA, where loading then takes minutes the first time on a machine.
+        The last three are for CUDA.  compiled: loading then takes minutes the first time on a
+        machine.  blocks: how residual blocks are computed (ralf.kernels.residual_blocks).
+        buckets: the batches it is compiled for, if not the usual ones.
         """
         if precision is None:
             precision = best_precision(artifact.manifest, device)
@@ -103,8 +114,13 @@ class TorchEngine:
         network = placed(network, precision, device)
         batch, side = max_batch or default_batch(device), artifact.manifest.input.size
         if device.type == "cpu":
+            if blocks != "plain":
+                raise EngineError(f"blocks={blocks} is for CUDA; use plain on a CPU")
             return cls(artifact, network, str(device), precision, batch)
-        runner = OnCuda(network, device, side=side, buckets=buckets_of(batch), compiled=compiled)
+        if blocks != "plain" and not use(network, blocks, side):
+            raise EngineError(f"{artifact.label} has no residual blocks that {blocks} can compute")
+        sizes = buckets or buckets_of(batch)
+        runner = OnCuda(network, device, side=side, buckets=sizes, compiled=compiled)
         # Verdicts report the name, so it says what runs, not what was asked for.
         name = "torch" if runner.compiled else "torch-eager"
         return cls(artifact, network, str(device), precision, batch, name, runner)
@@ -208,6 +224,13 @@ def offers(manifest: Manifest, device: torch.device) -> list[str]:
     if device.type == "cuda":
         return ["torch-fp16", "torch-eager-fp16"]
     return list(dict.fromkeys(("torch-fp32", f"torch-{best_precision(manifest, device)}")))
+
+
+def unmeasured(device: torch.device) -> list[str]:
+    """Those that `ralf bench engine` times as well, but nothing chooses: see PERFORMANCE.md."""
+    if device.type != "cuda":
+        return []
+    return [f"{kind}-fp16" for kind, (_, blocks) in KINDS.items() if blocks != "plain"]
 
 
 def weights_bytes(network: nn.Module) -> bytes:

@@ -72,6 +72,7 @@ def test_a_level_of_the_reconstructor_is_timed(capsys: pytest.CaptureFixture[str
     assert residual.EAGER == name
     assert record["facts"]["TFLOP/s"][name] == round(flop / timing["median_s"] / 1e12, 2)
     assert {name: 0} == record["facts"][f"largest difference to {name}"]
+    assert name == record["facts"]["fastest"]
 
 
 def test_a_network_with_fresh_weights_can_be_measured(
@@ -174,8 +175,12 @@ def test_on_a_gpu_the_fused_kernels_and_the_compiled_network_are_in_the_record(
         capsys, "engine", "tiny", "--models", tiny_models, "--batch", 2, "--repeats", 2
     )
 
-    residual = measured(capsys, "residual", "--batch", 1, "--size", 64, "--repeats", 1)
-    assert {"fused", "torch.compile"} <= residual["timings"].keys()
+    residual = measured(capsys, "residual", "--batch", 1, "--blocks", 1, "--repeats", 1)
+    ways = residual["timings"].keys()
+    assert {"torch.compile", "eager, cuDNN's ReLU"} <= ways
+    assert residual["facts"]["fastest"] in ways
+    assert any(name.startswith("fused 2×128") for name in ways)
+    assert {"torch-cudnn-fp16", "torch-eager-cudnn-fp16"} <= engine["timings"].keys()
     assert len([name for name in dct["timings"] if name.startswith("fused")]) >= 3
     assert {"torch-fp16", "torch-eager-fp16", "authors, TF32"} <= engine["timings"].keys()
     assert {"capability", "cuda"} <= engine["machine"].keys()

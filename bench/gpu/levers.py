@@ -1,4 +1,6 @@
-"""Where the time of a reconstructor's block goes, level by level, and what cheap changes give.
+"""Where the time of a reconstructor's block goes, level by level, by the device's own clock.
+
+What it could be instead is measured by `ralf bench residual` and `ralf bench engine`.
 
     python bench/gpu/levers.py [--device cuda|cpu]
 
@@ -9,15 +11,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ralf.kernels.networks.reconstructor import Reconstructor, Residual
+from ralf.kernels.residual_blocks import BLOCKS, by_cudnn, convolution_relu, use
 
-aten = torch.ops.aten
-SAME = ([1, 1], [1, 1], [1, 1])
-"""Stride, padding and dilation of a 3 × 3 convolution that keeps the size."""
 RECONSTRUCTOR_FLOP = 127e9
 
 
@@ -41,60 +42,29 @@ def measure_level(channels: int, side: int, batch: int, device: torch.device) ->
     first = next(module for module in block.modules() if isinstance(module, nn.Conv2d))
     weight, bias = first.weight, first.bias
     flop = batch * 2 * 9 * channels * channels * side * side
-    compiled = torch.compile(block, dynamic=False)
     ways: dict[str, tuple[Callable[[], object], int]] = {
         "copy": (crops.clone, 0),
         "convolution without bias": (lambda: torch.conv2d(crops, weight, None, 1, 1), flop),
         "convolution with bias": (lambda: torch.conv2d(crops, weight, bias, 1, 1), flop),
-        "convolution, bias and ReLU by cuDNN": (
-            lambda: aten.cudnn_convolution_relu(crops, weight, bias, *SAME, 1),
-            flop,
-        ),
-        "block eager": (lambda: block(crops), 2 * flop),
-        "block, ReLU by cuDNN": (lambda: relu_by_cudnn(block, crops), 2 * flop),
-        "block, cuDNN searching": (lambda: searching(block, crops), 2 * flop),
-        "block compiled": (lambda: compiled(crops), 2 * flop),
+        "convolution, bias and ReLU": (lambda: convolution_relu(crops, weight, bias), flop),
+        "block": (lambda: block(crops), 2 * flop),
+        "block, ReLU by cuDNN": (lambda: by_cudnn(block, crops), 2 * flop),
     }
     for name, (run, work) in ways.items():
         report(f"{channels}@{side} {name}", run, device, work)
 
 
 def measure_reconstructor(device: torch.device) -> None:
-    """The whole network, plain and with cuDNN's fused ReLU."""
+    """The whole network, plain and with each option for its blocks."""
     on_gpu = device.type == "cuda"
     batch, side = (64, 256) if on_gpu else (1, 32)
-    network = half(Reconstructor(32, 8) if on_gpu else Reconstructor(8, 1), device)
-    crops = torch.rand(batch, 3, side, side, device=device)
-    work = int(RECONSTRUCTOR_FLOP * batch)
-    report("reconstructor eager", lambda: network(crops).image, device, work)
-    plain = Residual.forward
-    Residual.forward = relu_by_cudnn  # type: ignore[method-assign]
-    try:
-        report("reconstructor, ReLU by cuDNN", lambda: network(crops).image, device, work)
-    finally:
-        Residual.forward = plain  # type: ignore[method-assign]
-
-
-def relu_by_cudnn(block: nn.Module, crops: Tensor) -> Tensor:
-    """The block with its first convolution, bias and ReLU as one cuDNN call."""
-    one, two = (module for module in block.modules() if isinstance(module, nn.Conv2d))
-    middle = aten.cudnn_convolution_relu(crops, one.weight, one.bias, *SAME, 1)
-    padding, stride, dilation = SAME[1], SAME[0], SAME[2]
-    last = aten.cudnn_convolution(
-        middle, two.weight, padding, stride, dilation, 1, False, False, True
-    )
-    added: Tensor = last.add_(crops + two.bias.view(1, -1, 1, 1))
-    return added
-
-
-def searching(block: nn.Module, crops: Tensor) -> Tensor:
-    """The block while cuDNN may search for its fastest algorithm."""
-    torch.backends.cudnn.benchmark = True
-    try:
-        result: Tensor = block(crops)
-        return result
-    finally:
-        torch.backends.cudnn.benchmark = False
+    for blocks in BLOCKS:
+        network = half(Reconstructor(32, 8) if on_gpu else Reconstructor(8, 1), device)
+        if blocks != "plain" and not use(network, blocks, side):
+            continue
+        crops = torch.rand(batch, 3, side, side, device=device)
+        run = partial(network, crops)
+        report(f"reconstructor, blocks={blocks}", run, device, int(RECONSTRUCTOR_FLOP * batch))
 
 
 def block_dtype(device: torch.device) -> torch.dtype:

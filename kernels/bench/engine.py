@@ -3,8 +3,10 @@
 The baselines run in the same process, in turns: the papers' way in FP32
 (ralf.kernels.bench.baseline), and on CUDA the same with TF32 and under FP16 autocast.  Then the
 network in plain FP32 channels-last, torch's engine eager and compiled, and each plan that was
-verified here.  All take u8 crops in the CPU's memory and end with logits there.  Making, compiling
-and building are not timed with them; the seconds to make each engine stand in a field of their own.
+verified here.  On CUDA the engines that are off until measured run too (residual_blocks.py),
+compiled for this batch alone.  All take u8 crops in the CPU's memory and end with logits there.
+Making, compiling and building are not timed with them; the seconds to make each engine stand in a
+field of their own.
 
 --fresh measures a network with fresh weights, --build builds its plans first: together they are
 all that a session on a new GPU needs.
@@ -30,7 +32,7 @@ from ralf.kernels.bench.record import Record, gpu_facts, interleave, machine, se
 from ralf.kernels.choose_engine import candidates, make
 from ralf.kernels.engine import EngineError, check_golden, pick_device
 from ralf.kernels.engine_cuda import OnCuda
-from ralf.kernels.engine_torch import placed, restore
+from ralf.kernels.engine_torch import placed, restore, unmeasured
 from ralf.kernels.networks.ralf import Ralf
 from ralf.kernels.untrained import patterns, publish_untrained
 
@@ -170,10 +172,13 @@ def engines(
 ) -> dict[str, Way]:
     """Every engine that runs here and agrees with the reference."""
     ways: dict[str, Way] = {}
-    for name in candidates(artifact, device):
+    offered = candidates(artifact, device)
+    for name in [*offered, *unmeasured(device)]:
         start = time.perf_counter()
         try:
-            engine = make(artifact, device, name)
+            # One bucket where nothing serves with it: compiling three takes a minute more each.
+            buckets = None if name in offered else (len(crops),)
+            engine = make(artifact, device, name, buckets=buckets)
             check_golden(engine)
         except (EngineError, ArtifactError, torch.OutOfMemoryError) as error:
             say(f"{name}: left out: {error}")

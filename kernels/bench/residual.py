@@ -1,8 +1,9 @@
 """`ralf bench residual`: one level of the reconstructor by the ways that might make it faster.
 
 The same stack of residual blocks, the same FP16 input on the device: eager in both layouts, with
-cuDNN trying its algorithms, compiled by torch with and without its own search, and as fused Triton
-blocks.  The predictions are in kernels/PERFORMANCE.md; the verdicts go there too.
+cuDNN trying its algorithms and with its fused ReLU, compiled by torch with that, without it and
+with its own search, and by Triton under each listed tiling; the record names the fastest.  The
+predictions are in kernels/PERFORMANCE.md; the verdicts go there too.
 """
 
 import argparse
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from ralf.kernels.batching import LARGEST
 from ralf.kernels.bench.record import Record, gpu_facts, interleave, machine, settle, short_name
+from ralf.kernels.dct import FusedKernelError
 from ralf.kernels.engine import pick_device
 from ralf.kernels.networks.reconstructor import Residual, stack
+from ralf.kernels.residual_blocks import by_cudnn
 
 EAGER = "eager, channels last"
 Way = Callable[[], Tensor]
@@ -62,6 +65,7 @@ def run_residual(args: argparse.Namespace) -> int:
         facts={
             "TFLOP/s": {n: round(flop / t.median_s / 1e12, 2) for n, t in timings.items()},
             f"largest difference to {EAGER}": errors,
+            "fastest": min(timings, key=lambda name: timings[name].median_s),
         },
     )
     record.save(args.out, short_name(device))
@@ -78,10 +82,13 @@ def on_cuda(plain: nn.Module, last: nn.Module, x: Tensor) -> dict[str, Way]:
             made: Tensor = last(x)
         return made
 
+    with_relu = switched(last)
     ways: dict[str, Way] = {
         "eager, channels first": partial(plain, x.contiguous()),
         "eager, cuDNN searching": searching,
+        "eager, cuDNN's ReLU": partial(with_relu, x),
         "torch.compile": partial(torch.compile(last, dynamic=False), x),
+        "torch.compile, cuDNN's ReLU": partial(torch.compile(with_relu, dynamic=False), x),
         "torch.compile, searching": partial(
             torch.compile(last, dynamic=False, mode="max-autotune-no-cudagraphs"), x
         ),
@@ -89,22 +96,52 @@ def on_cuda(plain: nn.Module, last: nn.Module, x: Tensor) -> dict[str, Way]:
     return ways | fused(last, x)
 
 
+def switched(blocks: nn.Module) -> nn.Module:
+    """A copy whose first convolutions run with bias and ReLU as one call of cuDNN's."""
+    made = deepcopy(blocks)
+    for block in made.modules():
+        if isinstance(block, Residual):
+            block.instead = by_cudnn
+    return made
+
+
 def fused(blocks: nn.Module, x: Tensor) -> dict[str, Way]:
-    """The Triton blocks, where triton is and takes these shapes."""
+    """The Triton blocks under each tiling that fits, where triton is; one that fails is told."""
     try:
-        from ralf.kernels.residual_triton import Weights, residual
+        from ralf.kernels.residual_triton import TILINGS, Tiling, Weights, residual
     except ImportError as error:
-        print(f"ralf bench: fused blocks left out: {error}", file=sys.stderr)
+        say(f"fused blocks left out: {error}")
         return {}
-    weights = [Weights.of(block) for block in blocks.children() if isinstance(block, Residual)]
+    residuals = [block for block in blocks.modules() if isinstance(block, Residual)]
 
-    def run() -> Tensor:
-        y = x
-        for block in weights:
-            y = residual(y, block)
-        return y
+    def way(tiling: Tiling) -> Way:
+        weights = [Weights.of(block, tiling.pixels) for block in residuals]
 
-    return {"fused": run}
+        def run() -> Tensor:
+            y = x
+            for block in weights:
+                y = residual(y, block, tiling)
+            return y
+
+        return run
+
+    ways: dict[str, Way] = {}
+    for tiling in TILINGS.get(x.shape[1], ()):
+        if tiling.pixels * tiling.groups > x.shape[3]:
+            continue
+        name, run = f"fused {tiling}", way(tiling)
+        try:
+            run()
+        except FusedKernelError as error:
+            say(f"{name} left out: {error}")
+            continue
+        ways[name] = run
+    return ways
+
+
+def say(line: str) -> None:
+    """Progress."""
+    print(f"ralf bench: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
