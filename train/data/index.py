@@ -196,7 +196,7 @@ class Index:
     @property
     def sha256(self) -> str:
         """The same whatever the order of rows and the place of the root."""
-        lines = sorted(repr(_told(row)) for row in self.rows)
+        lines = sorted(repr(_hashed(row)) for row in self.rows)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def save(self, path: str | Path) -> Path:
@@ -215,9 +215,9 @@ class Index:
 NEW_COLUMNS = ("bits_per_pixel", "marked")
 
 
-def _told(row: Row) -> tuple[object, ...]:
-    """What a row's hash is of: newer columns only where they say something, so that tables written
-    before them keep their names."""
+def _hashed(row: Row) -> tuple[object, ...]:
+    """The values that the hash covers: a newer column only where it is filled, so that tables
+    written before it keep their hash."""
     values = asdict(row)
     new = {name: values.pop(name) for name in NEW_COLUMNS}
     return (*values.values(), *((name, value) for name, value in new.items() if value))

@@ -71,7 +71,7 @@ class Retraining:
 
 def default_run(chain: Chain, changes: Mapping[str, str], index: Index, name: str) -> Path:
     """The same folder for the same recipes on the same data, so that the same command goes on."""
-    # Relative to nowhere: where the run lies must not change its name.
+    # With an empty path: where the run lies must not change its name.
     recipes = [chain.recipe(Path(), training, changes) for training in chain.trainings]
     asked = "\0".join([*map(to_json, recipes), index.sha256])
     digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
