@@ -140,3 +140,14 @@ def an_evidence() -> Evidence:
 def a_failure(code: str = "fetch_failed", message: str = "the server answered 503") -> Failure:
     """A failure with a code and a message."""
     return Failure(code=code, message=message)
+
+
+READY = {
+    "job_id": "j1",
+    "tenant": "default",
+    "tag": "mine",
+    "state": "succeeded",
+    "label": "likely_forged",
+    "score": 0.93,
+}
+"""What stream and webhook say of `a_job("1", tag="mine")` once it ended with a_verdict()."""

@@ -30,7 +30,7 @@ from ralf.worker.service.deliver import Deliverer, Outbox, Secrets, webhook_body
 from ralf.worker.service.records import Delivery
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings, SettingsError
-from tests.documents import a_failure, a_job, a_verdict
+from tests.documents import READY, a_failure, a_job, a_verdict
 from tests.test_egress import TRICKS, guarded
 from tests.test_store import claim
 from tests.waiting import LONG_S, until
@@ -125,14 +125,7 @@ class TestPush:
         assert set(said) == {"type", "timestamp", "data"}
         assert said["type"] == "verdict.ready"
         assert datetime.fromisoformat(said["timestamp"]).tzinfo is not None
-        assert said["data"] == {
-            "job_id": "j1",
-            "tenant": "default",
-            "tag": "mine",
-            "state": "succeeded",
-            "label": "likely_forged",
-            "score": 0.93,
-        }
+        assert said["data"] == READY
         assert headers["webhook-id"].startswith("msg_")
         with pytest.raises(WebhookVerificationError):
             Webhook(OLD).verify(request.body + b" ", headers)

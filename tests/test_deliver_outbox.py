@@ -8,7 +8,7 @@ from ralf.worker.contract import Callback
 from ralf.worker.service.deliver import Outbox
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
-from tests.documents import a_failure, a_job, a_verdict
+from tests.documents import READY, a_failure, a_job, a_verdict
 from tests.test_store import claim
 
 pytestmark = pytest.mark.each_redis
@@ -34,14 +34,7 @@ def test_an_end_makes_one_delivery_with_what_the_receiver_needs(outbox):
     assert delivery.event == "verdict.ready"
     assert (delivery.url, delivery.secret_id) == (CALLBACK.url, "main")
     assert (delivery.subject, delivery.attempts, delivery.created_at) == ("j1", 1, 100.0)
-    assert dict(delivery.data) == {
-        "job_id": "j1",
-        "tenant": "default",
-        "tag": "mine",
-        "state": "succeeded",
-        "label": "likely_forged",
-        "score": 0.93,
-    }
+    assert dict(delivery.data) == READY
 
 
 def test_a_failure_is_pushed_with_its_code(outbox):

@@ -34,6 +34,13 @@ from tests.web import PUBLIC, Request, Web, for_ever, reply, serving
 
 DATA = bytes(range(256)) * 1024
 SHA = hashlib.sha256(DATA).hexdigest()
+BROKEN_LIMITS = [
+    ({"max_bytes": 1000}, TooLarge),
+    ({"size_bytes": 5}, HashMismatch),
+    ({"sha256": "0" * 64}, HashMismatch),
+    ({"cancelled": lambda: True}, Cancelled),
+]
+"""What is asked of a fetch of DATA, and the error that must come of it."""
 
 
 def get(
@@ -560,15 +567,7 @@ class TestLocal:
         with pytest.raises(FetchFailed, match="changed while it was read"):
             get(path.as_uri(), folder, file_roots=(str(root),), cancelled=grow)
 
-    @pytest.mark.parametrize(
-        ("asked", "error"),
-        [
-            ({"max_bytes": 1000}, TooLarge),
-            ({"size_bytes": 5}, HashMismatch),
-            ({"sha256": "0" * 64}, HashMismatch),
-            ({"cancelled": lambda: True}, Cancelled),
-        ],
-    )
+    @pytest.mark.parametrize(("asked", "error"), BROKEN_LIMITS)
     def test_caps_hash_and_cancel_hold_here_too(self, root, folder, asked, error):
         """And the file stays where it is."""
         path = root / "a" / "clip é.mp4"
@@ -676,14 +675,7 @@ class TestStores:
             self.got("s3://uploads/a/clip.mp4", folder, bucket)
 
     @pytest.mark.parametrize(
-        ("asked", "error"),
-        [
-            ({"max_bytes": 1000}, TooLarge),
-            ({"size_bytes": 5}, HashMismatch),
-            ({"sha256": "0" * 64}, HashMismatch),
-            ({"cancelled": lambda: True}, Cancelled),
-            ({"fetch_timeout_s": 0.0}, FetchFailed),
-        ],
+        ("asked", "error"), [*BROKEN_LIMITS, ({"fetch_timeout_s": 0.0}, FetchFailed)]
     )
     def test_caps_hash_time_and_cancel_hold_here_too(self, bucket, folder, asked, error):
         """And nothing stays."""

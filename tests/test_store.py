@@ -27,7 +27,7 @@ from ralf.worker.service.janitor import Janitor
 from ralf.worker.service.records import Claim
 from ralf.worker.service.store import Store
 from ralf.worker.settings import Settings
-from tests.documents import a_failure, a_job, a_verdict, an_evidence
+from tests.documents import READY, a_failure, a_job, a_verdict, an_evidence
 from tests.redis_server import RedisServer
 
 pytestmark = pytest.mark.each_redis
@@ -269,14 +269,7 @@ class TestEnd:
         assert store.partial("j1") is None
         [(_, entry)] = redis.xrange("ralf:verdicts")
         assert entry[b"type"] == b"verdict.ready"
-        assert json.loads(entry[b"data"]) == {
-            "job_id": "j1",
-            "tenant": "default",
-            "tag": "mine",
-            "state": "succeeded",
-            "label": "likely_forged",
-            "score": 0.93,
-        }
+        assert json.loads(entry[b"data"]) == READY
         assert redis.zcard("ralf:outbox") == 1
         assert [
             redis.ttl(f"ralf:{kind}:j1") // 86400 for kind in ("job", "verdict", "evidence")
