@@ -123,7 +123,7 @@ def test_the_gpus_figures_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: 
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\nprintf '10, [N/A], 900\\n30, [N/A], 700\\n'\nexec sleep 60\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(gauges, "_command", lambda device: [str(tool)])
+    monkeypatch.setattr(gauges, "query", lambda device: [str(tool)])
     with Gauges("cuda") as seen:
         subprocess.run(["sleep", "0.5"], check=True)
         while len(seen._lines) < 2:
@@ -136,7 +136,7 @@ def test_the_gpus_figures_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: 
 
 def test_without_nvidia_smi_its_figures_are_absent(monkeypatch: pytest.MonkeyPatch):
     """Never zero."""
-    monkeypatch.setattr(gauges, "_command", lambda device: ["/nowhere/nvidia-smi"])
+    monkeypatch.setattr(gauges, "query", lambda device: ["/nowhere/nvidia-smi"])
     with Gauges("cuda") as seen:
         pass
 

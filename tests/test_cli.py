@@ -61,7 +61,9 @@ def test_scores_and_threshold_are_printed_as_the_page_has_them(
     score: float, shown: str, capsys: pytest.CaptureFixture[str]
 ):
     """Two digits, or as many as tell the side; the threshold in words, in place of its name."""
-    scan_module._show("a.mp4", a_verdict([a_track([score] * 3)], score=score), as_json=False)
+    scan_module.print_verdict(
+        "a.mp4", a_verdict([a_track([score] * 3)], score=score), as_json=False
+    )
     first, _, _, track, *_ = capsys.readouterr().out.splitlines()
 
     assert first.endswith(shown)

@@ -14,7 +14,7 @@ from redis.exceptions import ConnectionError as NoConnection
 from ralf.worker.chaos import bodies
 from ralf.worker.client import QueueUnavailable
 from ralf.worker.client import connect as connect_client
-from ralf.worker.doctor import _redis, settings_shown
+from ralf.worker.doctor import examine_redis, settings_shown
 from ralf.worker.service.connection import connect
 from ralf.worker.service.store import NotReplicated, Store
 from ralf.worker.settings import Settings
@@ -101,7 +101,7 @@ def test_a_private_ca_is_trusted_when_its_file_is_named(secure_redis: str, certi
         worker.terminate()
         code = ended(worker)
     client.close()
-    (redis, _) = _redis(settings)
+    (redis, _) = examine_redis(settings)
 
     assert (verdict.job_id, code) == ("j1", 0)
     assert redis.state == "broken"  # it keeps nothing; but it was asked

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from ralf.worker.service.url_policy import _METADATA as METADATA
+from ralf.worker.service.url_policy import METADATA
 from ralf.worker.settings import GIB, Settings
 from tests.deploy_tools import DEPLOY, run
 

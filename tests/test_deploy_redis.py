@@ -16,7 +16,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ralf.worker.chaos import bodies
 from ralf.worker.client import connect as connect_client
 from ralf.worker.contract import Callback, Failure, Media
-from ralf.worker.doctor import _redis
+from ralf.worker.doctor import examine_redis
 from ralf.worker.service.connection import connect
 from ralf.worker.service.deliver import Deliverer, Outbox
 from ralf.worker.service.health import queue_counts
@@ -109,7 +109,7 @@ def test_each_role_does_its_part(users: dict[str, str]):
         swept = Janitor(stores["janitor"], settings["janitor"]).run_once()
         pushes = Deliverer(stores["deliverer"], settings["deliverer"]).run_once()
         dead = Outbox(stores["deliverer"]).dead()
-        told = {role: next(iter(_redis(settings[role]))) for role in users}
+        told = {role: next(iter(examine_redis(settings[role]))) for role in users}
         scraped = {
             role: {count.name: count.value for count in queue_counts(stores[role])()}
             for role in ("worker", "janitor", "deliverer")

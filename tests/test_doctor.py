@@ -16,12 +16,12 @@ from ralf.kernels.networks.mtcnn import WeightsMissing
 from ralf.kernels.registry import point_to
 from ralf.worker.doctor import (
     Finding,
-    _confinement,
-    _gpu_engine,
-    _models,
-    _redis,
-    _redis_cure,
     examine,
+    examine_confinement,
+    examine_gpu_engine,
+    examine_models,
+    examine_redis,
+    redis_cure,
     settings_shown,
 )
 from ralf.worker.settings import Settings
@@ -56,10 +56,10 @@ def test_the_doctor_says_which_plans_are_not_loaded(
     point_to(tmp_path, artifact.name, artifact.version)
     put(artifact, b"plan", KEY, "sm90")
     settings = Settings(models_dir=str(tmp_path), model=artifact.name)
-    [unchecked] = [each for each in _models(settings) if each.name == "plans"]
+    [unchecked] = [each for each in examine_models(settings) if each.name == "plans"]
     [refused] = [
         each
-        for each in _models(replace(settings, plan_public_key=OURS.public))
+        for each in examine_models(replace(settings, plan_public_key=OURS.public))
         if each.name == "plans"
     ]
 
@@ -68,7 +68,7 @@ def test_the_doctor_says_which_plans_are_not_loaded(
     assert unchecked.fix and refused.fix
     monkeypatch.setenv("RALF_PLAN_SIGNING_KEY", OURS.private)
     put(artifact, b"another", KEY, "sm90")
-    found = [(each.name, each.state) for each in _models(settings)]
+    found = [(each.name, each.state) for each in examine_models(settings)]
     assert [("model", "ok"), ("plans", "ok")] == found
 
 
@@ -122,12 +122,12 @@ def test_a_gpu_that_would_compute_slowly_is_named(
     monkeypatch.setattr(engine_cuda, "c_compiler", lambda: compiler)
     settings = Settings(models_dir=str(tiny_models), model="tiny")
 
-    (finding,) = _gpu_engine(settings)
+    (finding,) = examine_gpu_engine(settings)
     state, said = expected
 
     assert state == finding.state and said in finding.found
     assert "ralf build --all" in finding.fix or state == "ok"
-    assert [] == list(_gpu_engine(replace(settings, device="cpu")))
+    assert [] == list(examine_gpu_engine(replace(settings, device="cpu")))
 
 
 def test_what_cannot_be_examined_comes_with_a_fix_and_an_exit_code(
@@ -158,7 +158,7 @@ def test_what_confines_a_child_here_is_tried_and_said(mode: str, monkeypatch: py
     """One line for each protection; where they are required, a missing one is an error."""
     monkeypatch.setenv("RALF_SANDBOX", mode)
     settings = Settings.from_environment()
-    found = {item.name: item for item in _confinement(settings)}
+    found = {item.name: item for item in examine_confinement(settings)}
     tried = subprocess.run(
         [sys.executable, "-m", "ralf.worker.service.sandbox"], capture_output=True, text=True
     )
@@ -177,7 +177,9 @@ def test_what_confines_a_child_here_is_tried_and_said(mode: str, monkeypatch: py
 
 def examined(redis_url: str) -> Finding:
     """What is said of the server itself."""
-    return next(item for item in _redis(Settings(redis_url=redis_url)) if item.name == "redis")
+    return next(
+        item for item in examine_redis(Settings(redis_url=redis_url)) if item.name == "redis"
+    )
 
 
 def test_a_redis_that_forgets_at_a_restart_is_broken(redis_url: str):
@@ -215,7 +217,7 @@ def test_only_a_redis_that_keeps_each_answered_write_is_ok():
 )
 def test_a_redis_that_cannot_serve_is_named(info: dict[str, object], cure: str):
     """Too old for BLMOVE, or sharded under scripts that touch many keys."""
-    assert cure in _redis_cure(info, "noeviction", "always")
+    assert cure in redis_cure(info, "noeviction", "always")
 
 
 def test_secrets_are_counted_never_shown():

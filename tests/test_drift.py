@@ -116,7 +116,7 @@ def test_verdicts_move_the_gauge_of_their_version_and_engine():
     """From the reference that the child told with its facts; its own for each engine."""
     metrics = Metrics()
     child: Any = ChildThatIsReady
-    ChildSupervisor(child, Wakeup(), metrics)._publish_facts()
+    ChildSupervisor(child, Wakeup(), metrics).publish_facts()
     verdict = a_verdict([a_track([0.9, 0.95, 0.97])])
     for _ in range(LEAST):
         telemetry._count(verdict, metrics)

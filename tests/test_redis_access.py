@@ -14,7 +14,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ralf.worker.chaos import bodies
 from ralf.worker.client import connect
 from ralf.worker.contract import Callback, SessionPart
-from ralf.worker.doctor import _redis
+from ralf.worker.doctor import examine_redis
 from ralf.worker.service.deliver import Deliverer, Outbox
 from ralf.worker.service.janitor import Janitor
 from ralf.worker.service.quarantine import Quarantine
@@ -123,7 +123,7 @@ def test_the_whole_service_runs_as_its_user_and_a_reader_reads(users: dict[str, 
 def test_the_doctor_finds_redis_under_its_documented_user(users: dict[str, str]):
     """INFO is not among the user's commands; that does not make Redis missing."""
     for url in users.values():
-        found = next(iter(_redis(replace(QUICK, redis_url=url))))
+        found = next(iter(examine_redis(replace(QUICK, redis_url=url))))
         assert found.state == "ok"
         assert "answers at" in found.found
         assert "SECRET" not in found.found

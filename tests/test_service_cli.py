@@ -470,6 +470,6 @@ def test_the_address_line_is_one_write(monkeypatch: pytest.MonkeyPatch):
             """Nothing is kept back."""
 
     monkeypatch.setattr(sys, "stderr", Stderr())
-    commands._say("serving; RALF_REDIS_URL=unix:///a")
+    commands.say("serving; RALF_REDIS_URL=unix:///a")
 
     assert ["ralf: serving; RALF_REDIS_URL=unix:///a\n"] == written

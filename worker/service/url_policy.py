@@ -110,7 +110,7 @@ def _host(text: str) -> str:
 
 # addresses
 
-_METADATA = frozenset(
+METADATA = frozenset(
     ipaddress.ip_address(address)
     for address in (
         "169.254.169.254",
@@ -193,6 +193,6 @@ def _public(address: Address) -> bool:
 def refusal(address: str, *, private: bool = False) -> str:
     """Why this address may not be reached; empty when it may. private lifts all but metadata."""
     found = ipaddress.ip_address(address)
-    if not _METADATA.isdisjoint({found, *_embedded_ipv4(found)}):
+    if not METADATA.isdisjoint({found, *_embedded_ipv4(found)}):
         return "a cloud's metadata service"
     return "" if private or _public(found) else "not a public address"
