@@ -38,7 +38,7 @@ model: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN)/ralf retrain $(CHAIN) --data $(DATA) --name $(NAME) --targets cpu --golden-from $(GOLDEN) --out runs/$(NAME) $(MORE)
 
 schemas: $(VENV)/ready
-	$(RUN)/python -m ralf.worker.contract docs
+	$(RUN)/python -m ralf.worker.schemas docs
 
 # Versions and hashes of what images and CI install; after a change of pyproject.toml or constraints.txt.
 locks: $(VENV)/deploy-ready

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from pydantic import ValidationError as Refused
 
 from ralf.worker.contract import (
-    DOCUMENTS,
     FailedSegment,
     Gap,
     Job,
@@ -24,12 +23,10 @@ from ralf.worker.contract import (
     Threshold,
     Verdict,
     dump,
-    schemas,
-    with_field_table,
-    write_schemas,
 )
 from ralf.worker.pipeline import analyze
 from ralf.worker.runtime import Parts
+from ralf.worker.schemas import DOCUMENTS, schemas, with_field_table, write_schemas
 from tests import verdicts
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -199,7 +196,7 @@ def test_every_field_of_a_schema_says_what_it_is(name: str):
 
 @pytest.mark.parametrize("name", sorted(schemas()))
 def test_the_exported_schema_is_up_to_date(name: str):
-    """`python -m ralf.worker.contract` writes them again."""
+    """`python -m ralf.worker.schemas` writes them again."""
     assert (DOCS / name).read_text() == schemas()[name]
 
 
@@ -281,7 +278,7 @@ def test_a_verdict_refuses_a_score_that_is_no_probability():
 def test_the_command_writes_every_schema(tmp_path: Path):
     """To a folder of choice."""
     run = subprocess.run(
-        [sys.executable, "-m", "ralf.worker.contract", str(tmp_path)],
+        [sys.executable, "-m", "ralf.worker.schemas", str(tmp_path)],
         cwd=DOCS.parent,
         capture_output=True,
         text=True,
