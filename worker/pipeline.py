@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ from ralf.worker.ensemble import FaceScorer
 from ralf.worker.errors import BadRequest
 from ralf.worker.evidence import StrongestFaces, pictures
 from ralf.worker.media.crops import cut
-from ralf.worker.media.cuts import Signatures, signatures
+from ralf.worker.media.cuts import signatures
 from ralf.worker.media.probe import probe
 from ralf.worker.media.sampling import (
     LOOK_FRAMES,
@@ -65,8 +64,8 @@ from ralf.worker.media.sampling import (
     second_look,
     thinning,
 )
-from ralf.worker.media.tracks import Tracker
-from ralf.worker.media.types import Clip, Faces, Frames, Probe
+from ralf.worker.media.tracks import Seen, Tracker, follow_all
+from ralf.worker.media.types import Clip, Frames, Probe
 from ralf.worker.media.views import views_of
 from ralf.worker.runtime import Parts
 from ralf.worker.verdict import Judgement, Scores, calibrated, judge, suspicious, without_decision
@@ -155,14 +154,6 @@ def walk(
     return clip.verdict(partial=clip.stopped_early), clip.evidence()
 
 
-class _Seen(NamedTuple):
-    """What tracking needs of one chunk."""
-
-    times_s: NDArray[np.float64]
-    shots: Signatures
-    faces: Faces
-
-
 class _Walk:
     """One clip's state: the scores so far, the warnings, and how long each stage took."""
 
@@ -198,7 +189,7 @@ class _Walk:
         self.strongest_faces = StrongestFaces()
         self.sampled_s: list[NDArray[np.float64]] = []
         self.again_s: list[NDArray[np.float64]] = []
-        self.seen: list[_Seen] = []
+        self.seen: list[Seen] = []
         self.double = 0
         self.percent = 0.0
         self.asked = self.decoded = self.replaced = 0
@@ -273,7 +264,7 @@ class _Walk:
             return
         with self.timed("find"):
             faces = self.parts.finder.find(frames)
-            seen = _Seen(frames.times_s, signatures(frames.pixels), faces)
+            seen = Seen(frames.times_s, signatures(frames.pixels), faces)
             self.seen.append(seen)
             tracks = self._track_anew() if again else self.tracker.follow(*seen)
         if self.tracker.overflowed:
@@ -341,18 +332,7 @@ class _Walk:
 
     def _track_anew(self) -> NDArray[np.int64]:
         """Track all faces of both passes in order of time; the newest chunk's tracks."""
-        times = np.concatenate([seen.times_s for seen in self.seen])
-        place = np.argsort(np.argsort(times, kind="stable"), kind="stable")
-        starts = np.cumsum([0, *(len(seen.times_s) for seen in self.seen)])
-        faces = Faces.concat(
-            [
-                replace(seen.faces, frame=place[seen.faces.frame + start])
-                for seen, start in zip(self.seen, starts[:-1], strict=True)
-            ]
-        )
-        order = np.argsort(times, kind="stable")
-        shots = np.concatenate([seen.shots for seen in self.seen])[order]
-        tracks = Tracker(self.tracker.max_tracks).follow(times[order], shots, faces)
+        tracks = follow_all(self.seen, self.tracker.max_tracks)
         # Which faces of a frame are followed does not depend on other frames, so the rows stay.
         newest = len(self.seen[-1].faces)
         older = tracks[: len(tracks) - newest]

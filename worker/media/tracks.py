@@ -22,16 +22,14 @@ Tracks of a stream's segments are joined where they are folded, in worker/servic
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ralf.worker.boxes import overlap
 from ralf.worker.media.cuts import Signatures, same_shot, signatures
-
-if TYPE_CHECKING:
-    from ralf.worker.media.types import Faces, Frames
+from ralf.worker.media.types import Faces, Frames
 
 Boxes = NDArray[np.float64]
 
@@ -39,6 +37,14 @@ GROWS_FOR_S = 2.0
 REACH, REACH_PER_S = 0.5, 0.5
 STRETCH, STRETCH_PER_S = 0.5, 0.25
 MISSES, UNSEEN_S = 3, 2.0
+
+
+class Seen(NamedTuple):
+    """What tracking needs of one chunk of frames."""
+
+    times_s: NDArray[np.float64]
+    shots: Signatures
+    faces: Faces
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,12 @@ class Tracker:
         self._next = 0
         self._open: list[OpenTrack] = []
 
-    def update(self, frames: "Frames", faces: "Faces") -> NDArray[np.int64]:
+    def update(self, frames: Frames, faces: Faces) -> NDArray[np.int64]:
         """The track of each face [m], −1 for one that is not followed; chunks in time order."""
         return self.follow(frames.times_s, signatures(frames.pixels), faces)
 
     def follow(
-        self, times_s: NDArray[np.float64], shots: Signatures, faces: "Faces"
+        self, times_s: NDArray[np.float64], shots: Signatures, faces: Faces
     ) -> NDArray[np.int64]:
         """The same for frames of which only times and signatures were kept."""
         ids = np.full(len(faces), -1, np.int64)
@@ -161,6 +167,22 @@ class Tracker:
         kept = [*sorted(seen, key=_by_track), *sorted(stay, key=lambda t: (t.missed, t.track))]
         # A slide show opens a track at each slide, so the open ones are bounded too.
         return kept[: self.max_tracks]
+
+
+def follow_all(chunks: Sequence[Seen], max_tracks: int) -> NDArray[np.int64]:
+    """The track of each face of these chunks, whose frames may be in any order of time."""
+    times = np.concatenate([chunk.times_s for chunk in chunks])
+    order = np.argsort(times, kind="stable")
+    place = np.argsort(order, kind="stable")
+    starts = np.cumsum([0, *(len(chunk.times_s) for chunk in chunks)])
+    faces = Faces.concat(
+        [
+            replace(chunk.faces, frame=place[chunk.faces.frame + start])
+            for chunk, start in zip(chunks, starts[:-1], strict=True)
+        ]
+    )
+    shots = np.concatenate([chunk.shots for chunk in chunks])[order]
+    return Tracker(max_tracks).follow(times[order], shots, faces)
 
 
 def _stacked(tracks: Sequence[OpenTrack]) -> Boxes:
