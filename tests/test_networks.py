@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ralf.kernels import networks
 from ralf.kernels.networks import build, options
 from ralf.kernels.networks.backbones import FAMILIES, Backbone, NetworkError, load_backbone
-from ralf.kernels.networks.efficientnet_lite import EfficientNetLite0
+from ralf.kernels.networks.efficientnet_lite import SCALES, EfficientNetLite
 from ralf.kernels.networks.ralf import Ralf
 from ralf.kernels.networks.reconstructor import Reconstructor, ScaleFusion, double, half
 
@@ -184,11 +184,12 @@ def test_a_cut_backbone_computes_what_timms_does(backbone: str, pool: str, tmp_p
     torch.testing.assert_close(cut(image), whole(image).squeeze(1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("channels", [3, 6])
-def test_our_efficientnet_lite_gives_the_bits_that_timms_gives(channels: int):
+@pytest.mark.parametrize(("size", "channels"), [("0", 3), ("0", 6), ("2", 3)])
+def test_our_efficientnet_lite_gives_the_bits_that_timms_gives(size: str, channels: int):
     """The same names; the same features and statistics, in training and after it, odd sizes too."""
-    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=1, in_chans=channels)
-    ours = EfficientNetLite0(channels=channels)
+    name = f"tf_efficientnet_lite{size}"
+    theirs = timm.create_model(name, num_classes=1, in_chans=channels)
+    ours = EfficientNetLite(SCALES[name], channels=channels)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
 
@@ -202,10 +203,29 @@ def test_our_efficientnet_lite_gives_the_bits_that_timms_gives(channels: int):
         assert torch.equal(value, ours.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(("size", "published"), [("0", 4.65), ("2", 6.09)])
+def test_each_efficientnet_lite_has_as_many_weights_as_published(size: str, published: float):
+    """In millions, with a head of ImageNet's thousand classes."""
+    network = EfficientNetLite(SCALES[f"tf_efficientnet_lite{size}"])
+    network.classifier = nn.Linear(network.num_features, 1000)
+
+    assert published == round(sum(p.numel() for p in network.parameters()) / 1e6, 2)
+
+
+@pytest.mark.parametrize("size", [224, 288])
+def test_lite2_is_chosen_by_name_in_every_detector_at_several_sizes(size: int):
+    """Shapes alone are computed: one logit a face."""
+    for name in ("classifier", "ralf", "fdfl"):
+        narrow = {"base": 4, "blocks": 1} if name == "ralf" else {}
+        network = build(name, backbone="tf_efficientnet_lite2", size=size, **narrow)
+        assert (2,) == network.eval().to("meta")(crops(2, size).to("meta")).shape
+
+
 def test_our_efficientnet_lite_begins_with_weights_as_timm_draws_them():
     """Of each layer with enough weights, the deviation is timm's; norms and biases are equal."""
     theirs = timm.create_model("tf_efficientnet_lite0", num_classes=1).state_dict()
-    for name, ours in EfficientNetLite0().state_dict().items():
+    ours_too = EfficientNetLite(SCALES["tf_efficientnet_lite0"])
+    for name, ours in ours_too.state_dict().items():
         if ours.ndim < 2:
             assert torch.equal(ours, theirs[name]), name
         elif ours.numel() >= 800:

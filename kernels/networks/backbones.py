@@ -12,7 +12,8 @@ norm behind it, which corrects scale and offset once its statistics are those of
 residuals: so train with the norms in training mode, and never freeze the stem's statistics.
 
 The only file that imports timm, and only when it builds one of timm's networks: that takes seconds.
-tf_efficientnet_lite0, which the shipped model has, is our own definition (efficientnet_lite.py).
+tf_efficientnet_lite0, which the shipped model has, and …_lite2 are our own definitions
+(efficientnet_lite.py).
 """
 
 from collections import OrderedDict
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ralf.kernels.networks.efficientnet_lite import EfficientNetLite0
+from ralf.kernels.networks.efficientnet_lite import SCALES, EfficientNetLite
 
 Pool = Literal["max", "mean"]
 
@@ -60,6 +61,9 @@ FAMILIES: dict[str, Family] = {
     "resnet50": Family("resnet50", ("conv1", "bn1", "act1"), "fc", "layer4", 1024),
     "tf_efficientnet_lite0": Family(
         "tf_efficientnet_lite0", ("conv_stem", "bn1"), "classifier", "blocks.4", 80
+    ),
+    "tf_efficientnet_lite2": Family(
+        "tf_efficientnet_lite2", ("conv_stem", "bn1"), "classifier", "blocks.4", 88
     ),
 }
 
@@ -161,8 +165,8 @@ def stem_of(backbone: str, channels: int) -> nn.Sequential:
 
 def _fresh(chosen: Family, channels: int = 3) -> Any:
     """The whole network with random weights."""
-    if chosen.timm_name == "tf_efficientnet_lite0":
-        return EfficientNetLite0(channels=channels)
+    if chosen.timm_name in SCALES:
+        return EfficientNetLite(SCALES[chosen.timm_name], channels=channels)
     import timm
 
     return timm.create_model(chosen.timm_name, pretrained=False, num_classes=1, in_chans=channels)

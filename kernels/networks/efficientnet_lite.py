@@ -1,12 +1,17 @@
-"""EfficientNet-Lite0 (Tan and Le 2019), the backbone of the model that ships, without timm.
+"""EfficientNet-Lite (Tan and Le 2019), the backbone of the model that ships, without timm.
 
-timm takes two seconds to import, because it brings torchvision and torch's compiler with it; this
-network needs torch alone.  Names of layers and arithmetic are those of timm's
-`tf_efficientnet_lite0`: the same weights give the same bits (a test compares them).  The
-padding is TensorFlow's "same", which adds an odd pixel at the right and at the bottom.
+timm takes two seconds to import, because it brings torchvision and torch's compiler with it; these
+networks need torch alone.  Names of layers and arithmetic are those of timm's
+`tf_efficientnet_lite0` and `…_lite2`: the same weights give the same bits (a test compares them).
+The padding is TensorFlow's "same", which adds an odd pixel at the right and at the bottom.
+
+All sizes are one table, made wider and deeper: channels times the width, to the nearest multiple of
+8; blocks of a stage times the depth, rounded up.  Stem, head, and the number of blocks in the first
+and in the last stage stay.  Lite0 was trained on pictures of 224 px, Lite2 of 260.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -26,6 +31,17 @@ class Stage(NamedTuple):
     channels: int
 
 
+class Scale(NamedTuple):
+    """How much wider and deeper than Lite0 a size is."""
+
+    width: float
+    depth: float
+
+
+SCALES = {
+    "tf_efficientnet_lite0": Scale(1.0, 1.0),
+    "tf_efficientnet_lite2": Scale(1.1, 1.2),
+}
 FIRST = 32
 STAGES = (
     Stage(1, 3, 1, 16),
@@ -100,17 +116,17 @@ class Inverted(nn.Module):
         return out + features if out.shape == features.shape else out
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite(nn.Module):
     """The layers by timm's names; backbones.py cuts them and runs the parts."""
 
-    def __init__(self, *, channels: int = 3) -> None:
+    def __init__(self, scale: Scale, *, channels: int = 3) -> None:
         super().__init__()
         self.num_features = WIDTH
         self.conv_stem = _conv(channels, FIRST, 3, 2)
         self.bn1 = Norm(FIRST)
         before, stages = FIRST, []
-        for stage in STAGES:
-            stages.append(_blocks(before, stage))
+        for kind, stage in _stages(scale):
+            stages.append(_blocks(kind, before, stage))
             before = stage.channels
         self.blocks = nn.Sequential(*stages)
         self.conv_head = _conv(before, WIDTH)
@@ -121,9 +137,27 @@ class EfficientNetLite0(nn.Module):
             _fill(layer)
 
 
-def _blocks(before: int, stage: Stage) -> nn.Sequential:
+def _stages(scale: Scale) -> Iterator[tuple[type[Separable | Inverted], Stage]]:
+    """The table at that size, and what its blocks are."""
+    for stage in STAGES:
+        fixed = stage in (STAGES[0], STAGES[-1])
+        yield (
+            Separable if stage is STAGES[0] else Inverted,
+            stage._replace(
+                blocks=stage.blocks if fixed else math.ceil(stage.blocks * scale.depth),
+                channels=_rounded(stage.channels * scale.width),
+            ),
+        )
+
+
+def _rounded(channels: float) -> int:
+    """To the nearest multiple of 8, but not below nine tenths of what was asked."""
+    near = max(8, int(channels + 4) // 8 * 8)
+    return near if near >= 0.9 * channels else near + 8
+
+
+def _blocks(kind: type[Separable | Inverted], before: int, stage: Stage) -> nn.Sequential:
     blocks: list[nn.Module] = []
-    kind = Inverted if stage is not STAGES[0] else Separable
     for _ in range(stage.blocks):
         blocks.append(kind(before, stage))
         before, stage = stage.channels, stage._replace(stride=1)
