@@ -225,6 +225,25 @@ def test_gradients_reach_every_weight(fusion: str):
     assert [] == [name for name in dry if not name.endswith("mining.leave.bias")]
 
 
+def test_the_frequencies_alone_have_a_head_that_takes_no_part_in_the_logit():
+    """The same logit as without it; dropped pixels leave the frequencies alone to decide."""
+    network = small(fusion="gate", gate=0.1, alone=True)
+    without, faces = small(fusion="gate", gate=0.1), crops(4)
+    left = without.load_state_dict(network.state_dict(), strict=False)
+    found = network.streams(faces)
+
+    assert {"alone.weight", "alone.bias"} == {*left.unexpected_keys} and not left.missing_keys
+    assert torch.equal(without(faces), network(faces)) and torch.equal(found.logit, network(faces))
+    network.train().streams(faces, plain=False).logit.sum().backward()
+    stem, mining = network.backbone.stem, network.mining
+    assert stem.conv_stem.weight.grad is None
+    assert mining.leave.weight.grad.abs().max() > 0 and network.alone.weight.grad is None
+    with pytest.raises(NetworkError, match="alone=true adds it"):
+        without.streams(faces)
+    with pytest.raises(NetworkError, match="fusion=none has none"):
+        small(fusion="none", alone=True)
+
+
 def test_the_sizes_of_both():
     """Xception's 20.8 M and 11.9 GFLOP, and what the branch adds to it; 2 GFLOP for the small."""
     full = cost(build("fdfl", fusion="concat").eval(), crops(1, 256))

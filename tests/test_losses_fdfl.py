@@ -1,6 +1,7 @@
 """FDFL's losses: cases worked out by hand, gradients by finite differences, and what is refused."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ralf.kernels.networks import build
+from ralf.train.loop.checkpoint import BEST, load
+from ralf.train.loop.initial_weights import make_network
+from ralf.train.loop.loop import Options, train
 from ralf.train.loop.step import objective
 from ralf.train.losses.fdfl import (
     FdflLoss,
@@ -17,6 +21,7 @@ from ralf.train.losses.fdfl import (
     triplet_loss,
 )
 from ralf.train.losses.objective import Moment, OneClass
+from ralf.train.recipe_text import RecipeError
 from tests.training import MadeBatches, tiny
 
 MOMENT = Moment(step=0, epoch=0, epochs=1, progress=0.0)
@@ -209,3 +214,41 @@ def test_nonsense_is_refused_when_the_loss_is_made():
         FdflLoss(margin=-1)
     with pytest.raises(ValidationError, match=r"weight\s+Input should be a finite number"):
         FdflLoss(weight=float("nan"))
+
+
+def test_the_frequencies_have_a_loss_of_their_own_and_pixels_are_dropped_as_asked():
+    """Its weight counts; 0.3 of the batches; a network without that head is refused."""
+    own = {"loss.weight_frequencies": "2", "loss.drop_plain": "0.3", "loss.shape": "none"}
+    recipe = tiny("fdfl_small", **{"network.alone": "true"}, **own)
+    network, batch = make_network(recipe).train(), MadeBatches()[0]
+    loss = objective(recipe, network)
+    terms = loss.terms(loss.run(batch.crops), batch, MOMENT)
+    torch.testing.assert_close(terms.total, terms.parts["bce"] + 2 * terms.parts["bce_frequencies"])
+    terms.parts["bce_frequencies"].backward()
+    assert network.alone.weight.grad.any() and network.mining.leave.weight.grad.any()
+    assert network.fuse.factor.grad is None
+    asked: list[bool] = []
+    network.streams = lambda crops, *, plain: asked.append(plain)  # type: ignore[method-assign]
+    for _ in range(400):
+        loss.run(batch.crops)
+    assert 0.2 < 1 - sum(asked) / 400 < 0.4
+    bare = tiny("fdfl_small", **own)
+    with pytest.raises(RecipeError, match=r"network\.alone=true"):
+        objective(bare, make_network(bare))
+
+
+def test_a_plain_classifiers_run_fills_the_pixels_stream(tmp_path: Path):
+    """The warm start: the backbone to the bit, the frequencies' part as it was drawn."""
+    run = tmp_path / "classifier"
+    train(
+        tiny("small_classifier", seed="3", **{"schedule.steps": "1", "optimiser.ema": "none"}),
+        MadeBatches(), [MadeBatches()[100]], run, data_sha256="d" * 64,
+        options=Options(quiet=True),
+    )  # fmt: skip
+    warm = make_network(tiny("fdfl_small", **{"init.backbone": str(run)}))
+    cold = make_network(tiny("fdfl_small"))
+    trained = load(run / BEST).part("network")
+
+    for name, tensor in warm.backbone.state_dict().items():
+        assert torch.equal(trained[f"backbone.{name}"], tensor), name
+    assert torch.equal(cold.mining.leave.weight, warm.mining.leave.weight)

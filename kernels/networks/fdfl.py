@@ -33,7 +33,7 @@ convolutions are not padded and lose a border; later strides round up, which res
 m: faces   s: side of a crop
 """
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,14 @@ class StreamFusion(nn.Module):
         return merged
 
 
+class FdflStreams(NamedTuple):
+    """What training reads where the frequencies have a loss of their own, FP32."""
+
+    embedding: Tensor  # [m, c]
+    logit: Tensor  # [m] of pixels and frequencies
+    frequencies: Tensor  # [m] of the frequencies alone, by their own head
+
+
 class Fdfl(nn.Module):
     """The detector; its dimensions are what the manifest's `network` holds."""
 
@@ -167,8 +175,11 @@ class Fdfl(nn.Module):
         fusion: Fusion = "gate",
         pool: Pool = "mean",
         gate: float = 0.0,
+        alone: bool = False,
     ) -> None:
-        """`gate` is where the factor of fusion=gate begins; 0 is what older runs began with."""
+        """`gate` is where the factor of fusion=gate begins; 0 is what older runs began with.
+        `alone` adds a head that judges the frequencies alone, for their own loss in training; it
+        takes no part in the logit."""
         super().__init__()
         # Whole blocks of 8, and an even number of them: the mining block pools by 2.
         if size < 32 or size % (2 * BLOCK):
@@ -186,15 +197,37 @@ class Fdfl(nn.Module):
             self.norm = nn.BatchNorm2d(CHANNELS)
             self.mining = MiningBlock(width)
             self.fuse = StreamFusion(fusion, width, gate)
+        if alone and fusion == "none":
+            raise NetworkError("alone=true judges the frequencies, and fusion=none has none")
+        self.alone = nn.Linear(self.backbone.width, 1) if alone else None
 
     def trace(self, crops: Tensor) -> Features:
         """Crops u8, or floats of 0..1, [m, 3, s, s] RGB, and what losses read."""
-        image, backbone = unit(crops), self.backbone
+        pixels, mined = self._maps(unit(crops))
+        maps = pixels if mined is None else self.fuse(pixels, mined)
+        return self.backbone.conclude(self.backbone.leave(maps))
+
+    def streams(self, crops: Tensor, *, plain: bool = True) -> FdflStreams:
+        """As trace, and the logit of the frequencies alone by the same middle and exit flow;
+        without `plain` the pixels' maps are dropped, as training does now and then."""
+        pixels, mined = self._maps(unit(crops))
+        if self.alone is None or mined is None:
+            raise NetworkError("no head for the frequencies alone: alone=true adds it")
+        backbone = self.backbone
+        maps = self.fuse(pixels if plain else torch.zeros_like(pixels), mined)
+        embedding, logit = backbone.conclude(backbone.leave(maps))
+        own = backbone.conclude(backbone.leave(mined)).embedding
+        frequencies: Tensor = self.alone(own.to(dtype_of(self.alone)))
+        return FdflStreams(embedding, logit, frequencies.squeeze(1).float())
+
+    def _maps(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of images of 0..1, what is fused: the maps of the pixels, and of the frequencies."""
+        backbone = self.backbone
         dtype = dtype_of(backbone.stem)
-        maps = backbone.enter(backbone.stem((image * 2 - 1).to(dtype)))
-        if self.spectrum is not None:
-            maps = self.fuse(maps, self.mining(self.norm(self.spectrum(image)).to(dtype)))
-        return backbone.conclude(backbone.leave(maps))
+        pixels = backbone.enter(backbone.stem((image * 2 - 1).to(dtype)))
+        if self.spectrum is None:
+            return pixels, None
+        return pixels, self.mining(self.norm(self.spectrum(image)).to(dtype))
 
     def forward(self, crops: Tensor) -> Tensor:
         """Crops u8, or floats of 0..1, [m, 3, s, s] RGB → logits [m] of being forged."""

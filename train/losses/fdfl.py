@@ -40,7 +40,8 @@ from ralf.train.losses.objective import (
     feature_width,
     refuse_one_class,
 )
-from ralf.train.recipe import Loss, Recipe
+from ralf.train.recipe import Loss, Recipe, Share
+from ralf.train.recipe_text import RecipeError
 
 
 class FdflLoss(Loss):
@@ -57,6 +58,10 @@ class FdflLoss(Loss):
     margin: Annotated[float, Field(ge=0, le=1e3)] = 0.3
     """m, in roots of the features' number: how much farther forged faces lie than natural ones
     (single_centre), or than the nearest of the same class (triplet)."""
+    weight_frequencies: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Of the cross entropy of the frequencies alone; above 0 it needs network.alone=true."""
+    drop_plain: Share = 0.0
+    """The share of batches without the pixels' maps; only with weight_frequencies."""
 
 
 def single_centre_loss(features: Tensor, forged: Tensor, centre: Tensor, margin: float) -> Tensor:
@@ -94,6 +99,11 @@ class FdflObjective(Objective):
         super().__init__(recipe, network)
         assert isinstance(recipe.loss, FdflLoss)
         self.loss = recipe.loss
+        if self.loss.weight_frequencies and getattr(network, "alone", None) is None:
+            raise RecipeError(
+                "loss.weight_frequencies needs a head for the frequencies alone: "
+                "network.build=fdfl with network.alone=true"
+            )
         self.centre: nn.Parameter | None = None
         if self.loss.shape in ("single_centre", "centre"):
             count = 2 if self.loss.shape == "centre" else 1
@@ -102,19 +112,27 @@ class FdflObjective(Objective):
             self.register_buffer("placed", torch.tensor(self.loss.centre == "random"))
 
     def run(self, crops: Tensor) -> Any:
-        """Embedding and logit."""
-        return self.network.trace(crops)
+        """Embedding and logit, and the frequencies' own logit where it has a loss."""
+        if not self.loss.weight_frequencies:
+            return self.network.trace(crops)
+        # From torch's own generator, whose state is part of a checkpoint.
+        plain = bool(torch.rand(()) >= self.loss.drop_plain)
+        return self.network.streams(crops, plain=plain)
 
     def learnt(self) -> list[nn.Parameter]:
         """The centre, or centres."""
         return [] if self.centre is None else [self.centre]
 
     def terms(self, seen: Any, batch: Batch, moment: Moment) -> Terms:
-        """Cross entropy, and what shapes the features."""
-        parts = {"bce": cross_entropy(seen.logit, batch.forged)}
+        """Cross entropy, that of the frequencies alone, and what shapes the features."""
+        loss, parts = self.loss, {"bce": cross_entropy(seen.logit, batch.forged)}
+        total = parts["bce"]
         if (shape := self._shaped(seen.embedding, batch.forged)) is not None:
-            parts[self.loss.shape] = shape
-        total = parts["bce"] + (self.loss.weight * shape if shape is not None else 0)
+            parts[loss.shape] = shape
+            total = total + loss.weight * shape
+        if loss.weight_frequencies:
+            parts["bce_frequencies"] = cross_entropy(seen.frequencies, batch.forged)
+            total = total + loss.weight_frequencies * parts["bce_frequencies"]
         return Terms(total, parts, seen.logit)
 
     def _shaped(self, features: Tensor, forged: Tensor) -> Tensor | None:
