@@ -701,3 +701,39 @@ def test_an_upload_is_the_same_every_time_and_loses_with_each_generation(seed: i
     assert np.abs(np.array(one.shape[:2]) - np.array([200, 180]) * scale).max() <= 1
     back = np.asarray(Picture.fromarray(one).resize((180, 200)), int)
     assert 0.5 < np.abs(back - image).mean() < 30
+
+
+def test_each_pair_stands_in_every_view_and_only_its_encoding_differs(reals):
+    """Real crops of all faces in one view, then in the next; forged ones in the same order."""
+    views = ("none", "libx264:23", "libx264:42")
+    still = Augment(flip=0.5, noise=1.0, colour=1.0, h264=1.0)
+    recipe = data(families=("inner",), augment=still, batch=12, views=views)
+    batches = Batches(reals, recipe, seed=3)
+    batch = batches[1]
+    crops = batch.crops.float().unflatten(0, (2, len(views), 2))
+
+    assert batch.ids[:2] == batch.ids[2:4] == batch.ids[4:6] and batch.ids[6:8] == batch.ids[8:10]
+    assert batch.pair.tolist() == [-1] * 6 + [*range(6)]
+    plain, fine, coarse = crops.unbind(1)
+    changed = [(view - plain).abs().mean((2, 3, 4)) for view in (fine, coarse)]
+    assert (0 < changed[0]).all() and (changed[0] < changed[1]).all() and (changed[1] < 30).all()
+    # The other views change nothing about this one.
+    other = Batches(reals, recipe.replaced(views=("jpeg:20", "drawn", "none")), seed=3)[1]
+    assert torch.equal(batch.crops[:2], other.crops[4:6])
+    once = Batches(reals, recipe.replaced(views=(), batch=4), seed=3)[1]
+    assert torch.equal(once.crops[:2], other.crops[2:4])
+    assert len(batches) == len(Batches(reals, data(families=("inner",), batch=4)))
+
+
+def test_views_that_cannot_be_shown_are_refused():
+    """By what a batch holds, and by name."""
+    for choices, said in (
+        ({"views": ("none", "jpeg:20"), "batch": 6}, "multiple of 4"),
+        ({"views": ("none", "jpeg:20"), "pairing": "reals"}, "another data.pairing"),
+        ({"views": ("none",)}, "two or more, each once"),
+        ({"views": ("none", "none")}, "two or more, each once"),
+        ({"views": ("none", "av1:20")}, "should be none, drawn or ENCODER:QUALITY"),
+        ({"views": ("none", "jpeg")}, "should be none, drawn or ENCODER:QUALITY"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            data(families=("inner",), **choices)

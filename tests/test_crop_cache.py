@@ -87,3 +87,18 @@ def test_all_pairs_are_made_before_a_training_asks_for_them(
     assert len(reals.where(split="train", label=0)) == len(rows) == rows["there"].sum() > 0
     with pytest.raises(ValueError, match=r"data.variants 2 needs data.pairing paired"):
         data(families=("inner",), variants=2, pairing="balanced")
+
+
+def test_every_view_of_a_pair_is_kept(reals: Index, tmp_path: Path):
+    """One row each; the same batches from the folder and without it, and each view of one flip."""
+    choices: dict[str, Any] = {"families": ("inner",), "variants": 1, "views": ("none", "jpeg:10")}
+    kept = Batches(reals, data(**choices), crops=tmp_path)
+    made, again = [[kept[number] for number in range(2)] for _ in range(2)]
+    without = Batches(reals, data(**choices))
+
+    assert kept.cache is not None and kept.cache.kept == 2 * len({*made[0].ids, *made[1].ids}) / 2
+    for number in range(2):
+        assert torch.equal(made[number].crops, again[number].crops)
+        assert torch.equal(made[number].crops, without[number].crops)
+        one, other = made[number].crops.float().unflatten(0, (2, 2, 2)).unbind(1)
+        assert 0 < (one - other).abs().mean() < (one - other.flip(-1)).abs().mean()

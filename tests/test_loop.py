@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 
 from ralf.kernels.artifact import ArtifactError
 from ralf.kernels.networks.backbones import NetworkError
+from ralf.train.data.batches import Batches
 from ralf.train.loop.checkpoint import BEST, LAST, CheckpointError, load
 from ralf.train.loop.distributed import ALONE, Compute
 from ralf.train.loop.initial_weights import make_network
@@ -30,10 +32,11 @@ from ralf.train.loop.optimise import MovingAverage, computed_in, optimiser, rate
 from ralf.train.loop.run_log import RunLog
 from ralf.train.loop.step import Diverged, Stepper
 from ralf.train.loop.validate import judge_validation
-from ralf.train.losses.objective import Moment, Objective
+from ralf.train.losses.objective import Moment, Objective, disagreement
 from ralf.train.publish.version import publish_run
 from ralf.train.recipe import Optimiser, Recipe, Schedule
 from ralf.train.recipe_text import RecipeError
+from tests.faces_on_disk import faces
 from tests.training import Halves, MadeBatch, MadeBatches, StubRalf, environment, tiny
 
 DATA = "d" * 64
@@ -753,3 +756,56 @@ def test_the_newest_weights_are_kept_where_the_recipe_says_so(tmp_path: Path):
     assert (8, 8) == (best.state.step, best.state.best_step)
     for name, tensor in last.part("average").items():
         assert torch.equal(tensor, best.part("network")[name])
+
+
+def test_the_disagreement_of_views_is_scipys_divergence():
+    """Of a real and a forged picture in two views each; 0 where all agree, ln 2 at the most."""
+    logit = torch.tensor([-1.0, 2.0, 0.5, 3.0])  # by class and view
+
+    shares = [[1 - p, p] for p in logit.sigmoid().tolist()]
+    expected = [jensenshannon(*shares[:2]) ** 2, jensenshannon(*shares[2:]) ** 2]
+    assert disagreement(logit, 2).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert disagreement(torch.tensor([1.0, 1.0, 1.0, -3.0, -3.0, -3.0]), 3).abs() < 1e-6
+    assert disagreement(torch.tensor([-50.0, 50.0, 50.0, -50.0]), 2).item() == pytest.approx(
+        math.log(2), rel=1e-3
+    )
+
+
+def test_the_disagreements_gradient_draws_the_views_of_each_picture_together():
+    """By finite differences; nothing reaches a picture whose views agree."""
+    torch.manual_seed(1)
+    logit = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: disagreement(x, 3), (logit,))
+    # Two faces in two views: rows 0 and 2 show the first real face, 1 and 3 the second.
+    apart = torch.tensor([-1.0, 0.5, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0], requires_grad=True)
+    disagreement(apart, 2).backward()
+
+    assert apart.grad is not None and apart.grad[0] < 0 < apart.grad[2]
+    assert apart.grad[[1, 3, 4, 5, 6, 7]].abs().max() < 1e-6
+
+
+def test_a_classifier_trained_for_it_says_the_same_of_every_encoding(tmp_path: Path):
+    """The same steps with and without the weight, from forging to weights; it is logged."""
+    index = faces(tmp_path / "faces")
+    seen: dict[str, float] = {}
+    for weight in ("0", "30"):
+        recipe = tiny(
+            "small_classifier", data__views="none,jpeg:6", loss__consistency=weight,
+            data__families="inner", data__shares="", schedule__steps="12", schedule__warmup="0",
+            optimiser__lr="1e-3", optimiser__ema="none", data__augment__other="0",
+            data__variants="1",
+        )  # fmt: skip
+        batches = Batches(index, recipe.data, seed=1, crops=tmp_path / "crops")
+        run = tmp_path / weight
+        train(recipe, batches, None, run, data_sha256=DATA, options=QUIET)
+        network = make_network(recipe).eval()
+        network.load_state_dict(load(run / LAST).part("network"))
+        with torch.inference_mode():
+            logits = [network(batches[number].crops) for number in range(4)]
+        seen[weight] = float(torch.stack([disagreement(logit, 2) for logit in logits]).mean())
+        logged = "consistency" in (run / "log.jsonl").read_text()
+        assert logged == (weight != "0")
+
+    assert seen["30"] < 0.8 * seen["0"]
+    with pytest.raises(RecipeError, match=r"loss\.consistency 1\.0 compares views.*data\.views"):
+        tiny("small_classifier", loss__consistency="1")

@@ -73,6 +73,23 @@ def _part_rate(text: str) -> str:
 
 
 PartRate = Annotated[str, AfterValidator(_part_rate)]
+ENCODERS = ("jpeg", "libx264", "libx265", "libvpx-vp9")
+DRAWN = "drawn"
+"""The view with the encoding that data.augment drew."""
+
+
+def _view(text: str) -> str:
+    codec, colon, quality = text.partition(":")
+    encoded = codec in ENCODERS and bool(colon) and quality.isdigit() and int(quality) <= 100
+    if text not in ("none", DRAWN) and not encoded:
+        raise ValueError(
+            f"should be none, {DRAWN} or ENCODER:QUALITY, as libx264:40 or jpeg:30 (encoders: "
+            f"{', '.join(ENCODERS)})"
+        )
+    return text
+
+
+View = Annotated[str, AfterValidator(_view)]
 
 
 class Part(BaseModel):
@@ -150,6 +167,10 @@ class Data(Part):
     variants: Count | None = None
     """Each face is forged and damaged in so many ways only, which are kept on disk and shown again
     in turn, mirrored by chance; None makes every pair anew."""
+    views: tuple[View, ...] = ()
+    """Encodings in which each pair stands in one batch, as none,libx264:23,libx264:40: in place of
+    those that augment draws, while all else of its damage is the same.  `drawn` leaves what was
+    drawn.  A batch keeps its size and its cost, and shows fewer faces.  () shows each pair once."""
     epoch_of: Literal["reals", "videos"] = "reals"
     """reals: an epoch shows each real video's frames once.  videos: it has as many crops as all
     videos, real and forged, have frames."""
@@ -163,6 +184,8 @@ class Data(Part):
                 f"data.variants {self.variants} needs data.pairing paired, not {self.pairing}: "
                 "pairs are kept, and other batches have none"
             )
+        if self.views:
+            self._refuse_views()
         if self.shares and (len(self.shares) != len(self.families) or min(self.shares) <= 0):
             raise ValueError(
                 f"data.shares should be {len(self.families)} numbers above 0, one for each of "
@@ -176,6 +199,17 @@ class Data(Part):
         if self.families and self.held_out in REGISTRY and self.held_out not in self.families:
             self._list_the_held_out(self.held_out)
         return self
+
+    def _refuse_views(self) -> None:
+        each = 2 * len(self.views)
+        if len(set(self.views)) < max(2, len(self.views)):
+            raise ValueError(f"data.views should be two or more, each once; got {self.views}")
+        if self.pairing == "reals" or self.batch % each:
+            raise ValueError(
+                f"data.views needs data.batch to be a multiple of {each}, a real and a forged crop "
+                f"in each view, and another data.pairing than reals; got {self.batch} and "
+                f"{self.pairing}"
+            )
 
     def _list_the_held_out(self, family: Any) -> None:
         """Add the family held out to the list.  A recipe with and one without it in the list are
@@ -272,6 +306,9 @@ class Loss(Part):
     """What a loss's options have in common; each file in train/losses/ adds its own."""
 
     kind: str
+    consistency: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Weight of what draws the verdicts on one picture in several encodings (data.views) together:
+    the Jensen-Shannon divergence of their probabilities, 0 to ln 2."""
 
 
 def _by_kind(given: Any) -> Any:
@@ -316,8 +353,17 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _can_compare(self) -> Self:
+        if self.loss.consistency and not self.data.views:
+            raise ValueError(
+                f"loss.consistency {self.loss.consistency} compares views of a picture, and there "
+                "is one of each: set data.views, for instance to none,libx264:23,libx264:40"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_choose(self) -> Self:
-        chosen, restores = self.schedule.select, self.loss.kind == "reconstruct"
+        chosen, restores = self.schedule.select, self.loss.kind in ("reconstruct", "masked")
         if chosen != "last" and restores != (chosen == "restored"):
             fitting = "restored" if restores else "auc or bce"
             raise ValueError(

@@ -8,12 +8,17 @@ batch, in any order, so a resumed run sees what the first run would have seen.  
 forgery share margin, jitter, flip and damage, so that only the forgery tells them apart.  Crops
 are cut by the worker's own function.  The frames of a video are used equally often: frames come
 from an endless series of shuffles.  Batches to judge by are in ralf.train.data.evaluation_set.
+
+With `data.views` a pair is made once for each view from the same draws, so that only the last
+encoding differs.  First come the real crops, all faces in one view and then in the next; the forged
+ones follow in the same order.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,8 +35,8 @@ from ralf.train.forge.families import FAMILIES, Family
 from ralf.train.forge.identity import as_another_person
 from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.pixels import Image
-from ralf.train.forge.upload_damage import UploadDamage, damaged, draw_damage
-from ralf.train.recipe import Data
+from ralf.train.forge.upload_damage import Codec, UploadDamage, damaged, draw_damage
+from ralf.train.recipe import DRAWN, Data
 
 REAL = -1
 """The family of a real face."""
@@ -99,14 +104,16 @@ class Batches:
                 f"for instance to {','.join(FAMILIES[:3])}"
             )
         self._half = data.batch // 2
+        self._views = data.views or (DRAWN,)
+        self._faces = self._half // len(self._views)
         # The first frame's number of each video: frames are numbered through.
         self._first = np.cumsum([0, *self._real])
-        self.pairs = int(self._first[-1]) * (data.variants or 0)
+        self.pairs = int(self._first[-1]) * (data.variants or 0) * len(self._views)
         """How many different pairs there are, where faces are forged in so many ways only."""
         self.cache = (
             CropCache(crops, left, data, split, self.pairs) if crops and self.pairs else None
         )
-        self._reals = data.batch if data.pairing == "reals" else self._half
+        self._reals = data.batch if data.pairing == "reals" else self._faces
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +131,7 @@ class Batches:
         frames = sum(min(size, self.data.frames) for size in self._real)
         if self.data.epoch_of == "videos":
             frames += sum(min(size, self.data.frames) for size in self._forged)
-            return max(1, frames // self.data.batch)
+            return max(1, frames // (2 * self._faces))
         return max(1, frames // self._reals)
 
     def __getitem__(self, number: int) -> Batch:
@@ -135,29 +142,37 @@ class Batches:
         pair = torch.full((2 * self._half,), -1, dtype=torch.int64)
         family = torch.full((2 * self._half,), REAL, dtype=torch.int64)
         ids = [""] * (2 * self._half)
-        for place in range(self._half):
-            rng = np.random.default_rng((self.seed, number, place))
-            other = place + self._half
-            real = self._frame_at(0, number * self._half + place)
-            if self.data.variants:
-                both = self._shown(number, place)
-            elif pairing == "balanced":
-                both = self._apart(real, number, place, rng)
-            else:
-                # In a kindred batch two neighbours are forged in the same way.
-                common = np.random.default_rng((self.seed, number, place // 2, SHARED))
-                both = self._pair(real, rng, common if pairing == "kindred" else rng)
-            crops[place], ids[place] = both.real, real.name
+        for row in range(self._faces * len(self._views)):
+            view, place = divmod(row, self._faces)
+            real, both = self._both(number, place, view)
+            other = row + self._half
+            crops[row], ids[row] = both.real, real.name
             crops[other], ids[other], family[other] = both.forged, both.name, both.family
-            pair[other] = place if both.same_face else -1
+            pair[other] = row if both.same_face else -1
         forged = torch.arange(2 * self._half) >= self._half
         return Batch(torch.stack(crops), forged, pair, family, ids)
 
-    def _shown(self, number: int, place: int) -> CropPair:
+    def _both(self, number: int, place: int, view: int) -> tuple[Frame, CropPair]:
+        """A real frame, and its crop and a forged one in one of the views."""
+        real = self._frame_at(0, number * self._faces + place)
+        if self.data.variants:
+            return real, self._shown(number, place, view)
+        # The same draws for every view.
+        rng = np.random.default_rng((self.seed, number, place))
+        seen = self._views[view]
+        if self.data.pairing == "balanced":
+            return real, self._apart(real, number, place, rng, seen)
+        # In a kindred batch two neighbours are forged in the same way.
+        common = np.random.default_rng((self.seed, number, place // 2, SHARED))
+        how = common if self.data.pairing == "kindred" else rng
+        return real, self._pair(real, rng, how, seen)
+
+    def _shown(self, number: int, place: int, view: int) -> CropPair:
         """One of the pairs that are shown again and again; only the flip is drawn anew."""
-        video, frame, cycle = self._turn(0, number * self._half + place)
+        video, frame, cycle = self._turn(0, number * self._faces + place)
         ways = self.data.variants or 1
-        both = self.variant(int(self._first[video] + frame) * ways + cycle % ways)
+        way = int(self._first[video] + frame) * ways + cycle % ways
+        both = self.variant(way * len(self._views) + view)
         rng = np.random.default_rng((self.seed, number, place))
         if not self.data.augment.flip or rng.random() < 0.5:
             return both
@@ -168,11 +183,12 @@ class Batches:
         kept = self.cache.get(number) if self.cache else None
         if kept is not None:
             return kept
-        place, which = divmod(number, self.data.variants or 1)
+        way, view = divmod(number, len(self._views))
+        place, which = divmod(way, self.data.variants or 1)
         video = int(np.searchsorted(self._first, place, side="right")) - 1
         real = self.pool.real[video][place - int(self._first[video])]
         rng = seeded_by(f"{real.name} variant {which}")
-        made = self._pair(real, rng, rng)
+        made = self._pair(real, rng, rng, self._views[view])
         if self.cache:
             self.cache.put(number, made)
         return made
@@ -183,9 +199,7 @@ class Batches:
         crops = []
         for place, frame in enumerate(frames):
             rng = np.random.default_rng((self.seed, number, place))
-            face = self.pool.pictures.face(frame)
-            longer = _longer(face) if face else self.data.input.size
-            damage = draw_damage(self.data.augment, rng, face_px=longer)
+            damage = self._damage(self.pool.pictures.face(frame), rng, DRAWN)
             crops.append(self._frame_crop(frame, damage, self._cut(rng, flip=damage.flip), rng))
         none = torch.full((len(frames),), -1, dtype=torch.int64)
         forged = torch.zeros(len(frames), dtype=torch.bool)
@@ -207,21 +221,25 @@ class Batches:
         video, frame = _shuffle(self.seed, stream, cycle, sizes, most)[within]
         return int(video), int(frame), cycle
 
-    def _pair(self, real: Frame, rng: np.random.Generator, how: np.random.Generator) -> CropPair:
+    def _pair(
+        self, real: Frame, rng: np.random.Generator, how: np.random.Generator, view: str
+    ) -> CropPair:
         """A real face and a forgery of it, from disk or made; `how` draws the way of forging."""
         partner = self.pool.partner(real, rng, how)
         if self._families and (partner is None or how.random() < self.data.blended_share):
-            return self._blended(real, real, rng, how)
+            return self._blended(real, real, rng, how, view)
         same = partner is not None
-        return self._from_disk(real, partner or self._any_forged(rng), rng, same_face=same)
+        return self._from_disk(real, partner or self._any_forged(rng), rng, view, same_face=same)
 
-    def _apart(self, real: Frame, number: int, place: int, rng: np.random.Generator) -> CropPair:
+    def _apart(
+        self, real: Frame, number: int, place: int, rng: np.random.Generator, view: str
+    ) -> CropPair:
         """A real face and a forgery that have nothing to do with each other."""
         if self._families and (not self._forged or rng.random() < self.data.blended_share):
             shown = self._frame_at(0, int(rng.integers(2**31)))
-            return self._blended(real, shown, rng, rng)
-        forged = self._frame_at(1, number * self._half + place)
-        return self._from_disk(real, forged, rng, same_face=False)
+            return self._blended(real, shown, rng, rng, view)
+        forged = self._frame_at(1, number * self._faces + place)
+        return self._from_disk(real, forged, rng, view, same_face=False)
 
     def _any_forged(self, rng: np.random.Generator) -> Frame:
         video = self.pool.forged[rng.integers(len(self.pool.forged))]
@@ -244,14 +262,19 @@ class Batches:
         )
 
     def _blended(
-        self, real: Frame, shown: Frame, rng: np.random.Generator, how: np.random.Generator
+        self,
+        real: Frame,
+        shown: Frame,
+        rng: np.random.Generator,
+        how: np.random.Generator,
+        view: str,
     ) -> CropPair:
         """`shown` is the face to forge: the real face itself, or another."""
         family = self._family(how)
         pictures = self.pool.pictures
         image, face = pictures.picture(shown), pictures.face_to_forge(shown)
         # One damage and one cut for both faces of the pair: quality must not give the label away.
-        damage = draw_damage(self.data.augment, rng, face_px=_longer(face))
+        damage = self._damage(face, rng, view)
         cut = self._cut(rng, flip=damage.flip)
         # Changed before the forging, so that an unusual face is met among the reals, too.
         part, moved = as_another_person(*region(image, face, cut), damage.identity_seed)
@@ -271,17 +294,33 @@ class Batches:
         return self._families[int(np.searchsorted(self._edges, drawn, side="right"))]
 
     def _from_disk(
-        self, real: Frame, forged: Frame, rng: np.random.Generator, *, same_face: bool
+        self, real: Frame, forged: Frame, rng: np.random.Generator, view: str, *, same_face: bool
     ) -> CropPair:
         """Two frames from disk with the same damage and cut."""
-        face = self.pool.pictures.face(real)
-        damage = draw_damage(
-            self.data.augment, rng, face_px=_longer(face) if face else self.data.input.size
-        )
+        damage = self._damage(self.pool.pictures.face(real), rng, view)
         cut = self._cut(rng, flip=damage.flip)
         crops = [self._frame_crop(frame, damage, cut, rng) for frame in (real, forged)]
         number = self.pool.number(forged.row.method)
         return CropPair(crops[0], crops[1], forged.name, number, same_face)
+
+    def _damage(
+        self, face: FaceGeometry | None, rng: np.random.Generator, view: str
+    ) -> UploadDamage:
+        """As drawn, but for the view's encoding."""
+        longer = _longer(face) if face else self.data.input.size
+        drawn = draw_damage(self.data.augment, rng, face_px=longer)
+        if view == DRAWN:
+            return drawn
+        codec, _, quality = view.partition(":")
+        return replace(
+            drawn,
+            codec=cast("Codec", codec),
+            quality=float(quality or 0),
+            # Where no frame before it was drawn it is a key frame: a copy of the same picture in
+            # front of it would leave nothing to encode.
+            intra=drawn.intra or drawn.motion == (0, 0),
+            generations=(),
+        )
 
     def _frame_crop(
         self, frame: Frame, damage: UploadDamage, cut: Cut, rng: np.random.Generator

@@ -31,7 +31,7 @@ from ralf.train.loop.optimise import (
     optimiser,
     rate,
 )
-from ralf.train.losses.objective import Batch, Moment, Objective
+from ralf.train.losses.objective import Batch, Moment, Objective, drawn_together
 from ralf.train.recipe import Recipe
 
 
@@ -154,7 +154,7 @@ class Stepper:
             if alone:
                 self._move_rival()
         with self.compute.autocast():
-            terms = self.objective.terms(seen, batch, moment)
+            terms = drawn_together(self.objective.terms(seen, batch, moment), self.recipe)
         self.scaler.scale(terms.total * share).backward()  # type: ignore[no-untyped-call]
         parts |= {name: part.detach().float() for name, part in terms.parts.items()}
         return {"total": terms.total.detach().float(), **parts}

@@ -169,6 +169,34 @@ def cross_entropy(logit: Tensor, forged: Tensor, smoothing: float = 0.0) -> Tens
     return F.binary_cross_entropy_with_logits(logit.float(), target)
 
 
+def disagreement(logit: Tensor, views: int) -> Tensor:
+    """How far the verdicts on one picture in several views lie apart, the mean over the pictures.
+
+    The Jensen-Shannon divergence of their probabilities of being forged: 0 where all agree, ln 2
+    where they contradict one another.  In nats, as cross entropy is, and bounded, so that a few
+    faces with large logits do not decide.  Rows as ralf.train.data.batches orders them.
+    """
+    each = exact(logit).reshape(2, views, -1).sigmoid()
+    apart: Tensor = _entropy(each.mean(1)) - _entropy(each).mean(1)
+    return apart.mean()
+
+
+def _entropy(share: Tensor) -> Tensor:
+    # Clamped: the logarithm's slope at 0 is infinite.
+    share = share.clamp(1e-6, 1 - 1e-6)
+    return -share * share.log() - (1 - share) * (1 - share).log()
+
+
+def drawn_together(terms: Terms, recipe: Recipe) -> Terms:
+    """The terms of any loss, with loss.consistency where the recipe has it."""
+    weight = recipe.loss.consistency
+    if not weight:
+        return terms
+    apart = disagreement(terms.logit, len(recipe.data.views))
+    parts = {**terms.parts, "consistency": apart}
+    return Terms(terms.total + weight * apart, parts, terms.logit)
+
+
 class OneClass(ValueError):
     """A batch lacks a class that its loss compares with the other."""
 
