@@ -1,5 +1,6 @@
 """The reconstructor's training: reals alone, rings, then the detector's mask; restored by band."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +10,26 @@ from scipy.fft import dctn
 
 from ralf.kernels.dct import destruct_reference
 from ralf.kernels.networks.bands import EDGES, levels
+from ralf.train.chain import CHAINS
 from ralf.train.data.batches import Batches
 from ralf.train.loop.checkpoint import load
 from ralf.train.loop.distributed import Compute
 from ralf.train.loop.initial_weights import make_network
+from ralf.train.loop.loop import Options, train
 from ralf.train.loop.step import objective
 from ralf.train.losses.objective import Moment
 from ralf.train.losses.reconstruct import (
+    MaskedObjective,
     ReconstructObjective,
     destroyed_by,
     ring_masks,
 )
+from ralf.train.publish.version import publish_run
 from ralf.train.recipe import Data
 from ralf.train.recipe_text import RecipeError
 from tests.faces_on_disk import faces
 from tests.test_two_stream import recipe, run_of
-from tests.training import MadeBatches
+from tests.training import MadeBatches, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATCH = {"loss.patch": "32"}
@@ -75,7 +80,7 @@ def test_what_is_destroyed_here_is_what_the_detector_destroys():
 def test_the_detectors_mask_takes_over_from_the_rings():
     """Half of the training, then a ramp, then that mask alone."""
     loss, place = made(), torch.Generator()
-    ours = [loss._masks(64, at, place)[1].float().mean().item() for at in (0.0, 0.5, 0.65, 0.8, 1)]
+    ours = [loss.masks(64, at, place)[1].float().mean().item() for at in (0.0, 0.5, 0.65, 0.8, 1)]
 
     assert [0, 0, 1, 1] == [ours[0], ours[1], ours[3], ours[4]]
     assert 0.3 < ours[2] < 0.7
@@ -164,3 +169,89 @@ def test_what_cannot_be_trained_so_is_said():
     network = make_network(older)
     with pytest.raises(RecipeError, match="sees=bands"):
         objective(older, network)
+
+
+# a backbone before the labels
+
+
+def masked(**changes: str) -> MaskedObjective:
+    chosen = tiny("masked_backbone", **{"loss.patch": "32", **changes})
+    found = objective(chosen, make_network(chosen))
+    assert isinstance(found, MaskedObjective)
+    return found
+
+
+def test_a_backbone_begins_by_restoring_nothing():
+    """Its decoder is silent, so every removed band stays removed; there is no detector's mask."""
+    loss, batch = masked(), MadeBatches()[0]
+    judged = loss.judge(None, [MadeBatches()[100]], CPU)
+    terms = loss.terms(batch.crops, batch, moment(0.9))
+
+    assert judged is not None and "of whole bands" in judged.said
+    np.testing.assert_allclose(judged.by_ring, 0, atol=1e-5)
+    assert () == judged.by_mask and 4 == judged.facts()["faces"]
+    assert judged.figure("restored") == pytest.approx(0, abs=1e-5)
+    assert all(0 <= float(part.detach()) <= 1 for part in terms.parts.values())
+    assert loss.network.training
+
+
+def test_what_is_missing_reaches_every_weight_of_the_backbone_but_its_head():
+    """From the last maps alone, so that no layer can be left out."""
+    loss, batch = masked(), MadeBatches()[0]
+    torch.nn.init.normal_(loss.decoder[0].weight, std=0.01)
+    loss.terms(batch.crops, batch, moment(0.2)).total.backward()
+    dry = {n for n, p in loss.network.named_parameters() if p.grad is None or not p.grad.any()}
+
+    assert {"backbone.head.weight", "backbone.head.bias"} == dry
+    assert all(p.grad is not None and p.grad.any() for p in loss.learnt())
+
+
+def test_a_classifier_begins_with_the_pretrained_backbone(tmp_path: Path):
+    """Its loss falls without a label; the head stays; the classifier gets each weight; as a
+    detector it is not published."""
+    run = tmp_path / "run"
+    chosen = tiny(
+        "masked_backbone", **{"loss.patch": "32", "schedule.steps": "30", "optimiser.lr": "3e-3"}
+    )
+    batches = Batches(faces(tmp_path / "faces"), chosen.data)
+    train(chosen, batches, [batches[100]], run, data_sha256="d" * 64, options=Options(quiet=True))
+    found = load(run / "best.safetensors")
+    before, after = make_network(chosen).state_dict(), found.part("network")
+    began = make_network(tiny("small_classifier", **{"init.backbone": str(run)})).state_dict()
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    totals = [line["total"] for line in logged if "total" in line]
+
+    assert totals[-1] < 0.9 * totals[0]
+    assert all(found.metrics["validation"][f"restored_ring_{band}"] > 0 for band in (1, 2, 3, 4))
+    assert torch.equal(before["backbone.head.weight"], after["backbone.head.weight"])
+    for name, tensor in after.items():
+        # Counters of batches are no weights, and a file may leave them out.
+        assert "num_batches" in name or torch.equal(tensor, began[name]), name
+    with pytest.raises(ValueError, match="makes no detector"):
+        publish_run(run, "x", tmp_path / "models")
+    # It saw no generator, so a training that holds one out may begin with it.
+    assert make_network(
+        tiny("small_classifier", **{"init.backbone": str(run), "data.held_out": "someone"})
+    )
+
+
+def test_a_backbone_that_is_not_there_or_a_patch_that_does_not_fit_is_said():
+    chosen = recipe("two_stream").replaced(loss=tiny("masked_backbone").loss)
+    with pytest.raises(RecipeError, match=r"trains network\.backbone, and this network has none"):
+        objective(chosen.replaced(loss=chosen.loss.replaced(patch=32)), make_network(chosen))
+    with pytest.raises(RecipeError, match="patch 68 should be a multiple of"):
+        masked(**{"loss.patch": "68", "network.size": "96", "data.input.size": "96"})
+
+
+def test_a_chain_begins_with_it():
+    """Then comes the chain that ships, from that backbone and not from ImageNet's."""
+    chain, plain, run = CHAINS["shipped_masked"], CHAINS["shipped"], Path("runs/x")
+    recipes = {each.name: chain.recipe(run, each, {}) for each in chain.trainings}
+
+    assert ["masked", *(each.name for each in plain.trainings)] == list(recipes)
+    assert ("imagenet", "runs/x/masked") == (
+        recipes["masked"].init.backbone, recipes["head"].init.backbone
+    )  # fmt: skip
+    assert recipes["masked"].network == recipes["head"].network
+    for each in plain.trainings[1:]:
+        assert plain.recipe(run, each, {}) == recipes[each.name]

@@ -3,6 +3,7 @@ begins with.
 
     CHAINS["shipped"]    renderers ─▶ head ─▶ small ─▶ whole ─▶ two branches ─▶ from their mean, the
                          detector
+    CHAINS["shipped_masked"]     the same, its backbone pre-trained on reals without a label
     CHAINS["ralf_two_streams"]
         reconstructor, on reals alone ─▶ residual ─▶ joint ─▶ detector, its mask free
         classifier ─────────────────────────┴──────▶ control, a classifier of the same minutes
@@ -245,6 +246,18 @@ def _shipped(name: str, *, steps: tuple[int, ...], batch: int, minutes: float,
     )  # fmt: skip
 
 
+def _with_masked(name: str, of: Chain, steps: int, minutes: float) -> Chain:
+    """Another chain whose backbone first learns on reals without a label, at 128 px."""
+    (head,), *others = of.stages
+    real = {key: text for key, text in _SEEN.items() if key != "data.blended_share"}
+    masked = Training("masked", "masked_backbone", {
+        **real, "network.size": "128", "input.size": "128", "schedule.steps": str(steps),
+        "data.batch": of.last.changes["data.batch"],
+    })  # fmt: skip
+    begun = replace(head, backbone_from=(masked.name,))
+    return replace(of, name=name, stages=((masked,), (begun,), *others), minutes=minutes)
+
+
 def _with_ralf(name: str, of: Chain, minutes: float) -> Chain:
     """The classifier of another chain, and then RALF's arm with that as its crop's classifier.
 
@@ -341,6 +354,8 @@ CHAINS = {
         ),
         # The residual at work, or the classifier inside: the chain decides which.
         _with_ralf("shipped_ralf", _CPU, 310),
+        # 1500 steps of two processes see 48,000 faces; what they bring is not measured.
+        _with_masked("shipped_masked", _CPU, 1500, 120),
         _two_streams(),
     )
 }  # fmt: skip

@@ -16,7 +16,7 @@ from ralf.train.losses.fdfl import FdflLoss
 from ralf.train.losses.objective import BceLoss
 from ralf.train.losses.ralf import RalfLoss
 from ralf.train.losses.rcl import RclLoss
-from ralf.train.losses.reconstruct import ReconstructLoss
+from ralf.train.losses.reconstruct import MaskedLoss, ReconstructLoss
 from ralf.train.losses.two_stream import TwoStreamLoss
 from ralf.train.recipe import BLENDS, HELD_OUT, Augment, Data, Init, Optimiser, Recipe, Schedule
 from ralf.train.recipe_text import RecipeError
@@ -190,6 +190,26 @@ def reconstructor() -> Recipe:
     )
 
 
+def masked_backbone() -> Recipe:
+    """A classifier's backbone on real faces without a label; a classifier's `init.backbone`."""
+    small = small_classifier()
+    return small.replaced(
+        name="masked_backbone",
+        loss=MaskedLoss(),
+        data=Data(pairing="reals", batch=16, augment=OUR_AUGMENT),
+        optimiser=small.optimiser.replaced(
+            # Reals alone: a batch's statistics give no label away.  No average: the decoder,
+            # which validation needs too, has none.
+            norms="batch", ema=None, rates=("head*0",),
+        ),
+        schedule=Schedule(steps=3000, evaluate_every=4, select="last"),
+        notes=(
+            "RALF's idea without its reconstructor: the backbone says what is missing.",
+            "Labels come afterwards: init.backbone=RUN of a classifier.",
+        ),
+    )  # fmt: skip
+
+
 def two_stream() -> Recipe:
     """RALF on the crop and on its signed residual by bands: begins from `residual_stream`."""
     small = ralf_small()
@@ -315,6 +335,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         ralf_small_cpu,
         small_classifier,
         reconstructor,
+        masked_backbone,
         residual_stream,
         two_stream,
         xception,

@@ -101,6 +101,8 @@ def _refuse_seen(folder: Path, recipe: Recipe) -> None:
     else:
         before = load(judged(folder)).recipe.data
         seen = held_out in before.trained_families if made else held_out != before.held_out
+        # A training on reals alone saw no forgery.
+        seen = seen and before.pairing != "reals"
     # Weights that were trained on it would carry it into a model whose card calls it unseen.
     if held_out is not None and seen:
         raise RecipeError(

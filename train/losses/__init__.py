@@ -20,6 +20,7 @@ OURS = {
     "ralf": ("ralf.train.losses.ralf", "RalfObjective"),
     "fdfl": ("ralf.train.losses.fdfl", "FdflObjective"),
     "reconstruct": ("ralf.train.losses.reconstruct", "ReconstructObjective"),
+    "masked": ("ralf.train.losses.reconstruct", "MaskedObjective"),
     "two_stream": ("ralf.train.losses.two_stream", "TwoStreamObjective"),
     "rcl": ("ralf.train.losses.rcl", "RclObjective"),
 }
