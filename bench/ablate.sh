@@ -9,11 +9,13 @@
 #   RECIPE     what is trained (small_classifier);  HELD_OUT   the generator that none may see
 #   BACKBONE   first weights: a safetensors file with timm's names, or `imagenet` from timm's hub
 #   LIMIT      judge only this many people;  SEED   seed of the trainings (0)
+#   STEPS      steps of each training instead of FACES/16, to rehearse the script: STEPS=2 ONLY="all swap_alone"
+#   ONLY       these arms alone, by name
 set -euo pipefail
 data=$(tr , '\n' <<<"$1" | xargs -d '\n' realpath) out=$(realpath -m "$2") faces=${3:-6000} size=${4:-128}
 mapfile -t paths <<<"$data"
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1 data out size steps=$((faces / 16))
+export OMP_NUM_THREADS=1 data out size steps=${STEPS:-$((faces / 16))}
 ralf() { "${PYTHON:-.venv/bin/python}" -m ralf "$@"; }
 learn() { # RUN [NAME=VALUE …]
   local run=$1 changes=() paths
@@ -46,6 +48,10 @@ if ralf data index "${paths[@]}" --only label=1 --only split=train --out "$out/f
   arms+=("blended_alone data.blended_share=1" "disk_alone data.families= data.shares=")
 fi
 [ -z "${ARMS:-}" ] || mapfile -t -O "${#arms[@]}" arms <<<"$ARMS"
+if [ -n "${ONLY:-}" ]; then
+  mapfile -t arms < <(printf '%s\n' "${arms[@]}" | grep -E "^(${ONLY// /|})( |$)")
+fi
+[ "${#arms[@]}" -gt 0 ] || { echo "ONLY='$ONLY' names no arm" >&2 && exit 2; }
 # shellcheck disable=SC2016 # the inner shell must expand them
 printf '%s\n' "${arms[@]}" | xargs -P "${JOBS:-2}" -I{} bash -c 'set -e; read -ra words <<<"{}"; learn "${words[@]}"'
 runs=()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ralf.kernels.manifest import InputContract, Sampling
 from ralf.kernels.networks import build
+from ralf.train.cli import commands as train
 from ralf.train.data.index import Index
 from ralf.train.evaluate.judge import JudgedModel, evaluate, model_of_network
 from ralf.train.evaluate.metrics import Scored, auc, bootstrap_interval, paired_bootstrap_interval
@@ -23,6 +24,7 @@ from ralf.train.evaluate.tables.table import TableOptions
 from ralf.train.recipe import HELD_OUT, Recipe
 from ralf.train.recipe_text import override, to_json
 from ralf.train.recipes import named
+from ralf.worker.cli.main import parser
 from tests.faces_on_disk import faces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -200,6 +202,8 @@ def asked_by(
     paths = f"{folder},{folder}"
     subprocess.run([script, paths, folder / "out", str(faces), "64"], env=given, check=True)
     said = [line.split()[2:] for line in log.read_text().splitlines()]
+    for words in said:
+        parser([train]).parse_args(words)  # today's commands take them
     recipes = [
         override(named(words[1]), dict(s.split("=", 1) for s in words if "=" in s))
         for words in said
@@ -252,3 +256,16 @@ def test_the_ablation_leaves_one_thing_out_at_a_time(tmp_path: Path):
     assert {"label=1", "split=train"} <= set(index)
     runs = [words[words.index("--out") + 1] for words in trained]
     assert judged[: len(runs) + 1] == ["evaluate", *runs] and runs[0].endswith("/all")
+
+
+def test_both_scripts_can_be_rehearsed_with_a_few_steps(tmp_path: Path):
+    """STEPS takes the place of the faces; ONLY leaves arms out, and refuses a name of none."""
+    few = {"JOBS": "1", "STEPS": "2", "ONLY": "all swap_alone"}
+    (*_, judged), recipes = asked_by("ablate.sh", tmp_path, 1600, **few)
+    assert [2, 2] == [recipe.schedule.steps for recipe in recipes]
+    assert ["all", "swap_alone"] == [Path(run).name for run in judged[1:3]]
+    with pytest.raises(subprocess.CalledProcessError):
+        asked_by("ablate.sh", tmp_path, 1600, **few | {"ONLY": "swapalone"})
+    (tmp_path / "log").unlink()
+    _, recipes = asked_by("compare_detectors.sh", tmp_path, 1600, STEPS="2")
+    assert [2] * 5 == [recipe.schedule.steps for recipe in recipes]
