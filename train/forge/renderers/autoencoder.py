@@ -33,7 +33,8 @@ from ralf.train.forge.renderers.renderer import (
     Renderer,
     RendererOptions,
     begin,
-    uniform,
+    moved,
+    upwards,
 )
 from ralf.train.recipe import Count
 
@@ -50,18 +51,6 @@ class AutoencoderOptions(RendererOptions):
     """Channels of the code, which is an eighth of the face wide and high."""
     alike: bool = True
     """Groups of faces that look alike; False draws groups by chance."""
-
-
-def upwards(incoming: int, outgoing: int, way: str) -> nn.Module:
-    """Twice the size."""
-    relu = nn.LeakyReLU(0.1, inplace=True)
-    if way == "shuffle":
-        wide = nn.Conv2d(incoming, 4 * outgoing, 3, padding=1)
-        return nn.Sequential(wide, relu, nn.PixelShuffle(2))
-    if way == "transposed":
-        return nn.Sequential(nn.ConvTranspose2d(incoming, outgoing, 4, 2, padding=1), relu)
-    enlarge = nn.Upsample(scale_factor=2, mode="nearest")
-    return nn.Sequential(enlarge, nn.Conv2d(incoming, outgoing, 3, padding=1), relu)
 
 
 class Encoder(nn.Module):
@@ -182,19 +171,6 @@ def oval(faces: Tensor) -> Tensor:
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, size, device=faces.device),) * 2, indexing="ij")
     inside = 1 - ((x / 0.85) ** 2 + (y / 0.98) ** 2)
     return (inside * 6).sigmoid().mul(0.85).add(0.15).expand(len(faces), 1, size, size)
-
-
-def moved(faces: Tensor, generator: torch.Generator) -> Tensor:
-    """Faces mirrored by chance, a little turned, scaled and shifted."""
-    many = len(faces)
-    angle, scale = uniform(generator, (many,), -0.17, 0.17), uniform(generator, (many,), 0.93, 1.07)
-    mirror = (torch.rand(many, generator=generator) < 0.5) * -2.0 + 1.0
-    place = torch.zeros(many, 2, 3)
-    place[:, 0, 0], place[:, 0, 1] = mirror * scale * angle.cos(), scale * angle.sin()
-    place[:, 1, 0], place[:, 1, 1] = -mirror * scale * angle.sin(), scale * angle.cos()
-    place[:, :, 2] = uniform(generator, (many, 2), -0.06, 0.06)
-    at = F.affine_grid(place.to(faces.device), list(faces.shape), align_corners=False)
-    return F.grid_sample(faces, at, "bilinear", "reflection", align_corners=False)
 
 
 def bent(faces: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -137,6 +138,31 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         added: Tensor = x + self.body(x)
         return added
+
+
+def upwards(incoming: int, outgoing: int, way: str) -> nn.Module:
+    """Twice the size."""
+    relu = nn.LeakyReLU(0.1, inplace=True)
+    if way == "shuffle":
+        wide = nn.Conv2d(incoming, 4 * outgoing, 3, padding=1)
+        return nn.Sequential(wide, relu, nn.PixelShuffle(2))
+    if way == "transposed":
+        return nn.Sequential(nn.ConvTranspose2d(incoming, outgoing, 4, 2, padding=1), relu)
+    enlarge = nn.Upsample(scale_factor=2, mode="nearest")
+    return nn.Sequential(enlarge, nn.Conv2d(incoming, outgoing, 3, padding=1), relu)
+
+
+def moved(faces: Tensor, generator: torch.Generator) -> Tensor:
+    """Faces mirrored by chance, a little turned, scaled and shifted."""
+    many = len(faces)
+    angle, scale = uniform(generator, (many,), -0.17, 0.17), uniform(generator, (many,), 0.93, 1.07)
+    mirror = (torch.rand(many, generator=generator) < 0.5) * -2.0 + 1.0
+    place = torch.zeros(many, 2, 3)
+    place[:, 0, 0], place[:, 0, 1] = mirror * scale * angle.cos(), scale * angle.sin()
+    place[:, 1, 0], place[:, 1, 1] = -mirror * scale * angle.sin(), scale * angle.cos()
+    place[:, :, 2] = uniform(generator, (many, 2), -0.06, 0.06)
+    at = F.affine_grid(place.to(faces.device), list(faces.shape), align_corners=False)
+    return F.grid_sample(faces, at, "bilinear", "reflection", align_corners=False)
 
 
 def patches(faces: Tensor, side: int, generator: torch.Generator) -> Tensor:
