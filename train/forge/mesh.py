@@ -114,21 +114,34 @@ def expression_moves(
 ) -> tuple[Points, Points]:
     """The mesh as it is, and as it is with the donor's expression."""
     before = mesh_of(face)
-    place = fit(MEAN, before)
     strength = np.float32(rng.uniform(0.6, 1.15))
     if face.mesh is None or donor_face.mesh is None:
         drawn = strength * _drawn_expression(rng)
-        return before, np.asarray(before + drawn @ place[:2], np.float32)
-    # Laid over the mean face by the best affine map, a mesh keeps its expression and some of its
-    # person; position, size, tilt and most of a turn of the head are gone.
-    other = applied(fit(donor_face.mesh, MEAN), donor_face.mesh) - MEAN
-    own = applied(fit(before, MEAN), before) - MEAN
+        return before, np.asarray(before + drawn @ fit(MEAN, before)[:2], np.float32)
     kept = np.float32(rng.uniform(0, 0.4))  # of the face's own expression
-    delta = (strength * other - (1 - kept) * own) * _EXPRESSIVE
+    shown = strength * expression_of(donor_face, rng)
+    return before, with_expression(before, shown, kept)
+
+
+def expression_of(face: FaceGeometry, rng: np.random.Generator) -> Points:
+    """How each point of a face differs from the mean mesh, on that; drawn where it has no mesh.
+
+    Laid over the mean face by the best affine map, a mesh keeps its expression and some of its
+    person; position, size, tilt and most of a turn of the head are gone.
+    """
+    if face.mesh is None:
+        return _drawn_expression(rng)
+    return applied(fit(face.mesh, MEAN), face.mesh) - MEAN
+
+
+def with_expression(mesh: Points, shown: Points, kept: np.float32) -> Points:
+    """The mesh with another expression, and with so much of its own."""
+    own = applied(fit(mesh, MEAN), mesh) - MEAN
+    delta = (shown - (1 - kept) * own) * _EXPRESSIVE
     # Bounded: a profile does not fit the mean face, and its delta would tear the picture.
     length = np.linalg.norm(delta, axis=1, keepdims=True)
     delta *= np.minimum(1, 0.3 / np.maximum(length, 1e-6))
-    return before, np.asarray(before + delta @ place[:2], np.float32)
+    return np.asarray(mesh + delta @ fit(MEAN, mesh)[:2], np.float32)
 
 
 def _fill_mouth(
