@@ -40,6 +40,7 @@ SMALLER = {
     "autoencoder": {"width": "4", "code": "4"},
     "restorer": {"width": "8", "blocks": "1"},
     "reconstructor": {"base": "4", "blocks": "1"},
+    "lip_sync": {"width": "4"},
 }
 FACE = FaceGeometry(
     np.array([60, 40, 160, 180], np.float32),

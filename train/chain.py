@@ -45,8 +45,10 @@ class MadeClips:
     frames: int = 8
     """Faces cut from each clip."""
     drift: bool = False
+    talk: bool = False
     uploads: bool = False
-    """As in ClipOptions: forged frame by frame; one more clip of each, encoded several times."""
+    """As in ClipOptions: forged frame by frame; mouths that move; one more clip of each, encoded
+    several times."""
     stills: int | None = None
     """Of each split, evenly over the collections; None takes all."""
     held_out_turns: int = 3
@@ -242,7 +244,8 @@ def _shipped(name: str, *, steps: tuple[int, ...], batch: int, minutes: float,
     )  # fmt: skip
     return Chain(
         name, (*((each,) for each in trainings), branches, (detector,)),
-        every_device=True, clips=MadeClips(stills=160, uploads=True), fits=fits, minutes=minutes,
+        every_device=True, clips=MadeClips(stills=160, talk=True, uploads=True),
+        fits=fits, minutes=minutes,
     )  # fmt: skip
 
 
@@ -324,10 +327,11 @@ _CPU = _shipped(
     "shipped",
     steps=(300, 3600, 900, 550, 200),
     batch=16,
-    minutes=105,
+    minutes=117,
     fits=(
         RendererFit("autoencoder", 18),
         RendererFit("restorer", 5),
+        RendererFit("lip_sync", 12),
         RendererFit("reconstructor", 4, held_out=True),
     ),
 )
@@ -337,25 +341,29 @@ CHAINS = {
         # Makes the model that ships, from ImageNet's weights, on two idle CPU cores.  The version
         # in models/ came of an earlier chain: its card says of which.
         _CPU,
-        # The same on one large GPU: larger batches, the autoencoder at 128 px.
+        # The same on one large GPU: larger batches, the autoencoder and lip-sync at 128 px.
         _shipped(
             "shipped_gpu",
             steps=(300, 4500, 2500, 900, 300),
             batch=64,
-            minutes=25,
+            minutes=29,
             fits=(
                 RendererFit(
                     "autoencoder", 6, {"size": "128", "batch": "96", "width": "48",
                                        "steps": "60000"}
                 ),
                 RendererFit("restorer", 1, {"batch": "96"}),
+                RendererFit(
+                    "lip_sync", 4, {"size": "128", "batch": "64", "width": "32",
+                                    "steps": "60000"}
+                ),
                 RendererFit("reconstructor", 1, {"batch": "96"}, held_out=True),
             ),
         ),
         # The residual at work, or the classifier inside: the chain decides which.
-        _with_ralf("shipped_ralf", _CPU, 310),
+        _with_ralf("shipped_ralf", _CPU, 322),
         # 1500 steps of two processes see 48,000 faces; what they bring is not measured.
-        _with_masked("shipped_masked", _CPU, 1500, 120),
+        _with_masked("shipped_masked", _CPU, 1500, 132),
         _two_streams(),
     )
 }  # fmt: skip

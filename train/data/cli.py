@@ -99,6 +99,9 @@ def _add_clips(verbs: Commands) -> None:
     clips.add_argument("--drift", action="store_true",
                        help="forge each frame anew, a little beside the last one, as tools that "
                        "work frame by frame do")  # fmt: skip
+    clips.add_argument("--talk", action="store_true",
+                       help="let the mouths move that a renderer of the kind lip_sync draws",
+                       )  # fmt: skip
     clips.add_argument("--uploads", action="store_true",
                        help="make one more of each clip, encoded as by a phone and a platform",
                        )  # fmt: skip
@@ -151,6 +154,7 @@ def _clips(args: argparse.Namespace) -> int:
         each=args.each,
         seconds=args.seconds,
         drift=args.drift,
+        talk=args.talk,
         uploads=args.uploads,
     )
     with progress() as move:

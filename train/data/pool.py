@@ -111,9 +111,20 @@ class Pool:
         video = videos[rng.integers(len(videos))]
         return min(video, key=lambda frame: (abs(frame.number - real.number), frame.number))
 
-    def donor(self, real: Frame, face: FaceGeometry, rng: np.random.Generator) -> Portrait | None:
-        """Another person with a similar face shape: the best of a dozen drawn."""
-        best, least = None, (True, np.inf)
+    def donor(
+        self,
+        real: Frame,
+        face: FaceGeometry,
+        rng: np.random.Generator,
+        *,
+        any_mouth: bool = False,
+    ) -> Portrait | None:
+        """Another person with a similar face shape: the best of a dozen drawn.
+
+        With `any_mouth` the mouth may be where it likes: only eyes and nose, which show how the
+        head is turned, are compared.
+        """
+        best, least, points = None, (True, np.inf), 3 if any_mouth else 5
         for place in rng.integers(0, len(self.real), 12):
             other = self.real[place][0]
             if other.row.person == real.row.person or other.row.video == real.row.video:
@@ -124,7 +135,7 @@ class Pool:
                 continue
             # A face that its picture cuts has no texture to give where it is cut.
             cut = self.tight and not _whole(shape, self.pictures.size(other))
-            if (apart := (cut, _unlike(shape, face))) < least:
+            if (apart := (cut, _unlike(shape, face, points))) < least:
                 best, least = (other, shape), apart
         if best is None:
             return None
@@ -153,19 +164,29 @@ class Pool:
         faces: Sequence[FaceGeometry],
         family: Family | ForgeryFamily,
         rng: np.random.Generator,
+        *,
+        donors: Sequence[Portrait] | None = None,
     ) -> Iterator[tuple[Image, Pixels]]:
-        """The same forgery for each place where the face was found, and its mask."""
-        needed = of(family).needs_donor
-        donor = self.donor(frame, faces[0], rng) if needed else None
-        made = self.alone if needed and donor is None else family
-        for face in faces:
+        """The same forgery for each place where the face was found, and its mask.
+
+        `donors` has one for each place; else one is chosen for all.
+        """
+        way = of(family)
+        if donors is None:
+            asked = way.needs_donor or way.speaks
+            donor = self.donor(frame, faces[0], rng, any_mouth=way.speaks) if asked else None
+            way = of(self.alone) if way.needs_donor and donor is None else way
+            shown: Sequence[Portrait | None] = [donor] * len(faces)
+        else:
+            shown = donors
+        for face, donor in zip(faces, shown, strict=True):
             # Each begins with the same random numbers: only the face's place tells them apart.
             own_rng = copy.deepcopy(rng) if len(faces) > 1 else rng
             if not self.tight:
-                yield forge(image, face, made, own_rng, donor=donor)
+                yield forge(image, face, way, own_rng, donor=donor)
                 continue
             wide, moved, own = _mirrored(image, face)
-            forged, mask = forge(wide, moved, made, own_rng, donor=donor)
+            forged, mask = forge(wide, moved, way, own_rng, donor=donor)
             yield forged[own], mask[own]
 
 
@@ -191,12 +212,12 @@ def _mirrored(image: Image, face: FaceGeometry) -> tuple[Image, FaceGeometry, tu
     return wide, face.scaled(1, 1, -x[0], -y[0]), own
 
 
-def _unlike(one: FaceGeometry, other: FaceGeometry) -> float:
-    """The distance of two faces' five points after the eyes are aligned."""
+def _unlike(one: FaceGeometry, other: FaceGeometry, points: int) -> float:
+    """The distance of so many of two faces' five points after the eyes are aligned."""
     shapes = []
     for face in (one, other):
         across = face.five[1] - face.five[0]
         turn = complex(*across) if across.any() else 1 + 0j
-        points = (face.five - face.five[0]) @ np.array([1, 1j])
-        shapes.append(points / turn)
+        away = (face.five[:points] - face.five[0]) @ np.array([1, 1j])
+        shapes.append(away / turn)
     return float(np.abs(shapes[0] - shapes[1]).sum())

@@ -27,7 +27,7 @@ def forge_commands(subparsers: Commands) -> None:
     fit = add_command(verbs, "fit", "train a renderer on the authentic faces of the split "
                       "train; if stopped, the same command continues", _fit)  # fmt: skip
     fit.add_argument("name", metavar="RENDERER",
-                     help="its kind: autoencoder, restorer or reconstructor")  # fmt: skip
+                     help="its kind: autoencoder, restorer, reconstructor or lip_sync")  # fmt: skip
     fit.add_argument("--data", nargs="+", required=True, metavar="PATH", help=DATA)
     fit.add_argument("--out", type=Path, required=True, metavar="FILE",
                      help="write the renderer to this safetensors file")  # fmt: skip

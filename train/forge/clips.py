@@ -10,6 +10,7 @@ asked for.  Twins share motion, size and encoder settings, so that only the forg
 All randomness is seeded by the still's name, so that one more still changes no other clip.  Clips
 that exist already are kept, so that an interrupted run goes on.  By default the forged still moves
 as one.  With `drift` each frame is forged anew, on landmarks that slip (train/forge/drift.py).
+With `talk` a renderer that draws mouths moves them, frame by frame; the others forge as before.
 `uploads` adds a clip that went through a phone's encoder, a scaling ladder and a platform's; both
 are drawn by the still's name.  Made clips cannot show real reenactment.
 """
@@ -27,8 +28,8 @@ from ralf.train.data.index import REAL, Index, IndexFault, Row
 from ralf.train.data.pictures import Frame, seeded_by
 from ralf.train.data.pool import Pool
 from ralf.train.data.processes import results
-from ralf.train.forge.drift import Drift, joined
-from ralf.train.forge.families import FAMILIES, Family, ForgeryFamily, of
+from ralf.train.forge.drift import TURN, Drift, joined, talking
+from ralf.train.forge.families import FAMILIES, Family, ForgeryFamily, Portrait, of
 from ralf.train.forge.landmarks import FaceGeometry
 from ralf.train.forge.pixels import Image, resize, to_u8
 from ralf.train.forge.renderers.stored import load
@@ -62,6 +63,8 @@ class ClipOptions:
     seconds: float = 1.3
     drift: bool = False
     """Forge each frame anew, on landmarks that slip, in colours that drift."""
+    talk: bool = False
+    """Let mouths that a renderer draws go from one person's expression to another's."""
     uploads: bool = False
     """One more clip of each, encoded by a phone and then by a platform."""
 
@@ -77,6 +80,11 @@ class ClipOptions:
         fitted = [way.name for way in self.ways[len(self.families) :]]
         if len({*fitted} - {*self.families}) < len(fitted):
             raise IndexFault("two renderers of one name would write the same clips: give one")
+        if self.talk and not any(way.speaks for way in self.ways):
+            raise IndexFault(
+                "clips can talk by a renderer that draws mouths alone: give a file of `ralf forge "
+                "fit lip_sync` among the renderers, or do not ask to talk"
+            )
         if not (self.crfs or self.uploads) or not all(0 <= crf <= 51 for crf in self.crfs):
             raise IndexFault(f"CRFs should lie in 0 to 51, got {self.crfs}")
 
@@ -132,6 +140,7 @@ def _record(out: Path, options: ClipOptions, *, tight: bool) -> None:
     facts = {"seconds": options.seconds, "drift": options.drift}
     # Said only where it is so: folders of earlier versions do not have it.
     facts |= {"tight_pictures": True} if tight else {}
+    facts |= {"talk": True} if options.talk else {}
     path = out / OPTIONS
     if path.exists() and (before := json.loads(path.read_text())) != facts:
         raise IndexFault(
@@ -190,17 +199,34 @@ def _clips(pool: Pool, out: Path, task: _StillTask) -> list[Row]:
 def _forged(
     task: _StillTask, pool: Pool, image: Image, face: FaceGeometry, way: ForgeryFamily
 ) -> list[Image]:
-    """The forged still; with drift, one for each frame of the clip."""
+    """The forged still; where it drifts or talks, one for each frame of the clip."""
     still, options = task.still, task.options
-    rng = seeded_by(f"{still.name}+{way.name}")
-    if not options.drift:
+    rng, frames = seeded_by(f"{still.name}+{way.name}"), max(1, round(options.seconds * FPS))
+    donors = _donors(pool, still, face, frames, rng) if options.talk and way.speaks else None
+    if not options.drift and donors is None:
         return [pool.forgery(still, image, face, way, rng)[0]]
-    # The first face is the one that the donor is chosen by; it is not shown.
     drift = Drift(seeded_by(f"{still.name}+{way.name} drifts"), FPS)
-    slips = list(drift.slips(face, round(options.seconds * FPS)))
-    made = pool.forgeries(still, image, (face, *(slip.face for slip in slips)), way, rng)
-    next(made)
+    slips = list(drift.slips(face, frames)) if options.drift else []
+    faces = [slip.face for slip in slips] or [face] * frames
+    if donors is None:
+        # The first face is the one that the donor is chosen by; it is not shown.
+        made = pool.forgeries(still, image, (face, *faces), way, rng)
+        next(made)
+    else:
+        made = pool.forgeries(still, image, faces, way, rng, donors=donors)
+    if not slips:
+        return [forged for forged, _ in made]
     return [joined(image, *each, slip) for each, slip in zip(made, slips, strict=True)]
+
+
+def _donors(
+    pool: Pool, still: Frame, face: FaceGeometry, frames: int, rng: np.random.Generator
+) -> list[Portrait] | None:
+    """Who is talking in each frame; None where there are no two other people."""
+    asked = 2 + frames // TURN[0]  # enough where each turn is as short as it can be
+    drawn = (pool.donor(still, face, rng, any_mouth=True) for _ in range(asked))
+    found = [donor for donor in drawn if donor is not None]
+    return talking(found, frames, rng) if len(found) > 1 else None
 
 
 def _write(

@@ -1,20 +1,28 @@
-"""A forgery made frame by frame: landmarks slip, colours drift, and nothing quite repeats itself.
+"""A forgery made frame by frame: landmarks slip, colours drift, mouths move.
 
 A forger's tool finds the face anew in each frame, and joins its copy anew.  Its errors are smooth
 over time with a little jitter on top.  `Drift` gives both for one clip: the face as the tool found
 it in a frame, and how the copy's colour and opacity differ there.  Strength is drawn for each clip;
 some hardly drift.  The same seed drifts alike.
+
+`talking` gives the donors of a clip whose mouth is drawn anew in each frame: one person, whose
+expression goes from one to another.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ralf.train.forge.landmarks import FaceGeometry, Points
+from ralf.train.forge.families import Portrait
+from ralf.train.forge.landmarks import FaceGeometry, Points, applied, fit
+from ralf.train.forge.mesh import MEAN, expression_of, mesh_of
 from ralf.train.forge.pixels import Image, Pixels, to_u8
 from ralf.train.forge.video import Motion
+
+TURN = (16, 32)
+"""Least and most frames from one expression to the next."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +81,23 @@ def joined(real: Image, forged: Image, mask: Pixels, slip: Slip) -> Image:
     out = real + (copy - real) * np.float32(slip.opacity)
     # Where nothing was forged the two are the same, and so is what is between them.
     return to_u8(out)
+
+
+def talking(donors: Sequence[Portrait], frames: int, rng: np.random.Generator) -> list[Portrait]:
+    """The first donor in each frame: the expression is first its own, then the second donor's, and
+    so on; the last one's stays.  Only the points move, not the picture."""
+    shown = [expression_of(donor.face, rng) for donor in donors]
+    reached = np.cumsum([0, *rng.integers(TURN[0], TURN[1] + 1, len(donors) - 1)])
+    first = donors[0]
+    place = fit(MEAN, mesh_of(first.face))
+    said = []
+    for number in range(frames):
+        along = float(np.interp(number, reached, np.arange(len(donors))))
+        before, share = int(along), along % 1
+        after = min(before + 1, len(donors) - 1)
+        # A jaw starts and stops gently.
+        gone = np.float32(share * share * (3 - 2 * share))
+        expression = shown[before] + gone * (shown[after] - shown[before])
+        face = replace(first.face, mesh=applied(place, MEAN + expression))
+        said.append(replace(first, face=face))
+    return said

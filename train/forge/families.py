@@ -79,6 +79,9 @@ class ForgeryFamily:
     either_side: bool
     """Whether the picture around the face may be altered in place of the face."""
     make: Make
+    speaks: bool = False
+    """Whether it draws a donor's mouth, which may move from frame to frame; without a donor it
+    draws any."""
 
 
 REGISTRY: dict[Family, ForgeryFamily] = {}

@@ -206,6 +206,17 @@ def fill(polygons: list[Points], height: int, width: int) -> NDArray[np.float32]
 
 
 def grown(polygon: Points, factor: float) -> Points:
-    """The polygon enlarged about its middle."""
-    middle = polygon.mean(axis=0)
+    """The polygon enlarged about its middle, the mean of its corners."""
+    return _enlarged(polygon, factor, polygon.mean(axis=0))
+
+
+def grown_steadily(polygon: Points, factor: float) -> Points:
+    """The polygon enlarged about the middle of its extent.
+
+    A hull that moves a little may have other corners, and the mean of its corners then jumps.
+    """
+    return _enlarged(polygon, factor, (polygon.min(axis=0) + polygon.max(axis=0)) / 2)
+
+
+def _enlarged(polygon: Points, factor: float, middle: Points) -> Points:
     return np.asarray(middle + (polygon - middle) * factor, np.float32)

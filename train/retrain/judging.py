@@ -27,6 +27,7 @@ from ralf.train.evaluate.tables.residual import residual_figures
 from ralf.train.evaluate.tables.table import TableOptions, read_groups
 from ralf.train.forge.clips import INDEX, ClipOptions, make_clips
 from ralf.train.forge.families import FAMILIES
+from ralf.train.forge.renderers.stored import load
 from ralf.train.loop.checkpoint import BEST, has_checkpoint
 from ralf.train.publish.calibrate import (
     Calibrated,
@@ -126,11 +127,12 @@ def _clips(
     assert how is not None
     found: Facts = {}
     for split, drawn in families.items():
+        # As the family held out: a generator held out is shown in the test alone.
+        renderers = fitted(order, done, held_out=split == order.evaluate_on)
+        talk = how.talk and any(load(path).renderer.speaks for path in renderers)
         options = ClipOptions(
-            drawn,
-            # As the family held out: a generator held out is shown in the test alone.
-            renderers=fitted(order, done, held_out=split == order.evaluate_on),
-            crfs=how.crfs, seconds=how.seconds, drift=how.drift, uploads=how.uploads,
+            drawn, renderers, how.crfs,
+            seconds=how.seconds, drift=how.drift, talk=talk, uploads=how.uploads,
         )  # fmt: skip
         stills = evenly(order.index.where(split=split, label=0), how.stills)
         workers = order.training.room if order.training.room > 1 else 0

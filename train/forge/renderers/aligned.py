@@ -25,7 +25,7 @@ from ralf.train.forge.pixels import Kernel, Pixels, grid, remap, resize, to_u8
 REACH = 2.8
 """Side of the crop in eye distances: the whole face and a little of what is around it."""
 MIDDLE = complex(0, 0.5)
-"""The crop's middle on the mean face, whose origin lies between the eyes."""
+"""A crop's middle on the mean face, whose origin lies between the eyes."""
 Window = tuple[slice, slice]
 OnProgress = Callable[[int, int, str], None]
 
@@ -38,9 +38,11 @@ class Alignment:
     shift: complex
     size: int
     """Side of the aligned crop."""
+    middle: complex = MIDDLE
+    """Its middle on the mean face."""
 
     @classmethod
-    def of(cls, face: FaceGeometry, size: int) -> "Alignment":
+    def of(cls, face: FaceGeometry, size: int, middle: complex = MIDDLE) -> "Alignment":
         """The alignment with the least squared distance of the five points."""
         seen = face.five.astype(np.float64) @ np.array([1, 1j])
         mean = FIVE.astype(np.float64) @ np.array([1, 1j])
@@ -48,7 +50,7 @@ class Alignment:
         turn = complex(np.vdot(away, wanted) / max(float(np.vdot(away, away).real), 1e-6))
         # Points that nearly coincide would blow the face up without bound.
         turn *= min(1.0, 4 / face.eye_distance / max(abs(turn), 1e-9))
-        return cls(turn, complex(mean.mean() - turn * seen.mean()), size)
+        return cls(turn, complex(mean.mean() - turn * seen.mean()), size, middle)
 
     @classmethod
     def native(cls, face: FaceGeometry, *, multiple: int, most: int = 256) -> "Alignment":
@@ -64,13 +66,13 @@ class Alignment:
 
     def to_crop(self, points: NDArray[np.float32]) -> Points:
         """Points [..., 2] of the picture, in the crop's pixels."""
-        on_mean = self.turn * _complex(points) + self.shift - MIDDLE
+        on_mean = self.turn * _complex(points) + self.shift - self.middle
         return _plain(on_mean * (self.size / REACH) + complex(1, 1) * (self.size / 2 - 0.5))
 
     def to_picture(self, points: NDArray[np.float32]) -> Points:
         """Points [..., 2] of the crop, in the picture's pixels."""
         away = (_complex(points) - complex(1, 1) * (self.size / 2 - 0.5)) * (REACH / self.size)
-        return _plain((away + MIDDLE - self.shift) / self.turn)
+        return _plain((away + self.middle - self.shift) / self.turn)
 
     def geometry(self, face: FaceGeometry) -> FaceGeometry:
         """The face in the crop."""
@@ -179,6 +181,7 @@ def aligned_faces(
     split: str,
     size: int,
     *,
+    middle: complex = MIDDLE,
     most: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Faces:
@@ -198,7 +201,7 @@ def aligned_faces(
     crops = torch.empty(len(known), 3, size, size, dtype=torch.uint8)
     five, mesh = np.empty((len(known), 5, 2), "f4"), np.full((len(known), 468, 2), np.nan, "f4")
     for place, (frame, face) in enumerate(known):
-        alignment = Alignment.of(face, size)
+        alignment = Alignment.of(face, size, middle)
         crop = alignment.cut(pictures.picture(frame).astype(np.float32))
         crops[place] = torch.from_numpy(to_u8(crop)).permute(2, 0, 1)
         five[place] = alignment.to_crop(face.five)

@@ -88,7 +88,9 @@ def fit(index: Index, request: FitRequest) -> Fitted:
     # Before the first weights are drawn, the critic's among them.
     torch.manual_seed(request.options.seed)
     renderer = kind(request.name)(request.options)
-    reals = aligned_faces(index, SPLIT, renderer.side, most=request.options.faces)
+    reals = aligned_faces(
+        index, SPLIT, renderer.side, middle=renderer.middle, most=request.options.faces
+    )
     request.say(f"{len(reals)} authentic faces of split {SPLIT}, {renderer.side} px")
     training = _Training(index, request, renderer, reals)
     ending = training.go()

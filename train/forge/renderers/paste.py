@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ralf.train.forge.families import Joined
-from ralf.train.forge.landmarks import FaceGeometry, fill, grown
+from ralf.train.forge.landmarks import FaceGeometry, Points, fill, grown, grown_steadily
 from ralf.train.forge.pixels import Pixels, blur, grid, remap, smooth_field
 from ralf.train.forge.renderers.aligned import Alignment, Window
 
@@ -31,17 +31,20 @@ def paste(
     *,
     colours: bool = True,
     softest: float = 11,
+    part: Points | None = None,
 ) -> Joined:
     """The picture with an aligned crop drawn anew; `softest` is the widest blur of the mask, in
-    pixels of a face with 64 of them between the eyes."""
+    pixels of a face with 64 of them between the eyes.  `part` is the hull to paste through, in the
+    picture's pixels; without it that of the whole face, as tools draw it."""
     window = alignment.window(image.shape)
     if colours:
         drawn = matched(drawn, alignment.cut(image), inner(alignment, face), rng)
     shown = sharpened(alignment.put_back(drawn, window), alignment.scale, rng)
-    mask = hull_mask(face, window, rng, softest=softest) * _crop_edge(alignment, window)
-    part = image[window]
+    mask = hull_mask(face, window, rng, softest=softest, part=part)
+    mask *= _crop_edge(alignment, window)
+    below = image[window]
     out = image.copy()
-    out[window] = part + (np.clip(shown, 0, 255) - part) * mask[..., None]
+    out[window] = below + (np.clip(shown, 0, 255) - below) * mask[..., None]
     whole = np.zeros(image.shape[:2], np.float32)
     whole[window] = mask
     return Joined(out, whole)
@@ -56,13 +59,32 @@ def inner(alignment: Alignment, face: FaceGeometry) -> NDArray[np.bool_]:
 
 
 def hull_mask(
-    face: FaceGeometry, window: Window, rng: np.random.Generator, *, softest: float = 11
+    face: FaceGeometry,
+    window: Window,
+    rng: np.random.Generator,
+    *,
+    softest: float = 11,
+    part: Points | None = None,
 ) -> Pixels:
     """How much of each pixel of the window is drawn: a hull, eroded or dilated, feathered."""
     rows, columns = window
     height, width = rows.stop - rows.start, columns.stop - columns.start
-    here = face.scaled(1, 1, columns.start, rows.start)
     unit = face.eye_distance
+    if part is None:
+        inside = _of_face(face.scaled(1, 1, columns.start, rows.start), height, width, rng)
+    else:
+        corner = np.array([columns.start, rows.start], np.float32)
+        inside = fill([grown_steadily(part - corner, rng.uniform(0.92, 1.05))], height, width)
+    bend = smooth_field(rng, height, width, cells=4, amplitude=0.02 * unit)
+    bent = remap(inside, grid(height, width) + bend, edge="zeros")
+    # OpenCV's kernel of n pixels has a sigma of about n / 5.
+    soft = blur(bent, rng.uniform(3, softest) / 5 * unit / 64)
+    return np.asarray(np.clip(soft, 0, 1), np.float32)
+
+
+def _of_face(here: FaceGeometry, height: int, width: int, rng: np.random.Generator) -> Pixels:
+    """The hull of the whole face, of the face below the brows, or of its inner parts."""
+    unit = here.eye_distance
     kind, factor = rng.random(), rng.uniform(0.8, 1.08)
     hull = fill([grown(part, factor) for part in here.outline("face")], height, width)
     if kind < 0.4:
@@ -74,11 +96,7 @@ def hull_mask(
     elif kind < 0.5:
         parts = here.outline("inner")
         hull = fill([grown(part, rng.uniform(1.05, 1.4)) for part in parts], height, width)
-    bend = smooth_field(rng, height, width, cells=4, amplitude=0.02 * unit)
-    bent = remap(hull.astype(np.float32), grid(height, width) + bend, edge="zeros")
-    # OpenCV's kernel of n pixels has a sigma of about n / 5.
-    soft = blur(bent, rng.uniform(3, softest) / 5 * unit / 64)
-    return np.asarray(np.clip(soft, 0, 1), np.float32)
+    return np.asarray(hull, np.float32)
 
 
 def _crop_edge(alignment: Alignment, window: Window) -> Pixels:

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ralf.train.forge.families import ForgeryFamily, ForgeryTask, Joined
-from ralf.train.forge.renderers.aligned import FaceBatch, Faces
+from ralf.train.forge.renderers.aligned import MIDDLE, FaceBatch, Faces
 from ralf.train.recipe import Count, Part, Positive
 
 Weight = Annotated[float, Field(ge=0)]
@@ -66,6 +66,10 @@ class Renderer(nn.Module, ABC):
     """Also the method of the forgeries that it makes."""
     Options: ClassVar[type[RendererOptions]] = RendererOptions
     needs_donor: ClassVar[bool] = False
+    speaks: ClassVar[bool] = False
+    """As in ForgeryFamily."""
+    middle: ClassVar[complex] = MIDDLE
+    """Where on the mean face the middle of its crops is."""
 
     def __init__(self, options: RendererOptions) -> None:
         super().__init__()
@@ -101,7 +105,9 @@ class Renderer(nn.Module, ABC):
     def as_family(self) -> ForgeryFamily:
         """The renderer as a way of forging."""
         whole: dict[Any, float] = {"face": 1.0}
-        return ForgeryFamily(self.name, 1.0, whole, self.needs_donor, False, self._make)
+        return ForgeryFamily(
+            self.name, 1.0, whole, self.needs_donor, False, self._make, self.speaks
+        )
 
     def _make(self, task: ForgeryTask) -> Joined:
         with torch.inference_mode():

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ralf.kernels.atomic_files import flush_folder, write
 from ralf.train.forge.renderers.autoencoder import Autoencoder
+from ralf.train.forge.renderers.lip_sync import LipSync
 from ralf.train.forge.renderers.reconstructor import ReconstructorRenderer
 from ralf.train.forge.renderers.renderer import Renderer
 from ralf.train.forge.renderers.restorer import Restorer
@@ -26,7 +27,7 @@ from ralf.train.recipe_text import RecipeError, from_json
 SCHEMA = "ralf.renderer/1"
 HEADER = "ralf"
 KINDS: dict[str, type[Renderer]] = {
-    each.name: each for each in (Autoencoder, Restorer, ReconstructorRenderer)
+    each.name: each for each in (Autoencoder, Restorer, ReconstructorRenderer, LipSync)
 }
 """Every renderer by its name, which is also the method of its forgeries."""
 Record = dict[str, Any]
