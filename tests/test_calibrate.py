@@ -244,7 +244,7 @@ def test_every_family_forges_every_frame_of_a_video(
         "score_examples",
         lambda *asked: pooled.append(score_examples(*asked)) or pooled[-1],
     )
-    monkeypatch.setattr(Pool, "forgery", lambda self, frame, image, *_: 255 - image // 8)
+    monkeypatch.setattr(Pool, "forgery", lambda self, frame, image, *_: (255 - image // 8, None))
 
     found, _ = calibrate_on_split(by_brightness(64), index, "val", families=("self_blend", "mouth"))
 

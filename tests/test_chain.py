@@ -84,7 +84,7 @@ def _tiny_chain() -> Iterator[None]:
         patch.setitem(chains.CHAINS, "rendering", RENDERING_CHAIN)
         patch.setattr(loop, "commit", lambda: "c" * 40)
         patch.setattr(judging, "TableOptions", partial(TableOptions, replicates=10))
-        patch.setattr(Pool, "forgery", lambda self, frame, image, *_: red(image))
+        patch.setattr(Pool, "forgery", lambda self, frame, image, *_: (red(image), image[..., 0]))
         yield
 
 
