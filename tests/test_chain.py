@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ralf.__main__ import main
@@ -211,13 +212,16 @@ def test_a_chain_fits_renderers_and_keeps_one_whole_generator_for_the_test(
 ):
     """Killed while it renders, it fits none again; its figures say each generator; all is timed."""
     run = tmp_path / "run"
+    # As most users leave it: the face finder that reads the made clips needs a device by name.
+    auto = ("--device", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with monkeypatch.context() as patch:
         patch.setattr(renderers, "render", _killing_render())
         with pytest.raises(Killed):
-            retrain_tiny(stills, tmp_path, chain="rendering")
+            retrain_tiny(stills, tmp_path, *auto, chain="rendering")
     assert RENDERING_STEPS[:3] == did(capsys.readouterr().err, RENDERING_STEPS)
     # Eight steps make no model that stands recompression, which promotion asks for.
-    assert 0 == retrain_tiny(stills, tmp_path, "--force", chain="rendering")
+    assert 0 == retrain_tiny(stills, tmp_path, *auto, "--force", chain="rendering")
     assert RENDERING_STEPS[2:] == did(capsys.readouterr().err, RENDERING_STEPS)
     made = models.resolve(tmp_path / "models", "made")
 

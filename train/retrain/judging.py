@@ -140,7 +140,10 @@ def _clips(
             stills, order.run / "clips" / split, options, split=split, data=data, workers=workers
         )
         folder = order.run / "crops" / split
-        prepare(clips, folder, data.input, frames=how.frames, device=order.training.device)
+        prepare(
+            clips, folder, data.input,
+            frames=how.frames, workers=workers, device=order.torch_device,
+        )  # fmt: skip
         order.say(f"clips: {len(clips)} of split {split}")
         found[split] = str(folder / INDEX)
     return found
