@@ -1,6 +1,7 @@
 """Batches: pure, balanced, paired, and telling nothing by their quality."""
 
 import pickle
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -469,6 +470,30 @@ def test_some_families_forge_each_real_face_and_each_family_equally_many(reals):
 
     assert len({item.name for item in items}) == len(items) == 12
     assert {name: methods.count(name) for name in methods} == dict.fromkeys(recipe.families, 4)
+
+
+def test_in_turn_each_generator_on_disk_gives_its_share_of_the_forged_videos(reals):
+    """Three generators of six videos each: every third video of each."""
+    row = reals.where(split="val").rows[0]
+    forged = tuple(
+        replace(row, video=f"{method}-{n}", label=1, method=method)
+        for method in ("one", "two", "three")
+        for n in range(6)
+    )
+    index = Index(reals.root, (*reals.where(split="val").rows, *forged))
+    kept = {
+        in_turn: Counter(
+            item.method
+            for item in Examples(
+                index, data(families=()), "val", families=(), in_turn=in_turn
+            ).items
+            if item.forged
+        )
+        for in_turn in (False, True)
+    }
+
+    assert kept[False] == dict.fromkeys(("one", "two", "three"), 6)
+    assert kept[True] == dict.fromkeys(("one", "two", "three"), 2)
 
 
 def test_a_clean_real_face_is_judged_as_it_is_served(reals):

@@ -244,7 +244,7 @@ def _shipped(name: str, *, steps: tuple[int, ...], batch: int, minutes: float,
     )  # fmt: skip
     return Chain(
         name, (*((each,) for each in trainings), branches, (detector,)),
-        every_device=True, clips=MadeClips(stills=160, talk=True, uploads=True),
+        every_device=True, clips=MadeClips(stills=60, talk=True, uploads=True),
         fits=fits, minutes=minutes,
     )  # fmt: skip
 

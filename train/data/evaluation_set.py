@@ -7,6 +7,7 @@ condition (evaluate/conditions.py) changes real and forged alike, before the cro
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -63,13 +64,16 @@ class Examples:
         *,
         families: Sequence[str] | None = None,
         each: int | None = 1,
+        in_turn: bool = False,
         condition: str = CLEAN,
         batch: int = 64,
         limit: int | None = None,
         ram_bytes: int = 2 * 1024**3,
     ) -> None:
         """`families` are blended, the recipe's own by default: for each real frame so many of them
-        as `each` says, in turn, or all of them.  `limit` keeps the first videos of each class."""
+        as `each` says, in turn, or all of them.  `in_turn` thins the forgeries on disk alike: of
+        three generators each gives every third video.  `limit` keeps the first videos of each
+        class."""
         parse(condition)
         self.data, self.condition, self.batch = data, condition, batch
         if families is None:
@@ -80,7 +84,7 @@ class Examples:
         if unknown := set(families) - set(FAMILIES):
             raise IndexFault(f"no family {sorted(unknown)}; known: {', '.join(FAMILIES)}")
         self.families = tuple(family for family in FAMILIES if family in families)
-        self.each = each
+        self.each, self.in_turn = each, in_turn
         self.items = self._items(limit)
 
     @property
@@ -91,12 +95,25 @@ class Examples:
     def _items(self, limit: int | None) -> tuple[Example, ...]:
         # The limit is of videos and not of frames: a video is scored whole or not at all.
         real = [frame for video in self.pool.real[:limit] for frame in self._spread(video)]
-        forged = [frame for video in self.pool.forged[:limit] for frame in self._spread(video)]
+        on_disk = self._turns() if self.in_turn else self.pool.forged
+        forged = [frame for video in on_disk[:limit] for frame in self._spread(video)]
         items = [Example(frame) for frame in (*real, *forged)]
         for number, frame in enumerate(real):
             # One family for each frame keeps validation short; tables ask for more of them.
             items += [Example(frame, family) for family in self._turn(number)]
         return tuple(items)
+
+    def _turns(self) -> list[list[Frame]]:
+        """Of the forged videos on disk, those of each generator's turn."""
+        methods = sorted({video[0].row.method for video in self.pool.forged})
+        met: Counter[str] = Counter()
+        kept = []
+        for video in self.pool.forged:
+            method = video[0].row.method
+            if met[method] % len(methods) == methods.index(method):
+                kept.append(video)
+            met[method] += 1
+        return kept
 
     def _turn(self, number: int) -> tuple[Family, ...]:
         """The families that forge the real face of that number."""

@@ -4,7 +4,7 @@
               in turn: AUC over the generators trained on, over the one held out, and by generator;
               by the size of the face; reals called forged by collection and, where groups are
               given, by group
-    damaged   the same pictures under each condition; the families then take turns
+    damaged   the same pictures under each condition; all generators then take turns
     clips     made clips (forge/clips.py) that were prepared, where the data has some: the same by
               video, pooled and calibrated as a verdict is; at each CRF, and all of them together
     check     real faces of other people: the share called forged at the model's threshold; all
@@ -110,7 +110,8 @@ class _Judging:
             model, stills, options.split,
             families=options.families or FAMILIES, condition=condition,
             # A thousand people forged in ten ways under five conditions would take hours.
-            each=CLEAN_FAMILIES if clean else 1, frames=options.frames, limit=options.limit,
+            each=CLEAN_FAMILIES if clean else 1, in_turn=not clean,
+            frames=options.frames, limit=options.limit,
         )  # fmt: skip
         scored = score_examples(model, examples, options.on_progress)
         each = evaluation_of(model, scored, condition, options.replicates)
