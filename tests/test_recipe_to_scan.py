@@ -30,7 +30,7 @@ from tests.test_loop import lines, same_tensors
 from tests.training import MadeBatch, MadeBatches, tiny
 
 # At this size these are fdfl and rcl; the reconstructor alone makes no detector.
-NAMES = sorted(RECIPES.keys() - {"fdfl_small", "rcl_small", "reconstructor"})
+NAMES = sorted(RECIPES.keys() - {"fdfl_small", "masked_backbone", "rcl_small", "reconstructor"})
 QUIET, EAGER = Options(quiet=True), Options(quiet=True, save_every_s=0)
 FRAMES = 3
 
