@@ -19,14 +19,16 @@ Sizes 128 to 512, multiples of 16 (see `kernels.dct.fusible`): H is padded to a 
 128, 256 and 512 waste nothing.  The tilings are fixed tables, so that the same build computes
 the same way every time; `ralf bench dct --tilings` measures the alternatives listed here.
 
-Only this file and residual_triton import triton.  TRITON_INTERPRET=1 runs it on a CPU.
+Only this file, dct_quarters_triton and residual_triton import triton.  TRITON_INTERPRET=1 runs
+them on a CPU.
 
 n: side   H: n/2   P: H as a power of two   a, b: parity of row and column frequency
 """
 
 # ruff: noqa: PLR0917  (a kernel's arguments are positional)
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from subprocess import CalledProcessError
 
@@ -75,12 +77,12 @@ not measured."""
 CANDIDATES: tuple[Tilings, ...] = (
     Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
     Tilings(Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 3)),
-    Tilings(Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 3)),
+    Tilings(Tiling(64, 32, 8, 3), Tiling(32, 64, 4, 3)),
     Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
     Tilings(Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 3)),
     Tilings(Tiling(64, 64, 8, 3), Tiling(32, 32, 4, 3)),
 )
-"""What `bench dct --tilings` tries, as far as rows and chunk fit into P."""
+"""What `bench dct --tilings` tries, as far as rows and chunk fit into P.  None spills at 256²."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -184,7 +186,7 @@ def _half_back(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _put(  # type: ignore[no-untyped-def]
+def put(  # type: ignore[no-untyped-def]
     values,
     rows,
     columns,
@@ -248,10 +250,10 @@ def _inverse(  # type: ignore[no-untyped-def]
     inside = (k < H)[:, None] & (c < H)[None, :]
     below, mirror = N - 1 - k, N - 1 - c
     sh, sw = stride_h, stride_w
-    _put(upper + upper_odd, k, c, inside, base, out, apart, sh, sw, N, U8, RESIDUAL)
-    _put(upper - upper_odd, k, mirror, inside, base, out, apart, sh, sw, N, U8, RESIDUAL)
-    _put(lower + lower_odd, below, c, inside, base, out, apart, sh, sw, N, U8, RESIDUAL)
-    _put(lower - lower_odd, below, mirror, inside, base, out, apart, sh, sw, N, U8, RESIDUAL)
+    put(upper + upper_odd, k, c, inside, base, out, apart, sh, sw, N, U8, RESIDUAL)
+    put(upper - upper_odd, k, mirror, inside, base, out, apart, sh, sw, N, U8, RESIDUAL)
+    put(lower + lower_odd, below, c, inside, base, out, apart, sh, sw, N, U8, RESIDUAL)
+    put(lower - lower_odd, below, mirror, inside, base, out, apart, sh, sw, N, U8, RESIDUAL)
 
 
 # Never emptied: a process has at most as many sizes as models.
@@ -293,8 +295,7 @@ def destruct(
     size = image.shape[-1]
     pad = padded_half(size)
     chosen = tilings or CHOSEN[pad]
-    planes = image.reshape(-1, *image.shape[-3:]) if image.ndim > 4 else image
-    planes = planes[(None,) * (4 - planes.ndim)]  # [m, c, n, n]
+    planes = in_four_dimensions(image)
     count = planes.shape[0] * planes.shape[1]
     halves, turned = folded_basis(size, image.device)
     spectrum = image.new_empty((count, 2, 2, pad, pad), dtype=torch.float16)
@@ -304,25 +305,38 @@ def destruct(
     strides, mask = planes.stride(), mask.contiguous()
     shape = {"N": size, "P": pad, "U8": image.dtype == torch.uint8}
     forward, inverse = chosen.forward, chosen.inverse
+    with launching(image):
+        _forward[(count * 2 * _parts(size, forward),)](
+            *(planes, halves, turned, mask, spectrum, planes.shape[1], *strides),
+            **shape,
+            **_options(forward),
+        )
+        _inverse[(count * _parts(size, inverse),)](
+            *(spectrum, halves, turned, mask, planes, out),
+            # Triton needs a pointer here even where the kernel writes no residual.
+            *(out if apart is None else apart, planes.shape[1], *strides),
+            **shape,
+            RESIDUAL=apart is not None,
+            **_options(inverse),
+        )
+    return out, apart
+
+
+def in_four_dimensions(image: Tensor) -> Tensor:
+    """The same pixels as [m, c, n, n]."""
+    planes = image.reshape(-1, *image.shape[-3:]) if image.ndim > 4 else image
+    return planes[(None,) * (4 - planes.ndim)]
+
+
+@contextmanager
+def launching(image: Tensor) -> Iterator[None]:
+    """On the image's device; what goes wrong there becomes a FusedKernelError."""
     try:
         with torch.cuda.device(image.device) if image.is_cuda else nullcontext():
-            _forward[(count * 2 * _parts(size, forward),)](
-                *(planes, halves, turned, mask, spectrum, planes.shape[1], *strides),
-                **shape,
-                **_options(forward),
-            )
-            _inverse[(count * _parts(size, inverse),)](
-                *(spectrum, halves, turned, mask, planes, out),
-                # Triton needs a pointer here even where the kernel writes no residual.
-                *(out if apart is None else apart, planes.shape[1], *strides),
-                **shape,
-                RESIDUAL=apart is not None,
-                **_options(inverse),
-            )
+            yield
     # Triton's own, and what making its launcher may meet: no C compiler, a cache it cannot write.
     except (TritonError, RuntimeError, OSError, CalledProcessError) as error:
-        raise FusedKernelError(f"size {size} on {image.device}: {error}") from error
-    return out, apart
+        raise FusedKernelError(f"size {image.shape[-1]} on {image.device}: {error}") from error
 
 
 def _parts(size: int, tiling: Tiling) -> int:

@@ -10,10 +10,11 @@ import torch
 
 from ralf.__main__ import main
 from ralf.kernels.artifact import SHIPPED, resolve
-from ralf.kernels.bench import engine, residual
-from ralf.kernels.bench.dct import CHAIN, COPY, ratios
+from ralf.kernels.bench import dct, engine, residual
+from ralf.kernels.bench.dct import CHAIN, COPY, Pair, ratios
 from ralf.kernels.bench.engine import AUTHORS
 from ralf.kernels.bench.record import interleave, nvidia_smi
+from ralf.kernels.dct import FusedKernelError
 from ralf.kernels.engine import EngineError
 
 
@@ -39,6 +40,22 @@ def test_the_destructor_is_timed_by_every_way_and_its_errors_stand_beside(
     assert "products, FP32 / products, FP16" in record["ratios"]
     [kept] = tmp_path.iterdir()
     assert kept.name.startswith("dct_cpu") and record == json.loads(kept.read_text())
+
+
+def test_a_way_that_cannot_be_built_does_not_end_the_bench(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The record says which and why, and has the others' times."""
+
+    def broken() -> Pair:
+        raise FusedKernelError("no room for the shared memory")
+
+    monkeypatch.setattr(dct, "fused_ways", lambda *_: {"fused 512×512": broken})
+    record = measured(capsys, "dct", "--device", "cpu", "--size", 16, "--repeats", 1)
+
+    assert {"fused 512×512": "no room for the shared memory"} == record["facts"]["failed"]
+    assert "fused 512×512" not in record["timings"]
+    assert "products, FP32 / products, FP16" in record["ratios"]
 
 
 def test_engines_are_timed_beside_the_papers_way(
@@ -170,7 +187,7 @@ def test_on_a_gpu_the_fused_kernels_and_the_compiled_network_are_in_the_record(
     tiny_models: Path, capsys: pytest.CaptureFixture[str]
 ):
     """With each tiling that fits; speeds are the bench's to tell, not this test's."""
-    dct = measured(capsys, "dct", "--batch", 2, "--size", 128, "--repeats", 2, "--tilings")
+    times = measured(capsys, "dct", "--batch", 2, "--size", 128, "--repeats", 2, "--tilings")
     engine = measured(
         capsys, "engine", "tiny", "--models", tiny_models, "--batch", 2, "--repeats", 2
     )
@@ -181,6 +198,7 @@ def test_on_a_gpu_the_fused_kernels_and_the_compiled_network_are_in_the_record(
     assert residual["facts"]["fastest"] in ways
     assert any(name.startswith("fused 2×128") for name in ways)
     assert {"torch-cudnn-fp16", "torch-eager-cudnn-fp16"} <= engine["timings"].keys()
-    assert len([name for name in dct["timings"] if name.startswith("fused")]) >= 3
+    assert len([name for name in times["timings"] if name.startswith("fused")]) >= 3
+    assert "fused quarters, shares: 4" in times["timings"]
     assert {"torch-fp16", "torch-eager-fp16", "authors, TF32"} <= engine["timings"].keys()
     assert {"capability", "cuda"} <= engine["machine"].keys()

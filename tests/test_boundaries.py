@@ -20,7 +20,11 @@ ROOMS = {
     "train": {"train", "worker", "kernels"},
 }
 OWNERS = {
-    "triton": {"kernels/dct_triton.py", "kernels/residual_triton.py"},
+    "triton": {
+        "kernels/dct_triton.py",
+        "kernels/dct_quarters_triton.py",
+        "kernels/residual_triton.py",
+    },
     "torch_tensorrt": {"kernels/build_trt.py"},
     "onnx": {"kernels/export.py"},
     "onnxruntime": {"kernels/export.py"},

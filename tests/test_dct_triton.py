@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,14 +51,24 @@ class Made(NamedTuple):
     plain: NDArray[np.float32]
 
 
-def make(device: str, image: NDArray[Any], mask: NDArray[Any], layout: str = "plain") -> Made:
-    """Both ways, on the device."""
-    from ralf.kernels.dct_triton import destruct as fused
+@pytest.fixture(params=[0, 3], ids=["halves", "quarters in shares"])
+def shares(request: pytest.FixtureRequest) -> int:
+    """Each formulation of the kernels: shares of dct_quarters_triton, or 0 for dct_triton."""
+    return request.param
+
+
+def make(
+    device: str, image: NDArray[Any], mask: NDArray[Any], layout: str = "plain", shares: int = 0
+) -> Made:
+    """By the kernels and plainly, on the device."""
+    from ralf.kernels.dct_quarters_triton import destruct as by_quarters
+    from ralf.kernels.dct_triton import destruct as by_halves
 
     pixels, weights = torch.from_numpy(image).to(device), torch.from_numpy(mask).to(device)
     matrix = basis(pixels.shape[-1], torch.float16, pixels.device)
     kept = (matrix @ dct.centred(pixels, torch.float16) @ matrix.T) * weights.half()
     plain = (matrix.T @ kept @ matrix).float() + 0.5 * weights[0, 0]
+    fused = partial(by_quarters, shares=shares) if shares else by_halves
     destroyed, residual = fused(laid_out(pixels, layout), weights, torch.float32, torch.float16)
     assert residual is not None and destroyed.is_contiguous() and residual.is_contiguous()
     return Made(*(t.cpu().numpy() for t in (destroyed, residual, plain)))
@@ -109,33 +120,38 @@ def check(made: Made, image: NDArray[Any], mask: NDArray[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [(3, 1, 128, 128), (1, 1, 144, 144), (1, 3, 256, 256), (512, 512)],
+    ("shape", "shares"),
+    [
+        (shape, shares)
+        for shape in ((3, 1, 128, 128), (1, 1, 144, 144), (1, 3, 256, 256), (512, 512))
+        for shares in (0, 1, 3)
+        if not shares or shape[-1] <= 256
+    ],
     ids=str,
 )
-def test_it_is_scipys_dct_masked_and_inverted(run: Run, shape: tuple[int, ...]):
+def test_it_is_scipys_dct_masked_and_inverted(run: Run, shape: tuple[int, ...], shares: int):
     """Each class of sizes: a power of two or padded to one, smallest to largest; an odd batch."""
     image, mask = noise(*shape), uniform(shape[-1])
-    made = run(make, image, mask)
+    made = run(make, image, mask, "plain", shares)
 
     check(made, image, mask)
     assert made.destroyed.std() > 0.05
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_floats_of_0_to_1_are_filtered_too(run: Run, dtype: type):
+def test_floats_of_0_to_1_are_filtered_too(run: Run, dtype: type, shares: int):
     """As training gives them."""
     image = np.random.default_rng(2).random((2, 128, 128)).astype(dtype)
     mask = uniform(128)
 
-    check(run(make, image, mask), image, mask)
+    check(run(make, image, mask, "plain", shares), image, mask)
 
 
 @pytest.mark.parametrize("layout", ["channels last", "part of a larger image", "turned"])
-def test_any_strides_are_read(run: Run, layout: str):
+def test_any_strides_are_read(run: Run, layout: str, shares: int):
     """Bit for bit what the contiguous image gives."""
-    image, mask = noise(2, 3, 128, 128), uniform(128)
-    plain, made = run(make, image, mask), run(make, image, mask, layout)
+    image, mask = noise(2, 2, 128, 128), uniform(128)
+    plain, made = (run(make, image, mask, way, shares) for way in ("plain", layout))
 
     np.testing.assert_array_equal(plain.destroyed, made.destroyed)
     np.testing.assert_array_equal(plain.residual, made.residual)
@@ -154,18 +170,35 @@ def corner(size: int, row: int, column: int) -> NDArray[np.float32]:
     + [corner(144, *at) for at in ((0, 0), (0, 143), (143, 0), (143, 143), (72, 71))],
     ids=["all", "none", "mean", "last column", "last row", "last", "middle"],
 )
-def test_masks_at_their_ends_are_exact_filters(run: Run, mask: NDArray[np.float32]):
+def test_masks_at_their_ends_are_exact_filters(run: Run, mask: NDArray[np.float32], shares: int):
     """Everything kept, nothing kept, one coefficient kept."""
     image = noise(1, 144, 144)
 
-    check(run(make, image, mask), image, mask)
+    check(run(make, image, mask, "plain", shares), image, mask)
+
+
+def refused(device: str) -> str:
+    """What quarters say of crops that are too large."""
+    from ralf.kernels.dct_quarters_triton import destruct as by_quarters
+
+    pixels, mask = torch.zeros(272, 272, device=device), torch.ones(272, 272, device=device)
+    try:
+        by_quarters(pixels, mask, torch.float32, None)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_quarters_refuse_what_does_not_fit_into_registers(run: Run):
+    """Above 256 pixels a side."""
+    assert run(refused) == "quarters take crops of up to 256 pixels a side, got 272"
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_black_and_white_stay_in_range(run: Run, value: int):
+def test_black_and_white_stay_in_range(run: Run, value: int, shares: int):
     """The largest mean there is, at the largest size that one program row covers in a test."""
     image, mask = np.full((1, 256, 256), value, np.uint8), np.ones((256, 256), np.float32)
-    made = run(make, image, mask)
+    made = run(make, image, mask, "plain", shares)
 
     np.testing.assert_allclose(made.destroyed, value / 255, rtol=0, atol=2 * BAND)
     np.testing.assert_allclose(made.residual, 0, atol=2 * BAND)
@@ -316,46 +349,70 @@ def test_the_kernels_answer_where_they_can(monkeypatch: pytest.MonkeyPatch):
     assert [7.0] * 3 == [t.unique().item() for t in found]
 
 
-@pytest.mark.parametrize("size", [256, 512])
-def test_the_chosen_tilings_compile_for_hopper_without_spilling(
+def launches(size: int) -> set[tuple[Any, frozenset[tuple[str, int]]]]:
+    """Kernels and options: every listed tiling at 256, where the comparison runs; or the chosen."""
+    from ralf.kernels import dct_quarters_triton as quarters
+    from ralf.kernels import dct_triton as halves
+
+    pad = halves.padded_half(size)
+    listed = (halves.CHOSEN[pad], *(halves.CANDIDATES if size == 256 else ()))
+    found = {(halves._forward, frozenset(halves._options(t.forward).items())) for t in listed}
+    found |= {(halves._inverse, frozenset(halves._options(t.inverse).items())) for t in listed}
+    if pad <= quarters.LARGEST:
+        found.add((quarters._quarter, frozenset(quarters.products(pad).items())))
+        found.add((quarters._unfold, frozenset(quarters.SUM.items())))
+    return found
+
+
+@pytest.mark.parametrize("size", [128, 256, 512])
+def test_every_listed_tiling_compiles_for_hopper_without_spilling(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """By Triton's own compiler and ptxas, which need no GPU; a spill is a stack."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    used = {
+        f"{kernel.__name__} {sorted(options)}": compiled_for_hopper(kernel, size, options, tmp_path)
+        for kernel, options in launches(size)
+    }
+
+    assert len(used) >= {128: 4, 256: 14, 512: 2}[size]
+    assert {} == {name: stack for name, (stack, _) in used.items() if stack > 0}
+    assert {} == {name: shared for name, (_, shared) in used.items() if shared > 227 * 1024}
+
+
+def compiled_for_hopper(
+    kernel: Any, size: int, options: frozenset[tuple[str, int]], folder: Path
+) -> tuple[int, int]:
+    """Bytes of stack and of shared memory on sm_90."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ralf.kernels import dct_triton
+    from ralf.kernels.dct_triton import padded_half
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pad = dct_triton.padded_half(size)
-    chosen = dct_triton.CHOSEN[pad]
-    pointers = {"image": "*u8", "halves": "*fp16", "turned": "*fp16", "mask": "*fp32"}
-    pointers |= {"spectrum": "*fp16", "destroyed": "*fp32", "residual": "*fp16"}
-    stacks = {}
-    for kernel, tiling in (
-        (dct_triton._forward, chosen.forward),
-        (dct_triton._inverse, chosen.inverse),
-    ):
-        constants = {"N": size, "P": pad, "U8": True, "RESIDUAL": True, "stride_w": 1}
-        constants |= {"ROWS": tiling.rows, "CHUNK": tiling.chunk}
-        names = kernel.arg_names
-        kinds = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-        source = ASTSource(
-            kernel,
-            kinds,
-            {(names.index(n),): value for n, value in constants.items() if n in names},
-            {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers},
-        )
-        options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(built.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        said = subprocess.run(
-            [tool, "-res-usage", binary], capture_output=True, text=True, check=True
-        ).stdout
-        stacks[kernel.__name__] = int(re.search(r"STACK:(\d+)", said).group(1))
-        assert built.metadata.shared <= 227 * 1024
-
-    assert {"_forward": 0, "_inverse": 0} == stacks
+    pointers = {"image": "*u8", "destroyed": "*fp32", "mask": "*fp32"}
+    pointers |= dict.fromkeys(("halves", "turned", "spectrum", "quarters", "residual"), "*fp16")
+    constants = {"N": size, "P": padded_half(size), "U8": True, "RESIDUAL": True, "stride_w": 1}
+    constants |= dict(options)
+    names = kernel.arg_names
+    kinds = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    source = ASTSource(
+        kernel,
+        kinds,
+        {(names.index(n),): value for n, value in constants.items() if n in names},
+        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers},
+    )
+    built = triton.compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={name: value for name, value in options if name not in names},
+    )
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    said = subprocess.run(
+        [tool, "-res-usage", binary], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"STACK:(\d+)", said)
+    assert found is not None
+    return int(found[1]), built.metadata.shared
