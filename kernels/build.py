@@ -25,8 +25,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
-from ralf.kernels import build_rtx, build_trt, export, plan_signature, plans
-from ralf.kernels.artifact import Artifact, ArtifactError
+from ralf.kernels import build_rtx, build_trt, export, plan_signature, plans, quantise
+from ralf.kernels.artifact import Artifact, ArtifactError, golden
 from ralf.kernels.batching import BUCKETS
 from ralf.kernels.engine import EngineError, budget_of, check_precision
 from ralf.kernels.engine_torch import DTYPES, Detector, restore
@@ -45,6 +45,7 @@ from ralf.kernels.verify import (
     describe_agreement,
     reference,
     scored,
+    variations,
     verification,
     verified,
 )
@@ -54,6 +55,9 @@ BUILDERS: tuple[Builder, ...] = get_args(Builder)
 GRAPH_CROPS = 8
 """Golden crops and random ones for the ONNX graph, which runs on the CPU, if the plan itself then
 runs on a GPU."""
+SCALE_CROPS, SCALE_SEED = 16, 7
+"""Crops on which FP8's scales are found: variations of the golden ones, but not those that the
+check decides on."""
 PACKAGES = ("torch", "torch-tensorrt", "torch-tensorrt-rtx", "onnx", "onnxruntime", "onnxscript")
 Say = Callable[[str], None]
 Front = Literal["plan", "op"]
@@ -100,7 +104,9 @@ class BuildRequest:
         network = self.network()
         if self.precision == "fp32":
             return network
-        return cast("Detector", network).lower(DTYPES[self.precision])
+        # FP8 is written into an FP16 graph after the export.
+        held: Precision = "fp16" if self.precision == "fp8" else self.precision
+        return cast("Detector", network).lower(DTYPES[held])
 
     def check(self) -> AgreementCheck:
         """The check that the result must pass."""
@@ -121,13 +127,16 @@ def available() -> list[Builder]:
 
 def build(request: BuildRequest, builder: Builder | None = None) -> Plan:
     """The plan, published; PlanRefused if it disagrees with the reference."""
+    fp8 = request.precision == "fp8"
     if builder is None:
-        builder = "torch-tensorrt" if request.on_gpu else "rtx-aot"
+        builder = "torch-tensorrt" if request.on_gpu and not fp8 else "rtx-aot"
     if builder == "torch-tensorrt" and not request.on_gpu:
         raise EngineError(
             "torch-tensorrt builds on a GPU, and none was found or asked for; "
             "without one: --builder rtx-aot"
         )
+    if fp8 and (builder == "torch-tensorrt" or not request.on_gpu):
+        raise EngineError("fp8 is built by --builder rtx-aot, on the GPU that will run it")
     plan_signature.require_signer()
     with plans.building(request.artifact):
         return _by_tensorrt(request) if builder == "torch-tensorrt" else _ahead_of_time(request)
@@ -135,10 +144,12 @@ def build(request: BuildRequest, builder: Builder | None = None) -> Plan:
 
 def _ahead_of_time(request: BuildRequest) -> Plan:
     export.require_onnx()
+    fp8 = request.precision == "fp8"
     key = Key(
         "rtx",
         build_rtx.version(),
-        build_rtx.architectures(),
+        # FP8's convolutions are compiled for the GPU at hand alone.
+        (describe(request.device).architecture,) if fp8 else build_rtx.architectures(),
         request.precision,
         request.buckets[-1],
     )
@@ -150,6 +161,7 @@ def _ahead_of_time(request: BuildRequest) -> Plan:
         export.write_onnx(
             request.lowered().cpu(), graph, most=request.buckets[-1], precision=request.precision
         )
+        options = _quantised(request, graph) if fp8 else {}
         exported = time.perf_counter()
         request.say(f"{key}: exported in {exported - started:.0f} s; running it on the CPU")
         run = export.session(graph)
@@ -163,9 +175,10 @@ def _ahead_of_time(request: BuildRequest) -> Plan:
         )
         checked = time.perf_counter()
         request.say(f"{key}: {describe_agreement(agreement)}; building")
-        built = build_rtx.build(graph, request.artifact.manifest.input.size, request.buckets)
+        size = request.artifact.manifest.input.size
+        built = build_rtx.build(graph, size, request.buckets, current=fp8)
         build_rtx.check_structure(built.content, *export.convolutions(graph))
-    draft = _draft(request, key, "rtx-aot", built.options) | {
+    draft = _draft(request, key, "rtx-aot", built.options | options) | {
         "error": _errors(agreement),
         "timing": {
             "export_s": round(exported - started, 2),
@@ -182,6 +195,11 @@ def _ahead_of_time(request: BuildRequest) -> Plan:
     except Disagrees as error:
         plans.withdraw(request.artifact, plan)
         raise PlanRefused(f"{error}; it was withdrawn") from error
+
+
+def _quantised(request: BuildRequest, graph: Path) -> dict[str, Any]:
+    crops = variations(golden(request.artifact).crops, SCALE_CROPS, SCALE_SEED)
+    return {"fp8_convolutions": quantise.quantise(graph, crops), "scale_crops": SCALE_CROPS}
 
 
 def _fits(key: Key, device: torch.device) -> bool:

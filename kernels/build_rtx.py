@@ -34,8 +34,11 @@ def architectures() -> tuple[str, ...]:
     return ("sm80", "sm86", "sm89", *hopper, "sm120")
 
 
-def build(graph: Path, size: int, buckets: tuple[int, ...]) -> Built:
-    """The plan of an ONNX graph, for any batch from 1 to the largest bucket."""
+def build(graph: Path, size: int, buckets: tuple[int, ...], *, current: bool = False) -> Built:
+    """The plan of an ONNX graph, for any batch from 1 to the largest bucket.
+
+    current: for the GPU at hand alone, which FP8's convolutions need.
+    """
     trt = _bindings()
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
@@ -49,6 +52,9 @@ def build(graph: Path, size: int, buckets: tuple[int, ...]) -> Built:
     config.clear_flag(trt.BuilderFlag.TF32)
     # Puts the layers' names into the plan, where check_structure finds them.
     config.profiling_verbosity = trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+    if current:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
     # A graph for one crop has no dynamic dimension that a profile could describe.
     if buckets[-1] > 1:
         profile = builder.create_optimization_profile()

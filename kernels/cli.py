@@ -375,7 +375,10 @@ def add_build(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "--batch", metavar="N,…", help="batch sizes of the plan, ascending (default: 1,8,64)"
     )
     parser.add_argument(
-        "--precision", default="fp16", help="number format of the plan: fp16, fp32, on a GPU bf16"
+        "--precision",
+        default="fp16",
+        help="number format of the plan: fp16, fp32; on a GPU bf16, or fp8 (the wide levels of "
+        "RALF's reconstructor; by rtx-aot)",
     )
     parser.add_argument(
         "--builder",

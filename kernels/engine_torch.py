@@ -108,6 +108,11 @@ class TorchEngine:
         if precision is None:
             precision = best_precision(artifact.manifest, device)
         check_precision(precision)
+        if precision not in DTYPES:
+            raise EngineError(
+                f"torch runs a network in {', '.join(DTYPES)}, only a plan in {precision}; "
+                f"see: ralf build --precision {precision}"
+            )
         if max_batch is not None and max_batch < 1:
             raise EngineError(f"max_batch should be at least 1, got {max_batch}")
         network = restore(artifact.manifest, artifact.read("weights.safetensors"))

@@ -122,7 +122,16 @@ def session(path: Path) -> Run:
     # Errors alone.
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    made = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    # FP8's pairs only round here: fused, they would become integer convolutions, which lack FP8.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # ONNX Runtime 1.31 drops a ReLU before a QuantizeLinear whose zero point is 0, as is right for
+    # unsigned integers; FP8 has a sign, so negative numbers would pass.
+    made = ort.InferenceSession(
+        path,
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["ReluQuantRewrite"],
+    )
 
     def run(crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         return [np.asarray(value, np.float32) for value in made.run(None, {INPUT: crops})]

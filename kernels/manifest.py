@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Precision = Literal["fp32", "bf16", "fp16"]
-"""What the bulk of a network's arithmetic is done in."""
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+"""What the bulk of a network's arithmetic is done in; fp8 exists only in TensorRT plans, where it
+is that of the reconstructor's wide levels, beside FP16."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Unit = Annotated[float, Field(ge=0, le=1)]
 
@@ -183,8 +184,8 @@ class Manifest(Strict):
     error_budget: dict[str, float] = Field(default_factory=lambda: {"logit": 0.05})
     """The most that another engine's logit may differ from the FP32 reference's on golden.npz.
 
-    `logit` holds for every engine; `logit_PRECISION` (fp32, bf16, fp16) replaces it for engines
-    of that precision.  `logit_bf16` is there only if bf16 stayed within half of `logit` when the
+    `logit` holds for every engine; `logit_PRECISION` (as fp16 or fp8) replaces it for engines of
+    that precision.  `logit_bf16` is there only if bf16 stayed within half of `logit` when the
     model was published; without it a CPU runs the model in FP32.
     """
     targets: tuple[str, ...] = ("cpu",)

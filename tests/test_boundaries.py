@@ -26,7 +26,7 @@ OWNERS = {
         "kernels/residual_triton.py",
     },
     "torch_tensorrt": {"kernels/build_trt.py"},
-    "onnx": {"kernels/export.py"},
+    "onnx": {"kernels/export.py", "kernels/quantise.py"},
     "onnxruntime": {"kernels/export.py"},
     "tensorrt": {"kernels/engine_trt.py"},
     "tensorrt_rtx": {"kernels/build_rtx.py", "kernels/engine_trt.py"},

@@ -79,7 +79,9 @@ def builder(monkeypatch: pytest.MonkeyPatch, reference: torch.nn.Module) -> Simp
     def run(crops: np.ndarray) -> list[np.ndarray]:
         return [reference(torch.from_numpy(crops)).numpy() + np.float32(state.shift)]
 
-    def compile_graph(graph: Path, size: int, buckets: tuple[int, ...]) -> Built:
+    def compile_graph(
+        graph: Path, size: int, buckets: tuple[int, ...], *, current: bool = False
+    ) -> Built:
         state.built += 1
         return Built(b"plan %d" % state.built, 0.5, {"tf32": False})
 
@@ -186,7 +188,7 @@ def test_decisions_that_flip_are_refused_even_where_golden_logits_agree(
 def test_a_builder_that_fails_leaves_nothing(artifact: Artifact, builder, monkeypatch):
     """And the lock is free for the next."""
 
-    def fails(*_: object) -> Built:
+    def fails(*_: object, **__: object) -> Built:
         raise EngineError("TensorRT-RTX built no plan")
 
     monkeypatch.setattr(build_rtx, "build", fails)
