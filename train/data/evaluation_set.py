@@ -84,26 +84,26 @@ class Examples:
         if unknown := set(families) - set(FAMILIES):
             raise IndexFault(f"no family {sorted(unknown)}; known: {', '.join(FAMILIES)}")
         self.families = tuple(family for family in FAMILIES if family in families)
-        self.each, self.in_turn = each, in_turn
-        self.items = self._items(limit)
+        self.each = each
+        self.items = self._items(limit, in_turn=in_turn)
 
     @property
     def names(self) -> tuple[str, ...]:
         """What each number of Batch.family is called."""
         return self.pool.names
 
-    def _items(self, limit: int | None) -> tuple[Example, ...]:
+    def _items(self, limit: int | None, *, in_turn: bool) -> tuple[Example, ...]:
         # The limit is of videos and not of frames: a video is scored whole or not at all.
         real = [frame for video in self.pool.real[:limit] for frame in self._spread(video)]
-        on_disk = self._turns() if self.in_turn else self.pool.forged
+        on_disk = self._thinned() if in_turn else self.pool.forged
         forged = [frame for video in on_disk[:limit] for frame in self._spread(video)]
         items = [Example(frame) for frame in (*real, *forged)]
         for number, frame in enumerate(real):
             # One family for each frame keeps validation short; tables ask for more of them.
-            items += [Example(frame, family) for family in self._turn(number)]
+            items += [Example(frame, family) for family in self._families_of(number)]
         return tuple(items)
 
-    def _turns(self) -> list[list[Frame]]:
+    def _thinned(self) -> list[list[Frame]]:
         """Of the forged videos on disk, those of each generator's turn."""
         methods = sorted({video[0].row.method for video in self.pool.forged})
         met: Counter[str] = Counter()
@@ -115,7 +115,7 @@ class Examples:
             met[method] += 1
         return kept
 
-    def _turn(self, number: int) -> tuple[Family, ...]:
+    def _families_of(self, number: int) -> tuple[Family, ...]:
         """The families that forge the real face of that number."""
         if self.each is None or self.each >= len(self.families):
             return self.families

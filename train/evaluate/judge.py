@@ -10,9 +10,9 @@ artifact of the registry, a folder of one, or the folder of a training run.
 """
 
 import csv
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ralf.kernels.choose_engine import load as load_engine
 from ralf.kernels.engine import pick_device
 from ralf.kernels.manifest import Aggregation, Calibration, InputContract, Manifest
 from ralf.kernels.networks import build
+from ralf.train.data.batches import Batch
 from ralf.train.data.evaluation_set import Examples
 from ralf.train.data.index import Index
 from ralf.train.evaluate.conditions import CLEAN
@@ -159,19 +160,24 @@ def score_together(
 ) -> list[Scored]:
     """Every example's logit by each model; a crop is made once and shown to all."""
     logits: list[list[Tensor]] = [[] for _ in models]
-    # The next crops are made while these are scored: each takes about as long as the other.
-    with ThreadPoolExecutor(1) as maker:
-        coming = maker.submit(examples.__getitem__, 0) if len(examples) else None
-        for number in range(len(examples)):
-            assert coming is not None
-            batch = coming.result()
-            if number + 1 < len(examples):
-                coming = maker.submit(examples.__getitem__, number + 1)
-            for model, own in zip(models, logits, strict=True):
-                own.append(model.score(batch.crops))
-            if on_progress is not None:
-                on_progress(number + 1, len(examples))
+    for number, batch in enumerate(_made_ahead(examples)):
+        for model, own in zip(models, logits, strict=True):
+            own.append(model.score(batch.crops))
+        if on_progress is not None:
+            on_progress(number + 1, len(examples))
     return [with_logits(examples, torch.cat(own).numpy()) for own in logits]
+
+
+def _made_ahead(examples: Examples) -> Iterator[Batch]:
+    """Each batch; the next one is made while it is scored, which takes about as long."""
+    with ThreadPoolExecutor(1) as maker:
+        made: deque[Future[Batch]] = deque()
+        for number in range(len(examples)):
+            made.append(maker.submit(examples.__getitem__, number))
+            if len(made) > 1:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
 
 
 def with_logits(examples: Examples, logit: np.ndarray) -> Scored:
